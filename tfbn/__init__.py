@@ -1,0 +1,10 @@
+"""Batch normalization for TensorFlow and Keras done right, from training to serving."""
+
+from tfbn._requirements import check as _check
+
+_check()
+
+from tfbn._version import __version__  # noqa: E402
+from tfbn.layer import BatchNormalization  # noqa: E402
+
+__all__ = ["BatchNormalization", "__version__"]
