@@ -1,50 +1,409 @@
 """Batch normalization as pure functions on tensors.
 
-Statistics are always float32 (float64 for float64 inputs), whatever the dtype of the
-inputs, and have one value per channel.
+Three ways compute the same numbers; which one runs is decided while a function is traced.
+
+- Fused, in eager and graph mode: one read for the statistics, then TensorFlow's fused
+  operation for the normalization and for the gradient. Its own statistics are not used: it adds
+  up the values of a channel one by one in float32, and at mean / std = 1e4 its variance is off
+  by 8e-3.
+- Fused where a GPU is visible: what the fused operation hands to its gradient means different
+  things on different devices, and where it will be placed is not known yet. So its statistics
+  and its gradient stay its own, on an input that was shifted to where they are safe.
+- Composite, under XLA, which lowers the fused operation's statistics to E[x^2] - E[x]^2
+  (TensorFlow #118701); and for float64, masks, and statistics shared across replicas.
+
+Statistics are biased (divided by the count) and float64. Over short stretches of the data sums
+are float32; from there on they are float64, where there is little left to sum.
 """
+
+import math
 
 import tensorflow as tf
 
+# TensorFlow has no public way to ask whether the graph being traced will be compiled by XLA.
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-def moments(x, axis, mask=None):
-    """Count, mean and biased variance per channel over all unmasked positions of a batch."""
-    x = tf.cast(x, statistics_dtype(x.dtype))
-    axes = _reduction_axes(x, axis)
-    if mask is None:
-        mean, variance = tf.nn.moments(x, axes)
-        count = tf.cast(tf.size(x) // tf.shape(x)[axis], tf.float64)
-        return count, mean, variance
-    weights = tf.cast(tf.broadcast_to(tf.expand_dims(mask, -1), tf.shape(x)), x.dtype)
-    count = tf.reduce_sum(weights, axes)
-    mean, variance = tf.nn.weighted_moments(x, axes, weights)
-    return tf.cast(count[0], tf.float64), mean, variance
-
-
-def normalize(x, mean, variance, gamma, beta, *, axis, epsilon):
-    """gamma * (x - mean) / sqrt(variance + epsilon) + beta, in the dtype of x."""
-    dtype = statistics_dtype(x.dtype)
-    shape = [1] * x.shape.rank
-    shape[axis] = -1
-
-    def per_channel(v):
-        return None if v is None else tf.reshape(tf.cast(v, dtype), shape)
-
-    y = tf.nn.batch_normalization(
-        tf.cast(x, dtype),
-        per_channel(mean),
-        per_channel(variance),
-        per_channel(beta),
-        per_channel(gamma),
-        epsilon,
-    )
-    return tf.cast(y, x.dtype)
+# So many values are summed in float32 before float64 takes over.
+_STRETCH = 64
+# E[x^2] - E[x]^2 loses a factor 1 + (mean / std)^2 of precision. At this ratio that is two of
+# the seven digits of float32, of an error that averages out over the stretches.
+_SAFE_RATIO = 8.0
+# The part of the data whose mean is the shift where a second read is to be avoided: 1 / 16.
+# Such a mean is within sqrt(16) std of the mean of all, whatever the data (see `_shift`).
+_SAMPLED = 16
 
 
 def statistics_dtype(dtype):
-    """The dtype in which statistics of values of `dtype` are computed."""
+    """The dtype in which values of `dtype` are handled: float64 for float64, else float32."""
     return tf.float64 if dtype == tf.float64 else tf.float32
 
 
-def _reduction_axes(x, axis):
-    return [a for a in range(x.shape.rank) if a != axis % x.shape.rank]
+def moments(x, axis, mask=None):
+    """Count, mean and biased variance of every channel over all unmasked positions.
+
+    With d = x - shift for a shift near the mean, mean = shift + sum(d) / count and
+    variance = sum(d^2) / count - (sum(d) / count)^2. The identity holds for any shift; one near
+    the mean keeps it free of cancellation (Chan, Golub & LeVeque 1983, "Algorithms for Computing
+    the Sample Variance", section 3).
+
+    Args:
+        x: Floating tensor of rank 2 or more.
+        axis: The axis of the channels.
+        mask: Tensor that broadcasts to the shape of `x` without its last axis. Where it is
+            false (or zero) the values of `x` do not count, whatever they are.
+
+    Returns:
+        `(count, mean, variance)` in float64. `count`, the number of values per channel, is a
+        scalar; only with a mask and `axis` not the last, where channels may be masked
+        differently, its shape is `[channels]`, as that of `mean` and `variance` is. Without any
+        value all are 0. A NaN or an infinity among the values makes `mean` or `variance` of its
+        channel non-finite. Gradients flow through `mean` and `variance`.
+    """
+    x = tf.cast(x, statistics_dtype(x.dtype))
+    if mask is not None:
+        mask = tf.broadcast_to(tf.cast(mask, tf.bool), tf.shape(x)[:-1])[..., tf.newaxis]
+        # Before anything else, so that no gradient ever meets what is behind the mask.
+        x = tf.where(mask, x, tf.zeros((), x.dtype))
+    count = _count(x, axis, mask)
+    shift = tf.stop_gradient(_shift(x, axis, count, mask))
+    centred = x - _along(axis, shift, x)
+    if mask is not None:
+        centred = tf.where(mask, centred, tf.zeros((), x.dtype))
+    mean, variance = _moments_near_zero(centred, axis, count)
+    return count, tf.cast(shift, tf.float64) + mean, variance
+
+
+def normalize(x, mean, variance, gamma, beta, *, axis, epsilon):
+    """gamma * (x - mean) / sqrt(variance + epsilon) + beta, in the dtype of `x`.
+
+    This is inference (Ioffe & Szegedy 2015, Algorithm 2, line 11): `mean` and `variance` are
+    constants, to which no gradient flows.
+
+    Args:
+        x: Floating tensor of rank 2 or more.
+        mean, variance: Shape `[channels]`, float32 or float64.
+        gamma, beta: Shape `[channels]`, or `None` for 1 and 0.
+        axis: The axis of the channels.
+        epsilon: What is added to the variance.
+    """
+    mean, variance = tf.stop_gradient(mean), tf.stop_gradient(variance)
+    if not _fusable(x):
+        return _composite_normalize(x, mean, variance, gamma, beta, axis, epsilon)
+    gamma, beta = _scale_and_offset(gamma, beta, x.shape[axis])
+    image, data_format = _as_image(x, axis)
+    y = _fused_inference(image, gamma, beta, mean, variance, epsilon, data_format)
+    return _shaped_like(y, x)
+
+
+def train(x, gamma, beta, *, axis, epsilon, mask=None, synchronized=False, renorm=None):
+    """Normalize a batch by its own statistics.
+
+    y = gamma * (x - mean) / sqrt(variance + epsilon) + beta with the mean and the biased
+    variance of the batch (Ioffe & Szegedy 2015, Algorithm 1), and gradients that take into
+    account that both depend on `x`.
+
+    Args:
+        x: Floating tensor of rank 2 or more.
+        gamma, beta: Shape `[channels]`, or `None` for 1 and 0.
+        axis: The axis of the channels.
+        epsilon: What is added to the variance.
+        mask: As in `moments`. Masked positions are normalized too, they only do not count.
+        synchronized: Whether the statistics are those of all replicas' batches together, under
+            a `tf.distribute` strategy.
+        renorm: Function from `(mean, variance)` to the corrections `(r, d)` of Batch
+            Renormalization. What takes the place of the normalized value v is then r * v + d,
+            with r and d constants for the gradient (Ioffe 2017, Algorithm 1).
+
+    Returns:
+        `(y, count, mean, variance)`: `y` in the dtype of `x`, the others as from `moments`.
+    """
+    if _fusable(x) and mask is None and not synchronized and renorm is None:
+        return (_train_by_device if _gpu_visible() else _train_fused)(x, gamma, beta, axis, epsilon)
+    count, mean, variance = moments(x, axis, mask)
+    if synchronized:
+        count, mean, variance = _merge_replicas(count, mean, variance)
+    if renorm is not None:
+        dtype = statistics_dtype(x.dtype)
+        r, d = (tf.cast(tf.stop_gradient(v), dtype) for v in renorm(mean, variance))
+        # gamma * (r * v + d) + beta, once more of the form gamma * v + beta.
+        gamma, scale = (r, 1) if gamma is None else (gamma * r, gamma)
+        beta = d * scale if beta is None else d * scale + beta
+    y = _composite_normalize(x, mean, variance, gamma, beta, axis, epsilon)
+    return y, count, mean, variance
+
+
+def renorm_corrections(mean, variance, running_mean, running_stddev, epsilon, clipping):
+    """The corrections (r, d) of Batch Renormalization (Ioffe 2017, equation 2 and section 3).
+
+    r = stddev / running_stddev, clipped to [rmin, rmax], and
+    d = (mean - running_mean) / running_stddev, clipped to [-dmax, dmax], where
+    stddev = sqrt(variance + epsilon). All tensors have shape `[channels]`; `clipping` has any
+    of the keys "rmin", "rmax" and "dmax".
+    """
+    dtype = mean.dtype
+    epsilon = tf.cast(epsilon, dtype)
+    # In the first steps of a training the running value may be anything, 0 too.
+    divisor = tf.maximum(tf.cast(running_stddev, dtype), tf.sqrt(epsilon))
+    r = tf.sqrt(variance + epsilon) / divisor
+    d = (mean - tf.cast(running_mean, dtype)) / divisor
+    limits = {key: limit for key, limit in clipping.items() if limit is not None}
+    if "rmin" in limits:
+        r = tf.maximum(r, limits["rmin"])
+    if "rmax" in limits:
+        r = tf.minimum(r, limits["rmax"])
+    if "dmax" in limits:
+        d = tf.clip_by_value(d, -limits["dmax"], limits["dmax"])
+    return r, d
+
+
+def _under_xla():
+    return GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
+def _gpu_visible():
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
+def _fusable(x):
+    return x.dtype in (tf.float32, tf.float16, tf.bfloat16) and not _under_xla()
+
+
+def _train_fused(x, gamma, beta, axis, epsilon):
+    gamma, beta = _scale_and_offset(gamma, beta, x.shape[axis])
+    count = _count(x, axis)
+    x_near_zero, shift, mean, variance = _recentre(x, axis, count)
+    image, data_format = _as_image(x_near_zero, axis)
+
+    @tf.custom_gradient
+    def standardize(image, gamma, beta, mean, variance):
+        def gradient(dy):
+            # The gradient of the training step, although the forward op is that of inference.
+            dx, dgamma, dbeta, *_ = tf.raw_ops.FusedBatchNormGradV3(
+                y_backprop=dy,
+                x=image,
+                scale=gamma,
+                reserve_space_1=mean,
+                reserve_space_2=variance,
+                reserve_space_3=mean,
+                epsilon=epsilon,
+                data_format=data_format,
+                is_training=True,
+            )
+            return dx, dgamma, dbeta, None, None
+
+        y = _fused_inference(image, gamma, beta, mean, variance, epsilon, data_format)
+        return y, gradient
+
+    y = standardize(image, gamma, beta, tf.cast(mean, tf.float32), tf.cast(variance, tf.float32))
+    return _shaped_like(y, x), count, shift + mean, variance
+
+
+def _recentre(x, axis, count):
+    """`(x - shift, shift, mean, variance)`, the moments those of x - shift.
+
+    `shift` is 0, and `x` not even copied, unless the mean of some channel is so far from zero
+    that a second look is needed.
+    """
+
+    @tf.custom_gradient
+    def recentre(x):
+        wide = tf.cast(x, tf.float32)
+        mean, variance = _moments_near_zero(wide, axis, count)
+
+        def as_it_is():
+            return x, tf.zeros_like(mean), mean, variance
+
+        def shifted():
+            shift = tf.cast(mean, tf.float32)
+            centred = tf.cast(wide - _along(axis, shift, x), x.dtype)
+            moments = _moments_near_zero(tf.cast(centred, tf.float32), axis, count)
+            return centred, tf.cast(shift, tf.float64), *moments
+
+        # Not the other way round: what is not finite must not count as safe.
+        safe = tf.reduce_all(tf.square(mean) <= _SAFE_RATIO**2 * variance)
+        return tf.cond(safe, as_it_is, shifted), lambda dx, *_: dx
+
+    return recentre(x)
+
+
+def _train_by_device(x, gamma, beta, axis, epsilon):
+    gamma, beta = _scale_and_offset(gamma, beta, x.shape[axis])
+    count = _count(x, axis)
+    wide = tf.cast(x, tf.float32)
+    shift = tf.stop_gradient(_sampled_mean(wide, axis))
+    image, data_format = _as_image(tf.cast(wide - _along(axis, shift, x), x.dtype), axis)
+    y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+        x=image,
+        scale=gamma,
+        offset=beta,
+        mean=tf.zeros_like(shift),
+        variance=tf.zeros_like(shift),
+        epsilon=epsilon,
+        data_format=data_format,
+        is_training=True,
+    )
+    # The operation divides by count - 1: for one value that may be 0 / 0, for none it is.
+    mean = tf.where(count > 0, tf.cast(mean, tf.float64), 0)
+    biased = tf.cast(variance, tf.float64) * ((count - 1) / tf.maximum(count, 1))
+    variance = tf.where(count > 1, biased, 0)
+    return _shaped_like(y, x), count, tf.cast(shift, tf.float64) + mean, variance
+
+
+def _fused_inference(image, gamma, beta, mean, variance, epsilon, data_format):
+    y, *_ = tf.raw_ops.FusedBatchNormV3(
+        x=image,
+        scale=gamma,
+        offset=beta,
+        mean=tf.cast(mean, tf.float32),
+        variance=tf.cast(variance, tf.float32),
+        epsilon=epsilon,
+        data_format=data_format,
+        is_training=False,
+    )
+    return y
+
+
+def _composite_normalize(x, mean, variance, gamma, beta, axis, epsilon):
+    dtype = statistics_dtype(x.dtype)
+    scale = tf.math.rsqrt(tf.cast(variance, dtype) + tf.cast(epsilon, dtype))
+    if gamma is not None:
+        scale *= tf.cast(gamma, dtype)
+    # What is left of a float64 mean after rounding goes into the offset, where it costs nothing.
+    rounded = tf.cast(mean, dtype)
+    offset = -scale * tf.cast(mean - tf.cast(rounded, mean.dtype), dtype)
+    if beta is not None:
+        offset += tf.cast(beta, dtype)
+    # Not x * scale + (offset - mean * scale), which cancels when the mean is far from zero.
+    y = (tf.cast(x, dtype) - _along(axis, rounded, x)) * _along(axis, scale, x)
+    return tf.cast(y + _along(axis, offset, x), x.dtype)
+
+
+def _merge_replicas(count, mean, variance):
+    """The moments of all replicas' values together (Chan, Golub & LeVeque 1983, section 2)."""
+    context = tf.distribute.get_replica_context()
+    if context is None:
+        return count, mean, variance
+
+    def total(value):
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, value)
+
+    all_counts = total(count)
+    divisor = tf.maximum(all_counts, 1)
+    all_mean = total(count * mean) / divisor
+    all_variance = total(count * (variance + tf.square(mean - all_mean))) / divisor
+    return all_counts, all_mean, all_variance
+
+
+def _moments_near_zero(x, axis, count):
+    """Mean and variance of values whose mean is not many standard deviations from zero."""
+    total, squares = _sums(x, axis)
+    divisor = tf.maximum(count, 1)
+    mean = total / divisor
+    return mean, tf.maximum(squares / divisor - tf.square(mean), 0)
+
+
+def _sums(x, axis):
+    """Sum and sum of squares of every channel."""
+
+    @tf.custom_gradient
+    def sums(x):
+        def gradient(d_total, d_squares):
+            d_total, d_squares = (
+                _along(axis, tf.cast(d, x.dtype), x) for d in (d_total, d_squares)
+            )
+            return d_total + 2 * d_squares * x
+
+        if _under_xla() or x.dtype == tf.float64:
+            squares = _sum(tf.square(x), axis)
+        else:
+            # The one operation that squares and sums in one read.
+            squares = _sum(x, axis, tf.raw_ops.EuclideanNorm, tf.square)
+        return (_sum(x, axis), squares), gradient
+
+    return sums(x)
+
+
+def _sum(x, axis, reduce=tf.raw_ops.Sum, undo=tf.identity):
+    """Sum over all axes but one: by `reduce` over stretches, then in float64."""
+    x = _channels_second(x, axis)
+    if x.shape[2] == 1:
+        # Reducing the middle one of three axes is several times faster than the first of two.
+        rows, channels = tf.shape(x)[0], x.shape[1]
+        whole = rows // _STRETCH * _STRETCH
+        stretches = reduce(input=tf.reshape(x[:whole], [-1, _STRETCH, channels]), axis=1)
+        rest = reduce(input=x[whole:, :, 0], axis=0, keep_dims=True)
+        stretches = tf.concat([stretches, rest], 0)
+    else:
+        stretches = reduce(input=x, axis=2)
+    return tf.reduce_sum(undo(tf.cast(stretches, tf.float64)), 0)
+
+
+def _shift(x, axis, count, mask):
+    if mask is None and _under_xla():
+        return _sampled_mean(x, axis)
+    return tf.cast(_sum(x, axis) / tf.maximum(count, 1), x.dtype)
+
+
+def _sampled_mean(x, axis):
+    """The mean of a part of the data, at least 1 / `_SAMPLED` of it.
+
+    Let the sampled mean be s. Then count * variance >= (count / 16) * (s - mean)^2, so
+    |s - mean| <= 4 std, which is near enough for one pass.
+    """
+    x = _channels_second(x, axis)
+    along = 0 if axis % x.shape.rank else 2
+    some = -(-tf.shape(x)[along] // _SAMPLED)
+    sample = x[:some] if along == 0 else x[:, :, :some]
+    return tf.math.divide_no_nan(tf.reduce_sum(sample, [0, 2]), tf.cast(_count(sample, 1), x.dtype))
+
+
+def _count(x, axis, mask=None):
+    """Values per channel, float64."""
+    if mask is None:
+        shape = _dimensions(x)
+        del shape[axis]
+        return tf.cast(math.prod(shape), tf.float64)
+    if axis % x.shape.rank == x.shape.rank - 1:
+        return tf.math.count_nonzero(mask, dtype=tf.float64)
+    axes = [a for a in range(x.shape.rank) if a != axis % x.shape.rank]
+    return tf.math.count_nonzero(tf.broadcast_to(mask, tf.shape(x)), axes, dtype=tf.float64)
+
+
+def _dimensions(x):
+    """The shape as a list, numbers where they are known and scalar tensors elsewhere."""
+    return [tf.shape(x)[i] if n is None else n for i, n in enumerate(x.shape)]
+
+
+def _channels_second(x, axis):
+    """`x` as [before, channels, after]; `after` is 1 where that leaves the order as it is."""
+    shape = _dimensions(x)
+    axis %= len(shape)
+    before, channels, after = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
+    if x.shape[axis] == 1:
+        before, after = before * after, 1
+    return tf.reshape(x, [before, channels, after])
+
+
+def _as_image(x, axis):
+    """`x` with rank 4 for the fused operation, which is the same whatever the positions are."""
+    x = _channels_second(x, axis)
+    if x.shape[2] == 1:
+        return tf.reshape(x, [1, tf.shape(x)[0], 1, x.shape[1]]), "NHWC"
+    return x[..., tf.newaxis], "NCHW"
+
+
+def _shaped_like(y, x):
+    return tf.ensure_shape(tf.reshape(y, tf.shape(x)), x.shape)
+
+
+def _along(axis, per_channel, x):
+    """A value per channel in the shape that broadcasts over `x`."""
+    shape = [1] * x.shape.rank
+    shape[axis] = -1
+    return tf.reshape(per_channel, shape)
+
+
+def _scale_and_offset(gamma, beta, channels):
+    gamma = tf.ones([channels]) if gamma is None else tf.cast(gamma, tf.float32)
+    beta = tf.zeros([channels]) if beta is None else tf.cast(beta, tf.float32)
+    return gamma, beta

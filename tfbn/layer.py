@@ -1,8 +1,98 @@
 """`tfbn.BatchNormalization`: Keras's layer on tfbn's kernels."""
 
 import keras
+import tensorflow as tf
+
+from tfbn import kernels
 
 
 @keras.saving.register_keras_serializable(package="tfbn")
 class BatchNormalization(keras.layers.BatchNormalization):
-    """Drop-in for `keras.layers.BatchNormalization`."""
+    """Drop-in for `keras.layers.BatchNormalization`, faster and with statistics to rely on.
+
+    Arguments, weights and config are those of the installed Keras's layer, and so is what is
+    computed: in training `gamma * (x - mean) / sqrt(variance + epsilon) + beta` with the mean and
+    the biased variance of the batch (Ioffe & Szegedy 2015, Algorithm 1), in inference the same
+    with `moving_mean` and `moving_variance`. What differs:
+
+    - The batch variance is right to 1e-4, relative, wherever the mean is up to 1e4 standard
+      deviations from zero: in eager and graph mode, under XLA and with `synchronized=True`.
+    - A batch that would poison the moving statistics leaves them as they were: one with a NaN or
+      an infinity in it, or one without any value (empty, or masked everywhere).
+
+    Example:
+        >>> layer = tfbn.BatchNormalization(momentum=0.9)
+        >>> y = layer(x, training=True)
+
+    Raises:
+        ValueError: A mask whose rank is not that of the inputs less one.
+    """
+
+    def call(self, inputs, training=None, mask=None):
+        x = tf.convert_to_tensor(inputs)
+        if not x.dtype.is_floating:
+            x = tf.cast(x, self.compute_dtype)
+        if mask is not None and len(mask.shape) != x.shape.rank - 1:
+            raise ValueError(
+                "The mask must have one dimension less than the inputs: a value per position, "
+                f"none per channel. Received: mask.shape={tuple(mask.shape)}, "
+                f"inputs.shape={tuple(x.shape)}. Leave out the mask's last axis."
+            )
+        gamma = tf.convert_to_tensor(self.gamma) if self.scale else None
+        beta = tf.convert_to_tensor(self.beta) if self.center else None
+        form = {"axis": self.axis, "epsilon": self.epsilon}
+        if not (training and self.trainable):
+            y = kernels.normalize(
+                x,
+                tf.convert_to_tensor(self.moving_mean),
+                tf.convert_to_tensor(self.moving_variance),
+                gamma,
+                beta,
+                **form,
+            )
+            return tf.cast(y, self.compute_dtype)
+        # Older versions of Keras 3 have no `renorm`.
+        renorm = getattr(self, "renorm", False)
+        y, count, mean, variance = kernels.train(
+            x,
+            gamma,
+            beta,
+            mask=mask,
+            synchronized=self.synchronized,
+            renorm=self._renorm_corrections if renorm else None,
+            **form,
+        )
+        usable = (count > 0) & tf.reduce_all(tf.math.is_finite(mean) & tf.math.is_finite(variance))
+        if renorm:
+            stddev = tf.sqrt(variance + self.epsilon)
+            self._move(self.renorm_mean, mean, self.renorm_momentum, usable)
+            self._move(self.renorm_stddev, stddev, self.renorm_momentum, usable)
+            self._move(self.moving_mean, mean, self.momentum, usable)
+            stddev = self._move(self.moving_stddev, stddev, self.momentum, usable)
+            # Inference normalizes by the moving standard deviation (Ioffe 2017, Algorithm 1), in
+            # the form that inference has anyway.
+            variance = tf.nn.relu(tf.square(stddev) - self.epsilon)
+            self.moving_variance.assign(tf.where(usable, variance, self.moving_variance))
+        else:
+            self._move(self.moving_mean, mean, self.momentum, usable)
+            self._move(self.moving_variance, variance, self.momentum, usable)
+        return tf.cast(y, self.compute_dtype)
+
+    @staticmethod
+    def _move(variable, value, momentum, usable):
+        old = tf.convert_to_tensor(variable)
+        new = old * momentum + tf.cast(value, old.dtype) * (1.0 - momentum)
+        # A momentum of 1 would not do for what is not usable: 0 * NaN is NaN.
+        new = tf.where(usable, new, old)
+        variable.assign(new)
+        return new
+
+    def _renorm_corrections(self, mean, variance):
+        return kernels.renorm_corrections(
+            mean,
+            variance,
+            tf.convert_to_tensor(self.renorm_mean),
+            tf.convert_to_tensor(self.renorm_stddev),
+            self.epsilon,
+            self.renorm_clipping,
+        )
