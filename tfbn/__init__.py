@@ -6,5 +6,14 @@ _check()
 
 from tfbn._version import __version__  # noqa: E402
 from tfbn.layer import BatchNormalization  # noqa: E402
+from tfbn.stats import LayerStats, PopulationStats  # noqa: E402
+from tfbn.sweep import collect, update_population_stats  # noqa: E402
 
-__all__ = ["BatchNormalization", "__version__"]
+__all__ = [
+    "BatchNormalization",
+    "LayerStats",
+    "PopulationStats",
+    "__version__",
+    "collect",
+    "update_population_stats",
+]

@@ -51,3 +51,8 @@ def merge(a, b, *, method):
 def variance(moments):
     """M2 / count, per channel; 0 where nothing was seen."""
     return moments.m2 / tf.maximum(moments.count, 1.0)
+
+
+def finite(moments):
+    """Whether mean and M2 are finite in every channel."""
+    return tf.reduce_all(tf.math.is_finite(moments.mean) & tf.math.is_finite(moments.m2))

@@ -297,7 +297,7 @@ class PopulationStats(collections.abc.Mapping):
             f"Population statistics: method={self.method!r}, {self.samples} samples "
             f"in {self.batches} batches of at most {self.batch_size}"
         )
-        drift = {path: None for path in self}
+        drift = dict.fromkeys(self)
         if self.previous is not None:
             drift = self.compare(self.previous)
         width = max([len("layer"), *(len(path) for path in self)])

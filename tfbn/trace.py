@@ -1,0 +1,146 @@
+"""The inference graph of an observed model, run whole or level by level.
+
+A call of a batch norm layer has level 1 if no other observed call lies on a path to it,
+and else one more than the highest level on such a path. Calls of one level can be
+observed together once all lower levels have settled on their population statistics.
+"""
+
+import tensorflow as tf
+
+
+class Trace:
+    """One trace of an observed model, for batches of one signature.
+
+    Args:
+        observation: The `tfbn.observe.Observation` of the model.
+        structure: A structure of `tf.TypeSpec`, as the model takes it.
+        specs: The specs of its dense tensors, which may leave dimensions open.
+        settled: See `Observation.run`.
+
+    Attributes:
+        levels: The highest level of a call, or `None` if the graph cannot be run level by
+            level, because a layer is called in the body of a loop or branch.
+    """
+
+    def __init__(self, observation, structure, specs, *, settled):
+        self.specs = specs
+        self._calls = []
+
+        def run(*flat):
+            inputs = tf.nest.pack_sequence_as(structure, flat, expand_composites=True)
+            outputs = observation.run(inputs, settled=settled, met=self._calls)
+            return tf.nest.flatten(outputs, expand_composites=True)
+
+        # `tf.function` runs every operation that has a side effect. A wrapped function can
+        # be pruned to what is asked for, which leaves the rest of the model without effect.
+        self._function = tf.compat.v1.wrap_function(run, specs)
+        self._frontiers = {0: self._function.inputs[: len(specs)]}
+        self._parts = {}
+        self.levels = None
+        if all(call.finite is not None for call in self._calls):
+            self._find_levels()
+
+    def run(self, inputs):
+        """Run the network once, every call adding to its site.
+
+        Returns:
+            The sites to which the batch brought something that is not finite.
+        """
+        if None not in self._parts:
+            fetches = _flags_and_updates(self._calls)
+            if self.levels is None:  # A call in a loop runs only if an output depends on it.
+                fetches += self._function.outputs
+            self._parts[None] = self._function.prune(self._frontiers[0], fetches)
+        outputs = self._parts[None](*tf.nest.flatten(inputs, expand_composites=True))
+        inside = [call.site for call in self._calls if call.finite is None]
+        return _faults(self._calls, outputs) + [site for site in inside if not site.finite()]
+
+    def part(self, level, start, values, keep):
+        """Run the network from the frontier of level `start` up to the calls of `level`.
+
+        The frontier of a level are the tensors that later levels need of what has been
+        computed for this level and those before it. The frontier of level 0 are the
+        model's inputs.
+
+        Args:
+            level: The level whose calls add to their sites.
+            start: An earlier level.
+            values: The tensors at the frontier of `start`.
+            keep: Whether to compute the frontier of `level` too.
+
+        Returns:
+            The sites to which the batch brought something that is not finite, and the
+            tensors at the frontier of `level`, or none if they are not to be kept.
+        """
+        calls = self._at(level)
+        wanted = self._frontiers[level] if keep else []
+        key = (level, start, keep)
+        if key not in self._parts:
+            fetches = [*wanted, *_flags_and_updates(calls)]
+            self._parts[key] = self._function.prune(self._frontiers[start], fetches)
+        outputs = self._parts[key](*tf.nest.flatten(values, expand_composites=True))
+        return _faults(calls, outputs[len(wanted) :]), outputs[: len(wanted)]
+
+    def sites(self, level):
+        """The sites whose calls are of this level."""
+        return [call.site for call in self._at(level)]
+
+    def can_keep(self, level):
+        """Whether the tensors at the frontier of a level can be kept outside the graph."""
+        kept = self._frontiers[level]
+        return all(tensor.dtype not in (tf.variant, tf.resource) for tensor in kept)
+
+    def _at(self, level):
+        return [call for call in self._calls if self._level[id(call.outputs)] == level]
+
+    def _find_levels(self):
+        graph_ops = self._function.graph.get_operations()  # Inputs come before their users.
+        call_of = {id(call.outputs.op): call for call in self._calls}
+        self._level = {}
+        depth = {}  # How many levels must have settled for an operation's outputs to be right.
+        from_data = {id(tensor.op) for tensor in self._frontiers[0]}
+        users = {}
+        for op in graph_ops:
+            sources = _sources(op)
+            depth[id(op)] = max((depth[id(source)] for source in sources), default=0)
+            if any(id(source) in from_data for source in sources):
+                from_data.add(id(op))
+            for tensor in op.inputs:
+                users.setdefault(id(tensor), []).append(op)
+            if id(op) in call_of:
+                call = call_of[id(op)]
+                level = 1 + max(depth[id(update)] for update in call.updates)
+                self._level[id(call.outputs)] = depth[id(op)] = level
+        self.levels = max(self._level.values(), default=0)
+
+        needed = {}  # The first level that needs an operation.
+        for level in range(1, self.levels + 1):
+            pending = [op for call in self._at(level) for op in call.updates]
+            while pending:
+                op = pending.pop()
+                if id(op) not in needed:
+                    needed[id(op)] = level
+                    pending += _sources(op)
+        for level in range(1, self.levels + 1):
+            # Weights and what follows from them alone are cheaper to read again than to keep.
+            self._frontiers[level] = [
+                tensor
+                for op in graph_ops
+                if id(op) in from_data and needed.get(id(op), self.levels + 1) <= level
+                for tensor in op.outputs
+                if any(needed.get(id(user), 0) > level for user in users.get(id(tensor), ()))
+            ]
+
+
+def _flags_and_updates(calls):
+    calls = [call for call in calls if call.finite is not None]
+    return [call.finite for call in calls] + [op for call in calls for op in call.updates]
+
+
+def _faults(calls, outputs):
+    calls = [call for call in calls if call.finite is not None]
+    return [call.site for call, finite in zip(calls, outputs, strict=False) if not finite]
+
+
+def _sources(op):
+    return [tensor.op for tensor in op.inputs] + list(op.control_inputs)
