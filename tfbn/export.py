@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
 import json
 import os
 import pathlib
@@ -239,6 +240,13 @@ def _input_signature(model, given):
             f"of the model. Received: {given!r}. Put it in a list."
         )
     signature = [keras.tree.map_structure(_tensor_spec, argument) for argument in given]
+    try:
+        inspect.signature(model.call).bind(*signature)
+    except TypeError as error:
+        raise ValueError(
+            f"Expected inputs for every argument of model {model.name!r}. Received: {signature} "
+            f"({error}). Give input_signature, with an entry for each argument."
+        ) from error
     for spec in keras.tree.flatten(signature):
         if spec.shape.rank is None:
             raise ValueError(
@@ -294,11 +302,11 @@ def _stale(model):
 
 
 def _save(model, signature, path):
-    def serve(*inputs):
+    def serve(*args):  # The name is part of the endpoint: unnamed inputs become `args_0`.
         # Inside the graph: whoever feeds a graph by the names of its tensors, as a server
         # does, goes past the shapes of the signature.
         checked = tf.nest.map_structure(
-            lambda x, spec: tf.ensure_shape(x, spec.shape), list(inputs), signature
+            lambda x, spec: tf.ensure_shape(x, spec.shape), list(args), signature
         )
         return model(*checked, training=False)
 
@@ -346,7 +354,10 @@ def _watched(found, path, call, *args, **kwargs):
 
 
 def _is_training(op_type, node):
-    return op_type.startswith("FusedBatchNorm") and node.attr["is_training"].b
+    # A written graph leaves out attributes that have their default value, which here is True.
+    return op_type.startswith("FusedBatchNorm") and (
+        "is_training" not in node.attr or node.attr["is_training"].b
+    )
 
 
 def _refuse_training_mode(path):
@@ -391,7 +402,8 @@ def _verify(model, signature, path):
         raise ValueError(
             "Expected outputs of a sample that do not depend on the other samples of its "
             f"batch. Received: model {model.name!r}, where they differ by {leak:.3g} between "
-            "two batches. Look for layers that compute something over the batch axis."
+            "two batches. Look for layers that compute over the batch axis, as batch norm does "
+            "in training mode."
         )
     return difference
 
