@@ -5,6 +5,8 @@ from tfbn._requirements import check as _check
 _check()
 
 from tfbn._version import __version__  # noqa: E402
+from tfbn.callback import PopulationStatsCallback  # noqa: E402
+from tfbn.export import describe, export  # noqa: E402
 from tfbn.layer import BatchNormalization  # noqa: E402
 from tfbn.stats import LayerStats, PopulationStats  # noqa: E402
 from tfbn.sweep import collect, update_population_stats  # noqa: E402
@@ -13,7 +15,10 @@ __all__ = [
     "BatchNormalization",
     "LayerStats",
     "PopulationStats",
+    "PopulationStatsCallback",
     "__version__",
     "collect",
+    "describe",
+    "export",
     "update_population_stats",
 ]

@@ -45,6 +45,20 @@ class LayerStats:
     variance: np.ndarray
     renorm: dict | None = None
 
+    def __eq__(self, other):
+        """Whether the two hold the same numbers, to the bit."""
+        if not isinstance(other, LayerStats):
+            return NotImplemented
+        return (
+            np.array_equal(self.count, other.count)
+            and np.array_equal(self.mean, other.mean)
+            and np.array_equal(self.variance, other.variance)
+            and (self.renorm is None) == (other.renorm is None)
+            and all(np.array_equal(v, other.renorm[k]) for k, v in (self.renorm or {}).items())
+        )
+
+    __hash__ = None
+
 
 class PopulationStats(collections.abc.Mapping):
     """Population statistics of a model: a mapping from layer path to `LayerStats`.

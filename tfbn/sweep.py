@@ -76,9 +76,8 @@ def collect(
     """
     if method not in METHODS:
         raise ValueError(f"Expected method to be one of {METHODS}. Received: method={method!r}.")
-    layers = _layers_to_sweep(model, include_frozen)
+    layers, batches = check(model, x, batch_size, steps, include_frozen)
     network = Network(model, layers, method)
-    batches = data.batches(x, batch_size, steps)
     before = PopulationStats.read(model)
     report = _Report(method, verbose)
     if method == "exact":
@@ -113,6 +112,15 @@ def update_population_stats(model, x, **options):
     stats = collect(model, x, **options)
     stats.assign(model)
     return stats
+
+
+def check(model, x, batch_size=None, steps=None, include_frozen=False):
+    """The layers that `collect` would sweep, by path, and the batches it would sweep.
+
+    Raises:
+        ValueError: All that `collect` would raise before it reads the first batch.
+    """
+    return _layers_to_sweep(model, include_frozen), data.batches(x, batch_size, steps)
 
 
 def _layers_to_sweep(model, include_frozen):
