@@ -1,0 +1,188 @@
+import keras
+import numpy as np
+import pytest
+
+import tfbn
+from tfbn.convert import convert
+
+KERAS, OURS = keras.layers.BatchNormalization, tfbn.BatchNormalization
+
+
+def randomize(model, seed=0):
+    """Weights no initializer gives, so that a weight that was not carried over shows."""
+    rng = np.random.default_rng(seed)
+    model.set_weights([rng.uniform(0.5, 1.5, w.shape) for w in model.get_weights()])
+    return model
+
+
+def layers_of(model):
+    return list(model._flatten_layers())
+
+
+def classes(model):
+    return [type(layer) for layer in layers_of(model)]
+
+
+def assert_converted(converted, model, x):
+    expected = [OURS if c is KERAS else c for c in classes(model)]
+    assert OURS in expected
+    assert classes(converted) == expected
+    assert [w.name for w in converted.weights] == [w.name for w in model.weights]
+    for ours, theirs in zip(converted.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    for layer, original in zip(layers_of(converted), layers_of(model), strict=True):
+        assert layer.name == original.name
+        assert layer.trainable == original.trainable, layer.name
+        assert layer.dtype_policy == original.dtype_policy
+    expected = keras.ops.convert_to_numpy(model(x, training=False))
+    np.testing.assert_allclose(converted(x, training=False), expected, rtol=1e-4, atol=1e-5)
+
+
+def sequential():
+    return keras.Sequential(
+        [
+            keras.layers.Dense(4),
+            KERAS(momentum=0.7, epsilon=1e-2, scale=False, beta_regularizer="l2"),
+            keras.layers.Dropout(0.5),
+        ]
+    )
+
+
+def functional():
+    x = inputs = keras.Input((6, 5))
+    x = keras.layers.Dense(5, dtype="mixed_float16")(x)
+    x = KERAS(dtype="mixed_float16", name="half")(x)
+    shared = KERAS(name="shared")
+    x = keras.layers.Concatenate()([shared(x), shared(inputs)])
+    x = keras.layers.TimeDistributed(KERAS(name="wrapped"))(x)
+    x = keras.layers.Permute((2, 1))(x) + 1.0
+    nested = keras.Sequential([keras.Input((10, 6)), KERAS(axis=1), keras.layers.ReLU()])
+    return keras.Model(inputs, nested(x), name="everything")
+
+
+def test_functional_with_shared_wrapped_and_nested_layers():
+    model = randomize(functional())
+    before = model.get_weights()
+    x = np.random.default_rng(1).normal(size=(3, 6, 5))
+
+    converted = convert(model)
+
+    assert_converted(converted, model, x)
+    assert converted.get_layer("half").compute_dtype == "float16"
+    assert converted.get_layer("shared").momentum == 0.99
+    # One layer used twice stays one layer: a change of it shows in both places.
+    for m in (model, converted):
+        m.get_layer("shared").beta.assign(np.arange(5.0))
+    np.testing.assert_allclose(converted(x), model(x), rtol=1e-4, atol=1e-5)
+    # The original is what it was, and shares nothing with the copy.
+    model.set_weights(before)
+    assert KERAS in classes(model)
+    assert OURS not in classes(model)
+    assert not {id(v) for v in model.variables} & {id(v) for v in converted.variables}
+
+
+def test_sequential_keeps_arguments():
+    model = sequential()
+    model.build((None, 3))
+    randomize(model)
+    converted = convert(model)
+    assert_converted(converted, model, np.ones((2, 3), "float32"))
+    config, original = (m.layers[1].get_config() for m in (converted, model))
+    assert config == original
+    assert len(converted.losses) == 1
+
+
+def test_model_that_was_built_by_its_first_call():
+    model = sequential()
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    model(x)
+    randomize(model)
+    assert_converted(convert(model), model, x)
+
+
+def test_model_that_is_not_built():
+    converted = convert(sequential())
+    assert OURS in classes(converted)
+    assert not converted.built
+    assert converted(np.ones((2, 3))).shape == (2, 4)
+
+
+def test_trainable_flags():
+    model = randomize(functional())
+    model.trainable = False
+    model.get_layer("shared").trainable = True
+    converted = convert(model)
+    assert_converted(converted, model, np.ones((1, 6, 5)))
+    x = np.random.default_rng(0).normal(size=(8, 6, 5))
+    moved = {}
+    for m in (model, converted):
+        before = m.get_layer("shared").moving_mean.numpy(), m.get_layer("half").moving_mean.numpy()
+        m(x, training=True)
+        after = m.get_layer("shared").moving_mean.numpy(), m.get_layer("half").moving_mean.numpy()
+        moved[m] = [not np.array_equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert moved == {model: [True, False], converted: [True, False]}
+
+
+def test_subclasses_of_the_layer_stay_what_they_are():
+    class Doubled(KERAS):
+        def call(self, inputs, training=None):
+            return 2 * super().call(inputs, training=training)
+
+    model = keras.Sequential([keras.Input((3,)), Doubled(), KERAS()])
+    converted = convert(randomize(model))
+    assert classes(converted)[-2:] == [Doubled, OURS]
+    x = np.ones((2, 3), "float32")
+    np.testing.assert_allclose(converted(x), model(x), rtol=1e-5)
+
+
+class Subclassed(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.norm = KERAS()
+
+    def call(self, inputs, training=None):
+        return self.norm(inputs, training=training)
+
+
+def test_subclassed_model_is_told_what_to_do():
+    with pytest.raises(ValueError, match=r"Received: .*Subclassed.*\n?.*tfbn.BatchNormalization"):
+        convert(Subclassed())
+
+
+def test_subclassed_part_is_named():
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, Subclassed(name="inner")(inputs))
+    with pytest.raises(ValueError, match=r"inner \(Subclassed\).*Write tfbn\.BatchNormalization"):
+        convert(model)
+
+
+def test_functional_model_with_a_train_step_of_its_own():
+    class Custom(keras.Model):
+        def train_step(self, data):
+            return {"marker": 1.0}
+
+    inputs = keras.Input((3,))
+    model = randomize(Custom(inputs, KERAS()(inputs)))
+    converted = convert(model)
+    assert type(converted) is Custom
+    assert_converted(converted, model, np.ones((2, 3), "float32"))
+
+
+def test_converted_model_moves_through_a_file(tmp_path):
+    model = randomize(functional())
+    converted = convert(model)
+    converted.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert_converted(loaded, model, np.ones((2, 6, 5)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ResNet50", "MobileNetV2", "DenseNet121", "EfficientNetB0"])
+def test_applications(name):
+    model = getattr(keras.applications, name)(weights=None, input_shape=(64, 64, 3), classes=7)
+    for layer in model.layers[::3]:
+        layer.trainable = False
+    # Around the initial values: what a deep network makes of uniform weights is not finite.
+    rng = np.random.default_rng(0)
+    model.set_weights([w * rng.uniform(0.9, 1.1, w.shape) for w in model.get_weights()])
+    assert_converted(convert(model), model, rng.normal(size=(2, 64, 64, 3)))
