@@ -204,9 +204,9 @@ def _recentre(x, axis, count):
 
         def shifted():
             shift = tf.cast(mean, tf.float32)
-            centred = tf.cast(wide - _along(axis, shift, x), x.dtype)
-            moments = _moments_near_zero(tf.cast(centred, tf.float32), axis, count)
-            return centred, tf.cast(shift, tf.float64), *moments
+            centred = wide - _along(axis, shift, x)
+            moments = _moments_near_zero(centred, axis, count)
+            return tf.cast(centred, x.dtype), tf.cast(shift, tf.float64), *moments
 
         # Not the other way round: what is not finite must not count as safe.
         safe = tf.reduce_all(tf.square(mean) <= _SAFE_RATIO**2 * variance)
@@ -218,9 +218,10 @@ def _recentre(x, axis, count):
 def _train_by_device(x, gamma, beta, axis, epsilon):
     gamma, beta = _scale_and_offset(gamma, beta, x.shape[axis])
     count = _count(x, axis)
+    # Not in the half precision that `x` may have: the shifted values would be rounded once more.
     wide = tf.cast(x, tf.float32)
     shift = tf.stop_gradient(_sampled_mean(wide, axis))
-    image, data_format = _as_image(tf.cast(wide - _along(axis, shift, x), x.dtype), axis)
+    image, data_format = _as_image(wide - _along(axis, shift, x), axis)
     y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
         x=image,
         scale=gamma,
@@ -235,7 +236,8 @@ def _train_by_device(x, gamma, beta, axis, epsilon):
     mean = tf.where(count > 0, tf.cast(mean, tf.float64), 0)
     biased = tf.cast(variance, tf.float64) * ((count - 1) / tf.maximum(count, 1))
     variance = tf.where(count > 1, biased, 0)
-    return tf.reshape(y, tf.shape(x)), count, tf.cast(shift, tf.float64) + mean, variance
+    y = tf.cast(tf.reshape(y, tf.shape(x)), x.dtype)
+    return y, count, tf.cast(shift, tf.float64) + mean, variance
 
 
 def _fused_inference(image, gamma, beta, mean, variance, epsilon, data_format):
@@ -345,29 +347,24 @@ def _sums(x, axis):
             )
             return d_total + 2 * d_squares * x
 
-        if _under_xla() or x.dtype == tf.float64:
-            squares = _sum(tf.square(x), axis)
-        else:
-            # The one operation that squares and sums in one read.
-            squares = _sum(x, axis, tf.raw_ops.EuclideanNorm, tf.square)
-        return (_sum(x, axis), squares), gradient
+        return (_sum(x, axis), _sum(tf.square(x), axis)), gradient
 
     return sums(x)
 
 
-def _sum(x, axis, reduce=tf.raw_ops.Sum, undo=tf.identity):
-    """Sum over all axes but one: by `reduce` over stretches, then in float64."""
+def _sum(x, axis):
+    """Sum over all axes but one: in the dtype of `x` over stretches, then in float64."""
     x = _channels_second(x, axis)
     if x.shape[2] == 1:
         # Reducing the middle one of three axes is several times faster than the first of two.
         rows, channels = tf.shape(x)[0], x.shape[1]
         whole = rows // _STRETCH * _STRETCH
-        stretches = reduce(input=tf.reshape(x[:whole], [-1, _STRETCH, channels]), axis=1)
-        rest = reduce(input=x[whole:, :, 0], axis=0, keep_dims=True)
+        stretches = tf.reduce_sum(tf.reshape(x[:whole], [-1, _STRETCH, channels]), 1)
+        rest = tf.reduce_sum(x[whole:, :, 0], 0, keepdims=True)
         stretches = tf.concat([stretches, rest], 0)
     else:
-        stretches = reduce(input=x, axis=2)
-    return tf.reduce_sum(undo(tf.cast(stretches, tf.float64)), 0)
+        stretches = tf.reduce_sum(x, 2)
+    return tf.reduce_sum(tf.cast(stretches, tf.float64), 0)
 
 
 def _sampled_mean(x, axis):

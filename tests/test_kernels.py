@@ -1,0 +1,484 @@
+"""The kernels against NumPy in float64."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tfbn import kernels
+
+MODES = {
+    "eager": lambda f: f,
+    "graph": tf.function,
+    "xla": lambda f: tf.function(f, jit_compile=True),
+}
+
+
+def axes_but(axis, rank):
+    return tuple(a for a in range(rank) if a != axis % rank)
+
+
+def along(values, axis, rank):
+    shape = [1] * rank
+    shape[axis] = -1
+    return np.reshape(values, shape)
+
+
+def reference_moments(x, axis, mask=None):
+    x = np.asarray(x, np.float64)
+    axes = axes_but(axis, x.ndim)
+    where = np.ones(x.shape, bool)
+    if mask is not None:
+        where = np.broadcast_to(np.asarray(mask, bool)[..., None], x.shape)
+    count = where.sum(axes)
+    divisor = np.maximum(count, 1)
+    mean = np.where(where, x, 0).sum(axes) / divisor
+    squares = np.where(where, (x - along(mean, axis, x.ndim)) ** 2, 0)
+    return count, mean, squares.sum(axes) / divisor
+
+
+def reference_train(x, gamma, beta, dy, axis, epsilon, mask=None):
+    """y and the gradients by the formulas of Ioffe & Szegedy 2015, section 3, in float64."""
+    x, dy = np.asarray(x, np.float64), np.asarray(dy, np.float64)
+    axes, rank = axes_but(axis, x.ndim), x.ndim
+    count, mean, variance = (along(v, axis, rank) for v in reference_moments(x, axis, mask))
+    weight = 1.0 if mask is None else np.asarray(mask, np.float64)[..., None]
+    g = along(gamma, axis, rank)
+    inverse = 1 / np.sqrt(variance + epsilon)
+    v = (x - mean) * inverse
+    d_v = dy * g
+    d_variance = (d_v * (x - mean)).sum(axes, keepdims=True) * -0.5 * inverse**3
+    d_mean = -(d_v * inverse).sum(axes, keepdims=True)
+    per_value = weight / np.maximum(count, 1)
+    dx = d_v * inverse + per_value * (d_mean + 2 * d_variance * (x - mean))
+    return v * g + along(beta, axis, rank), dx, (dy * v).sum(axes), dy.sum(axes)
+
+
+def train_with_gradients(x, gamma, beta, dy, **options):
+    with tf.GradientTape() as tape:
+        tape.watch([x, gamma, beta])
+        y = kernels.train(x, gamma, beta, **options)[0]
+    return y, *tape.gradient(y, [x, gamma, beta], dy)
+
+
+def assert_near(actual, expected, tolerance):
+    """Within `tolerance` of the largest value there is, or of 1."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    scale = max(1.0, np.abs(expected).max(initial=0))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+def data(shape, ratio, axis, dtype="float32", seed=0):
+    """Values whose mean is `ratio` standard deviations from zero, other signs by channel."""
+    rng = np.random.default_rng(seed)
+    sign = np.where(np.arange(shape[axis]) % 2, 1, -1)
+    values = rng.normal(size=shape) + ratio * along(sign, axis, len(shape))
+    return tf.cast(tf.constant(values), dtype)
+
+
+def parameters(channels, seed=0):
+    rng = np.random.default_rng(seed)
+    gamma, beta = rng.uniform(0.5, 2, channels), rng.normal(size=channels)
+    return tf.constant(gamma, tf.float32), tf.constant(beta, tf.float32)
+
+
+@st.composite
+def batches(draw):
+    """Data, axis and mask (or none), of any rank, with odd sizes, none, and ones."""
+    shape = draw(st.lists(st.integers(1, 5), min_size=2, max_size=6))
+    axis = draw(st.integers(-len(shape), len(shape) - 1))
+    if axis % len(shape):
+        shape[0] = draw(st.sampled_from([0, 1, 2, 31, 32, 33, 100]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    x = rng.normal(size=shape) * draw(st.sampled_from([1e-3, 1, 50]))
+    x += draw(st.sampled_from([0, -3, 1e3]))
+    dtype = draw(st.sampled_from(["float32", "float64", "float16", "bfloat16"]))
+    mask = draw(st.sampled_from([None, "some", "all", "none"]))
+    if mask is not None:
+        mask = {"some": rng.random(shape[:-1]) < 0.6, "all": 1, "none": 0}[mask]
+        mask = np.broadcast_to(np.asarray(mask, bool), shape[:-1])
+    return tf.cast(tf.constant(x), dtype), axis, mask
+
+
+@settings(max_examples=150, deadline=None)
+@given(batches(), st.sampled_from(["eager", "eager", "eager", "graph"]))
+def test_moments_are_those_of_numpy(batch, mode):
+    x, axis, mask = batch
+    count, mean, variance = MODES[mode](kernels.moments)(x, axis, mask)
+    expected = reference_moments(tf.cast(x, tf.float64), axis, mask)
+    assert mean.dtype == variance.dtype == count.dtype == tf.float64
+    np.testing.assert_array_equal(np.broadcast_to(count, mean.shape), expected[0])
+    std = np.sqrt(expected[2])
+    assert np.all(np.abs(mean - expected[1]) <= 1e-6 * np.maximum(np.abs(expected[1]), std))
+    # In float32 a constant other than 0 has the variance that the rounding of its mean leaves.
+    rounding = (2.0**-24 * expected[1]) ** 2
+    assert np.all(np.abs(variance - expected[2]) <= 1e-6 * expected[2] + rounding)
+    assert np.all(variance >= 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("ratio", [0, 7.9, 8.1, 1e4])
+@pytest.mark.parametrize(("shape", "axis"), [((24, 30, 31, 5), -1), ((24, 5, 30, 31), 1)])
+def test_moments_far_from_zero(mode, ratio, shape, axis):
+    x = data(shape, ratio, axis)
+    _, mean, variance = MODES[mode](kernels.moments)(x, axis)
+    _, expected_mean, expected_variance = reference_moments(x, axis)
+    assert_near(mean - expected_mean, 0 * expected_mean, 1e-6 * max(ratio, 1))
+    np.testing.assert_allclose(variance, expected_variance, rtol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["float32", "float16", "bfloat16"]),
+    st.sampled_from([((9, 4), -1), ((4, 2, 3, 2), 1), ((5, 1), 1), ((2, 3, 2, 2, 2), -1)]),
+    st.floats(-100, 100),
+)
+def test_normalize_is_the_formula(dtype, form, mean):
+    shape, axis = form
+    x = data(shape, mean, axis, dtype)
+    gamma, beta = parameters(shape[axis])
+    means = tf.fill([shape[axis]], tf.constant(mean, tf.float64))
+    variances = tf.linspace(0.1, 2.0, shape[axis])
+    for g, b in [(gamma, beta), (None, beta), (gamma, None)]:
+        y = kernels.normalize(x, means, variances, g, b, axis=axis, epsilon=0.01)
+        rank = len(shape)
+        expected = np.asarray(tf.cast(x, tf.float64)) - mean
+        expected /= along(np.sqrt(np.asarray(variances, np.float64) + 0.01), axis, rank)
+        expected *= 1 if g is None else along(g, axis, rank)
+        expected += 0 if b is None else along(b, axis, rank)
+        assert y.dtype == x.dtype
+        assert_near(tf.cast(y, tf.float64), expected, 1e-5 if dtype == "float32" else 1e-2)
+
+
+CASES = [
+    ((6, 5, 4, 3), -1),
+    ((6, 3, 5, 4), 1),
+    ((70, 3), -1),
+    ((5, 1, 7), 1),
+    ((4, 6, 5), 1),
+    ((3, 2, 3, 2, 4), -1),
+    ((3, 2, 2, 2, 2, 4), -1),
+    ((3, 7), 0),
+]
+
+
+@pytest.fixture(params=[*MODES, "GPU visible"])
+def run(request, monkeypatch):
+    """How a function is run: each mode, and the path for GPUs, which is right on any device."""
+    if request.param == "GPU visible":
+        monkeypatch.setattr(kernels, "_gpu_visible", lambda: True)
+        return tf.function
+    return MODES[request.param]
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "ratio"),
+    [(*case, 1e4) for case in CASES] + [(*case, 0) for case in CASES[:3]],
+)
+def test_training_step_and_its_gradient(shape, axis, ratio, run):
+    x, dy = data(shape, ratio, axis), data(shape, 1, axis, seed=1)
+    gamma, beta = parameters(shape[axis])
+    step = run(lambda *args: train_with_gradients(*args, axis=axis, epsilon=1e-3))
+    expected = reference_train(x, gamma, beta, dy, axis, 1e-3)
+    for actual, right in zip(step(x, gamma, beta, dy), expected, strict=True):
+        assert_near(actual, right, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+def test_training_step_in_other_dtypes(dtype, run):
+    # 100 rather than 1e4: here the data itself must still be told apart.
+    x, dy = data((40, 3, 4), 0 if dtype == "bfloat16" else 100, -1, dtype), data((40, 3, 4), 1, -1)
+    gamma, beta = parameters(4)
+    dy = tf.cast(dy, dtype)
+    step = run(lambda *args: train_with_gradients(*args, axis=-1, epsilon=1e-3))
+    actual = step(x, gamma, beta, dy)
+    x, dy = (np.asarray(tf.cast(v, tf.float64)) for v in (x, dy))
+    expected = reference_train(x, gamma, beta, dy, -1, 1e-3)
+    tolerance = {"float64": 1e-7, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
+    assert [v.dtype for v in actual] == [dtype, dtype, "float32", "float32"]
+    for one, right in zip(actual, expected, strict=True):
+        assert_near(tf.cast(one, tf.float64), right, tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("ratio", [0, 7.9, 1e4])
+def test_batch_variance_of_a_training_step(dtype, ratio, run):
+    x = data((16, 28, 28, 4), ratio, -1, dtype)
+    right = reference_moments(tf.cast(x, tf.float64), -1)[2]
+    step = run(lambda x: kernels.train(x, None, None, axis=-1, epsilon=1e-3))
+    _, _, _, variance = step(x)
+    # With few bits and a far mean there may be no variance left to be right about.
+    np.testing.assert_allclose(
+        variance, right, rtol=1e-5 if dtype == "float32" else 1e-4, atol=1e-9
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(batches().filter(lambda batch: batch[0].dtype == tf.float32 and batch[2] is not None))
+def test_masked_training_step(batch):
+    x, axis, mask = batch
+    gamma, beta = parameters(x.shape[axis])
+    dy = data(x.shape, 1, axis, seed=1)
+    # An epsilon that the variance of the smallest data does not vanish beside.
+    step = {"axis": axis, "epsilon": 1e-3, "mask": mask}
+    expected = reference_train(x, gamma, beta, dy, axis, 1e-3, mask)
+    for actual, right in zip(
+        train_with_gradients(x, gamma, beta, dy, **step), expected, strict=True
+    ):
+        assert_near(actual, right, 3e-5)
+
+
+@pytest.mark.parametrize("hidden", [np.nan, np.inf, 1e30])
+def test_what_is_behind_the_mask_never_counts(hidden):
+    x = np.random.default_rng(0).normal(size=(6, 5, 3)).astype("float32")
+    mask = np.arange(30).reshape(6, 5) % 3 > 0
+    expected = reference_moments(x, -1, mask)
+    x[~mask] = hidden
+    with tf.GradientTape() as tape:
+        x = tf.constant(x)
+        tape.watch(x)
+        actual = kernels.moments(x, -1, mask)
+    for one, right in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(np.broadcast_to(one, right.shape), right, rtol=1e-6, atol=1e-7)
+    gradient = tape.gradient(actual[1:], x).numpy()
+    assert np.all(np.isfinite(gradient))
+    assert np.all(gradient[~mask] == 0)
+
+
+def test_mask_that_includes_the_channels():
+    x = data((4, 3, 5), 2, 1)
+    mask = np.array([[1, 0, 1], [1, 0, 1], [1, 0, 0], [1, 0, 1]])
+    for actual, right in zip(
+        kernels.moments(x, 1, mask), reference_moments(x, 1, mask), strict=True
+    ):
+        np.testing.assert_allclose(actual, right, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_shows(bad, run):
+    x = np.random.default_rng(0).normal(size=(40, 3)).astype("float32")
+    x[7, 1] = bad
+    for function in (
+        lambda x: kernels.moments(x, -1),
+        lambda x: kernels.train(x, None, None, axis=-1, epsilon=1e-3)[1:],
+    ):
+        _, mean, variance = run(function)(tf.constant(x))
+        finite = np.isfinite(mean) & np.isfinite(variance)
+        assert finite.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((0, 3), -1), ((0, 3, 4), 1), ((2, 0, 3), -1)])
+def test_empty_batch(shape, axis, run):
+    x = tf.zeros(shape)
+    gamma, beta = parameters(3)
+    step = run(lambda *args: train_with_gradients(*args, axis=axis, epsilon=1e-3))
+    y, dx, dgamma, dbeta = step(x, gamma, beta, x)
+    assert y.shape == dx.shape == shape
+    assert dgamma.numpy().tolist() == dbeta.numpy().tolist() == [0, 0, 0]
+    for f in (kernels.moments, lambda x, a: kernels.train(x, None, None, axis=a, epsilon=1e-3)[1:]):
+        count, mean, variance = run(f)(x, axis)
+        assert count == 0
+        assert mean.numpy().tolist() == variance.numpy().tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -1e6])
+def test_one_value_per_channel(value, run):
+    gamma, beta = parameters(3)
+    step = run(lambda x: kernels.train(x, gamma, beta, axis=-1, epsilon=1e-3))
+    y, count, mean, variance = step(tf.fill([1, 3], value))
+    assert count == 1
+    assert mean.numpy().tolist() == [value] * 3
+    assert variance.numpy().tolist() == [0] * 3
+    np.testing.assert_allclose(y[0], beta, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "ratio"), [(*CASES[0], 0), (*CASES[1], 1e3), (*CASES[2], 1e3), (*CASES[3], 0)]
+)
+def test_second_order_gradient(shape, axis, ratio, run):
+    dy = data(shape, 0.5, axis, seed=1)
+    gamma, _ = parameters(shape[axis])
+
+    def second(forward, x, gamma, dy):
+        with tf.GradientTape() as outer:
+            outer.watch([x, gamma])
+            with tf.GradientTape() as inner:
+                inner.watch([x, gamma])
+                y = forward(x, gamma)
+            first = inner.gradient(y, [x, gamma], dy)
+            penalty = sum(tf.reduce_sum(tf.sin(gradient)) for gradient in first)
+        return outer.gradient(penalty, [x, gamma])
+
+    def plain(x, gamma):
+        # TensorFlow's own derivatives of the formula, in float64.
+        axes = axes_but(axis, len(shape))
+        # Not tf.nn.moments, whose second derivative is wrong: it takes the mean for a constant.
+        mean = tf.reduce_mean(x, axes, keepdims=True)
+        variance = tf.reduce_mean(tf.square(x - mean), axes, keepdims=True)
+        v = (x - mean) / tf.sqrt(variance + 0.1)
+        return v * tf.reshape(gamma, along(np.ones(shape[axis]), axis, len(shape)).shape)
+
+    def ours(x, gamma):
+        return kernels.train(x, gamma, None, axis=axis, epsilon=0.1)[0]
+
+    x = data(shape, ratio, axis)
+    right = second(plain, *(tf.cast(v, tf.float64) for v in (x, gamma, dy)))
+    actual = run(lambda *args: second(ours, *args))(x, gamma, dy)
+    for one, expected in zip(actual, right, strict=True):
+        assert np.abs(expected).max() > 1e-3
+        assert_near(one, expected, 2e-5)
+
+
+def operations(graph):
+    """The names of all operations, those in the bodies of functions too."""
+    definition = graph.as_graph_def()
+    nodes = list(definition.node)
+    for function in definition.library.function:
+        nodes += function.node_def
+    return {node.op for node in nodes}
+
+
+def traced(shape, dtype, **options):
+    function = tf.function(
+        lambda x: train_with_gradients(
+            x,
+            *parameters(4),
+            tf.ones_like(x),
+            axis=options.pop("axis", -1),
+            epsilon=1e-3,
+            **options,
+        ),
+        jit_compile=options.pop("jit_compile", None),
+    )
+    return operations(function.get_concrete_function(tf.TensorSpec(shape, dtype)).graph)
+
+
+FUSED, FUSED_GRADIENT = "FusedBatchNormV3", "FusedBatchNormGradV3"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        *(((None,) * rank + (4,), -1) for rank in range(1, 5)),
+        *(((None, 4) + (None,) * rank, 1) for rank in range(1, 4)),
+    ],
+)
+def test_fused_where_promised(dtype, shape, axis):
+    assert {FUSED, FUSED_GRADIENT} <= traced(shape, dtype, axis=axis)
+    infer = tf.function(
+        lambda x: kernels.normalize(x, tf.zeros(4), tf.ones(4), None, None, axis=axis, epsilon=1e-3)
+    )
+    assert FUSED in operations(infer.get_concrete_function(tf.TensorSpec(shape, dtype)).graph)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "float64"},
+        {"dtype": "float32", "mask": np.ones((2, 3))},
+        {"dtype": "float32", "jit_compile": True},
+        {"dtype": "float16", "jit_compile": True},
+        {"dtype": "float32", "synchronized": True},
+    ],
+)
+def test_composite_elsewhere(options):
+    ops = traced((2, 3, 4), **options)
+    assert "Rsqrt" in ops
+    assert not {FUSED, FUSED_GRADIENT} & ops
+
+
+def test_no_fused_operation_in_functions_called_under_xla():
+    """XLA is noticed by way of a private function of TensorFlow; here its loss would show."""
+
+    @tf.function
+    def inner(x):
+        return kernels.train(x, None, None, axis=-1, epsilon=1e-3)[0]
+
+    def outer(x):
+        return tf.cond(tf.reduce_sum(x) > 0, lambda: inner(x), lambda: x)
+
+    spec = tf.TensorSpec((8, 4), tf.float32)
+    assert FUSED in operations(tf.function(outer).get_concrete_function(spec).graph)
+    # A function that was traced before keeps its graph, so this is a new one.
+    inner = tf.function(inner.python_function)
+    compiled = tf.function(outer, jit_compile=True)
+    assert FUSED not in operations(compiled.get_concrete_function(spec).graph)
+
+
+@pytest.mark.parametrize("ratio", [0, 1e4])
+def test_graph_traced_outside_is_right_when_xla_compiles_it_later(ratio):
+    step = tf.function(lambda x: kernels.train(x, None, None, axis=-1, epsilon=1e-3))
+    x = data((16, 28, 28, 4), ratio, -1)
+    step(x)
+    *_, variance = tf.function(step, jit_compile=True)(x)
+    np.testing.assert_allclose(variance, reference_moments(x, -1)[2], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("spec", "shapes"), [
+    ((None, 4), [(1, 4), (33, 4), (0, 4), (100, 4)]),
+    ((None, None, None, 4), [(1, 1, 1, 4), (2, 5, 7, 4), (9, 4, 8, 4)]),
+    ((None, 4, None), [(1, 4, 1), (9, 4, 8)]),
+])  # fmt: skip
+def test_one_trace_serves_all_sizes(spec, shapes):
+    traces = []
+    axis = spec.index(4)
+
+    @tf.function(input_signature=[tf.TensorSpec(spec, tf.float32)])
+    def step(x):
+        traces.append(x.shape)
+        return kernels.train(x, None, None, axis=axis, epsilon=1e-3)
+
+    for shape in shapes:
+        x = data(shape, 3, axis)
+        y, count, mean, variance = step(x)
+        expected = reference_moments(x, axis)
+        assert y.shape == shape
+        for one, right in zip((count, mean, variance), expected, strict=True):
+            np.testing.assert_allclose(np.broadcast_to(one, (4,)), right, rtol=2e-5, atol=1e-9)
+    assert len(traces) == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from([0.0, 1.0, -1.0, 1e4, 1e6]), min_size=1, max_size=80),
+    st.sampled_from([-1, 1, 0]),
+)
+def test_sampled_mean_is_near_the_mean_whatever_the_data(values, axis):
+    shape = {-1: (len(values), 1), 1: (len(values), 1, 1), 0: (1, len(values))}[axis]
+    sampled = kernels._sampled_mean(tf.reshape(tf.constant(values, tf.float32), shape), axis)
+    distance = abs(float(sampled[0]) - np.mean(values))
+    assert distance <= 4 * np.std(values) * (1 + 1e-5) + 1e-6 * abs(np.mean(values))
+
+
+def test_renorm_corrections():
+    r, d = kernels.renorm_corrections(
+        tf.constant([2.0, 1.0, -9.0], tf.float64),
+        tf.constant([3.99, 0.08, 99.99], tf.float64),
+        tf.constant([1.0, 1.0, 0.0]),
+        tf.constant([0.5, 0.0, 1.0]),
+        0.01,
+        {"rmin": 0.5, "rmax": 3.0, "dmax": 4.0},
+    )
+    # stddev is 2, 0.3 and 10; a running stddev of 0 counts as sqrt(epsilon) = 0.1.
+    np.testing.assert_allclose(r, [3.0, 3.0, 3.0], rtol=1e-6)
+    np.testing.assert_allclose(d, [2.0, 0.0, -4.0], rtol=1e-6)
+    r, _ = kernels.renorm_corrections(
+        tf.constant([2.0]), tf.constant([3.99]), [1.0], [8.0], 0.01, {"rmin": 0.5, "rmax": None}
+    )
+    np.testing.assert_allclose(r, [0.5], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_right_without_onednn_too():
+    """TensorFlow has two CPU versions of the fused operation, chosen when it is loaded."""
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "gradient and not onednn", __file__]
+    environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "0"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+    assert " passed" in result.stdout
