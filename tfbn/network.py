@@ -43,6 +43,12 @@ class Network:
         """Every call of an observed layer, in order; known after the first batch."""
         return self._observation.sites
 
+    @property
+    def depth(self):
+        """The most observed calls on a path, or a bound where that is not known."""
+        levels = [trace.levels for traces in self._traces.values() for trace in traces]
+        return len(self.sites) if not levels or None in levels else max(levels)
+
     def run(self, index, inputs, *, settled):
         """Run all of the network on a batch. For `settled` see `Observation.run`."""
         with _says_which(self._model, index, inputs):
@@ -82,11 +88,6 @@ class Network:
             return None
         with tf.device("CPU"):  # Main memory has more room than an accelerator.
             return Frontier(trace, level, [tf.identity(value) for value in values])
-
-    def levels(self, inputs):
-        """The number of levels, or `None` if it cannot be run level by level (see `enter`)."""
-        frontier = self.enter(0, inputs)
-        return None if frontier is None else frontier.trace.levels
 
     def settle(self, level=None):
         """Make what entered the calls of a level, or all calls, the population there."""

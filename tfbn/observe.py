@@ -37,6 +37,7 @@ class Site:
 
         self._moments = moments.Moments(variable("count"), variable("mean"), variable("m2"))
         self._population = variable("population_mean"), variable("population_variance")
+        self.lock = tf.CriticalSection(name=f"site_{number}")
 
     def reset(self):
         """Forget what entered."""
@@ -126,8 +127,12 @@ class Observation:
             number = calls[id(layer)] = calls.get(id(layer), -1) + 1
             site = self.site(layer, number)
             count, mean, variance = kernels.moments(inputs, layer.axis, mask)
-            finite, updates = site.add(count, mean, variance)
             inside = tf.executing_eagerly() or tf.compat.v1.get_default_graph() is outer
+            if inside:
+                finite, updates = site.add(count, mean, variance)
+            else:  # The iterations of a loop may overlap.
+                finite = None
+                updates = [site.lock.execute(lambda: tf.group(site.add(count, mean, variance)[1]))]
             if settled:
                 mean, variance = site.population()
             if not inside:
@@ -143,7 +148,7 @@ class Observation:
                 axis=layer.axis,
                 epsilon=layer.epsilon,
             )
-            met.append(Call(site, outputs, finite if inside else None, updates))
+            met.append(Call(site, outputs, finite, updates))
             return tf.cast(outputs, layer.compute_dtype)
 
         # Keras's variables (counters, seeds) keep their values in a stateless scope, and

@@ -127,15 +127,15 @@ def _layers_to_sweep(model, include_frozen):
     if not isinstance(model, keras.layers.Layer):
         raise ValueError(f"Expected a Keras model. Received: {model!r}. Pass the model itself.")
     layers = models.batch_norm_layers(model)
+    if not layers and model.built:
+        raise ValueError(
+            f"Expected a model with BatchNormalization layers. Received: model {model.name!r}, "
+            "which has none. There is nothing to sweep."
+        )
     if not model.built or not all(layer.built for layer in layers.values()):
         raise ValueError(
             f"Expected a built model. Received: model {model.name!r}, which has no weights yet. "
             "Call it on a batch, or fit or load it, before the sweep."
-        )
-    if not layers:
-        raise ValueError(
-            f"Expected a model with BatchNormalization layers. Received: model {model.name!r}, "
-            "which has none. There is nothing to sweep."
         )
     wanted = {path: layer for path, layer in layers.items() if include_frozen or layer.trainable}
     if not wanted:
@@ -165,9 +165,9 @@ def _exact(network, batches, memory_limit, report):
     if not batches.repeatable:
         batches = batches.in_memory(memory_limit)
         memory_limit -= sum(map(data.nbytes, batches))
-    levels = network.levels(next(iter(batches)))
-    if levels is None:
+    if network.enter(0, next(iter(batches))) is None:
         return _exact_by_whole_passes(network, batches, report)
+    levels = network.depth
     kept = None  # The frontier of every batch, where a level had room to leave it to the next.
     for level in range(1, levels + 1):
         room = memory_limit - sum(data.nbytes(frontier.values) for frontier in kept or ())

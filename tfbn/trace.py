@@ -50,7 +50,7 @@ class Trace:
             fetches = _flags_and_updates(self._calls)
             if self.levels is None:  # A call in a loop runs only if an output depends on it.
                 fetches += self._function.outputs
-            self._parts[None] = self._function.prune(self._frontiers[0], fetches)
+            self._parts[None] = self._cut(0, fetches)
         outputs = self._parts[None](*tf.nest.flatten(inputs, expand_composites=True))
         inside = [call.site for call in self._calls if call.finite is None]
         return _faults(self._calls, outputs) + [site for site in inside if not site.finite()]
@@ -77,7 +77,7 @@ class Trace:
         key = (level, start, keep)
         if key not in self._parts:
             fetches = [*wanted, *_flags_and_updates(calls)]
-            self._parts[key] = self._function.prune(self._frontiers[start], fetches)
+            self._parts[key] = self._cut(start, fetches)
         outputs = self._parts[key](*tf.nest.flatten(values, expand_composites=True))
         return _faults(calls, outputs[len(wanted) :]), outputs[: len(wanted)]
 
@@ -89,6 +89,13 @@ class Trace:
         """Whether the tensors at the frontier of a level can be kept outside the graph."""
         kept = self._frontiers[level]
         return all(tensor.dtype not in (tf.variant, tf.resource) for tensor in kept)
+
+    def _cut(self, start, fetches):
+        feeds = self._frontiers[start]
+        # Without a signature every call would first try one that does not fit, which takes
+        # longer than the call.
+        signature = tuple(tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in feeds), {}
+        return self._function.prune(feeds, fetches, input_signature=signature)
 
     def _at(self, level):
         return [call for call in self._calls if self._level[id(call.outputs)] == level]

@@ -1,0 +1,189 @@
+"""Networks for the tests, and what their statistics must be.
+
+The oracle is Keras alone, in float64: a copy of the network made of Keras's own layers with
+momentum 0, whose moving statistics after a step in training mode are those of that batch.
+"""
+
+import contextlib
+import operator
+
+import keras
+import numpy as np
+from keras import layers
+
+
+@contextlib.contextmanager
+def dtype_policy(name):
+    """Build layers under a dtype policy."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def plain(bn):
+    """Two convolutions and a dense layer, one after the other."""
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(4, 3),
+            bn(),
+            layers.ReLU(),
+            layers.Conv2D(6, 3),
+            bn(scale=False),
+            layers.ReLU(),
+            layers.Flatten(),
+            layers.Dense(5),
+            bn(center=False),
+        ]
+    )
+
+
+def residual(bn):
+    """Three residual blocks, one with a convolution and batch norm in its shortcut."""
+    x = inputs = keras.Input((8, 8, 3))
+    x = layers.ReLU()(bn()(layers.Conv2D(4, 3, padding="same")(x)))
+    for filters, strides in [(4, 1), (6, 2), (6, 1)]:
+        y = layers.ReLU()(bn()(layers.Conv2D(filters, 3, strides, padding="same")(x)))
+        y = bn()(layers.Conv2D(filters, 3, padding="same")(y))
+        if strides > 1:
+            x = bn()(layers.Conv2D(filters, 1, strides)(x))
+        x = layers.ReLU()(layers.Add()([x, y]))
+    return keras.Model(inputs, layers.Dense(2)(layers.GlobalAveragePooling2D()(x)))
+
+
+def dense_connections(bn):
+    """A dense block: every layer reads all that came before."""
+    x = inputs = keras.Input((6, 6, 3))
+    for _ in range(4):
+        y = layers.Conv2D(3, 3, padding="same")(layers.ReLU()(bn()(x)))
+        x = layers.Concatenate()([x, y])
+    return keras.Model(inputs, layers.GlobalAveragePooling2D()(bn()(x)))
+
+
+def branching(bn):
+    """Two inputs, branches of different depth, two outputs of which one skips a branch."""
+    a, b = keras.Input((5,), name="a"), keras.Input((3,), name="b")
+    x = bn()(layers.Dense(4)(a))
+    y = bn()(layers.Dense(4)(bn()(layers.Dense(4, "relu")(b))))
+    z = bn()(layers.Dense(3)(layers.Concatenate()([x, y])))
+    return keras.Model({"a": a, "b": b}, {"one": z, "two": layers.Dense(1)(x)})
+
+
+def nested(bn):
+    """Models inside a model, with the same layer names in each."""
+
+    def block():
+        return keras.Sequential(
+            [keras.Input((4,)), layers.Dense(4, name="dense"), bn(name="bn")], name="block"
+        )
+
+    inputs = keras.Input((4,))
+    outer = keras.Sequential(
+        [keras.Input((4,)), block(), layers.ReLU(), bn(name="bn")], name="outer"
+    )
+    return keras.Model(inputs, layers.Dense(2)(outer(block()(inputs))))
+
+
+class Subclassed(keras.Model):
+    """Its own `call`, a list of layers, and a batch norm in a custom layer."""
+
+    def __init__(self, bn):
+        super().__init__()
+        self.blocks = [layers.Conv2D(3, 3), bn(), layers.Conv2D(4, 3), bn()]
+        self.custom = Normalized(bn)
+
+    def call(self, inputs, training=None):
+        """Convolutions, a sum over positions, and the custom layer."""
+        x = inputs
+        for layer in self.blocks:
+            x = layer(x, training=training) if hasattr(layer, "moving_mean") else layer(x)
+        return self.custom(keras.ops.mean(x, axis=(1, 2)), training=training)
+
+
+class Normalized(layers.Layer):
+    """A dense layer and a batch norm in a layer that is no model."""
+
+    def __init__(self, bn):
+        super().__init__()
+        self.dense, self.bn = layers.Dense(3), bn()
+
+    def call(self, inputs, training=None):
+        """Dense, then batch norm."""
+        return self.bn(self.dense(inputs), training=training)
+
+
+def subclassed(bn):
+    """A subclassed model that has been called once."""
+    model = Subclassed(bn)
+    model(np.zeros((2, 8, 8, 3)))
+    return model
+
+
+def channels_first(bn):
+    """Batch norm over axis 1, of values that do not depend on the data format."""
+    inputs = keras.Input((3, 4, 5))
+    x = bn(axis=1)(inputs)
+    return keras.Model(inputs, bn(axis=2)(layers.Dense(5)(x)))
+
+
+NETWORKS = [
+    plain,
+    residual,
+    dense_connections,
+    branching,
+    nested,
+    subclassed,
+    channels_first,
+]
+
+
+def data(model, samples, seed=0):
+    """Inputs for a network, with samples that differ in location and scale."""
+    rng = np.random.default_rng(seed)
+
+    def array(shape):
+        spread = rng.uniform(0.2, 3, (samples, *[1] * len(shape)))
+        return (spread * (rng.normal(size=(samples, *shape)) + spread)).astype("float32")
+
+    if not getattr(model, "inputs", None):
+        return array((8, 8, 3))
+    if len(model.inputs) > 1:
+        return {tensor.name: array(tensor.shape[1:]) for tensor in model.inputs}
+    return array(model.inputs[0].shape[1:])
+
+
+def batch_norms(model):
+    """The batch norm layers, in the order in which Keras lists them."""
+    return [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+
+
+def in_training(build, model, x, slices):
+    """Mean and biased variance of what enters each batch norm layer in each batch, in float64.
+
+    Args:
+        build: The network's function, for a copy made of Keras's own layers.
+        model: The network whose weights the copy gets.
+        x: The data.
+        slices: The batches, as slices of the samples.
+
+    Returns:
+        For every batch a list of (mean, variance), in the order of `batch_norms`.
+    """
+    with dtype_policy("float64"):
+        twin = build(lambda **options: layers.BatchNormalization(momentum=0.0, **options))
+    twin.set_weights(model.get_weights())
+    found = []
+    for batch in slices:
+        part = keras.tree.map_structure(operator.itemgetter(batch), x)
+        twin(keras.tree.map_structure(lambda a: a.astype("float64"), part), training=True)
+        found.append(
+            [(bn.moving_mean.numpy(), bn.moving_variance.numpy()) for bn in batch_norms(twin)]
+        )
+    return found
