@@ -711,3 +711,23 @@ def test_progress(capsys):
     assert "5/5" in printed
     tfbn.collect(model, x, verbose=0)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("method", ["pooled", "exact"])
+def test_batches_of_different_shapes(method):
+    model = keras.Sequential(
+        [
+            keras.Input((None, 3)),
+            layers.BatchNormalization(),
+            layers.Conv1D(4, 2),
+            layers.BatchNormalization(),
+        ]
+    )
+    rng = np.random.default_rng(0)
+    batches = [rng.normal(size=(16, length, 3)).astype("f") for length in (5, 9, 5, 7)]
+    stats = tfbn.collect(model, iter(batches), method=method, verbose=0)
+    first, second = stats.values()
+    values = np.concatenate([b.reshape(-1, 3) for b in batches]).astype("d")
+    assert (first.count, second.count) == (16 * 26, 16 * 22)
+    np.testing.assert_allclose(first.mean, values.mean(0), atol=1e-6)
+    np.testing.assert_allclose(first.variance, values.var(0), rtol=1e-5)

@@ -151,7 +151,7 @@ def _one_pass(network, batches, report):
     for index, inputs in report.on(batches):
         network.run(index, inputs, settled=False)
     sizes = batches.sizes
-    if len(network.sites) > 1 and len(sizes) > 1 and sum(sizes) < _SMALL_BATCH * len(sizes):
+    if network.depth > 1 and len(sizes) > 1 and max(sizes) < _SMALL_BATCH:
         warnings.warn(
             f"A one-pass sweep over batches of {max(sizes)} samples gives deeper layers statistics "
             f"that depend on the batch size. Use batches of at least {_SMALL_BATCH} samples, or "
@@ -167,12 +167,13 @@ def _exact(network, batches, memory_limit, report):
         memory_limit -= sum(map(data.nbytes, batches))
     if network.enter(0, next(iter(batches))) is None:
         return _exact_by_whole_passes(network, batches, report)
-    levels = network.depth
     kept = None  # The frontier of every batch, where a level had room to leave it to the next.
-    for level in range(1, levels + 1):
+    level = 0
+    while level < network.depth:
+        level += 1
         room = memory_limit - sum(data.nbytes(frontier.values) for frontier in kept or ())
-        store = _Store(room if level < levels else 0)
-        for index, batch in report.on(kept or batches, level, levels):
+        store = _Store(room if level < network.depth else 0)
+        for index, batch in report.on(kept or batches, level, network.depth):
             frontier = batch if kept else network.enter(index, batch)
             store.put(network.advance(index, frontier, level, keep=store.has_room))
         network.settle(level)
