@@ -1,0 +1,395 @@
+"""The layer against Keras's own, and against NumPy where Keras's is wrong."""
+
+import subprocess
+import sys
+import textwrap
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tfbn
+
+KERAS, OURS = keras.layers.BatchNormalization, tfbn.BatchNormalization
+HAS_RENORM = "renorm" in KERAS().get_config()
+
+
+KERAS_TESTS = """
+    import tfbn
+    from keras.src import layers
+    from keras.src.layers.normalization.batch_normalization_test import BatchNormalizationTest
+
+    layers.BatchNormalization = tfbn.BatchNormalization
+"""
+
+
+@pytest.mark.slow
+def test_what_keras_expects_of_its_own_layer(tmp_path):
+    """Keras's tests, run on ours; in a process of their own, for their markers are not ours."""
+    file = tmp_path / "test_keras.py"
+    file.write_text(textwrap.dedent(KERAS_TESTS))
+    command = [sys.executable, "-m", "pytest", "-q", "--rootdir", tmp_path, file]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout
+    assert " passed" in result.stdout
+
+
+def pair(shape, **options):
+    """Keras's layer and ours, built, with the same weights, none of them at its initial value."""
+    layers = [KERAS(**options), OURS(**options)]
+    rng = np.random.default_rng(0)
+    for layer in layers:
+        layer.build((None, *shape[1:]) if options.get("axis", -1) % len(shape) else shape)
+    values = [rng.uniform(0.5, 1.5, w.shape) for w in layers[0].weights]
+    for layer in layers:
+        layer.set_weights(values)
+    return layers
+
+
+def step(layer, x, dy, **call):
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = layer(x, **call)
+    sources = [x, *(w.value for w in layer.trainable_weights)]
+    return y, tape.gradient(y, sources, tf.cast(dy, y.dtype)), layer.get_weights()
+
+
+def assert_same_step(layers, x, dy, rtol, **call):
+    (y, gradients, weights), ours = (step(layer, x, dy, **call) for layer in layers)
+    assert ours[0].dtype == y.dtype
+    flat = [y, *gradients, *weights], [ours[0], *ours[1], *ours[2]]
+    for theirs, mine in zip(*flat, strict=True):
+        theirs, mine = (np.asarray(tf.cast(v, tf.float64)) for v in (theirs, mine))
+        scale = max(1.0, np.abs(theirs).max(initial=0))
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=rtol * scale)
+
+
+@st.composite
+def options(draw):
+    shape = [draw(st.integers(2, 5)) for _ in range(draw(st.integers(2, 5)))]
+    axis = draw(st.integers(-len(shape), len(shape) - 1))
+    config = {
+        "axis": axis,
+        "momentum": draw(st.sampled_from([0.0, 0.3, 0.99, 1.0])),
+        "epsilon": draw(st.sampled_from([1e-3, 0.1])),
+        "center": draw(st.booleans()),
+        "scale": draw(st.booleans()),
+        "synchronized": draw(st.booleans()),
+        "trainable": draw(st.sampled_from([True, True, True, False])),
+        "dtype": draw(
+            st.sampled_from(["float32", "float32", "float64", "mixed_float16", "mixed_bfloat16"])
+        ),
+    }
+    if HAS_RENORM and draw(st.booleans()):
+        config["renorm"] = True
+        config["renorm_momentum"] = draw(st.sampled_from([0.5, 0.99]))
+        clipping = {"rmax": 1.2, "rmin": 0.9, "dmax": 0.3}
+        keys = draw(st.sets(st.sampled_from(sorted(clipping))))
+        config["renorm_clipping"] = draw(st.sampled_from([None, {k: clipping[k] for k in keys}]))
+    call = {"training": draw(st.booleans())}
+    rng = np.random.default_rng(draw(st.integers(0, 1000)))
+    if axis in (-1, len(shape) - 1) and draw(st.booleans()):
+        mask = rng.random(shape[:-1]) < 0.7
+        mask.flat[0] = True
+        call["mask"] = mask
+    return shape, config, call, rng.normal(1, 2, shape), rng.normal(size=shape)
+
+
+@settings(max_examples=80, deadline=None)
+@given(options())
+def test_same_step_as_keras(drawn):
+    shape, config, call, x, dy = drawn
+    layers = pair(shape, **config)
+    dtype = keras.dtype_policies.get(config["dtype"]).compute_dtype
+    # Keras rounds twice where ours rounds once; and its masked mean is off by 1e-7 / count.
+    rtol = {"float64": 2e-6, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}[dtype]
+    assert_same_step(layers, tf.cast(tf.constant(x), dtype), dy, rtol, **call)
+
+
+@pytest.mark.parametrize("jit_compile", [None, True])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((16, 7, 7, 8), -1), ((16, 8, 7, 7), 1), ((256, 16), -1)]
+)
+def test_same_step_as_keras_in_functions(shape, axis, jit_compile):
+    rng = np.random.default_rng(0)
+    x, dy = (tf.constant(rng.normal(0.5, 2, shape), tf.float32) for _ in range(2))
+    results = []
+    for layer in pair(shape, axis=axis):
+
+        @tf.function(jit_compile=jit_compile)
+        def train(x, dy, layer=layer):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x, training=True)
+            return y, tape.gradient(y, [x, layer.gamma.value, layer.beta.value], dy)
+
+        results.append([*tf.nest.flatten(train(x, dy)), *layer.get_weights()])
+    for theirs, mine in zip(*results, strict=True):
+        scale = max(1.0, np.abs(theirs).max())
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("synchronized", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "mixed_float16"])
+@pytest.mark.parametrize("ratio", [0, 10, 1e3, 1e4])
+def test_statistics_far_from_zero(mode, synchronized, dtype, ratio):
+    rng = np.random.default_rng(0)
+    layer = OURS(momentum=0.0, epsilon=1e-3, synchronized=synchronized, dtype=dtype)
+    layer.build((None, None, None, 4))
+    x = tf.cast(rng.normal(ratio, 1, (16, 20, 20, 4)), layer.compute_dtype)
+    dy = tf.cast(rng.normal(1, 1, x.shape), layer.compute_dtype)
+
+    def train(x, dy):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=True)
+        return tape.gradient(y, [x, layer.gamma.value], dy)
+
+    if mode != "eager":
+        train = tf.function(train, jit_compile=mode == "xla")
+    dx, dgamma = train(x, dy)
+
+    x, dy = (np.asarray(v, np.float64) for v in (x, dy))
+    axes = (0, 1, 2)
+    mean, variance = x.mean(axes), x.var(axes)
+    # float16 values of 1e4 are 8 apart: a channel may be constant.
+    np.testing.assert_allclose(layer.moving_variance, variance, rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(layer.moving_mean, mean, rtol=1e-6, atol=1e-6)
+    v = (x - mean) / np.sqrt(variance + 1e-3)
+    right = dy - dy.mean(axes) - v * (dy * v).mean(axes)
+    right /= np.sqrt(variance + 1e-3)
+    # dx comes in the compute dtype, and cannot be nearer than that.
+    tolerance = 1e-4 if dtype == "float32" else 2e-3
+    np.testing.assert_allclose(dx, right, rtol=0, atol=tolerance * np.abs(right).max())
+    expected = (dy * v).sum(axes)
+    np.testing.assert_allclose(dgamma, expected, rtol=0, atol=tolerance * x.size / 4)
+
+
+def poisoned():
+    x = np.random.default_rng(0).normal(size=(6, 5, 3)).astype("float32")
+    yield "nan", np.where(np.arange(90).reshape(x.shape) == 7, np.nan, x), None
+    yield "inf", np.where(np.arange(90).reshape(x.shape) == 7, np.inf, x), None
+    yield "too large to square", x * 1e30, None
+    yield "empty", x[:0], None
+    yield "masked everywhere", x, np.zeros((6, 5), bool)
+
+
+@pytest.mark.parametrize("jit_compile", [None, True])
+@pytest.mark.parametrize("renorm", [False, pytest.param(True, marks=pytest.mark.skipif(
+    not HAS_RENORM, reason="this version of Keras has no renorm"))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("x", "mask"), [pytest.param(x, mask, id=name) for name, x, mask in poisoned()]
+)
+def test_moving_statistics_are_never_poisoned(x, mask, renorm, jit_compile):
+    layer = OURS(**({"renorm": True} if renorm else {}))
+    layer.build(x.shape)
+    good = np.random.default_rng(1).normal(3, 2, (6, 5, 3)).astype("float32")
+    train = tf.function(lambda x: layer(x, training=True, mask=mask), jit_compile=jit_compile)
+    train(good) if mask is None else layer(good, training=True)
+    before = layer.get_weights()
+    y = train(x)
+    assert y.shape == x.shape
+    for old, new in zip(before, layer.get_weights(), strict=True):
+        np.testing.assert_array_equal(new, old)
+    # And it goes on: the next good batch counts.
+    layer(good, training=True)
+    assert np.all(layer.moving_mean != before[2])
+
+
+def test_one_value_per_channel_counts():
+    layer = OURS(momentum=0.5)
+    y = layer(tf.fill([1, 3], 4.0), training=True)
+    np.testing.assert_array_equal(y, [[0, 0, 0]])
+    np.testing.assert_array_equal(layer.moving_mean, [2, 2, 2])
+    np.testing.assert_array_equal(layer.moving_variance, [0.5, 0.5, 0.5])
+
+
+def test_mask_of_wrong_rank_is_named():
+    with pytest.raises(ValueError, match=r"Received: mask\.shape=\(2, 3, 4\).*Leave out"):
+        OURS()(np.ones((2, 3, 4)), mask=np.ones((2, 3, 4)))
+
+
+def test_integers_are_normalized_as_by_keras():
+    x = tf.constant([[1, 2], [3, 5], [4, 7]])
+    theirs, ours = (layer(x, training=True) for layer in pair((3, 2), autocast=False))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_config_and_weights_are_those_of_keras():
+    given_options = {
+        "axis": 1,
+        "momentum": 0.8,
+        "epsilon": 0.02,
+        "center": False,
+        "gamma_initializer": keras.initializers.RandomUniform(seed=3),
+        "gamma_regularizer": keras.regularizers.L2(0.1),
+        "gamma_constraint": "non_neg",
+        "moving_variance_initializer": keras.initializers.Constant(2.0),
+        "synchronized": True,
+        "dtype": "mixed_float16",
+        "name": "norm",
+    }
+    theirs, ours = KERAS(**given_options), OURS(**given_options)
+    assert ours.get_config() == theirs.get_config()
+    again = OURS.from_config(theirs.get_config())
+    for layer in (theirs, ours, again):
+        layer.build((None, 5, 6))
+    for layer in (ours, again):
+        assert [w.path for w in layer.weights] == [w.path for w in theirs.weights]
+        assert [w.dtype for w in layer.weights] == [w.dtype for w in theirs.weights]
+        for mine, right in zip(layer.get_weights(), theirs.get_weights(), strict=True):
+            np.testing.assert_array_equal(mine, right)
+    assert isinstance(ours, KERAS)
+
+
+def network(layer):
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 2)),
+            keras.layers.Conv2D(4, 3, use_bias=False, name="conv"),
+            layer(name="first"),
+            keras.layers.ReLU(),
+            keras.layers.Flatten(),
+            layer(name="second", scale=False),
+            keras.layers.Dense(3, name="dense"),
+        ]
+    )
+
+
+@pytest.mark.parametrize(("source", "target"), [(KERAS, OURS), (OURS, KERAS)])
+@pytest.mark.parametrize("way", ["model.keras", "model.weights.h5", "get_weights"])
+def test_weights_move_both_ways(source, target, way, tmp_path):
+    model, other = network(source), network(target)
+    rng = np.random.default_rng(0)
+    model.set_weights([rng.uniform(0.5, 1.5, w.shape) for w in model.get_weights()])
+    if way == "get_weights":
+        other.set_weights(model.get_weights())
+    else:
+        save = model.save if way.endswith(".keras") else model.save_weights
+        save(tmp_path / way)
+        other.load_weights(tmp_path / way)
+    x = rng.normal(size=(4, 8, 8, 2))
+    np.testing.assert_allclose(other(x), model(x), rtol=1e-4, atol=1e-5)
+    for mine, right in zip(other.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(mine, right)
+
+
+def test_saved_model_loads_by_name_alone(tmp_path):
+    model = network(OURS)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert type(loaded.get_layer("first")) is OURS
+    x = np.ones((2, 8, 8, 2))
+    np.testing.assert_allclose(loaded(x), model(x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_fit_learns_what_it_learns_with_keras(jit_compile):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(2, 3, (96, 8, 8, 2)), rng.integers(0, 3, 96)
+    initial = network(KERAS).get_weights()
+    trained = []
+    for layer in (KERAS, OURS):
+        model = network(layer)
+        model.set_weights(initial)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.SGD(0.01), loss, jit_compile=jit_compile)
+        # 96 = 2 * 40 + 16: the last batch is smaller.
+        model.fit(x, y, batch_size=40, epochs=2, shuffle=False, verbose=0)
+        trained.append(model.get_weights())
+    for start, theirs, ours in zip(initial, *trained, strict=True):
+        assert np.abs(theirs - start).max() > 1e-4
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=2e-4)
+
+
+def test_subclass_that_calls_super():
+    class Doubled(OURS):
+        def call(self, inputs, training=None, mask=None):
+            return 2 * super().call(inputs, training=training, mask=mask)
+
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+    np.testing.assert_allclose(Doubled()(x, training=True), 2 * OURS()(x, training=True))
+
+
+def test_nothing_moves_in_inference_or_when_frozen():
+    layer = OURS()
+    layer.build((None, 3))
+    x = np.random.default_rng(0).normal(5, 2, (8, 3)).astype("float32")
+    before = layer.get_weights()
+    layer(x)
+    layer(x, training=False)
+    layer.trainable = False
+    np.testing.assert_allclose(layer(x, training=True), x / np.sqrt(1.001), rtol=1e-5)
+    for old, new in zip(before, layer.get_weights(), strict=True):
+        np.testing.assert_array_equal(new, old)
+
+
+def test_one_trace_serves_all_batch_and_image_sizes():
+    traces = []
+    layer = OURS()
+    layer.build((None, None, None, 3))
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None, None, 3))])
+    def train(x):
+        traces.append(1)
+        return layer(x, training=True)
+
+    for shape in [(1, 1, 1, 3), (4, 5, 6, 3), (0, 5, 6, 3), (70, 2, 1, 3)]:
+        assert train(tf.ones(shape)).shape == shape
+    assert len(traces) == 1
+
+
+SYNCHRONIZED = """
+    import numpy as np, tensorflow as tf
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 3)
+    import tfbn
+
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1", "CPU:2"])
+    rng = np.random.default_rng(0)
+    for far in (0, 1e4):
+        # Replicas with different statistics, of different sizes, one without any value.
+        sizes, centres = (5, 2, 0), (far, far + 3, 0)
+        xs = [rng.normal(c, 1, (n, 3, 4)).astype("float32") for n, c in zip(sizes, centres)]
+        dys = [rng.normal(1, 1, x.shape).astype("float32") for x in xs]
+        with strategy.scope():
+            layer = tfbn.BatchNormalization(synchronized=True, momentum=0.0)
+            layer.build((None, 3, 4))
+
+        @tf.function
+        def step(x, dy):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x, training=True)
+            return y, *tape.gradient(y, [x, layer.gamma.value], dy)
+
+        def spread(values):
+            return strategy.experimental_distribute_values_from_function(
+                lambda context: tf.constant(values[context.replica_id_in_sync_group])
+            )
+
+        outputs = strategy.run(step, (spread(xs), spread(dys)))
+        y, dx, dgamma = (strategy.experimental_local_results(v) for v in outputs)
+
+        x, dy = (np.concatenate(v).astype("float64") for v in (xs, dys))
+        mean, variance = x.mean((0, 1)), x.var((0, 1))
+        v = (x - mean) / np.sqrt(variance + 1e-3)
+        right = (dy - dy.mean((0, 1)) - v * (dy * v).mean((0, 1))) / np.sqrt(variance + 1e-3)
+        np.testing.assert_allclose(layer.moving_variance, variance, rtol=1e-5)
+        np.testing.assert_allclose(layer.moving_mean, mean, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(np.concatenate(y), v, atol=1e-5)
+        np.testing.assert_allclose(np.concatenate(dx), right, atol=1e-5)
+        np.testing.assert_allclose(sum(dgamma), (dy * v).sum((0, 1)), atol=1e-4)
+    print("all equal")
+"""
+
+
+def test_synchronized_replicas_equal_one_device_on_the_joined_batch():
+    # In a process of its own: logical devices must be set before TensorFlow is used.
+    command = [sys.executable, "-c", textwrap.dedent(SYNCHRONIZED)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "all equal" in result.stdout, result.stderr
