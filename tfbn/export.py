@@ -18,8 +18,11 @@ from tensorflow.core.protobuf import saved_model_pb2
 from tfbn import model as models
 from tfbn import stats as statistics
 from tfbn._version import __version__
+from tfbn.fold import fold as folded_copy
 
 _PROVENANCE = "assets.extra/tfbn.json"
+_WARMUP = "assets.extra/tf_serving_warmup_requests"
+_MAX_WARMUP_REQUESTS = 1000
 
 # What no batch norm layer's inference needs: reductions over the data and new moving averages.
 _TRAINING_OPS = {
@@ -47,16 +50,25 @@ class Exported:
     max_abs_difference: float
 
 
-def export(model, path, version=None, input_signature=None, require_population=False):
+def export(
+    model,
+    path,
+    version=None,
+    input_signature=None,
+    fold=False,
+    warmup=None,
+    require_population=False,
+):
     """Write a model's inference network to `path/<version>/` as TensorFlow Serving wants it.
 
     The SavedModel has one endpoint, `serve` (`serving_default`), with the names of inputs
     and outputs that `model.export` gives. It checks the rank and the known sizes of every
     input before anything else, so that a request of a wrong shape is answered with an
     error: without the check some kernels abort the server's process. Before it is put in
-    place it is loaded again and verified: it predicts what the model predicts, and the
-    first sample's outputs do not depend on the other samples. Loading it needs neither
-    tfbn nor Keras. The model is not changed, and its `trainable` flags do not matter.
+    place it is loaded again and verified, on `warmup` or on random numbers: it predicts what
+    the model predicts, and the first sample's outputs do not depend on the other samples.
+    Loading it needs neither tfbn nor Keras. The model is not changed, and its `trainable`
+    flags do not matter.
 
     Everything is written into a hidden directory in `path` and renamed when it is complete,
     so a server that polls `path` never sees a part of a version, and an export that fails
@@ -72,6 +84,12 @@ def export(model, path, version=None, input_signature=None, require_population=F
             a list or dict of them. By default the model's own inputs, with a batch of any
             size. A subclassed model that takes other than one floating-point dtype, or
             more than one argument, needs it.
+        fold: Whether to export `tfbn.fold(model)` in its place. It is verified against the
+            model itself.
+        warmup: Requests that a server answers for itself before it says it is ready, so that
+            the first real one is not the slow one: a batch of inputs as the model takes
+            them, or a `tf.data.Dataset` of batches, of which the first 1000 are taken (as many
+            as TensorFlow Serving allows). Needs the extra `serving`.
         require_population: Whether stale batch norm statistics are an error, not a
             warning. They are stale if the model was never swept in this process
             (`tfbn.update_population_stats`, `tfbn.PopulationStatsCallback`), or if its
@@ -82,14 +100,19 @@ def export(model, path, version=None, input_signature=None, require_population=F
 
     Raises:
         FileExistsError: If the version exists.
-        ValueError: If the model is not built, if an input has no known rank, if a batch
-            norm layer computes batch statistics even in inference mode, if statistics are
-            stale and `require_population`, or if the verification fails: outputs may
-            differ by 1e-4 of the largest absolute output (or of 1, if that is larger), 2e-2
+        ImportError: If `warmup` is given and tensorflow-serving-api is not installed.
+        ValueError: If the model is not built, if an input has no known rank, if `warmup` does
+            not fit the inputs, if the model cannot be folded, if a batch norm layer computes
+            batch statistics even in inference mode, if statistics are stale and
+            `require_population`, or if the verification fails: outputs may
+            differ by 1e-3 of the largest absolute output (or of 1, if that is larger), 2e-2
             where layers compute in 16 bits.
     """
     path = _local(path)
     signature = _input_signature(model, input_signature)
+    batches = None if warmup is None else functools.partial(_batches, warmup, signature)
+    if batches:
+        _require_serving_api()
     stale = _stale(model)
     if stale and require_population:
         raise ValueError(
@@ -104,14 +127,19 @@ def export(model, path, version=None, input_signature=None, require_population=F
             "tfbn.export.",
             stacklevel=2,
         )
+    network = folded_copy(model) if fold else model
     with _made(path):
         version = _next_version(path, version)
         # A server takes only whole numbers for versions, so it never looks in here.
         with tempfile.TemporaryDirectory(dir=path, prefix=".tfbn-export-") as hidden:
             partial = pathlib.Path(hidden) / "partial"
-            _save(model, signature, partial)
-            difference = _verify(model, signature, partial)
-            _write_provenance(partial, model, stale, difference)
+            _save(network, signature, partial)
+            loaded = tf.saved_model.load(os.fspath(partial))
+            inputs = next(batches()) if batches else keras.tree.map_structure(_random, signature)
+            difference = _verify(model, loaded.serve, inputs)
+            _write_provenance(partial, model, stale, fold, difference)
+            if batches:
+                _write_warmup(partial, path.name, _input_names(loaded), batches())
             try:
                 os.rename(partial, path / str(version))
             except OSError as error:
@@ -127,7 +155,7 @@ def describe(path):
 
     Returns:
         A dict with the versions of tfbn, Keras and TensorFlow, the fingerprint of the
-        exported weights, `stale` (`None`, or why the statistics are not those of the
+        model's weights, `folded`, `stale` (`None`, or why the statistics are not those of the
         population), `max_abs_difference`, and `statistics`: `None` if the model was never
         swept, else the method, samples, batches and batch size of the sweep and for each
         layer its channels, values per channel and how far its moving averages were off
@@ -154,6 +182,8 @@ def describe(path):
         f"TensorFlow {found['tensorflow']}"
     )
     print(f"weights: {found['fingerprint']}")
+    if found["folded"]:
+        print("batch norm is folded away")
     print(f"differs from the model by at most {found['max_abs_difference']:.3g}")
     print(f"batch norm statistics: {_described(found)}")
     for name, layer in ((found["statistics"] or {}).get("layers") or {}).items():
@@ -374,20 +404,18 @@ def _refuse_training_mode(path):
                 )
 
 
-def _verify(model, signature, path):
+def _verify(model, served, inputs):
     """Compare the written model with the original one; the largest absolute difference."""
     predict = tf.function(lambda *inputs: model(*inputs, training=False))
-    loaded = tf.saved_model.load(os.fspath(path))
-    inputs = keras.tree.map_structure(_random, signature)
     try:
         expected = predict(*inputs)
     except Exception as error:
         raise ValueError(
-            "Expected a model that can be called on random numbers in [0, 1), with 64 for "
-            f"unknown sizes, which is how its export is verified. Received: {error}. Give the "
-            "sizes it needs in input_signature."
+            "Expected a model that can be called on what its export is verified with: warmup, or "
+            "random numbers in [0, 1), with 64 for unknown sizes. Received: "
+            f"{error}. Give the sizes it needs in input_signature, or inputs of its own as warmup."
         ) from error
-    outputs = loaded.serve(*inputs)
+    outputs = served(*inputs)
     tolerance = _tolerance(model)
     difference, scale = _difference(outputs, expected)
     if not difference <= tolerance * scale:
@@ -396,7 +424,7 @@ def _verify(model, signature, path):
             f"{tolerance * scale:.3g}. Received: outputs that differ by {difference:.3g}. Look "
             "for layers that draw random numbers in inference mode too."
         )
-    others = loaded.serve(*keras.tree.map_structure(_only_first_kept, inputs))
+    others = served(*keras.tree.map_structure(_only_first_kept, inputs))
     leak, scale = _difference(_first(others), _first(outputs))
     if not leak <= tolerance * scale:
         raise ValueError(
@@ -406,6 +434,78 @@ def _verify(model, signature, path):
             "in training mode."
         )
     return difference
+
+
+def _require_serving_api():
+    try:
+        from tensorflow_serving.apis import prediction_log_pb2  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "Expected tensorflow-serving-api, which has the format of warm-up requests. Received: "
+            "an environment without it. Run `pip install 'tfbn[serving]'`; beside "
+            "tensorflow-cpu, `pip install --no-deps tensorflow-serving-api` in the version of "
+            "TensorFlow."
+        ) from error
+
+
+def _batches(warmup, signature):
+    """The requests of `warmup`, each with the structure and the dtypes of the signature."""
+    if isinstance(warmup, tf.data.Dataset):
+        requests = (
+            keras.utils.unpack_x_y_sample_weight(element)[0]
+            for element in warmup.take(_MAX_WARMUP_REQUESTS)
+        )
+    else:
+        requests = [warmup]
+    specs = keras.tree.flatten(signature)
+    request = None
+    for request in requests:
+        inputs = [tf.convert_to_tensor(x) for x in keras.tree.flatten(request)]
+        if not _fit(inputs, specs):
+            raise ValueError(
+                f"Expected batches of {specs} in warmup. Received: shapes "
+                f"{[tuple(x.shape) for x in inputs]} of {[x.dtype.name for x in inputs]}. Give "
+                "inputs as the model takes them, with their batch axis."
+            )
+        cast = [tf.cast(x, spec.dtype) for x, spec in zip(inputs, specs, strict=True)]
+        yield keras.tree.pack_sequence_as(signature, cast)
+    if request is None:
+        raise ValueError(
+            f"Expected batches in warmup. Received: {warmup!r}, which is empty. Leave it out."
+        )
+
+
+def _fit(inputs, specs):
+    return len(inputs) == len(specs) and all(
+        spec.shape.is_compatible_with(x.shape)
+        and (spec.dtype == tf.string) == (x.dtype == tf.string)
+        for x, spec in zip(inputs, specs, strict=True)
+    )
+
+
+def _input_names(loaded):
+    """Names of the inputs in requests, in the order of the endpoint's arguments."""
+    [function] = loaded.serve.concrete_functions
+    names = loaded.signatures["serving_default"].structured_input_signature[1]
+    # Operations are in the order of the arguments, but TensorFlow makes their names lower case.
+    by_operation = {name.lower(): name for name in names}
+    return [by_operation[tensor.op.name] for tensor in function.inputs[: len(names)]]
+
+
+def _write_warmup(path, model_name, input_names, batches):
+    from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
+
+    with tf.io.TFRecordWriter(os.fspath(path / _WARMUP)) as file:
+        for inputs in batches:
+            request = predict_pb2.PredictRequest()
+            request.model_spec.name = model_name
+            request.model_spec.signature_name = "serving_default"
+            for name, x in zip(input_names, keras.tree.flatten(inputs), strict=True):
+                request.inputs[name].CopyFrom(tf.make_tensor_proto(x))
+            log = prediction_log_pb2.PredictionLog(
+                predict_log=prediction_log_pb2.PredictLog(request=request)
+            )
+            file.write(log.SerializeToString())
 
 
 def _random(spec):
@@ -432,7 +532,7 @@ def _first(outputs):
 def _tolerance(model):
     """Relative to the largest output. Graphs that are optimised apart may round apart."""
     dtypes = {layer.compute_dtype for layer in models.layers(model).values()}
-    return 2e-2 if dtypes & {"float16", "bfloat16"} else 1e-4
+    return 2e-2 if dtypes & {"float16", "bfloat16"} else 1e-3
 
 
 def _difference(outputs, expected):
@@ -454,18 +554,19 @@ def _difference(outputs, expected):
     return difference, scale
 
 
-def _write_provenance(path, model, stale, difference):
+def _write_provenance(path, model, stale, folded, difference):
     provenance = {
         "tfbn": __version__,
         "keras": keras.__version__,
         "tensorflow": tf.__version__,
         "fingerprint": models.fingerprint(model),
         "stale": stale,
+        "folded": folded,
         "max_abs_difference": difference,
         "statistics": _swept(statistics.assigned(model)),
     }
     file = path / _PROVENANCE
-    file.parent.mkdir()
+    file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(provenance, indent=1))
 
 
