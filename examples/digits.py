@@ -56,9 +56,9 @@ def main():
     # The callback has put the population statistics in; what was there before is at hand.
     stats = population.stats
     with_population = evaluate(model, x_val, y_val)
-    now = stats.previous.assign(model)
+    stats.previous.assign(model)
     with_moving_average = evaluate(model, x_val, y_val)
-    now.assign(model)
+    stats.assign(model)
 
     print()
     stats.summary()
@@ -91,13 +91,15 @@ def parse_arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", choices=["digits", "fashion-mnist"], default="digits")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, help="4 for digits, 1 for fashion-mnist")
     parser.add_argument("--batch-size", type=int, help="32 for digits, 128 for fashion-mnist")
     parser.add_argument("--method", choices=["pooled", "algorithm2", "exact"], default="pooled")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("digits-out"))
     args = parser.parse_args()
-    args.batch_size = args.batch_size or {"digits": 32, "fashion-mnist": 128}[args.data]
+    epochs, batch_size = {"digits": (4, 32), "fashion-mnist": (1, 128)}[args.data]
+    args.epochs = args.epochs or epochs
+    args.batch_size = args.batch_size or batch_size
     return args
 
 

@@ -1,0 +1,78 @@
+"""Tests of `tfbn.moments`."""
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tfbn import moments
+
+PARTS = st.lists(
+    hnp.arrays(
+        np.float64,
+        st.tuples(st.integers(0, 6), st.just(3)),
+        elements=st.floats(-1e3, 1e3, allow_subnormal=False),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def of(values, method):
+    """The moments of one part."""
+    n = len(values)
+    mean, variance = (values.mean(0), values.var(0)) if n else (np.zeros(3), np.zeros(3))
+    return moments.from_batch(np.full(3, float(n)), mean, variance, method=method)
+
+
+def merged(parts, method):
+    """All parts, one after the other."""
+    total = of(parts[0], method)
+    for part in parts[1:]:
+        total = moments.merge(total, of(part, method), method=method)
+    return total
+
+
+@settings(deadline=None, max_examples=100)
+@given(PARTS)
+def test_parts_merge_to_the_whole(parts):
+    values = np.concatenate(parts)
+    total = merged(parts, "pooled")
+    assert np.all(total.count.numpy() == len(values))
+    if len(values):
+        scale = np.abs(values).max() + 1
+        np.testing.assert_allclose(total.mean, values.mean(0), atol=1e-12 * scale)
+        variance = moments.variance(total).numpy()
+        np.testing.assert_allclose(variance, values.var(0), rtol=1e-10, atol=1e-12 * scale**2)
+        assert np.all(variance >= 0)
+
+
+@settings(deadline=None, max_examples=50)
+@given(PARTS)
+def test_merging_is_commutative_and_associative(parts):
+    forward, backward = merged(parts, "pooled"), merged(parts[::-1], "pooled")
+    for a, b in zip(forward, backward, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-6)
+
+
+def test_algorithm2_averages_unbiased_variances():
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(5 * i, 1 + i, size=(4 + i, 3)) for i in range(3)]
+    total = merged(parts, "algorithm2")
+    weights = np.array([len(part) for part in parts]) / sum(map(len, parts))
+    np.testing.assert_allclose(total.mean, weights @ [part.mean(0) for part in parts])
+    expected = weights @ [part.var(0, ddof=1) for part in parts]
+    np.testing.assert_allclose(moments.variance(total), expected)
+
+
+def test_algorithm2_has_no_variance_for_one_value():
+    one = of(np.ones((1, 3)), "algorithm2")
+    assert not moments.finite(one)
+    assert moments.finite(of(np.ones((1, 3)), "pooled"))
+    assert moments.finite(of(np.ones((0, 3)), "algorithm2"))
+
+
+def test_merging_keeps_precision_far_from_zero():
+    values = np.random.default_rng(0).normal(size=(3000, 3)) + 1e6
+    total = merged(np.split(values, 100), "pooled")
+    np.testing.assert_allclose(moments.variance(total), values.var(0), rtol=1e-9)
