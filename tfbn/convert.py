@@ -40,8 +40,6 @@ def convert(model):
     converted = keras.saving.deserialize_keras_object(
         _with_tfbn_layers(config), custom_objects=classes, safe_mode=False
     )
-    if model.built and not converted.built:
-        converted.build(model.input_shape)
     owners = [
         f"{layer.name} ({type(layer).__name__})"
         for layer in _layers(converted)

@@ -2,15 +2,14 @@
 
 Three ways compute the same numbers; which one runs is decided while a function is traced.
 
-- Fused, in eager and graph mode: one read for the statistics, then TensorFlow's fused
-  operation for the normalization and for the gradient. Its own statistics are not used: it adds
-  up the values of a channel one by one in float32, and at mean / std = 1e4 its variance is off
-  by 8e-3.
+- Fused, in eager and graph mode: TensorFlow's fused operation for the normalization and for the
+  gradient. Its own statistics are not used: it adds up the values of a channel one by one in
+  float32, and at mean / std = 1e4 its variance is off by 8e-3.
 - Fused where a GPU is visible: what the fused operation hands to its gradient means different
   things on different devices, and where it will be placed is not known yet. So its statistics
   and its gradient stay its own, on an input that was shifted to where they are safe.
 - Composite, under XLA, which lowers the fused operation's statistics to E[x^2] - E[x]^2
-  (TensorFlow #118701); and for float64, masks, and statistics shared across replicas.
+  (TensorFlow #118701); and for float64, masks, renorm, and statistics shared across replicas.
 
 Statistics are biased (divided by the count) and float64. Over short stretches of the data sums
 are float32; from there on they are float64, where there is little left to sum.
@@ -76,8 +75,9 @@ def normalize(x, mean, variance, gamma, beta, *, axis, epsilon):
         axis: The axis of the channels.
         epsilon: What is added to the variance.
     """
-    mean, variance = (tf.cast(tf.stop_gradient(v), tf.float64) for v in (mean, variance))
+    mean, variance = tf.stop_gradient(mean), tf.stop_gradient(variance)
     if not _fusable(x):
+        mean, variance = tf.cast(mean, tf.float64), tf.cast(variance, tf.float64)
         shift = tf.cast(mean, statistics_dtype(x.dtype))
         centred = tf.cast(x, shift.dtype) - _along(axis, shift, x)
         rest = mean - tf.cast(shift, tf.float64)
