@@ -64,7 +64,8 @@ def export(
     The SavedModel has one endpoint, `serve` (`serving_default`), with the names of inputs
     and outputs that `model.export` gives. It checks the rank and the known sizes of every
     input before anything else, so that a request of a wrong shape is answered with an
-    error: without the check some kernels abort the server's process. Before it is put in
+    error: without the check some kernels abort the server's process. Give every size that is
+    known: one that is left open is not checked. Before it is put in
     place it is loaded again and verified, on `warmup` or on random numbers: it predicts what
     the model predicts, and the first sample's outputs do not depend on the other samples.
     Loading it needs neither tfbn nor Keras. The model is not changed, and its `trainable`
