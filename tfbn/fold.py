@@ -236,16 +236,12 @@ def _copy(operation, plan, copies):
 
 def _affine(batch_norm):
     """scale = gamma / sqrt(variance + epsilon) and offset = beta - mean scale, in float64."""
-
-    def value(variable):
-        return np.asarray(keras.ops.convert_to_numpy(variable), np.float64)
-
-    scale = 1 / np.sqrt(value(batch_norm.moving_variance) + batch_norm.epsilon)
+    scale = 1 / np.sqrt(np.float64(batch_norm.moving_variance.numpy()) + batch_norm.epsilon)
     if batch_norm.scale:
-        scale = scale * value(batch_norm.gamma)
-    offset = -value(batch_norm.moving_mean) * scale
+        scale = scale * batch_norm.gamma.numpy()
+    offset = -batch_norm.moving_mean.numpy() * scale
     if batch_norm.center:
-        offset = offset + value(batch_norm.beta)
+        offset = offset + batch_norm.beta.numpy()
     return scale, offset
 
 
