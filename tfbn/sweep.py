@@ -141,8 +141,8 @@ def _layers_to_sweep(model, include_frozen):
     if not wanted:
         raise ValueError(
             "Expected a model with BatchNormalization layers that are not frozen. Received: model "
-            f"{model.name!r}, all of whose {len(layers)} have trainable=False. Unfreeze them, or "
-            "pass include_frozen=True."
+            f"{model.name!r}, all of whose {len(layers)} have trainable=False. Unfreeze them (the "
+            "callback that froze them has `unfreeze()`), or pass include_frozen=True."
         )
     return wanted
 

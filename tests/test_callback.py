@@ -1,0 +1,376 @@
+"""Tests of `tfbn.PopulationStatsCallback`."""
+
+import itertools
+
+import keras
+import networks
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import tfbn
+
+EPOCHS = 3
+
+
+def build(bn=tfbn.BatchNormalization, **compile_options):
+    """A small network, built from a seed and compiled."""
+    keras.utils.set_random_seed(0)
+    model = networks.plain(bn)
+    model.add(layers.Dense(3, "softmax"))
+    options = {"optimizer": "adam", "loss": "sparse_categorical_crossentropy", **compile_options}
+    model.compile(**options)
+    return model
+
+
+def fit(model, callbacks, **options):
+    """Train on 64 samples in batches of 16, with validation."""
+    x, y = training_data(model)
+    options = {"epochs": EPOCHS, "validation_data": (x[:40], y[:40]), **options}
+    return model.fit(x, y, batch_size=16, callbacks=callbacks, verbose=0, **options).history
+
+
+def training_data(model):
+    """Inputs and labels."""
+    x = networks.data(model, 64)
+    return x, np.arange(64) % 3
+
+
+def statistics(model):
+    """What the batch norm layers infer with."""
+    return [
+        np.array(v)
+        for bn in networks.batch_norms(model)
+        for v in (bn.moving_mean, bn.moving_variance)
+    ]
+
+
+def population(model):
+    """The population statistics by Keras alone: one batch of everything, in training mode."""
+    x, _ = training_data(model)
+
+    def build_twin(bn):
+        twin = networks.plain(bn)
+        twin.add(layers.Dense(3, "softmax"))
+        return twin
+
+    [found] = networks.in_training(build_twin, model, x, [slice(None)])
+    return [value for pair in found for value in pair]
+
+
+def assert_close(found, expected, rtol=2e-4):
+    """Within float32."""
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-4)
+
+
+def assert_same(a, b):
+    """To the bit."""
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def sweep(model, **options):
+    """The callback under test, over the training data as one batch."""
+    options = {"batch_size": 64, **options}
+    return tfbn.PopulationStatsCallback(training_data(model)[0], **options)
+
+
+@pytest.mark.parametrize("bn", [tfbn.BatchNormalization, layers.BatchNormalization])
+def test_after_fit_the_model_infers_with_its_population(bn):
+    model = build(bn)
+    callback = sweep(model)
+    fit(model, [callback])
+    assert_close(statistics(model), population(model))
+    assert callback.stats.samples == 64
+    assert not model.trainable_weights
+    # Frozen: training mode no longer changes what it infers with.
+    before = statistics(model)
+    model(training_data(model)[0], training=True)
+    assert_same(before, statistics(model))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"run_eagerly": True},
+        {"jit_compile": True},
+        {"steps_per_execution": 4},
+        {"optimizer": keras.optimizers.Adam},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_however_the_model_is_compiled(options):
+    options = {k: v() if isinstance(v, type) else v for k, v in options.items()}
+    model = build(**options)
+    fit(model, [sweep(model)])
+    assert_close(statistics(model), population(model))
+
+
+def test_the_optimizers_averaged_weights_are_swept():
+    model = build(optimizer=keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.9))
+    fit(model, [sweep(model)])
+    for weight, average in zip(
+        model.layers[0].weights, model.optimizer._model_variables_moving_average, strict=False
+    ):
+        np.testing.assert_array_equal(weight, average)
+    assert_close(statistics(model), population(model))
+
+
+def test_under_mirrored_strategy():
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        model = build()
+    fit(model, [sweep(model)])
+    assert_close(statistics(model), population(model))
+
+
+def test_freeze_and_unfreeze():
+    model = build()
+    frozen_before = model.layers[0]
+    frozen_before.trainable = False
+    flags = [layer.trainable for layer in model._flatten_layers()]
+    callback = sweep(model)
+    fit(model, [callback])
+    assert not any(layer.trainable for layer in model._flatten_layers())
+    held = statistics(model)
+    callback.unfreeze()
+    assert [layer.trainable for layer in model._flatten_layers()] == flags
+    assert_same(held, statistics(model))
+    callback.unfreeze()
+    assert [layer.trainable for layer in model._flatten_layers()] == flags
+
+
+def test_freeze_false_leaves_the_model_trainable():
+    model = build()
+    flags = [layer.trainable for layer in model._flatten_layers()]
+    fit(model, [sweep(model, freeze=False)])
+    assert [layer.trainable for layer in model._flatten_layers()] == flags
+
+
+def test_a_frozen_model_is_frozen_after_saving_and_loading(tmp_path):
+    model = build()
+    fit(model, [sweep(model)])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert not loaded.trainable_weights
+    assert_same(statistics(model), statistics(loaded))
+    lines = []
+    loaded.summary(print_fn=lambda line, **_: lines.append(line))
+    assert any("Trainable params: 0 " in line for line in "\n".join(lines).splitlines())
+
+
+def test_fit_again_with_the_same_callback():
+    model = build()
+    callback = sweep(model)
+    fit(model, [callback])
+    first = statistics(model)
+    kernel = model.layers[0].kernel.numpy()
+    fit(model, [callback])
+    assert not np.array_equal(kernel, model.layers[0].kernel)
+    assert not np.array_equal(first[0], statistics(model)[0])
+    assert_close(statistics(model), population(model))
+    assert not model.trainable_weights
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"every_n_epochs": 2}, {"before_validation": True}, {"method": "exact", "every_n_epochs": 1}],
+    ids=str,
+)
+def test_training_is_not_disturbed(options):
+    plain, swept = build(), build()
+    alone = fit(plain, [])
+    callback = sweep(swept, **options)
+    with_sweeps = fit(swept, [callback])
+    assert alone["loss"] == with_sweeps["loss"]
+    if "before_validation" in options:
+        assert alone["val_loss"] != with_sweeps["val_loss"]
+    else:
+        assert alone["val_loss"] == with_sweeps["val_loss"]
+    # What the sweep at the end replaced are the moving averages of a training without sweeps.
+    callback.unfreeze()
+    callback.stats.previous.assign(swept)
+    assert_same(plain.get_weights(), swept.get_weights())
+
+
+def test_validation_with_population_statistics():
+    model = build()
+    seen = []
+
+    class Look(keras.callbacks.Callback):
+        def on_test_batch_begin(self, batch, logs=None):
+            seen.append((statistics(self.model), population(self.model)))
+
+    fit(model, [sweep(model, before_validation=True), Look()])
+    assert len(seen) == 3 * EPOCHS  # 40 samples in batches of 16
+    for held, expected in seen:
+        assert_close(held, expected)
+
+
+def test_evaluate_outside_fit_is_left_alone():
+    model = build()
+    callback = sweep(model, before_validation=True)
+    fit(model, [callback])
+    callback.unfreeze()
+    callback.stats.previous.assign(model)
+    held = statistics(model)
+    x, y = training_data(model)
+    model.evaluate(x, y, callbacks=[callback], verbose=0)
+    assert_same(held, statistics(model))
+
+
+def test_checkpoints_of_every_second_epoch_hold_the_population(tmp_path):
+    model = build()
+    path = str(tmp_path / "{epoch}.keras")
+    fit(
+        model,
+        [sweep(model, every_n_epochs=2), keras.callbacks.ModelCheckpoint(path)],
+        epochs=4,
+    )
+    for epoch in range(1, 5):
+        saved = keras.models.load_model(tmp_path / f"{epoch}.keras")
+        expected = population(saved)
+        if epoch % 2 == 0:
+            assert_close(statistics(saved), expected)
+        else:
+            assert np.abs(statistics(saved)[1] - expected[1]).max() > 0.01
+
+
+@pytest.mark.parametrize("on_epoch", [False, True])
+def test_swapped_in_averages_are_what_is_swept(on_epoch):
+    model = build(optimizer=keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.9))
+    seen = []
+
+    class Look(keras.callbacks.Callback):
+        def on_test_begin(self, logs=None):
+            if not on_epoch:
+                seen.append((statistics(self.model), population(self.model)))
+
+        def on_epoch_end(self, epoch, logs=None):
+            if on_epoch:
+                seen.append((statistics(self.model), population(self.model)))
+
+    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=on_epoch)
+    options = {"every_n_epochs": 1} if on_epoch else {"before_validation": True}
+    fit(model, [swap, sweep(model, **options), Look()])
+    assert len(seen) == EPOCHS
+    for held, expected in seen:
+        assert_close(held, expected)
+    assert_close(statistics(model), population(model))
+
+
+def test_early_stopping_listed_before_restores_first():
+    model = build()
+    stop = keras.callbacks.EarlyStopping("loss", patience=0, mode="max", restore_best_weights=True)
+    fit(model, [stop, sweep(model)], epochs=9)
+    assert stop.stopped_epoch == 1
+    assert_close(statistics(model), population(model))
+
+
+def test_early_stopping_listed_after_is_an_error_at_the_beginning():
+    model = build()
+    before = model.get_weights()
+    stop = keras.callbacks.EarlyStopping(restore_best_weights=True)
+    with pytest.raises(ValueError, match=r"after EarlyStopping.*Received.*Swap"):
+        fit(model, [sweep(model), stop])
+    assert_same(before, model.get_weights())
+    fit(model, [sweep(model), keras.callbacks.EarlyStopping()])
+
+
+def test_swap_listed_after_is_an_error_where_it_matters():
+    model = build(optimizer=keras.optimizers.SGD(use_ema=True))
+    with pytest.raises(ValueError, match=r"after SwapEMAWeights.*Received.*Swap"):
+        fit(model, [sweep(model, before_validation=True), keras.callbacks.SwapEMAWeights()])
+    fit(model, [sweep(model), keras.callbacks.SwapEMAWeights()])
+    assert_close(statistics(model), population(model))
+
+
+class Stop(keras.callbacks.Callback):
+    """Raises at a given moment."""
+
+    def __init__(self, moment, error):
+        super().__init__()
+        self.error = error
+        setattr(self, moment, self.stop)
+
+    def stop(self, *args, **kwargs):
+        """Raise."""
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("stop")], ids=repr)
+@pytest.mark.parametrize("moment", ["on_test_batch_end", "on_epoch_end", "on_train_batch_end"])
+def test_an_interrupted_fit_can_go_on(moment, error):
+    model = build()
+    callback = sweep(model, before_validation=True, every_n_epochs=1)
+    with pytest.raises(type(error)):
+        fit(model, [callback, Stop(moment, error)])
+    assert model.trainable
+    # Whole, one or the other: training batches were seen, so both differ from the start.
+    held = statistics(model)
+    if moment == "on_train_batch_end":
+        assert np.abs(held[0] - population(model)[0]).max() > 1e-3
+    else:
+        assert_close(held, population(model))
+    fit(model, [callback])
+    assert_close(statistics(model), population(model))
+
+
+def test_data_that_fails_at_the_end_leaves_the_moving_averages():
+    plain, model = build(), build()
+    fit(plain, [])
+    x, _ = training_data(model)
+
+    def batches():
+        yield x[:32]
+        raise OSError("the disk is gone")
+
+    with pytest.raises(RuntimeError, match=r"batch 1 .*the disk is gone"):
+        fit(model, [tfbn.PopulationStatsCallback(batches())])
+    assert_same(plain.get_weights(), model.get_weights())
+    assert model.trainable
+
+
+def test_what_can_be_checked_is_checked_before_the_first_epoch():
+    model = build()
+    before = model.get_weights()
+    x, _ = training_data(model)
+    endless = tf.data.Dataset.from_tensors(x).repeat()
+    for bad in (endless, x[:0], "data"):
+        with pytest.raises(ValueError, match="Received"):
+            fit(model, [tfbn.PopulationStatsCallback(bad)])
+    without = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+    without.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="which has none"):
+        without.fit(np.ones((4, 3)), np.ones((4, 2)), callbacks=[sweep(model)], verbose=0)
+    assert_same(before, model.get_weights())
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "best"}, {"every_n_epochs": 0}, {"every_n_epochs": 1.5}], ids=str
+)
+def test_bad_arguments(options):
+    with pytest.raises(ValueError, match="Received"):
+        tfbn.PopulationStatsCallback(np.ones((2, 2)), **options)
+
+
+@pytest.mark.parametrize("kind", ["dataset", "generator"])
+def test_data_with_its_own_batches(kind):
+    model = build()
+    x, y = training_data(model)
+    if kind == "dataset":
+        source, steps = tf.data.Dataset.from_tensor_slices((x, y)).batch(32).repeat(), 2
+    else:
+        source, steps = itertools.cycle([(x[:32], y[:32]), (x[32:], y[32:])]), 2
+    fit(model, [tfbn.PopulationStatsCallback(source, steps=steps, method="exact")])
+    assert_close(statistics(model), population(model))
+
+
+def test_it_says_how_far_it_is(capsys):
+    model = build()
+    x, y = training_data(model)
+    model.fit(x, y, verbose=2, callbacks=[sweep(model, freeze=False)])
+    assert "Population statistics, pooled\n1/1" in capsys.readouterr().out
+    model.fit(x, y, verbose=0, callbacks=[sweep(model, freeze=False)])
+    assert capsys.readouterr().out == ""
