@@ -77,11 +77,9 @@ def normalize(x, mean, variance, gamma, beta, *, axis, epsilon):
     """
     mean, variance = tf.stop_gradient(mean), tf.stop_gradient(variance)
     if not _fusable(x):
-        mean, variance = tf.cast(mean, tf.float64), tf.cast(variance, tf.float64)
-        shift = tf.cast(mean, statistics_dtype(x.dtype))
-        centred = tf.cast(x, shift.dtype) - _along(axis, shift, x)
-        rest = mean - tf.cast(shift, tf.float64)
-        y = _scale_centred(centred, rest, variance, gamma, beta, axis, epsilon)
+        dtype = statistics_dtype(x.dtype)
+        centred = tf.cast(x, dtype) - _along(axis, tf.cast(mean, dtype), x)
+        y = _scale_centred(centred, 0, tf.cast(variance, dtype), gamma, beta, axis, epsilon)
         return tf.cast(y, x.dtype)
     gamma, beta = _scale_and_offset(gamma, beta, x.shape[axis])
     image, data_format = _as_image(x, axis)
@@ -281,16 +279,17 @@ def _scale_centred(centred, rest, variance, gamma, beta, axis, epsilon, correcti
     `rest`, what centring left of the mean, is small beside the standard deviation. So it may go
     into the offset without the cancellation that the mean itself would cause there.
     """
+    dtype = variance.dtype
     scale = tf.math.rsqrt(variance + epsilon)
     offset = -rest * scale
     if corrections is not None:
-        r, d = (tf.cast(tf.stop_gradient(c), tf.float64) for c in corrections)
+        r, d = (tf.cast(tf.stop_gradient(c), dtype) for c in corrections)
         scale, offset = scale * r, offset * r + d
     if gamma is not None:
-        gamma = tf.cast(gamma, tf.float64)
+        gamma = tf.cast(gamma, dtype)
         scale, offset = scale * gamma, offset * gamma
     if beta is not None:
-        offset += tf.cast(beta, tf.float64)
+        offset += tf.cast(beta, dtype)
     return _affine(centred, tf.cast(scale, centred.dtype), tf.cast(offset, centred.dtype), axis)
 
 
