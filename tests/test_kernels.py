@@ -178,7 +178,7 @@ def run(request, monkeypatch):
 
 @pytest.mark.parametrize(
     ("shape", "axis", "ratio"),
-    [(*case, 1e4) for case in CASES] + [(*case, 0) for case in CASES[:3]],
+    [(*case, 1e4) for case in CASES] + [(*case, 0) for case in CASES[:1]],
 )
 def test_training_step_and_its_gradient(shape, axis, ratio, run):
     x, dy = data(shape, ratio, axis), data(shape, 1, axis, seed=1)

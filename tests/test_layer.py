@@ -135,7 +135,7 @@ def test_same_step_as_keras_in_functions(shape, axis, jit_compile):
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 @pytest.mark.parametrize("synchronized", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "mixed_float16"])
-@pytest.mark.parametrize("ratio", [0, 10, 1e3, 1e4])
+@pytest.mark.parametrize("ratio", [10, 1e4])
 def test_statistics_far_from_zero(mode, synchronized, dtype, ratio):
     rng = np.random.default_rng(0)
     layer = OURS(momentum=0.0, epsilon=1e-3, synchronized=synchronized, dtype=dtype)
@@ -178,9 +178,13 @@ def poisoned():
     yield "masked everywhere", x, np.zeros((6, 5), bool)
 
 
-@pytest.mark.parametrize("jit_compile", [None, True])
-@pytest.mark.parametrize("renorm", [False, pytest.param(True, marks=pytest.mark.skipif(
-    not HAS_RENORM, reason="this version of Keras has no renorm"))])  # fmt: skip
+NEEDS_RENORM = pytest.mark.skipif(not HAS_RENORM, reason="this version of Keras has no renorm")
+
+
+@pytest.mark.parametrize(
+    ("renorm", "jit_compile"),
+    [(False, None), (False, True), pytest.param(True, None, marks=NEEDS_RENORM)],
+)
 @pytest.mark.parametrize(
     ("x", "mask"), [pytest.param(x, mask, id=name) for name, x, mask in poisoned()]
 )
@@ -213,10 +217,10 @@ def test_mask_of_wrong_rank_is_named():
         OURS()(np.ones((2, 3, 4)), mask=np.ones((2, 3, 4)))
 
 
-def test_integers_are_normalized_as_by_keras():
-    x = tf.constant([[1, 2], [3, 5], [4, 7]])
-    theirs, ours = (layer(x, training=True) for layer in pair((3, 2), autocast=False))
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+def test_integers_are_normalized_too():
+    x = np.array([[1, 2], [3, 5], [4, 7]])
+    y = OURS(autocast=False)(tf.constant(x), training=True)
+    np.testing.assert_allclose(y, (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-3), rtol=1e-5)
 
 
 def test_config_and_weights_are_those_of_keras():
