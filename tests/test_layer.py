@@ -204,6 +204,14 @@ def test_moving_statistics_are_never_poisoned(x, mask, renorm, jit_compile):
     assert np.all(layer.moving_mean != before[2])
 
 
+def test_statistics_too_large_for_the_variables_do_not_poison_them():
+    layer = OURS(autocast=False)
+    x = np.random.default_rng(0).normal(size=(8, 3))
+    layer(tf.constant(x * 1e25), training=True)
+    np.testing.assert_array_equal(layer.moving_variance, [1, 1, 1])
+    np.testing.assert_array_equal(layer.moving_mean, [0, 0, 0])
+
+
 def test_one_value_per_channel_counts():
     layer = OURS(momentum=0.5)
     y = layer(tf.fill([1, 3], 4.0), training=True)

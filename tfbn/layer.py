@@ -62,6 +62,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             renorm=self._renorm_corrections if renorm else None,
             **form,
         )
+        mean, variance = (tf.cast(v, self.moving_mean.dtype) for v in (mean, variance))
         usable = (count > 0) & tf.reduce_all(tf.math.is_finite(mean) & tf.math.is_finite(variance))
         if renorm:
             stddev = tf.sqrt(variance + self.epsilon)
@@ -81,8 +82,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
     @staticmethod
     def _move(variable, value, momentum, usable):
         old = tf.convert_to_tensor(variable)
-        new = old * momentum + tf.cast(value, old.dtype) * (1.0 - momentum)
-        # A momentum of 1 would not do for what is not usable: 0 * NaN is NaN.
+        new = old * momentum + value * (1.0 - momentum)
+        # Setting the momentum to 1 would not do for what is not usable: 0 * NaN is NaN.
         new = tf.where(usable, new, old)
         variable.assign(new)
         return new

@@ -90,6 +90,7 @@ def main():
     print(f"TensorFlow {tf.__version__}, Keras {keras.__version__}, milliseconds")
     for shape in SHAPES:
         x, dy = tf.random.normal(shape), tf.random.normal(shape)
+        torch = torch_steps(shape)
         for mode, options in {"graph": {}, "XLA": {"jit_compile": True}}.items():
             for kind, make, inputs in [
                 ("train", training_step, (x, dy)),
@@ -99,8 +100,8 @@ def main():
                 for name, layer in layers.items():
                     step = make(layer(), shape, **options)
                     steps[name] = functools.partial(step, *inputs)
-                if mode == "graph" and kind in torch_steps(shape):
-                    steps["torch"] = torch_steps(shape)[kind]
+                if mode == "graph" and torch:
+                    steps["torch"] = torch[kind]
                 times = interleaved(steps, repeats)
                 ratio = times["tfbn"] / times["keras"]
                 line = "  ".join(f"{name} {value:6.2f}" for name, value in times.items())
