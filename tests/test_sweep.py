@@ -597,7 +597,7 @@ def test_what_is_not_finite_is_named(value, method):
     x[27, 3, 3, 1] = value
     before = model.get_weights()
     first = batch_norms(model)[0].name
-    with pytest.raises(ValueError, match=rf"layer '{first}'.*batch 3 .*inputs .* NaN or Inf"):
+    with pytest.raises(ValueError, match=rf"layer '{first}'.*batch 3 .* NaN or Inf"):
         tfbn.update_population_stats(model, x, method=method, batch_size=8, verbose=0)
     assert_same(before, model.get_weights())
 
@@ -608,7 +608,7 @@ def test_an_overflow_inside_the_model_is_named(method):
     x = data(model, 40)
     scale = model.layers[0].kernel
     scale.assign(scale * 1e36)
-    with pytest.raises(ValueError, match=r"batch 0 .*inputs of the batch are finite"):
+    with pytest.raises(ValueError, match=r"batch 0 .* overflow inside"):
         tfbn.collect(model, x * 1e6, method=method, batch_size=20, verbose=0)
 
 

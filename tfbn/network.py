@@ -4,6 +4,7 @@ import contextlib
 from typing import NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfbn import moments
@@ -55,10 +56,10 @@ class Network:
             if self._model.run_eagerly:
                 met = []
                 self._observation.run(inputs, settled=settled, met=met)
-                faults = [call.site for call in met if not call.finite]
+                found = [(call.site, call.batch) for call in met]
             else:
-                faults = self._trace(inputs, settled).run(inputs)
-        self._check(index, inputs, faults)
+                found = self._trace(inputs, settled).run(inputs)
+        self._add(index, inputs, found)
 
     def enter(self, index, inputs):
         """The frontier from which `advance` takes a batch through the levels.
@@ -84,8 +85,8 @@ class Network:
             return frontier if keep else None
         keep = keep and trace.can_keep(level)
         with _says_which(self._model, index, values):
-            faults, values = trace.part(level, start, values, keep)
-        self._check(index, frontier.values, faults)
+            found, values = trace.part(level, start, values, keep)
+        self._add(index, frontier.values, found)
         if not keep:
             return None
         with tf.device("CPU"):  # Main memory has more room than an accelerator.
@@ -112,7 +113,7 @@ class Network:
         """
         found = dict.fromkeys(self._layers)
         for site in self.sites:
-            result = site.result()
+            result = site.moments
             if found[site.path] is not None:
                 result = moments.merge(found[site.path], result, method=self._method)
             found[site.path] = result
@@ -124,7 +125,7 @@ class Network:
                     "BatchNormalization does not call super().call(). Remove the layer, or set "
                     "its trainable=False to leave it out."
                 )
-            if not tf.reduce_any(result.count > 0):
+            if not np.any(result.count > 0):
                 raise ValueError(
                     f"Expected values for layer {path!r}. Received: none, or only masked ones. "
                     "Look at the data and its masks."
@@ -146,35 +147,35 @@ class Network:
         traces.append(Trace(self._observation, structure, specs, settled=settled))
         return traces[-1]
 
-    def _check(self, index, inputs, faults):
-        if not faults:
-            return
-        site = faults[0]
-        result = site.result()
-        if self._method == "algorithm2" and tf.reduce_all(tf.math.is_finite(result.mean)):
+    def _add(self, index, inputs, found):
+        for site, batch in found:
+            count, mean, variance = map(np.asarray, batch)
+            finite = site.add(count, mean, variance)
+            if finite.all():
+                continue
+            if self._method == "algorithm2" and np.isfinite(variance).all() and count.min() == 1:
+                raise ValueError(
+                    "Expected at least two values per channel in every batch, because "
+                    "method='algorithm2' divides by m - 1. Received: a batch with m = 1 for layer "
+                    f"{site.path!r}, in batch {index} (counting from 0). Use another batch size, "
+                    "or method='pooled'."
+                )
+            channel = int(np.argmin(finite))
             raise ValueError(
-                "Expected at least two values per channel in every batch, because "
-                "method='algorithm2' divides by m - 1. Received: a batch with m = 1 for layer "
-                f"{site.path!r}, in batch {index} (counting from 0). Use another batch size, or "
-                "method='pooled'."
+                f"Expected finite values to enter layer {site.path!r}. Received: in batch {index} "
+                f"(counting from 0), channel {channel}, values with mean {mean[channel]} and "
+                f"variance {variance[channel]}; {_reason(inputs)}"
             )
-        finite = all(
-            bool(tf.reduce_all(tf.math.is_finite(value)))
-            for value in _flatten(inputs)
-            if value.dtype.is_floating
+
+
+def _reason(inputs):
+    finite = (tf.reduce_all(tf.math.is_finite(v)) for v in _flatten(inputs) if v.dtype.is_floating)
+    if all(finite):
+        return (
+            "what was put into the network is finite, so the values overflow inside it. Look at "
+            "its weights and dtypes."
         )
-        channel = int(tf.argmin(tf.cast(tf.math.is_finite(result.mean + result.m2), tf.int32)))
-        raise ValueError(
-            f"Expected finite values to enter layer {site.path!r}. Received: in batch {index} "
-            f"(counting from 0), channel {channel}, values with mean "
-            f"{float(result.mean[channel])} and sum of squares {float(result.m2[channel])}; "
-            + (
-                "the inputs of the batch are finite, so they overflow inside the model. Look at "
-                "its weights and dtypes."
-                if finite
-                else "the inputs of the batch hold NaN or Inf. Clean the data."
-            )
-        )
+    return "what was put into the network holds NaN or Inf. Clean the data."
 
 
 def _flatten(structure):

@@ -11,6 +11,7 @@ import threading
 from typing import NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfbn import kernels, moments
@@ -28,53 +29,67 @@ class Site:
 
     def __init__(self, path, layer, method, number):
         self.path = path
-        self.method = method
-
-        def variable(name):
-            # A wrapped function wants the variables made inside it to differ in name.
-            zeros = tf.zeros([layer.moving_mean.shape[0]], tf.float64)
-            return tf.Variable(zeros, trainable=False, name=f"site_{number}_{name}")
-
-        self._moments = moments.Moments(variable("count"), variable("mean"), variable("m2"))
-        self._population = variable("population_mean"), variable("population_variance")
-        self.lock = tf.CriticalSection(name=f"site_{number}")
+        self._method = method
+        self._channels = layer.moving_mean.shape[0]
+        self._number = number
+        self._population = self._variables("mean", "variance")
+        self._sums = None
+        self.reset()
 
     def reset(self):
         """Forget what entered."""
-        for variable in self._moments:
-            variable.assign(tf.zeros_like(variable))
+        self.moments = moments.Moments(*np.zeros((3, self._channels)))
 
     def add(self, count, mean, variance):
-        """Take in a batch's moments.
+        """Take in a batch, given its count, mean and biased variance.
 
         Returns:
-            Whether they are finite, and the assignments, as ops in a graph.
+            Whether its moments are finite, per channel.
         """
-        batch = moments.from_batch(count, mean, variance, method=self.method)
-        seen = moments.Moments(*(v.read_value() for v in self._moments))
-        merged = moments.merge(seen, batch, method=self.method)
-        return moments.finite(batch), [
-            variable.assign(value, read_value=False)
-            for variable, value in zip(self._moments, merged, strict=True)
-        ]
+        batch = moments.of_batch(count, mean, variance, method=self._method)
+        self.moments = moments.merge(self.moments, batch, method=self._method)
+        return moments.finite(batch)
 
     def settle(self):
         """Make the moments so far the population that this site normalises with."""
-        result = self.result()
-        self._population[0].assign(result.mean)
-        self._population[1].assign(moments.variance(result))
+        for variable, value in zip(
+            self._population, (self.moments.mean, moments.variance(self.moments)), strict=True
+        ):
+            variable.assign(value)
 
     def population(self):
-        """Mean and variance that were settled."""
+        """Mean and variance that were settled, as tensors."""
         return [variable.read_value() for variable in self._population]
 
-    def result(self):
-        """The moments of all that entered."""
-        return moments.Moments(*(variable.read_value() for variable in self._moments))
+    def add_inside(self, count, mean, variance):
+        """Take in a part of a batch in the body of a loop or branch, for `drain`.
 
-    def finite(self):
-        """Whether all that entered was finite."""
-        return moments.finite(self.result())
+        Iterations may overlap, so these are sums, which do not mind. Returns the updates.
+        """
+        if self._sums is None:
+            self._sums = self._variables("count", "sum", "squares")
+        parts = tf.ones_like(mean) * count, count * mean, count * (variance + tf.square(mean))
+        return [
+            variable.assign_add(tf.cast(part, tf.float64), read_value=False)
+            for variable, part in zip(self._sums, parts, strict=True)
+        ]
+
+    def drain(self):
+        """Count, mean and variance of what has come from inside since the last time."""
+        count, total, squares = (variable.numpy() for variable in self._sums)
+        for variable in self._sums:
+            variable.assign(tf.zeros_like(variable))
+        mean = total / np.maximum(count, 1)
+        return count, mean, np.maximum(squares / np.maximum(count, 1) - mean**2, 0)
+
+    def _variables(self, *names):
+        # A wrapped function wants the variables made inside it to differ in name.
+        with tf.init_scope():
+            zeros = tf.zeros([self._channels], tf.float64)
+            return [
+                tf.Variable(zeros, trainable=False, name=f"site_{self._number}_{name}")
+                for name in names
+            ]
 
 
 class Observation:
@@ -100,14 +115,13 @@ class Observation:
         """The site of a layer's call number `call` (from 0) in one run of the model."""
         key = (id(layer), call)
         if key not in self._by_key:
-            with tf.init_scope():
-                path = self._paths[id(layer)]
-                self._by_key[key] = Site(path, layer, self.method, len(self.sites))
+            path = self._paths[id(layer)]
+            self._by_key[key] = Site(path, layer, self.method, len(self.sites))
             self.sites.append(self._by_key[key])
         return self._by_key[key]
 
     def run(self, inputs, *, settled, met):
-        """Run the model for inference, its observed layers adding to their sites.
+        """Run the model for inference, with its layers observed.
 
         Each layer normalises with what its site settled if `settled`, else with the
         moments of the batch, as in training.
@@ -127,18 +141,14 @@ class Observation:
             number = calls[id(layer)] = calls.get(id(layer), -1) + 1
             site = self.site(layer, number)
             count, mean, variance = kernels.moments(inputs, layer.axis, mask)
-            inside = tf.executing_eagerly() or tf.compat.v1.get_default_graph() is outer
-            if inside:
-                finite, updates = site.add(count, mean, variance)
-            else:  # The iterations of a loop may overlap.
-                finite = None
-                updates = [site.lock.execute(lambda: tf.group(site.add(count, mean, variance)[1]))]
+            batch = count, mean, variance
             if settled:
                 mean, variance = site.population()
-            if not inside:
-                # In the body of a loop or branch only what the outputs depend on is run.
-                with tf.control_dependencies(updates):
+            if not tf.executing_eagerly() and tf.compat.v1.get_default_graph() is not outer:
+                # The body of a loop or branch, of which only what the outputs need is run.
+                with tf.control_dependencies(site.add_inside(*batch)):
                     mean = tf.identity(mean)
+                batch = None
             outputs = kernels.normalize(
                 inputs,
                 mean,
@@ -148,7 +158,7 @@ class Observation:
                 axis=layer.axis,
                 epsilon=layer.epsilon,
             )
-            met.append(Call(site, outputs, finite, updates))
+            met.append(Call(site, outputs, batch))
             return tf.cast(outputs, layer.compute_dtype)
 
         # Keras's variables (counters, seeds) keep their values in a stateless scope, and
@@ -164,15 +174,15 @@ class Observation:
 
 
 class Call(NamedTuple):
-    """A site's call: its outputs, whether the batch was finite there, and its updates.
+    """A site's call: its outputs, and count, mean and variance of the batch that entered.
 
-    `finite` is `None` in the body of a loop or branch, out of which a graph hands nothing.
+    `batch` is `None` in the body of a loop or branch, out of which a graph hands nothing:
+    there the site itself takes it in, see `Site.drain`.
     """
 
     site: Site
     outputs: tf.Tensor
-    finite: tf.Tensor | None
-    updates: list
+    batch: tuple | None
 
 
 @contextlib.contextmanager

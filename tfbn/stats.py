@@ -247,9 +247,8 @@ class PopulationStats(collections.abc.Mapping):
         for path, ours in self.items():
             theirs = other[path]
             both = moments.merge(_moments(ours), _moments(theirs), method=self.method)
-            merged[path] = LayerStats(
-                ours.count + theirs.count, both.mean.numpy(), moments.variance(both).numpy()
-            )
+            count = ours.count + theirs.count
+            merged[path] = LayerStats(count, both.mean, moments.variance(both))
         return PopulationStats(
             merged,
             method=self.method,
@@ -448,7 +447,7 @@ def _first_non_finite(value, cast):
 
 
 def _moments(stats):
-    count = np.float64(stats.count)
+    count = np.broadcast_to(np.asarray(stats.count, np.float64), stats.mean.shape)
     return moments.Moments(count, stats.mean, stats.variance * count)
 
 

@@ -235,10 +235,10 @@ class _Report:
 
 
 def _layer_stats(found):
-    counts = found.count.numpy()
+    counts = found.count
     # Only a mask that tells channels apart makes their counts differ.
     count = int(counts[0]) if (counts == counts[0]).all() else counts.astype(int)
-    return LayerStats(count, found.mean.numpy(), moments.variance(found).numpy())
+    return LayerStats(count, found.mean, moments.variance(found))
 
 
 def _default_memory_limit():

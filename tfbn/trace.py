@@ -37,23 +37,19 @@ class Trace:
         self._frontiers = {0: self._function.inputs[: len(specs)]}
         self._parts = {}
         self.levels = None
-        if all(call.finite is not None for call in self._calls):
+        if all(call.batch is not None for call in self._calls):
             self._find_levels()
 
     def run(self, inputs):
-        """Run the network once, every call adding to its site.
+        """Run the network once.
 
         Returns:
-            The sites to which the batch brought something that is not finite.
+            For every call its site and what entered: count, mean and variance.
         """
         if None not in self._parts:
-            fetches = _flags_and_updates(self._calls)
-            if self.levels is None:  # A call in a loop runs only if an output depends on it.
-                fetches += self._function.outputs
-            self._parts[None] = self._cut(0, fetches)
-        outputs = self._parts[None](*tf.nest.flatten(inputs, expand_composites=True))
-        inside = [call.site for call in self._calls if call.finite is None]
-        return _faults(self._calls, outputs) + [site for site in inside if not site.finite()]
+            fetches = [] if self.levels is not None else [self._function.outputs]
+            self._parts[None] = self._cut(0, self._calls, fetches)
+        return self._parts[None](inputs)[0]
 
     def part(self, level, start, values, keep):
         """Run the network from the frontier of level `start` up to the calls of `level`.
@@ -63,23 +59,20 @@ class Trace:
         model's inputs.
 
         Args:
-            level: The level whose calls add to their sites.
+            level: The level of the calls to observe.
             start: An earlier level.
             values: The tensors at the frontier of `start`.
             keep: Whether to compute the frontier of `level` too.
 
         Returns:
-            The sites to which the batch brought something that is not finite, and the
+            For every call of the level its site and what entered, as `run` has it; and the
             tensors at the frontier of `level`, or none if they are not to be kept.
         """
-        calls = self._at(level)
-        wanted = self._frontiers[level] if keep else []
         key = (level, start, keep)
         if key not in self._parts:
-            fetches = [*wanted, *_flags_and_updates(calls)]
-            self._parts[key] = self._cut(start, fetches)
-        outputs = self._parts[key](*tf.nest.flatten(values, expand_composites=True))
-        return _faults(calls, outputs[len(wanted) :]), outputs[: len(wanted)]
+            wanted = self._frontiers[level] if keep else []
+            self._parts[key] = self._cut(start, self._at(level), wanted)
+        return self._parts[key](values)
 
     def sites(self, level):
         """The sites whose calls are of this level."""
@@ -90,12 +83,25 @@ class Trace:
         kept = self._frontiers[level]
         return all(tensor.dtype not in (tf.variant, tf.resource) for tensor in kept)
 
-    def _cut(self, start, fetches):
+    def _cut(self, start, calls, wanted):
+        """The function from a frontier to what enters some calls, and to some tensors."""
         feeds = self._frontiers[start]
         # Without a signature every call would first try one that does not fit, which takes
         # longer than the call.
         signature = tuple(tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in feeds), {}
-        return self._function.prune(feeds, fetches, input_signature=signature)
+        outside = [call.batch for call in calls if call.batch is not None]
+        function = self._function.prune(feeds, [outside, wanted], input_signature=signature)
+
+        def run(values):
+            batches, kept = function(*tf.nest.flatten(values, expand_composites=True))
+            batches = iter(batches)
+            found = [
+                (call.site, call.site.drain() if call.batch is None else next(batches))
+                for call in calls
+            ]
+            return found, kept
+
+        return run
 
     def _at(self, level):
         return [call for call in self._calls if self._level[id(call.outputs)] == level]
@@ -116,13 +122,13 @@ class Trace:
                 users.setdefault(id(tensor), []).append(op)
             if id(op) in call_of:
                 call = call_of[id(op)]
-                level = 1 + max(depth[id(update)] for update in call.updates)
+                level = 1 + max(depth[id(tensor.op)] for tensor in call.batch)
                 self._level[id(call.outputs)] = depth[id(op)] = level
         self.levels = max(self._level.values(), default=0)
 
         needed = {}  # The first level that needs an operation.
         for level in range(1, self.levels + 1):
-            pending = [op for call in self._at(level) for op in call.updates]
+            pending = [tensor.op for call in self._at(level) for tensor in call.batch]
             while pending:
                 op = pending.pop()
                 if id(op) not in needed:
@@ -137,16 +143,6 @@ class Trace:
                 for tensor in op.outputs
                 if any(needed.get(id(user), 0) > level for user in users.get(id(tensor), ()))
             ]
-
-
-def _flags_and_updates(calls):
-    calls = [call for call in calls if call.finite is not None]
-    return [call.finite for call in calls] + [op for call in calls for op in call.updates]
-
-
-def _faults(calls, outputs):
-    calls = [call for call in calls if call.finite is not None]
-    return [call.site for call, finite in zip(calls, outputs, strict=False) if not finite]
 
 
 def _sources(op):
