@@ -1,6 +1,9 @@
 """Tests of `tfbn.PopulationStatsCallback`."""
 
 import itertools
+import pathlib
+import subprocess
+import sys
 
 import keras
 import networks
@@ -118,11 +121,33 @@ def test_the_optimizers_averaged_weights_are_swept():
     assert_close(statistics(model), population(model))
 
 
-def test_under_mirrored_strategy():
-    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
-        model = build()
-    fit(model, [sweep(model)])
-    assert_close(statistics(model), population(model))
+TWO_DEVICES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import networks, numpy as np, tensorflow as tf, test_callback, tfbn
+[cpu] = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+with strategy.scope():
+    model = test_callback.build()
+test_callback.fit(model, [test_callback.sweep(model, method=sys.argv[2], before_validation=True)])
+expected = test_callback.population(model)
+for replica in range(2):
+    test_callback.assert_close(
+        [
+            strategy.experimental_local_results(variable.value)[replica].numpy()
+            for bn in networks.batch_norms(model)
+            for variable in (bn.moving_mean, bn.moving_variance)
+        ],
+        expected,
+    )
+"""
+
+
+@pytest.mark.parametrize("method", ["pooled", "exact"])
+def test_under_a_strategy_of_two_devices(method):
+    here = str(pathlib.Path(__file__).parent)
+    subprocess.run([sys.executable, "-c", TWO_DEVICES, here, method], check=True)
 
 
 def test_freeze_and_unfreeze():
