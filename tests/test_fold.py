@@ -364,7 +364,9 @@ STEPS = (
 
 
 @hypothesis.settings(max_examples=40, deadline=None)
-@hypothesis.given(st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 9)), max_size=10))
+@hypothesis.given(
+    st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 9)), min_size=1, max_size=10)
+)
 def test_any_network_computes_the_same(recipe):
     x = y = keras.Input((6, 6, 2))
     shared = L.Conv2D(2, 1)
