@@ -1,0 +1,262 @@
+"""`StatsTracker`: validation metrics three ways while a model trains."""
+
+import contextlib
+import functools
+import pathlib
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfbn import model as models
+from tfbn.stats import PopulationStats, assigned
+from tfbn.sweep import METHODS, check, collect
+
+WAYS = ("moving_average", "population", "mini_batch")
+
+
+class StatsTracker(keras.callbacks.Callback):
+    """Log validation metrics with moving-average, population and mini-batch statistics.
+
+    Ioffe & Szegedy 2015 (https://arxiv.org/abs/1502.03167, section 3.1) use moving averages
+    "to track the accuracy of the model as it trains", and infer with population statistics.
+    This callback shows what the difference is worth. At the end of every epoch it evaluates
+    `validation_data` with batch norm layers that normalise with
+
+    - `moving_average`: what the layers hold;
+    - `population`: the statistics of a sweep over `x` with the weights of this moment, see
+      `tfbn.collect`;
+    - `mini_batch`: the mean and variance of the validation batch itself, as in training.
+      All other layers (dropout, augmentation) infer. These metrics depend on the batch
+      size, and a prediction on the other samples of its batch.
+
+    ```python
+    tracker = tfbn.StatsTracker(x_train, validation_data=(x_val, y_val), log_dir="logs")
+    history = model.fit(x_train, y_train, epochs=20, callbacks=[tracker])
+    history.history["val_accuracy_population"]
+    ```
+
+    Every metric enters the epoch's logs as `val_<metric>_<way>`: `val_loss_moving_average`,
+    `val_loss_population`, `val_loss_mini_batch`. `History` has them, and so have callbacks
+    that are listed after this one (`CSVLogger`, `TensorBoard`, `EarlyStopping`).
+
+    Training goes on as if it were not there: weights, statistics, metrics and seeds are
+    those from before. It costs a sweep and three evaluations an epoch. The first of them is
+    what `fit` does with `validation_data`, so that `fit` can do without and the cost is a
+    sweep and two evaluations more.
+
+    Args:
+        x: The training data, as `tfbn.collect` takes it. It is read once an epoch, so a
+            generator will not do. A `tf.data.Dataset` that shuffles with a seed, and that
+            `fit` reads too, would be in another order after every extra reading: give one
+            that does not shuffle.
+        validation_data: As `model.fit` takes it: `(x, y)`, `(x, y, sample_weight)`, a
+            `tf.data.Dataset` or a `keras.utils.PyDataset`.
+        method: `"pooled"`, `"algorithm2"` or `"exact"`, see `tfbn.collect`.
+        batch_size: Of the sweep, for arrays; 32 by default. One-pass methods want it large.
+        steps: Number of batches of the sweep; endless data needs it.
+        validation_batch_size: For arrays; 32 by default. For mini-batch statistics as in
+            training, the batch size of training.
+        log_dir: A directory for TensorBoard, best the one given to
+            `keras.callbacks.TensorBoard`. Needs tensorboard. Each way is a run of its own
+            with the tags of that callback, so the three are curves in one chart: `epoch_loss`,
+            `epoch_accuracy`. The run `moving_average` has as well, for each layer,
+            `batch_norm_mean_shift/<layer>` and `batch_norm_std_ratio/<layer>` (`mean_shift` and
+            `std_ratio` of `PopulationStats.compare`: how far the moving averages are from
+            the population), and as histograms over channels
+            `batch_norm_mean_shift_by_channel/<layer>`, in population standard deviations,
+            and `batch_norm_log2_std_ratio_by_channel/<layer>`.
+
+    Attributes:
+        stats: The `PopulationStats` of the latest sweep, with the moving averages of that
+            moment as `stats.previous`; `None` before the first.
+
+    Raises:
+        ValueError: If an argument is not as above, or at the beginning of training, if the
+            model or the data cannot be swept.
+        ImportError: If `log_dir` is given and tensorboard is not installed.
+    """
+
+    def __init__(
+        self,
+        x,
+        validation_data,
+        method="pooled",
+        batch_size=None,
+        steps=None,
+        validation_batch_size=None,
+        log_dir=None,
+    ):
+        super().__init__()
+        if method not in METHODS:
+            raise ValueError(
+                f"Expected method to be one of {METHODS}. Received: method={method!r}."
+            )
+        inputs = keras.utils.unpack_x_y_sample_weight(validation_data)[0]
+        if inputs is None or hasattr(inputs, "__next__"):
+            raise ValueError(
+                "Expected validation_data that can be read in every epoch, as (x, y), a "
+                f"tf.data.Dataset or a PyDataset. Received: {validation_data!r}."
+            )
+        if log_dir is not None:
+            _require_tensorboard()
+        self.stats = None
+        self._x = x
+        self._validation_data = validation_data
+        self._method = method
+        self._batch_size = batch_size
+        self._steps = steps
+        self._validation_batch_size = validation_batch_size
+        self._log_dir = log_dir
+        self._mini_batch_function = None
+        self._writers = {}
+
+    def on_train_begin(self, logs=None):
+        """Check all that can be checked by now."""
+        _, batches = check(self.model, self._x, self._batch_size, self._steps)
+        if not batches.repeatable:
+            raise ValueError(
+                "Expected data that can be swept in every epoch. Received: a generator, which "
+                "can be read only once. Pass arrays, a tf.data.Dataset or a PyDataset."
+            )
+        self._mini_batch_function = None  # The model may have been compiled anew.
+        if self._log_dir is not None:
+            self._writers = {
+                way: tf.summary.create_file_writer(str(pathlib.Path(self._log_dir) / way))
+                for way in WAYS
+            }
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Sweep, evaluate three ways, and put everything back."""
+        with _unchanged(self.model):
+            self.stats = collect(
+                self.model,
+                self._x,
+                method=self._method,
+                batch_size=self._batch_size,
+                steps=self._steps,
+                verbose=0,
+            )
+            found = {"moving_average": self._evaluate()}
+            self.stats.assign(self.model)
+            found["population"] = self._evaluate()
+            found["mini_batch"] = self._evaluate_with_mini_batches()
+        # Keras hands one dict to all callbacks, and `History`, which it adds, comes last.
+        for way, metrics in found.items():
+            for name, value in metrics.items():
+                logs[f"val_{name}_{way}"] = value
+        if self._writers:
+            self._write(epoch, found)
+
+    def on_train_end(self, logs=None):
+        """Close the files."""
+        for writer in self._writers.values():
+            writer.close()
+        self._writers = {}
+
+    def _evaluate(self):
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(self._validation_data)
+        return self.model.evaluate(
+            x,
+            y,
+            sample_weight=sample_weight,
+            batch_size=self._validation_batch_size,
+            verbose=0,
+            return_dict=True,
+        )
+
+    def _evaluate_with_mini_batches(self):
+        # Keras traces the test step once and keeps the function. This one is kept beside it.
+        model = self.model
+        kept = model.test_function
+        model.test_function = self._mini_batch_function
+        model.test_step = functools.partial(_with_mini_batches, model, model.test_step)
+        try:
+            return self._evaluate()
+        finally:
+            self._mini_batch_function = model.test_function
+            model.test_function = kept
+            del model.test_step
+
+    def _write(self, epoch, found):
+        for way, metrics in found.items():
+            with self._writers[way].as_default(step=epoch):
+                for name, value in metrics.items():
+                    tf.summary.scalar(f"epoch_{name}", value)
+        with self._writers["moving_average"].as_default(step=epoch):
+            for path, drift in self.stats.compare(self.stats.previous).items():
+                for name in ("mean_shift", "std_ratio"):
+                    tf.summary.scalar(f"batch_norm_{name}/{path}", drift[name])
+                shift, log2_ratio = _by_channel(self.stats[path], self.stats.previous[path])
+                tf.summary.histogram(f"batch_norm_mean_shift_by_channel/{path}", shift)
+                tf.summary.histogram(f"batch_norm_log2_std_ratio_by_channel/{path}", log2_ratio)
+        for writer in self._writers.values():
+            writer.flush()
+
+
+@contextlib.contextmanager
+def _unchanged(model):
+    """A stretch in which the model holds its moving averages, and after which it is as before."""
+    held = PopulationStats.read(model)
+    # A callback listed before may have put population statistics in for those after it.
+    swept = assigned(model)
+    if swept is not None and (swept.previous is None or swept.mismatch(model) is not None):
+        swept = None
+    # Metrics accumulate in an evaluation, and a layer may draw random numbers or count in it.
+    state = [
+        (variable, keras.ops.convert_to_numpy(variable.value).copy())
+        for variable in model.non_trainable_variables + model.metrics_variables
+    ]
+    try:
+        if swept is not None:
+            swept.previous.assign(model)
+        yield
+    finally:
+        (swept or held).assign(model)
+        for variable, value in state:
+            variable.assign(value)
+
+
+def _with_mini_batches(model, test_step, data):
+    """A model's test step, with batch norm layers in training mode that forget what they saw.
+
+    The layers are changed only while the step is traced. Functions that the model's own code
+    has compiled become part of that trace: a graph of theirs from before would normalise
+    with moving averages, and one from now must not be found later.
+    """
+    layers = models.batch_norm_layers(model).values()
+    eager = tf.config.functions_run_eagerly()
+    for layer in layers:
+        layer.call = functools.partial(_in_training, layer.call)
+    tf.config.run_functions_eagerly(True)
+    try:
+        return test_step(data)
+    finally:
+        tf.config.run_functions_eagerly(eager)
+        for layer in layers:
+            del layer.call
+
+
+def _in_training(call, inputs, training=None, mask=None):
+    # New moving averages go into the scope, and with it.
+    with keras.StatelessScope():
+        return call(inputs, training=True, mask=mask)
+
+
+def _by_channel(population, moving):
+    """Shift of the mean in standard deviations and log2 of the ratio of these, by channel."""
+    # The smallest normal float32 keeps channels that never vary finite.
+    tiny = np.finfo(np.float32).tiny
+    variance = np.maximum(population.variance, tiny)
+    shift = (moving.mean - population.mean) / np.sqrt(variance)
+    return shift, np.log2(np.maximum(moving.variance, tiny) / variance) / 2
+
+
+def _require_tensorboard():
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "Expected tensorboard, to write its files. Received: log_dir in an environment "
+            "without it. Run `pip install tensorboard`, or leave out log_dir."
+        ) from error
