@@ -65,11 +65,12 @@ def export(
     and outputs that `model.export` gives. It checks the rank and the known sizes of every
     input before anything else, so that a request of a wrong shape is answered with an
     error: without the check some kernels abort the server's process. Give every size that is
-    known: one that is left open is not checked. Before it is put in
-    place it is loaded again and verified, on `warmup` or on random numbers: it predicts what
-    the model predicts, and the first sample's outputs do not depend on the other samples.
-    Loading it needs neither tfbn nor Keras. The model is not changed, and its `trainable`
-    flags do not matter.
+    known: one that is left open is not checked. Loading it needs neither tfbn nor Keras. The
+    model is not changed, and its `trainable` flags do not matter.
+
+    Before it is put in place it is loaded again and verified, on `warmup` or on random
+    numbers: it predicts what the model predicts, and the first sample's outputs do not depend
+    on the other samples.
 
     Everything is written into a hidden directory in `path` and renamed when it is complete,
     so a server that polls `path` never sees a part of a version, and an export that fails
@@ -144,7 +145,9 @@ def export(
             try:
                 os.rename(partial, path / str(version))
             except OSError as error:
-                raise _exists(path, version) from error
+                if (path / str(version)).exists():  # Another export was faster.
+                    raise _exists(path, version) from error
+                raise
     return Exported(path / str(version), version, difference)
 
 
@@ -339,13 +342,14 @@ def _save(model, signature, path):
         checked = tf.nest.map_structure(
             lambda x, spec: tf.ensure_shape(x, spec.shape), list(args), signature
         )
-        return model(*checked, training=False)
+        with _watched(model, found):  # Here, since saving traces more than this.
+            return model(*checked, training=False)
 
+    found = []
     archive = keras.export.ExportArchive()
     archive.track(model)  # For lookup tables, which are no variables.
-    with _training_mode(model) as found:
-        archive.add_endpoint("serve", serve, input_signature=signature)
-        archive.write_out(os.fspath(path), verbose=False)
+    archive.add_endpoint("serve", serve, input_signature=signature)
+    archive.write_out(os.fspath(path), verbose=False)
     for layer, op in found:
         raise ValueError(
             "Expected every batch norm layer to use its population statistics. Received: model "
@@ -357,31 +361,34 @@ def _save(model, signature, path):
 
 
 @contextlib.contextmanager
-def _training_mode(model):
-    """Collects (path, op type) for each op of training that a batch norm layer adds to a graph.
+def _watched(model, found):
+    """Add (path, op type) to `found` for each op of training that a batch norm layer makes.
 
     Only the layer itself knows which ops are its own: names of ops may be shared, and a
     mean elsewhere in the model is none of our business.
     """
-    found = []
     layers = models.batch_norm_layers(model)
+
+    def watch(path, call):
+        @functools.wraps(call)  # Keras looks at the arguments of a layer's call.
+        def watched(*args, **kwargs):
+            graph = tf.compat.v1.get_default_graph()
+            before = len(graph.get_operations())
+            outputs = call(*args, **kwargs)
+            for op in graph.get_operations()[before:]:
+                if op.type in _TRAINING_OPS or _is_training(op.type, op.node_def):
+                    found.append((path, op.type))
+            return outputs
+
+        return watched
+
     for path, layer in layers.items():
-        layer.call = functools.partial(_watched, found, path, layer.call)
+        layer.call = watch(path, layer.call)
     try:
-        yield found
+        yield
     finally:
         for layer in layers.values():
             del layer.call
-
-
-def _watched(found, path, call, *args, **kwargs):
-    graph = tf.compat.v1.get_default_graph()
-    before = len(graph.get_operations())
-    outputs = call(*args, **kwargs)
-    for op in graph.get_operations()[before:]:
-        if op.type in _TRAINING_OPS or _is_training(op.type, op.node_def):
-            found.append((path, op.type))
-    return outputs
 
 
 def _is_training(op_type, node):
