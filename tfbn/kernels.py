@@ -27,6 +27,8 @@ _STRETCH = 32
 # E[x^2] - E[x]^2 loses a factor 1 + (mean / std)^2 of precision. At this ratio that is two of
 # the seven digits of float32, of an error that averages out over the stretches.
 _SAFE_RATIO = 8.0
+# Where the moments themselves are what is wanted, not a step of a training: half a digit.
+_EXACT_RATIO = 1.5
 # The part of the data whose mean is the shift where a second read is to be avoided: 1 / 16.
 # Such a mean is within sqrt(16) std of the mean of all, whatever the data (see `_sampled_mean`).
 _SAMPLED = 16
@@ -58,8 +60,19 @@ def moments(x, axis, mask=None):
         value all are 0. A NaN or an infinity among the values makes `mean` or `variance` of its
         channel non-finite. Gradients flow through `mean` and `variance`.
     """
-    *_, count, mean, variance = _centred_moments(x, axis, mask)
-    return count, mean, variance
+    if mask is not None or _under_xla():
+        *_, count, mean, variance = _centred_moments(x, axis, mask)
+        return count, mean, variance
+    x, count = tf.cast(x, statistics_dtype(x.dtype)), _count(x, axis)
+    mean, variance = _moments_near_zero(x, axis, count)
+
+    def shifted():
+        shift = tf.stop_gradient(tf.cast(mean, x.dtype))
+        rest, variance = _moments_near_zero(x - _along(axis, shift, x), axis, count)
+        return tf.cast(shift, tf.float64) + rest, variance
+
+    near = _near_zero(mean, variance, _EXACT_RATIO)
+    return count, *tf.cond(near, lambda: (mean, variance), shifted)
 
 
 def normalize(x, mean, variance, gamma, beta, *, axis, epsilon):
@@ -206,9 +219,8 @@ def _recentre(x, axis, count):
             moments = _moments_near_zero(centred, axis, count)
             return tf.cast(centred, x.dtype), tf.cast(shift, tf.float64), *moments
 
-        # Not the other way round: what is not finite must not count as safe.
-        safe = tf.reduce_all(tf.square(mean) <= _SAFE_RATIO**2 * variance)
-        return tf.cond(safe, as_it_is, shifted), lambda dx, *_: dx
+        near = _near_zero(mean, variance, _SAFE_RATIO)
+        return tf.cond(near, as_it_is, shifted), lambda dx, *_: dx
 
     return recentre(x)
 
@@ -325,6 +337,12 @@ def _merge_replicas(count, mean, variance):
     all_mean = total(count * mean) / divisor
     all_variance = total(count * (variance + tf.square(mean - all_mean))) / divisor
     return all_counts, all_mean, all_variance
+
+
+def _near_zero(mean, variance, ratio):
+    """Whether every |mean| / std is at most `ratio`."""
+    # Not the other way round: what is not finite must not count as near.
+    return tf.reduce_all(tf.square(mean) <= ratio**2 * variance)
 
 
 def _moments_near_zero(x, axis, count):

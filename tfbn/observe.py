@@ -140,25 +140,20 @@ class Observation:
         def observed(layer, inputs, mask):
             number = calls[id(layer)] = calls.get(id(layer), -1) + 1
             site = self.site(layer, number)
-            count, mean, variance = kernels.moments(inputs, layer.axis, mask)
-            batch = count, mean, variance
+            step = {"axis": layer.axis, "epsilon": layer.epsilon}
             if settled:
-                mean, variance = site.population()
+                batch = kernels.moments(inputs, layer.axis, mask)
+                outputs = kernels.normalize(
+                    inputs, *site.population(), layer.gamma, layer.beta, **step
+                )
+            else:
+                outputs, *batch = kernels.train(inputs, layer.gamma, layer.beta, mask=mask, **step)
             if not tf.executing_eagerly() and tf.compat.v1.get_default_graph() is not outer:
                 # The body of a loop or branch, of which only what the outputs need is run.
                 with tf.control_dependencies(site.add_inside(*batch)):
-                    mean = tf.identity(mean)
+                    outputs = tf.identity(outputs)
                 batch = None
-            outputs = kernels.normalize(
-                inputs,
-                mean,
-                variance,
-                layer.gamma,
-                layer.beta,
-                axis=layer.axis,
-                epsilon=layer.epsilon,
-            )
-            met.append(Call(site, outputs, batch))
+            met.append(Call(site, [v for v in (inputs, mask) if v is not None], outputs, batch))
             return tf.cast(outputs, layer.compute_dtype)
 
         # Keras's variables (counters, seeds) keep their values in a stateless scope, and
@@ -174,13 +169,14 @@ class Observation:
 
 
 class Call(NamedTuple):
-    """A site's call: its outputs, and count, mean and variance of the batch that entered.
+    """A site's call: inputs (mask included), outputs, and what of the batch entered.
 
-    `batch` is `None` in the body of a loop or branch, out of which a graph hands nothing:
+    `batch` is its count, mean and variance, or `None` in the body of a loop or branch, out of which a graph hands nothing:
     there the site itself takes it in, see `Site.drain`.
     """
 
     site: Site
+    inputs: list
     outputs: tf.Tensor
     batch: tuple | None
 

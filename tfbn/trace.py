@@ -122,7 +122,7 @@ class Trace:
                 users.setdefault(id(tensor), []).append(op)
             if id(op) in call_of:
                 call = call_of[id(op)]
-                level = 1 + max(depth[id(tensor.op)] for tensor in call.batch)
+                level = 1 + max(depth[id(tensor.op)] for tensor in call.inputs)
                 self._level[id(call.outputs)] = depth[id(op)] = level
         self.levels = max(self._level.values(), default=0)
 
