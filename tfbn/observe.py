@@ -171,8 +171,8 @@ class Observation:
 class Call(NamedTuple):
     """A site's call: inputs (mask included), outputs, and what of the batch entered.
 
-    `batch` is its count, mean and variance, or `None` in the body of a loop or branch, out of which a graph hands nothing:
-    there the site itself takes it in, see `Site.drain`.
+    `batch` is its count, mean and variance, or `None` in the body of a loop or branch, out
+    of which a graph hands nothing: there the site itself takes it in, see `Site.drain`.
     """
 
     site: Site
