@@ -1,0 +1,434 @@
+"""The command line. What it computes is checked against Keras alone, on files it never wrote."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import tfbn
+from tfbn.cli import RECORD, main
+
+rng = np.random.default_rng(0)
+PIXELS = rng.integers(0, 256, (30, 6, 5, 1), dtype=np.uint8)
+IMAGES = (PIXELS / 255).astype("float32")
+
+
+def network():
+    """Two convolutions with batch norm on images of 6 by 5 pixels."""
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [
+            keras.Input((6, 5, 1), name="image"),
+            layers.Conv2D(4, 3),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+            layers.Conv2D(3, 3),
+            tfbn.BatchNormalization(),
+            layers.Flatten(),
+            layers.Dense(2),
+        ],
+        name="small",
+    )
+
+
+def two_inputs():
+    """Batch norm of two inputs, and of their sum."""
+    keras.utils.set_random_seed(0)
+    a, b = keras.Input((3,), name="a"), keras.Input((3,), name="b")
+    sum_of_both = layers.Add()(
+        [layers.BatchNormalization(center=False)(a), layers.ReLU()(layers.BatchNormalization()(b))]
+    )
+    return keras.Model({"a": a, "b": b}, layers.BatchNormalization()(sum_of_both))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The file of a model that was trained for a little while."""
+    path = tmp_path_factory.mktemp("models") / "model.keras"
+    model = network()
+    model.compile("sgd", "mse")
+    model.fit(IMAGES, np.zeros((30, 2)), epochs=2, verbose=0)
+    model.save(path)
+    return path
+
+
+def whole_batch(path, x):
+    """Mean and variance of each layer's input in training mode over all data, by Keras alone."""
+    twin = keras.models.load_model(path)
+    norms = [layer for layer in twin.layers if isinstance(layer, layers.BatchNormalization)]
+    for layer in norms:
+        layer.momentum = 0.0
+    twin(x, training=True)
+    return [(n.moving_mean.numpy(), n.moving_variance.numpy()) for n in norms]
+
+
+def held(path):
+    """Mean and variance that the layers of a file's model hold."""
+    return [
+        (layer.moving_mean.numpy(), layer.moving_variance.numpy())
+        for layer in keras.models.load_model(path).layers
+        if isinstance(layer, layers.BatchNormalization)
+    ]
+
+
+def assert_equal(found, expected, rtol=2e-5):
+    """Statistics are equal up to float32's rounding."""
+    assert len(found) == len(expected)
+    for (mean, variance), (right_mean, right_variance) in zip(found, expected, strict=True):
+        scale = np.sqrt(right_variance.max())
+        np.testing.assert_allclose(mean, right_mean, rtol=rtol, atol=rtol * scale)
+        np.testing.assert_allclose(variance, right_variance, rtol=rtol, atol=rtol * scale**2)
+
+
+def run(capsys, *arguments):
+    """Exit code, and what was written to stdout and stderr."""
+    capsys.readouterr()
+    code = main([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def run_for_json(capsys, *arguments):
+    """What a command that succeeds prints with --json."""
+    code, out, err = run(capsys, *arguments, "--json")
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+def fails(capsys, *arguments):
+    """The one line on stderr of a command that fails."""
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1 and err.startswith("tfbn: Expected")
+    assert "Received: " in err
+    return err
+
+
+def as_npy(directory):
+    """The images as one array."""
+    np.save(directory / "x.npy", IMAGES)
+    return [directory / "x.npy"]
+
+
+def as_npz(directory):
+    """The images beside their targets."""
+    np.savez(directory / "data.npz", y=np.zeros(30), x_train=IMAGES)
+    return [directory / "data.npz"]
+
+
+def as_npz_named(directory):
+    """The images under the name of the model's input, beside arrays with common names."""
+    np.savez(directory / "data.npz", x=np.zeros((3, 2)), image=IMAGES)
+    return [directory / "data.npz"]
+
+
+def as_folder(directory):
+    """The images as PNG files, in a folder for each class."""
+    for number, image in enumerate(PIXELS):
+        file = directory / "images" / str(number % 3) / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(tf.io.encode_png(image).numpy())
+    return [directory / "images", "--scale", "1/255"]
+
+
+def as_records(directory):
+    """The images as floats in a TFRecord file."""
+
+    def example(image):
+        values = tf.train.FloatList(value=image.ravel())
+        return {"pixels": tf.train.Feature(float_list=values)}
+
+    write_records(directory / "x.tfrecord", map(example, IMAGES))
+    spec = {"pixels": {"shape": [6, 5, 1], "dtype": "float32"}}
+    (directory / "spec.json").write_text(json.dumps(spec))
+    return [directory / "x.tfrecord", "--features", directory / "spec.json"]
+
+
+def as_encoded_records(directory):
+    """The images as PNG in a TFRecord file."""
+
+    def example(image):
+        values = tf.train.BytesList(value=[tf.io.encode_png(image).numpy()])
+        return {"png": tf.train.Feature(bytes_list=values)}
+
+    write_records(directory / "x.tfrecord", map(example, PIXELS))
+    (directory / "spec.json").write_text('{"png": {"dtype": "image"}}')
+    options = ["--features", directory / "spec.json", "--scale", str(1 / 255)]
+    return [directory / "x.tfrecord", *options]
+
+
+def write_records(path, features):
+    """A TFRecord file of examples."""
+    with tf.io.TFRecordWriter(str(path)) as file:
+        for feature in features:
+            example = tf.train.Example(features=tf.train.Features(feature=feature))
+            file.write(example.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    "data", [as_npy, as_npz, as_npz_named, as_folder, as_records, as_encoded_records]
+)
+def test_recalibrate_gives_the_statistics_of_all_data_as_one_batch(capsys, tmp_path, saved, data):
+    before = saved.read_bytes()
+    out = tmp_path / "out.keras"
+    arguments = ["--method", "exact", "--batch-size", 7, "--out", out]
+    run_for_json(capsys, "recalibrate", saved, *arguments, "--data", *data(tmp_path))
+    assert_equal(held(out), whole_batch(saved, IMAGES))
+    assert saved.read_bytes() == before
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+
+
+def test_recalibrate_changes_nothing_but_the_statistics(capsys, tmp_path, saved):
+    out = tmp_path / "out.keras"
+    assert run(capsys, "recalibrate", saved, "--data", *as_npy(tmp_path), "--out", out)[0] == 0
+    before, after = keras.models.load_model(saved), keras.models.load_model(out)
+    assert after.get_config() == before.get_config()
+    assert after.optimizer.iterations == before.optimizer.iterations == 2
+    for old, new in zip(before.trainable_weights, after.trainable_weights, strict=True):
+        np.testing.assert_array_equal(old.numpy(), new.numpy())
+
+
+def test_one_pass_sweep_is_of_batches_of_the_size_asked_for(capsys, tmp_path, saved):
+    """With batches of 10, the second layer's mean is that of three batches in training mode."""
+    out = tmp_path / "out.keras"
+    data = as_npy(tmp_path)
+    run_for_json(capsys, "recalibrate", saved, "--data", *data, "--out", out, "--batch-size", 30)
+    assert_equal(held(out), whole_batch(saved, IMAGES))
+    code, _, err = run(
+        capsys, "recalibrate", saved, "--data", *data, "--out", tmp_path / "b.keras",
+        "--batch-size", 10, "--json",
+    )  # fmt: skip
+    assert code == 0 and err.startswith("tfbn: warning: A one-pass sweep") and err.count("\n") == 1
+    parts = [whole_batch(saved, IMAGES[start : start + 10]) for start in (0, 10, 20)]
+    mean = np.mean([part[1][0] for part in parts], axis=0)
+    variance = np.mean([part[1][1] + (part[1][0] - mean) ** 2 for part in parts], axis=0)
+    assert_equal(held(tmp_path / "b.keras")[1:], [(mean, variance)])
+
+
+def test_arrays_of_several_inputs_go_by_name(capsys, tmp_path):
+    model = two_inputs()
+    model.save(tmp_path / "model.keras")
+    x = {name: rng.normal(size=(20, 3)).astype("float32") for name in "ba"}
+    np.savez(tmp_path / "x.npz", **x, targets=np.zeros(20))
+    arguments = ["--data", tmp_path / "x.npz", "--out", tmp_path / "out.keras", "--method", "exact"]
+    run_for_json(capsys, "recalibrate", tmp_path / "model.keras", *arguments)
+    assert_equal(held(tmp_path / "out.keras"), whole_batch(tmp_path / "model.keras", x))
+
+
+def test_inspect_says_never_swept_then_swept_then_stale(capsys, tmp_path, saved):
+    code, out, _ = run(capsys, "inspect", saved)
+    assert code == 3 and "never swept" in out
+    swept = tmp_path / "swept.keras"
+    arguments = ["--data", *as_npy(tmp_path), "--method", "exact", "--out", swept]
+    run_for_json(capsys, "recalibrate", saved, *arguments)
+    code, out, _ = run(capsys, "inspect", swept)
+    assert code == 0
+    assert "swept, method='exact', 30 samples in 1 batches of at most 30" in out
+    assert len(re.findall(r"^batch_normalization\S* +[34] +0.99 +0.001 +yes", out, re.M)) == 2
+    model = keras.models.load_model(swept)
+    model.layers[0].kernel.assign_add(keras.ops.ones_like(model.layers[0].kernel))
+    model.save(tmp_path / "changed.keras")
+    # Keras has left the record out. A file that somebody puts together has a false one.
+    with (
+        zipfile.ZipFile(swept) as source,
+        zipfile.ZipFile(tmp_path / "changed.keras", "a") as target,
+    ):
+        assert RECORD not in target.namelist()
+        target.writestr(RECORD, source.read(RECORD))
+    code, out, _ = run(capsys, "inspect", tmp_path / "changed.keras")
+    assert code == 3 and "stale: the weights have changed since the sweep" in out
+    keras.Sequential([keras.Input((2,)), layers.Dense(1)]).save(tmp_path / "none.keras")
+    code, out, _ = run(capsys, "inspect", tmp_path / "none.keras")
+    assert code == 0 and "no batch norm layers" in out
+
+
+def test_inspect_and_compare_give_the_drift(capsys, tmp_path, saved):
+    swept = tmp_path / "swept.keras"
+    run_for_json(capsys, "recalibrate", saved, "--data", *as_npy(tmp_path), "--out", swept)
+    found = run_for_json(capsys, "inspect", swept)
+    assert found["state"] == "swept"
+    stats = tfbn.PopulationStats.read(keras.models.load_model(saved))
+    stats.save(tmp_path / "moving.npz")
+    compared = run_for_json(capsys, "compare", saved, swept, tmp_path / "moving.npz")
+    assert compared["of_other_weights"] == []
+    expected = zip(held(swept), held(saved), found["layers"], strict=True)
+    for (mean, variance), (old_mean, old_variance), path in expected:
+        shift = (old_mean - mean) / np.sqrt(variance)
+        ratio = np.sqrt(old_variance / variance)
+        for drift in found["layers"][path], compared["layers"][path]:
+            np.testing.assert_allclose(
+                [drift["mean_shift"], drift["mean_shift_max"], drift["std_ratio"]],
+                [np.sqrt(np.mean(shift**2)), np.abs(shift).max(), np.exp(np.log(ratio).mean())],
+                rtol=1e-5,
+            )
+    code, out, _ = run(capsys, "compare", saved, saved, saved)
+    assert code == 0 and out.count("0.000 std") == 4
+
+
+def test_compare_says_when_weights_are_others(capsys, tmp_path, saved):
+    model = keras.models.load_model(saved)
+    model.layers[-1].bias.assign_add([1.0, 0.0])
+    model.save(tmp_path / "other.keras")
+    found = run_for_json(capsys, "compare", saved, saved, tmp_path / "other.keras")
+    assert found["of_other_weights"] == [str(tmp_path / "other.keras")]
+    two_inputs().save(tmp_path / "two.keras")
+    assert "layers of" in fails(capsys, "compare", saved, saved, tmp_path / "two.keras")
+
+
+def test_export_passes_the_sweep_on(capsys, tmp_path, saved):
+    swept = tmp_path / "swept.keras"
+    run_for_json(capsys, "recalibrate", saved, "--data", *as_npy(tmp_path), "--out", swept)
+    exported = run_for_json(capsys, "export", swept, tmp_path / "serving" / "small")
+    loaded = tf.saved_model.load(exported["path"])
+    expected = keras.models.load_model(swept).predict(IMAGES, verbose=0)
+    np.testing.assert_allclose(loaded.serve(IMAGES), expected, rtol=1e-5, atol=1e-6)
+    found = run_for_json(capsys, "describe", tmp_path / "serving" / "small")
+    assert found["stale"] is None
+    assert found["statistics"]["samples"] == 30
+    code, out, _ = run(capsys, "describe", exported["path"])
+    assert code == 0 and "30 samples" in out
+    # One that was never swept is exported with a warning.
+    code, _, err = run(capsys, "export", saved, tmp_path / "serving" / "never")
+    assert code == 0 and err.startswith("tfbn: warning: ") and err.count("\n") == 1
+    assert run_for_json(capsys, "describe", tmp_path / "serving" / "never")["stale"]
+
+
+def test_nothing_is_overwritten(capsys, tmp_path, saved):
+    taken = tmp_path / "taken.keras"
+    taken.write_text("mine")
+    data = as_npy(tmp_path)
+    assert "exists" in fails(capsys, "recalibrate", saved, "--data", *data, "--out", taken)
+    assert taken.read_text() == "mine"
+    own = shutil.copy(saved, tmp_path / "own.keras")
+    before = pathlib.Path(own).read_bytes()
+    fails(capsys, "recalibrate", own, "--data", *data, "--out", own)
+    assert pathlib.Path(own).read_bytes() == before
+
+
+def test_a_name_that_is_taken_during_the_sweep_is_not_overwritten(
+    capsys, monkeypatch, tmp_path, saved
+):
+    out = tmp_path / "out.keras"
+    sweep = tfbn.update_population_stats
+
+    def sweep_while_another_writes(*args, **options):
+        out.write_text("theirs")
+        return sweep(*args, **options)
+
+    monkeypatch.setattr(tfbn, "update_population_stats", sweep_while_another_writes)
+    data = as_npy(tmp_path)
+    code, _, err = run(capsys, "recalibrate", saved, "--data", *data, "--out", out, "--json")
+    assert code == 1 and "exists" in err
+    assert out.read_text() == "theirs"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out.keras", "x.npy"]
+
+
+class Touch:
+    """Pickles to a command."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        """Make a file when it is loaded."""
+        return os.system, (f"touch {self.path}",)
+
+
+def test_code_in_files_is_refused(capsys, tmp_path):
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, layers.BatchNormalization()(layers.Lambda(lambda x: x * 2)(inputs)))
+    model.save(tmp_path / "lambda.keras")
+    assert "--unsafe" in fails(capsys, "inspect", tmp_path / "lambda.keras")
+    code, out, _ = run(capsys, "inspect", tmp_path / "lambda.keras", "--unsafe")
+    assert code == 3 and "1 batch norm layers" in out
+    array = np.array([Touch(tmp_path / "pwned")], object)
+    np.save(tmp_path / "hostile.npy", array, allow_pickle=True)
+    np.savez(tmp_path / "hostile.npz", x=array)
+    two_inputs().save(tmp_path / "model.keras")
+    for name in ("hostile.npy", "hostile.npz"):
+        arguments = ["--data", tmp_path / name, "--out", tmp_path / "out.keras"]
+        code, _, err = run(capsys, "recalibrate", tmp_path / "model.keras", *arguments)
+        assert code == 1 and err.count("\n") == 1
+    assert not (tmp_path / "pwned").exists()
+    assert not (tmp_path / "out.keras").exists()
+
+
+def test_errors_are_one_line_that_says_what_to_do(capsys, tmp_path, saved):
+    out = ["--out", tmp_path / "out.keras"]
+    data = ["--data", *as_npy(tmp_path)]
+    assert "no such file" in fails(capsys, "inspect", tmp_path / "missing.keras")
+    (tmp_path / "text.keras").write_text("text")
+    assert ".keras file" in fails(capsys, "inspect", tmp_path / "text.keras")
+    assert "missing.npy" in fails(
+        capsys, "recalibrate", saved, *out, "--data", tmp_path / "missing.npy"
+    )
+    assert "only for images" in fails(capsys, "recalibrate", saved, *out, *data, "--scale", "2")
+    assert ".keras" in fails(capsys, "recalibrate", saved, *data, "--out", tmp_path / "out.h5")
+    np.savez(tmp_path / "two.npz", a=IMAGES, b=IMAGES)
+    assert "['a', 'b']" in fails(capsys, "recalibrate", saved, *out, "--data", tmp_path / "two.npz")
+    records = as_encoded_records(tmp_path)[0]
+    (tmp_path / "bad.json").write_text('{"pixels": {"dtype": "floaty", "shape": []}}')
+    assert "floaty" in fails(
+        capsys, "recalibrate", saved, *out, "--data", records, "--features", tmp_path / "bad.json"
+    )
+    frozen = keras.models.load_model(saved)
+    frozen.trainable = False
+    frozen.save(tmp_path / "frozen.keras")
+    line = fails(capsys, "recalibrate", tmp_path / "frozen.keras", *out, *data)
+    assert "--include-frozen" in line
+    assert not (tmp_path / "out.keras").exists()
+    run_for_json(capsys, "recalibrate", tmp_path / "frozen.keras", *out, *data, "--include-frozen")
+    assert_equal(held(tmp_path / "out.keras"), whole_batch(saved, IMAGES))
+    assert "tfbn.export" in fails(capsys, "describe", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["inspect"], ["recalibrate", "m.keras"], ["inspect", "m", "--batch-size", "0"]],
+)
+def test_wrong_usage_exits_with_2(capsys, arguments):
+    with pytest.raises(SystemExit) as exited:
+        main(arguments)
+    assert exited.value.code == 2
+    assert "usage: tfbn" in capsys.readouterr().err
+
+
+def test_interruption_is_clean(capsys, monkeypatch, tmp_path, saved):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(keras.Model, "save", interrupted)
+    out = ["--out", tmp_path / "out.keras", "--data", *as_npy(tmp_path), "--json"]
+    code, _, err = run(capsys, "recalibrate", saved, *out)
+    assert (code, err) == (130, "tfbn: interrupted\n")
+    assert [file.name for file in tmp_path.iterdir()] == ["x.npy"]
+
+
+@pytest.mark.slow
+def test_control_c_ends_the_process_at_once(tmp_path, saved):
+    np.save(tmp_path / "x.npy", np.zeros((3_000_000, 6, 5, 1), "uint8"))
+    files = [saved, "--data", tmp_path / "x.npy", "--out", tmp_path / "out.keras"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tfbn", "recalibrate", *files],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.readline()  # The sweep has begun.
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err and err.endswith("tfbn: interrupted\n")
+    assert [file.name for file in tmp_path.iterdir()] == ["x.npy"]
