@@ -1,0 +1,144 @@
+"""Figures: that what they draw and say is what NumPy finds."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from tfbn import LayerStats, PopulationStats
+from tfbn.plot import plot_drift, plot_history
+
+
+def statistics(seed, samples=100, layers=("first", "block/second")):
+    """Made-up statistics of two layers."""
+    rng = np.random.default_rng(seed)
+    found = {
+        path: LayerStats(samples, rng.normal(size=5), rng.uniform(0.5, 2, 5)) for path in layers
+    }
+    return PopulationStats(found, method="pooled", samples=samples)
+
+
+def dots(axes):
+    """Positions of the dots of a panel, from the top."""
+    found = [line.get_xydata()[0] for line in axes.lines if line.get_marker() == "o"]
+    return np.array(found)[:, 0]
+
+
+def spans(axes):
+    """Ends of the lines of a panel's layers, from the top."""
+    lines = [line.get_xdata() for line in axes.lines if line.get_color() == "0.75"]
+    return np.array(lines)
+
+
+def test_drift_is_drawn_in_the_order_of_the_layers():
+    population, moving = statistics(0), statistics(1)
+    figure = plot_drift(population, moving)
+    assert isinstance(figure, Figure)
+    left, right = figure.axes
+    pairs = [(population[path], moving[path]) for path in population]
+    shifts = [np.abs(m.mean - p.mean) / np.sqrt(p.variance) for p, m in pairs]
+    ratios = [np.sqrt(m.variance / p.variance) for p, m in pairs]
+    assert [label.get_text() for label in left.get_yticklabels()] == list(population)
+    assert left.yaxis_inverted()
+    np.testing.assert_allclose(dots(left), [np.sqrt(np.mean(s**2)) for s in shifts])
+    np.testing.assert_allclose(spans(left), [(s.min(), s.max()) for s in shifts])
+    np.testing.assert_allclose(dots(right), [np.exp(np.log(r).mean()) for r in ratios])
+    np.testing.assert_allclose(spans(right), [(r.min(), r.max()) for r in ratios])
+    [error] = [line for line in left.lines if line.get_linestyle() == ":"]
+    np.testing.assert_allclose(error.get_xdata(), 0.1)
+
+
+def test_drift_title_states_the_finding():
+    population = statistics(0)
+    shifted = {
+        path: LayerStats(0, s.mean + factor * np.sqrt(s.variance), 4 * s.variance)
+        for (path, s), factor in zip(population.items(), (0.5, 1.5), strict=True)
+    }
+    title = plot_drift(population, PopulationStats(shifted, method="assigned")).get_suptitle()
+    assert "off by up to 1.5 standard deviations (block/second)" in title
+    assert "2 to 2 times" in title
+    assert "agree" in plot_drift(population, population).get_suptitle()
+
+
+def test_drift_is_from_what_was_there_before_by_default():
+    previous = statistics(1)
+    swept = PopulationStats(dict(statistics(0)), method="pooled", samples=9, previous=previous)
+    assert dots(plot_drift(swept).axes[0]) == pytest.approx(
+        dots(plot_drift(swept, previous).axes[0])
+    )
+    with pytest.raises(ValueError, match=r"to compare with. Received: other=None"):
+        plot_drift(statistics(0))
+    with pytest.raises(ValueError, match="different models"):
+        plot_drift(swept, statistics(0, layers=("other",)))
+
+
+def test_a_channel_that_never_varies_is_drawn():
+    still = PopulationStats({"a": LayerStats(5, np.zeros(2), np.zeros(2))}, method="pooled")
+    moving = PopulationStats({"a": LayerStats(5, np.ones(2), np.ones(2))}, method="assigned")
+    plot_drift(still, moving).savefig(os.devnull, format="png")
+
+
+def history(population_end=0.25):
+    """Three epochs of two metrics, with others that are not for the figure."""
+    return {
+        "loss": [2.0, 1.0, 0.5],
+        "val_loss": [9.0, 9.0, 9.0],
+        "val_loss_moving_average": [3.0, 2.0, 1.0],
+        "val_loss_population": [1.0, 0.5, population_end],
+        "val_loss_mini_batch": [1.1, 0.6, 0.35],
+        "val_accuracy_moving_average": [0.0, 0.5, 0.6],
+        "val_accuracy_population": [0.2, 0.7, 0.6],
+        "val_accuracy_mini_batch": [0.1, 0.6, 0.55],
+    }
+
+
+def test_history_has_a_panel_for_each_metric():
+    figure = plot_history(history())
+    loss, accuracy = figure.axes
+    assert [axes.get_ylabel() for axes in figure.axes] == [
+        "loss, validation",
+        "accuracy, validation",
+    ]
+    for axes, metric in ((loss, "loss"), (accuracy, "accuracy")):
+        ways = ["moving_average", "population", "mini_batch"]
+        for line, way in zip(axes.lines, ways, strict=True):
+            np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3])
+            np.testing.assert_array_equal(line.get_ydata(), history()[f"val_{metric}_{way}"])
+    assert loss.get_yscale() == "log" and accuracy.get_yscale() == "linear"
+    assert "after 3 epochs: 1 with moving averages,\n0.25 with population" in loss.get_title()
+    assert "0.6 with moving averages,\nthe same with population" in accuracy.get_title()
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "moving averages",
+        "population statistics",
+        "mini-batch statistics",
+    ]
+
+
+def test_history_without_three_ways_is_refused():
+    with pytest.raises(ValueError, match=r"StatsTracker .* Received: metrics \['loss'\]"):
+        plot_history({"loss": [1.0]})
+
+
+def test_no_display_is_needed(tmp_path):
+    """Not even where matplotlib is told to use windows."""
+    code = (
+        "import sys; from test_plot import *;"
+        "plot_drift(statistics(0), statistics(1)).savefig(sys.argv[1]);"
+        "plot_history(history()).savefig(sys.argv[1])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"}
+    environment |= {"MPLBACKEND": "TkAgg", "PYTHONPATH": os.path.dirname(__file__)}
+    command = [sys.executable, "-c", code, str(tmp_path / "figure.png")]
+    subprocess.run(command, check=True, env=environment)
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_missing_matplotlib_is_one_clear_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for draw in (lambda: plot_drift(statistics(0), statistics(1)), lambda: plot_history(history())):
+        with pytest.raises(ImportError, match=r"pip install 'tfbn\[plot\]'"):
+            draw()
