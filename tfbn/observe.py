@@ -7,7 +7,9 @@ are asked for, so nothing else in it has an effect.
 """
 
 import contextlib
+import functools
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
@@ -140,20 +142,25 @@ class Observation:
         def observed(layer, inputs, mask):
             number = calls[id(layer)] = calls.get(id(layer), -1) + 1
             site = self.site(layer, number)
-            step = {"axis": layer.axis, "epsilon": layer.epsilon}
+            entered = [inputs] if mask is None else [inputs, mask]
+            form = {"axis": layer.axis, "epsilon": layer.epsilon}
             if settled:
-                batch = kernels.moments(inputs, layer.axis, mask)
-                outputs = kernels.normalize(
-                    inputs, *site.population(), layer.gamma, layer.beta, **step
+                population = site.population()
+                outputs = kernels.normalize(inputs, *population, layer.gamma, layer.beta, **form)
+                # What entered goes on to later levels anyway. Measured outside of the graph, it
+                # keeps the graph small, which every level copies a part of.
+                call = Call(
+                    site, entered, outputs, entered, functools.partial(_moments, layer.axis)
                 )
             else:
-                outputs, *batch = kernels.train(inputs, layer.gamma, layer.beta, mask=mask, **step)
+                outputs, *batch = kernels.train(inputs, layer.gamma, layer.beta, mask=mask, **form)
+                call = Call(site, entered, outputs, batch, lambda *batch: batch)
             if not tf.executing_eagerly() and tf.compat.v1.get_default_graph() is not outer:
                 # The body of a loop or branch, of which only what the outputs need is run.
-                with tf.control_dependencies(site.add_inside(*batch)):
+                with tf.control_dependencies(site.add_inside(*call.measure(*call.fetches))):
                     outputs = tf.identity(outputs)
-                batch = None
-            met.append(Call(site, [v for v in (inputs, mask) if v is not None], outputs, batch))
+                call = Call(site, entered, outputs, None, site.drain)
+            met.append(call)
             return tf.cast(outputs, layer.compute_dtype)
 
         # Keras's variables (counters, seeds) keep their values in a stateless scope, and
@@ -169,16 +176,34 @@ class Observation:
 
 
 class Call(NamedTuple):
-    """A site's call: inputs (mask included), outputs, and what of the batch entered.
+    """A site's call, and how to get at the batch that entered.
 
-    `batch` is its count, mean and variance, or `None` in the body of a loop or branch, out
-    of which a graph hands nothing: there the site itself takes it in, see `Site.drain`.
+    Attributes:
+        site: The site.
+        inputs: The tensor that entered, and its mask if it has one.
+        outputs: The tensor that left.
+        fetches: The tensors to take out of the graph for `measure`; `None` in the body of a
+            loop or branch, out of which a graph hands nothing.
+        measure: From the values of `fetches` to count, mean and variance.
     """
 
     site: Site
     inputs: list
     outputs: tf.Tensor
-    batch: tuple | None
+    fetches: list | None
+    measure: Callable
+
+
+def _moments(axis, *entered):
+    specs = tuple(tf.TensorSpec([None, *value.shape[1:]], value.dtype) for value in entered)
+    return _moments_function(axis, specs)(*entered)
+
+
+@functools.lru_cache(maxsize=256)
+def _moments_function(axis, specs):
+    return tf.function(
+        lambda x, mask=None: kernels.moments(x, axis, mask), input_signature=specs, autograph=False
+    )
 
 
 @contextlib.contextmanager

@@ -124,7 +124,7 @@ def check(model, x, batch_size=None, steps=None, include_frozen=False):
 
 
 def _layers_to_sweep(model, include_frozen):
-    if not isinstance(model, keras.layers.Layer):
+    if not isinstance(model, keras.Model):
         raise ValueError(f"Expected a Keras model. Received: {model!r}. Pass the model itself.")
     layers = models.batch_norm_layers(model)
     if not layers and model.built:

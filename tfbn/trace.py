@@ -37,7 +37,7 @@ class Trace:
         self._frontiers = {0: self._function.inputs[: len(specs)]}
         self._parts = {}
         self.levels = None
-        if all(call.batch is not None for call in self._calls):
+        if all(call.fetches is not None for call in self._calls):
             self._find_levels()
 
     def run(self, inputs):
@@ -89,15 +89,14 @@ class Trace:
         # Without a signature every call would first try one that does not fit, which takes
         # longer than the call.
         signature = tuple(tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in feeds), {}
-        outside = [call.batch for call in calls if call.batch is not None]
-        function = self._function.prune(feeds, [outside, wanted], input_signature=signature)
+        fetches = [call.fetches or [] for call in calls]
+        function = self._function.prune(feeds, [fetches, wanted], input_signature=signature)
 
         def run(values):
-            batches, kept = function(*tf.nest.flatten(values, expand_composites=True))
-            batches = iter(batches)
+            fetched, kept = function(*tf.nest.flatten(values, expand_composites=True))
             found = [
-                (call.site, call.site.drain() if call.batch is None else next(batches))
-                for call in calls
+                (call.site, call.measure(*values))
+                for call, values in zip(calls, fetched, strict=True)
             ]
             return found, kept
 
@@ -128,7 +127,7 @@ class Trace:
 
         needed = {}  # The first level that needs an operation.
         for level in range(1, self.levels + 1):
-            pending = [tensor.op for call in self._at(level) for tensor in call.batch]
+            pending = [tensor.op for call in self._at(level) for tensor in call.fetches]
             while pending:
                 op = pending.pop()
                 if id(op) not in needed:
