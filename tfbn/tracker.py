@@ -38,7 +38,8 @@ class StatsTracker(keras.callbacks.Callback):
 
     Every metric enters the epoch's logs as `val_<metric>_<way>`: `val_loss_moving_average`,
     `val_loss_population`, `val_loss_mini_batch`. `History` has them, and so have callbacks
-    that are listed after this one (`CSVLogger`, `TensorBoard`, `EarlyStopping`).
+    that are listed after this one: `CSVLogger`, `TensorBoard`, `EarlyStopping` (with a `mode`,
+    for Keras does not know whether these metrics are to go up or down).
 
     Training goes on as if it were not there: weights, statistics, metrics and seeds are
     those from before. It costs a sweep and three evaluations an epoch. The first of them is
@@ -204,7 +205,7 @@ def _unchanged(model):
         swept = None
     # Metrics accumulate in an evaluation, and a layer may draw random numbers or count in it.
     state = [
-        (variable, keras.ops.convert_to_numpy(variable.value).copy())
+        (variable, variable.numpy().copy())
         for variable in model.non_trainable_variables + model.metrics_variables
     ]
     try:

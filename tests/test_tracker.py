@@ -1,0 +1,367 @@
+"""`StatsTracker` against Keras and NumPy, and against training without it."""
+
+import csv
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import tfbn
+from tfbn.tracker import StatsTracker
+
+EPOCHS = 2
+BATCH = 8
+rng = np.random.default_rng(0)
+X = rng.normal(2, 3, (44, 6)).astype("float32")
+Y = (X.sum(1) > 10).astype("int32")
+X_VAL = rng.normal(2, 3, (20, 6)).astype("float32")
+Y_VAL = (X_VAL.sum(1) > 10).astype("int32")
+
+
+class Sampled(layers.Layer):
+    """Adds noise and counts its calls, in inference too."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = keras.random.SeedGenerator(7)
+
+    def build(self, shape):
+        """A counter."""
+        self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+    def call(self, x):
+        """Noise of another seed each time."""
+        self.calls.assign_add(1.0)
+        return x + 0.1 * keras.random.normal(keras.ops.shape(x), seed=self.generator)
+
+
+def network(bn=layers.BatchNormalization, extra=(), **options):
+    """Two batch norm layers; `extra` are layers without weights for between them."""
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(5),
+            bn(name="first", **options),
+            layers.ReLU(),
+            *extra,
+            layers.Dense(4),
+            bn(name="second", **options),
+            layers.Dense(2, "softmax"),
+        ]
+    )
+
+
+def compiled(model, **options):
+    """The model, to be trained."""
+    options = {"loss": "sparse_categorical_crossentropy", "metrics": ["accuracy"], **options}
+    model.compile(keras.optimizers.SGD(0.3), **options)
+    return model
+
+
+def fit(model, callbacks=(), epochs=EPOCHS, **options):
+    """The history of a short training, with Keras's own validation."""
+    keras.utils.set_random_seed(1)
+    return model.fit(
+        X,
+        Y,
+        epochs=epochs,
+        batch_size=BATCH,
+        validation_data=(X_VAL, Y_VAL),
+        validation_batch_size=BATCH,
+        callbacks=list(callbacks),
+        verbose=0,
+        **options,
+    ).history
+
+
+def tracker(**options):
+    """A tracker whose sweep takes all data as one batch."""
+    options = {"batch_size": len(X), "validation_batch_size": BATCH, **options}
+    return StatsTracker(X, (X_VAL, Y_VAL), **options)
+
+
+class Weights(keras.callbacks.Callback):
+    """The weights at the end of every epoch."""
+
+    def on_train_begin(self, logs=None):
+        """A new list."""
+        self.found = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Keep them."""
+        self.found.append(self.model.get_weights())
+
+
+def twin(weights):
+    """Keras's own layers with these weights, and statistics that are those of the last batch."""
+    model = network(momentum=0.0)
+    model.set_weights(weights)
+    return model
+
+
+def metrics(probabilities):
+    """Loss and accuracy of predictions for the validation data, by NumPy in float64."""
+    probabilities = np.asarray(probabilities, np.float64)
+    right = probabilities[np.arange(len(Y_VAL)), Y_VAL]
+    return -np.log(right).mean(), (probabilities.argmax(1) == Y_VAL).mean()
+
+
+def with_population(weights):
+    """Metrics after a step in training mode over all training data as one batch."""
+    model = twin(weights)
+    model(X, training=True)
+    return metrics(model(X_VAL, training=False))
+
+
+def with_mini_batches(weights, size=BATCH):
+    """Metrics in training mode, a batch at a time."""
+    model = twin(weights)
+    batches = [X_VAL[start : start + size] for start in range(0, len(X_VAL), size)]
+    return metrics(np.concatenate([model(batch, training=True) for batch in batches]))
+
+
+def assert_logged(history, way, expected):
+    """Loss and accuracy of every epoch are those expected."""
+    for metric, values in zip(("loss", "accuracy"), zip(*expected, strict=True), strict=True):
+        np.testing.assert_allclose(history[f"val_{metric}_{way}"], values, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("bn", "options"),
+    [
+        (layers.BatchNormalization, {}),
+        (tfbn.BatchNormalization, {}),
+        pytest.param(tfbn.BatchNormalization, {"run_eagerly": True}, marks=pytest.mark.slow),
+        pytest.param(tfbn.BatchNormalization, {"steps_per_execution": 3}, marks=pytest.mark.slow),
+    ],
+)
+def test_metrics_three_ways(bn, options):
+    """Dropout and noise are in the network but not in the oracle: they do not take part."""
+    model = network(bn, [layers.Dropout(0.5), layers.GaussianNoise(1.0)])
+    weights = Weights()
+    history = fit(compiled(model, **options), [weights, tracker()])
+    assert_logged(history, "population", map(with_population, weights.found))
+    assert_logged(history, "mini_batch", map(with_mini_batches, weights.found))
+    for metric in ("loss", "accuracy"):
+        assert history[f"val_{metric}_moving_average"] == history[f"val_{metric}"]
+        assert len(history[f"val_{metric}"]) == EPOCHS
+    # The three are told apart by these data.
+    assert len({history[f"val_loss_{way}"][-1] for way in tfbn.tracker.WAYS}) == 3
+
+
+@pytest.mark.parametrize("bn", [layers.BatchNormalization, tfbn.BatchNormalization])
+def test_training_goes_on_bit_for_bit(bn):
+    def trained(*callbacks):
+        keras.utils.set_random_seed(0)  # For the layers that draw.
+        model = compiled(network(bn, [layers.Dropout(0.5), Sampled()]))
+        # A fit after a fit: state that is left behind may show only there.
+        histories = [fit(model, callbacks, epochs=2), fit(model, callbacks, epochs=1)]
+        state = [v.numpy() for v in [*model.variables, *model.optimizer.variables]]
+        return histories, state, model.get_metrics_result()
+
+    histories, state, results = trained()
+    tracked_histories, tracked_state, tracked_results = trained(tracker())
+    for history, tracked in zip(histories, tracked_histories, strict=True):
+        assert {name: tracked[name] for name in history} == history
+    for value, tracked in zip(state, tracked_state, strict=True):
+        np.testing.assert_array_equal(value, tracked)
+    assert {k: float(v) for k, v in results.items()} == {
+        k: float(v) for k, v in tracked_results.items()
+    }
+
+
+def test_predictions_after_training_are_those_of_inference():
+    """The function that evaluates with mini-batches is not left in the model."""
+    model = compiled(network())
+    fit(model, [tracker()])
+    assert "test_step" not in vars(model)
+    assert not any("call" in vars(layer) for layer in model.layers)
+    expected = metrics(model(X_VAL, training=False))
+    np.testing.assert_allclose(model.evaluate(X_VAL, Y_VAL, verbose=0), expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics(model.predict(X_VAL, verbose=0)), expected, rtol=1e-5)
+
+
+class Compiled(keras.Model):
+    """Its own code has a compiled function, and its own test step."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.function = tf.function(lambda x, training: self.inner(x, training=training))
+
+    def call(self, inputs, training=None):
+        """Through the compiled function."""
+        return self.function(inputs, training=bool(training))
+
+    def test_step(self, data):
+        """Only the loss, under a name of its own."""
+        x, y = data
+        loss = keras.losses.sparse_categorical_crossentropy(y, self(x, training=False))
+        return {"mine": tf.reduce_mean(loss)}
+
+
+def test_models_with_compiled_functions_and_steps_of_their_own():
+    model = Compiled(network())
+    model(X[:1])
+    weights = Weights()
+    options = {"validation_batch_size": len(X_VAL)}
+    history = fit(compiled(model), [weights, tracker(**options)])
+    expected = [with_mini_batches(found, len(X_VAL))[0] for found in weights.found]
+    np.testing.assert_allclose(history["val_mine_mini_batch"], expected, rtol=2e-5)
+    expected = [with_population(found)[0] for found in weights.found]
+    np.testing.assert_allclose(history["val_mine_population"], expected, rtol=2e-5)
+    np.testing.assert_allclose(
+        metrics(model(X_VAL)), metrics(model.inner(X_VAL, training=False)), rtol=1e-5
+    )
+
+
+def test_frozen_layers_infer_with_what_they_hold():
+    """As they do in training."""
+    model = network()
+    model.get_layer("first").trainable = False
+    weights = Weights()
+    history = fit(compiled(model), [weights, tracker()])
+
+    def expected(found):
+        model = network(momentum=0.0)
+        model.set_weights(found)  # Before the flag, which changes the order of weights.
+        model.get_layer("first").trainable = False
+        return metrics(
+            np.concatenate([model(X_VAL[i : i + BATCH], training=True) for i in (0, 8, 16)])
+        )
+
+    found = []
+    for values in weights.found:
+        frozen = network()
+        frozen.get_layer("first").trainable = False
+        frozen.set_weights(values)
+        frozen.get_layer("first").trainable = True
+        found.append(frozen.get_weights())
+    assert_logged(history, "mini_batch", map(expected, found))
+
+
+def test_datasets_and_one_more_metric_after_compiling_anew():
+    training = tf.data.Dataset.from_tensor_slices((X, Y)).batch(len(X))
+    validation = tf.data.Dataset.from_tensor_slices((X_VAL, Y_VAL)).batch(BATCH)
+    watch = StatsTracker(training, validation)
+    arrays = fit(compiled(network()), [tracker()])
+    model = compiled(network())
+    datasets = fit(model, [watch])
+    assert datasets == arrays
+    model = compiled(model, metrics=["sparse_categorical_accuracy"])
+    history = fit(model, [watch], epochs=1)
+    assert len(history["val_sparse_categorical_accuracy_mini_batch"]) == 1
+
+
+def test_moving_averages_are_found_behind_population_statistics():
+    """A callback that is listed before has replaced them for the others."""
+    alone = fit(compiled(network()), [tracker()])
+    swept = tfbn.PopulationStatsCallback(X, batch_size=11, every_n_epochs=1, verbose=0)
+    model = compiled(network())
+
+    class Held(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            held = model.get_layer("second").moving_mean.numpy()
+            np.testing.assert_allclose(held, swept.stats["second"].mean, rtol=1e-6)
+            assert swept.stats.mismatch(model) is None
+
+    together = fit(model, [swept, tracker(), Held()])
+    assert together == alone
+
+
+def test_callbacks_after_it_see_the_metrics(tmp_path):
+    file = tmp_path / "log.csv"
+    stop = keras.callbacks.EarlyStopping("val_loss_population", min_delta=1e9, mode="min")
+    history = fit(compiled(network()), [tracker(), keras.callbacks.CSVLogger(file), stop], epochs=5)
+    assert len(history["loss"]) == 2
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    for name in ("val_loss_moving_average", "val_accuracy_population", "val_loss_mini_batch"):
+        assert [float(row[name]) for row in rows] == history[name]
+
+
+def test_the_latest_sweep_is_at_hand():
+    watch = tracker()
+    weights = Weights()
+    model = compiled(network())
+    fit(model, [weights, watch])
+    oracle = twin(weights.found[-1])
+    oracle(X, training=True)
+    for name in ("first", "second"):
+        found, right = watch.stats[name], oracle.get_layer(name)
+        np.testing.assert_allclose(found.mean, right.moving_mean.numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.variance, right.moving_variance.numpy(), rtol=1e-4)
+        held = model.get_layer(name).moving_mean.numpy()
+        np.testing.assert_array_equal(watch.stats.previous[name].mean, held)
+
+
+def test_tensorboard_has_three_curves_in_each_chart_and_the_drift(tmp_path):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    ).EventAccumulator
+    watch = tracker(log_dir=tmp_path)
+    history = fit(compiled(network()), [watch, keras.callbacks.TensorBoard(tmp_path)])
+    runs = {}
+    for way in ("moving_average", "population", "mini_batch", "validation"):
+        runs[way] = accumulator(str(tmp_path / way))
+        runs[way].Reload()
+
+    def curve(way, tag):
+        points = runs[way].Tensors(tag)
+        assert [point.step for point in points] == list(range(EPOCHS))
+        return [tf.make_ndarray(point.tensor_proto) for point in points]
+
+    for way in ("moving_average", "population", "mini_batch"):
+        for metric in ("loss", "accuracy"):
+            expected = history[f"val_{metric}_{way}"]
+            np.testing.assert_allclose(curve(way, f"epoch_{metric}"), expected, rtol=1e-6)
+            # Keras's callback has them too, under the names that they have in the logs.
+            found = curve("validation", f"epoch_{metric}_{way}")
+            np.testing.assert_allclose(found, expected, rtol=1e-6)
+    for name in ("first", "second"):
+        population, moving = watch.stats[name], watch.stats.previous[name]
+        shift = (moving.mean - population.mean) / np.sqrt(population.variance)
+        ratio = np.sqrt(moving.variance / population.variance)
+        found = curve("moving_average", f"batch_norm_mean_shift/{name}")[-1]
+        np.testing.assert_allclose(found, np.sqrt(np.mean(shift**2)), rtol=1e-5)
+        found = curve("moving_average", f"batch_norm_std_ratio/{name}")[-1]
+        np.testing.assert_allclose(found, np.exp(np.log(ratio).mean()), rtol=1e-5)
+        for tag, values in (("mean_shift", shift), ("log2_std_ratio", np.log2(ratio))):
+            # Rows of a histogram: left edge, right edge, count.
+            rows = curve("moving_average", f"batch_norm_{tag}_by_channel/{name}")[-1]
+            edges = [rows[0, 0], rows[-1, 1]]
+            np.testing.assert_allclose(edges, [values.min(), values.max()], rtol=1e-5)
+            assert rows[:, 2].sum() == len(values)
+
+
+def test_errors_come_before_training(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match=r"Expected method .* Received: method='other'"):
+        StatsTracker(X, (X_VAL, Y_VAL), method="other")
+    for validation_data in (None, iter([(X_VAL, Y_VAL)])):
+        with pytest.raises(ValueError, match=r"Expected validation_data .* Received: "):
+            StatsTracker(X, validation_data)
+    model = compiled(network())
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="Received: a generator"):
+        fit(model, [StatsTracker((batch for batch in [X]), (X_VAL, Y_VAL))])
+    with pytest.raises(ValueError, match="no `steps`"):
+        endless = tf.data.Dataset.from_tensors(X).repeat()
+        fit(model, [StatsTracker(endless, (X_VAL, Y_VAL))])
+    for value, held in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(value, held)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        StatsTracker(X, (X_VAL, Y_VAL), log_dir=tmp_path)
+
+
+def test_a_sweep_that_fails_leaves_the_model_as_it_was():
+    model = compiled(network())
+    watch = StatsTracker(X * np.inf, (X_VAL, Y_VAL))
+    weights = Weights()
+    with pytest.raises(ValueError, match="first"):
+        fit(model, [weights, watch])
+    for value, held in zip(weights.found[0], model.get_weights(), strict=True):
+        np.testing.assert_array_equal(value, held)
