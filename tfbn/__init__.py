@@ -1,4 +1,21 @@
-"""Batch normalization for TensorFlow and Keras done right, from training to serving."""
+"""Batch normalization for TensorFlow and Keras done right, from training to serving.
+
+Batch norm trains with the mean and variance of a mini-batch and should infer with those of the
+population (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, Algorithm 2). Keras infers
+with moving averages, which lag. With tfbn a model gets its population statistics:
+
+- at the end of training: `model.fit(..., callbacks=[tfbn.PopulationStatsCallback(x_train)])`;
+- when it is trained already: `tfbn.update_population_stats(model, x_train)`, or, without
+  touching it, `stats = tfbn.collect(model, x_train)` and later `stats.assign(model)`.
+
+Both work for Keras's own layer and for `tfbn.BatchNormalization`, a faster drop-in for it.
+`tfbn.convert(model)` exchanges the one for the other. `tfbn.export(model, path)` writes a verified
+SavedModel for TensorFlow Serving, `tfbn.describe(path)` says where its statistics came from, and
+`tfbn.fold(model)` is the same network without batch norm layers.
+
+Every function says what it computes, in which shapes and units, what it raises, and where the
+method comes from: `help(tfbn.collect)` is the place to begin.
+"""
 
 from tfbn._requirements import check as _check
 
