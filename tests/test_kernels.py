@@ -369,12 +369,87 @@ FUSED, FUSED_GRADIENT = "FusedBatchNormV3", "FusedBatchNormGradV3"
         *(((None, 4) + (None,) * rank, 1) for rank in range(1, 4)),
     ],
 )
-def test_fused_where_promised(dtype, shape, axis):
+def test_training_is_fused_where_promised(dtype, shape, axis):
     assert {FUSED, FUSED_GRADIENT} <= traced(shape, dtype, axis=axis)
-    infer = tf.function(
-        lambda x: kernels.normalize(x, tf.zeros(4), tf.ones(4), None, None, axis=axis, epsilon=1e-3)
-    )
-    assert FUSED in operations(infer.get_concrete_function(tf.TensorSpec(shape, dtype)).graph)
+
+
+def argument(x):
+    return x
+
+
+def computed(x):
+    return tf.nn.relu(x)
+
+
+def convolution(x):
+    """A convolution whose output is its input."""
+    identity = tf.eye(x.shape[-1], batch_shape=[1, 1], dtype=x.dtype)
+    return tf.nn.conv2d(x, identity, 1, "SAME")
+
+
+def biased_convolution(x):
+    return tf.nn.bias_add(convolution(x), tf.zeros(x.shape[-1], x.dtype))
+
+
+def inference(source, axis):
+    """The inference step on the output of a function, which is made of the step's argument."""
+    parts = {"axis": axis, "epsilon": 1e-3}
+    return lambda x, *weights: kernels.normalize(source(x), *weights, **parts)
+
+
+LAST = (None, None, None, 4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("source", "shape", "axis", "fused", "fused_with_gpu"),
+    [
+        (argument, LAST, -1, True, True),
+        (argument, (None, 4), 1, True, True),
+        (argument, (None, 4, None), 1, False, True),
+        (computed, LAST, 3, False, True),
+        (convolution, LAST, 3, True, True),
+        (convolution, (None, 4, 5, 4), 1, False, True),
+        (biased_convolution, LAST, -1, False, True),
+    ],
+)
+def test_inference_is_fused_where_promised(
+    dtype, source, shape, axis, fused, fused_with_gpu, monkeypatch
+):
+    weights = [tf.ones(4)] * 4
+    for gpu, expected in [(False, fused), (True, fused_with_gpu)]:
+        monkeypatch.setattr(kernels, "_gpu_visible", lambda gpu=gpu: gpu)
+        infer = tf.function(inference(source, axis))
+        graph = infer.get_concrete_function(tf.TensorSpec(shape, dtype), *weights).graph
+        assert (FUSED in operations(graph)) is expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("source", [argument, computed, convolution, biased_convolution])
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize("ratio", [1, 1e4])
+def test_inference_and_its_gradient_far_from_zero(mode, source, axis, ratio):
+    x = abs(data((5, 4, 4, 4), ratio, axis))
+    dy = data(x.shape, 1, axis, seed=1)
+    gamma, beta = parameters(4)
+    mean, variance = tf.fill([4], float(ratio)), tf.linspace(0.5, 2.0, 4)
+
+    def step(x, gamma, beta, dy):
+        with tf.GradientTape() as tape:
+            tape.watch([x, gamma, beta])
+            y = inference(source, axis)(x, mean, variance, gamma, beta)
+        return y, *tape.gradient(y, [x, gamma, beta], dy)
+
+    scale, g, b = (along(v, axis, 4) for v in (1 / np.sqrt(variance + 1e-3), gamma, beta))
+    normalized, axes = (np.asarray(x, np.float64) - ratio) * scale, axes_but(axis, 4)
+    right = [
+        normalized * g + b,
+        dy * scale * g,
+        np.sum(dy * normalized, axes),
+        np.sum(dy, axes),
+    ]
+    for actual, expected in zip(MODES[mode](step)(x, gamma, beta, dy), right, strict=True):
+        assert_near(actual, expected, 2e-6)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,9 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+# What a session does to a graph before it runs it has no public name.
+from tensorflow.python.grappler.tf_optimizer import OptimizeGraph
+
 import tfbn
 
 KERAS, OURS = keras.layers.BatchNormalization, tfbn.BatchNormalization
@@ -317,6 +320,29 @@ def test_fit_learns_what_it_learns_with_keras(jit_compile):
     for start, theirs, ours in zip(initial, *trained, strict=True):
         assert np.abs(theirs - start).max() > 1e-4
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_convolution_and_activation_join_in_one_operation(axis):
+    """In an inference graph as TensorFlow's optimizer leaves it, for channels last."""
+    layer, kernel = OURS(axis=axis), tf.ones((3, 3, 2, 6))
+    layer.build((None, 6, 6, 6))
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 8, 8, 2))])
+    def infer(x):
+        # The optimizer joins what it knows to be on a CPU.
+        with tf.device("CPU:0"):
+            return tf.nn.relu6(layer(tf.nn.conv2d(x, kernel, 1, "VALID"), training=False))
+
+    graph = infer.get_concrete_function().graph
+    meta = tf.compat.v1.train.export_meta_graph(graph_def=graph.as_graph_def(), graph=graph)
+    meta.collection_def["train_op"].node_list.value.append(graph.outputs[0].name)
+    config = tf.compat.v1.ConfigProto()
+    # By default it leaves graphs as small as this one alone.
+    config.graph_options.rewrite_options.min_graph_nodes = -1
+    names = {node.op for node in OptimizeGraph(config, meta).node}
+    apart = {"Conv2D", "Relu6"}
+    assert names & {"_FusedConv2D", *apart} == ({"_FusedConv2D"} if axis == -1 else apart)
 
 
 def test_subclass_that_calls_super():

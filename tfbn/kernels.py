@@ -11,6 +11,22 @@ Three ways compute the same numbers; which one runs is decided while a function 
 - Composite, under XLA, which lowers the fused operation's statistics to E[x^2] - E[x]^2
   (TensorFlow #118701); and for float64, masks, renorm, and statistics shared across replicas.
 
+In inference, where there are no statistics to compute, the fused operation is used only where
+it is the faster one:
+
+- on what `Conv2D` returns, channels last and as it is, for there TensorFlow's graph optimizer
+  makes one operation of convolution, normalization and activation. A reshape, or a bias, between
+  the two keeps it from that;
+- on channels-last input that is used elsewhere too: the arguments of a function, everything in
+  eager mode. One operation writes one new tensor, where three would write at least one and read
+  it twice;
+- on everything where a GPU is visible.
+
+Elsewhere it is (x - mean) * scale + beta, three operations that write over their own input. For
+that oneDNN's kernel makes a new tensor, and with channels first it is slower anyway. The form
+x * scale + (beta - mean * scale) would need only two, but where the mean is far from zero it
+cancels: at mean / std = 1e4 it is off by 2e-3 where the other is by 1e-6.
+
 Statistics are biased (divided by the count) and float64. Over short stretches of the data sums
 are float32; from there on they are float64, where there is little left to sum.
 """
@@ -89,12 +105,14 @@ def normalize(x, mean, variance, gamma, beta, *, axis, epsilon):
         epsilon: What is added to the variance.
     """
     mean, variance = tf.stop_gradient(mean), tf.stop_gradient(variance)
-    if not _fusable(x):
+    if not (_fusable(x) and _fusion_pays_in_inference(x, axis)):
         dtype = statistics_dtype(x.dtype)
         centred = tf.cast(x, dtype) - _along(axis, tf.cast(mean, dtype), x)
         y = _scale_centred(centred, 0, tf.cast(variance, dtype), gamma, beta, axis, epsilon)
         return tf.cast(y, x.dtype)
     gamma, beta = _scale_and_offset(gamma, beta, x.shape[axis])
+    if _from_convolution(x, axis):
+        return _fused_inference(x, gamma, beta, mean, variance, epsilon, "NHWC")
     image, data_format = _as_image(x, axis)
     y = _fused_inference(image, gamma, beta, mean, variance, epsilon, data_format)
     return tf.reshape(y, tf.shape(x))
@@ -166,6 +184,24 @@ def _gpu_visible():
 
 def _fusable(x):
     return x.dtype in (tf.float32, tf.float16, tf.bfloat16) and not _under_xla()
+
+
+def _fusion_pays_in_inference(x, axis):
+    if _gpu_visible() or _from_convolution(x, axis):
+        return True
+    # Neither an eager tensor nor a function's argument may be written over.
+    kept = not tf.is_symbolic_tensor(x) or x.op.type == "Placeholder"
+    return kept and _channels_last(x, axis)
+
+
+def _from_convolution(x, axis):
+    """Whether `x` is the output of a `Conv2D`, with its channels last, in a graph."""
+    convolved = tf.is_symbolic_tensor(x) and x.op.type == "Conv2D"
+    return convolved and x.op.get_attr("data_format") == b"NHWC" and _channels_last(x, axis)
+
+
+def _channels_last(x, axis):
+    return axis % x.shape.rank == x.shape.rank - 1
 
 
 def _train_fused(x, gamma, beta, axis, epsilon):
@@ -403,7 +439,7 @@ def _count(x, axis, mask=None):
         shape = _dimensions(x)
         del shape[axis]
         return tf.cast(math.prod(shape), tf.float64)
-    if axis % x.shape.rank == x.shape.rank - 1:
+    if _channels_last(x, axis):
         return tf.math.count_nonzero(mask, dtype=tf.float64)
     axes = [a for a in range(x.shape.rank) if a != axis % x.shape.rank]
     return tf.math.count_nonzero(tf.broadcast_to(mask, tf.shape(x)), axes, dtype=tf.float64)
@@ -417,7 +453,7 @@ def _dimensions(x):
 def _channels_second(x, axis):
     """`x` as [before, channels, after]; `after` is 1 where that leaves the order as it is."""
     axis %= x.shape.rank
-    if axis == x.shape.rank - 1 or x.shape[axis] == 1:
+    if _channels_last(x, axis) or x.shape[axis] == 1:
         return tf.reshape(x, [-1, x.shape[axis], 1])
     shape = _dimensions(x)
     return tf.reshape(x, [math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])])
