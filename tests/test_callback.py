@@ -227,6 +227,10 @@ def test_validation_with_population_statistics():
         def on_test_batch_begin(self, batch, logs=None):
             seen.append((statistics(self.model), population(self.model)))
 
+        def on_epoch_end(self, epoch, logs=None):
+            after = statistics(self.model)[1] - population(self.model)[1]
+            assert np.abs(after).max() > 0.01  # The moving averages are back.
+
     fit(model, [sweep(model, before_validation=True), Look()])
     assert len(seen) == 3 * EPOCHS  # 40 samples in batches of 16
     for held, expected in seen:

@@ -408,6 +408,23 @@ def test_any_data_that_fit_takes(kind, method):
     np.testing.assert_allclose(first.variance, x.astype("d").var(0), rtol=1e-5)
 
 
+@pytest.mark.parametrize(("memory_limit", "reads"), [(2**30, 1), (0, 3)])
+def test_the_data_is_read_once_where_the_frontier_fits(memory_limit, reads):
+    model = plain(layers.BatchNormalization)
+    x = data(model, 40)
+    last = []
+
+    class Read:
+        def __iter__(self):
+            for i in range(0, 40, 8):
+                if i == 32:
+                    last.append(i)
+                yield x[i : i + 8]
+
+    tfbn.collect(model, Read(), method="exact", memory_limit=memory_limit, verbose=0)
+    assert len(last) == reads
+
+
 def test_other_data_in_the_second_pass_is_an_error():
     model = keras.Sequential([keras.Input((3,)), BN[0](), layers.ReLU(), BN[0]()])
     x = data(model, 40)

@@ -101,9 +101,8 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         self._flags = []
 
     def on_train_begin(self, logs=None):
-        """Undo what an earlier `fit` left, and check all that can be checked by now."""
+        """Unfreeze what an earlier `fit` froze, and check all that can be checked by now."""
         self.unfreeze()
-        self._restore()
         self._check_order()
         check(self.model, self._x, self._batch_size, self._steps)
         self._training = True
