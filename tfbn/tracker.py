@@ -204,9 +204,11 @@ def _unchanged(model):
     if swept is not None and (swept.previous is None or swept.mismatch(model) is not None):
         swept = None
     # Metrics accumulate in an evaluation, and a layer may draw random numbers or count in it.
+    # Under a distribution strategy each replica has moving averages of its own.
     state = [
-        (variable, variable.numpy().copy())
+        (local, local.numpy().copy())
         for variable in model.non_trainable_variables + model.metrics_variables
+        for local in model.distribute_strategy.experimental_local_results(variable.value)
     ]
     try:
         if swept is not None:
@@ -214,8 +216,8 @@ def _unchanged(model):
         yield
     finally:
         (swept or held).assign(model)
-        for variable, value in state:
-            variable.assign(value)
+        for local, value in state:
+            local.assign(value)
 
 
 def _with_mini_batches(model, test_step, data):
