@@ -1,0 +1,228 @@
+"""The examples on tiny settings: the numbers they write down, computed another way.
+
+The other way is Keras alone: models that were saved or trained again, and batch norm layers with
+momentum 0, whose statistics after a step in training mode are those of that batch.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from scipy import stats
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def examples_importable(monkeypatch):
+    """Their functions for data and networks are used as they are."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+def run(name, out, *options):
+    """What an example writes into results.json."""
+    command = [sys.executable, EXAMPLES / name, "--out", out, *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=out.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads((out / "results.json").read_text())
+
+
+def with_population(path, x):
+    """A saved model with the statistics of all data as one batch, by Keras alone."""
+    model = keras.models.load_model(path)
+    model.trainable = True
+    for layer in model.layers:
+        if isinstance(layer, layers.BatchNormalization):
+            layer.momentum = 0.0
+    model(x, training=True)
+    return model
+
+
+def metrics(model, x, y):
+    """Loss and accuracy in float64."""
+    probabilities = np.asarray(model(x, training=False), np.float64)
+    loss = -np.log(probabilities[np.arange(len(y)), y]).mean()
+    return {"loss": loss, "accuracy": (probabilities.argmax(1) == y).mean()}
+
+
+def is_png(path):
+    """Whether a figure was written."""
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_digits(tmp_path):
+    from digits import load
+
+    results = run("digits.py", tmp_path / "out", "--epochs", 2, "--method", "exact")
+    (x, _), test = load("digits", 0)
+    oracle = metrics(with_population(tmp_path / "out" / "model.keras", x), *test)
+    assert results["population"] == pytest.approx(oracle, rel=1e-4)
+    assert results["samples"] == len(x) and results["batch_norm_layers"] == 4
+    # Two epochs leave most of the start in the moving averages: they predict far worse.
+    assert results["moving_average"]["loss"] > 2 * results["population"]["loss"]
+    assert results["saved_model_max_abs_difference"] < 1e-5
+    assert is_png(tmp_path / "out" / "moving_average_vs_population.png")
+
+
+def test_averaged_weights(tmp_path):
+    from averaged_weights import fresh, parse_arguments
+
+    out = tmp_path / "out"
+    results = run("averaged_weights.py", out, "--epochs", 2, "--seeds", 2, "--ema-momentum", 0.9)
+    sys.argv = ["averaged_weights.py", "--epochs", "2", "--ema-momentum", "0.9"]
+    args = parse_arguments()
+    for seed in range(2):
+        found = results["use_ema"][seed]
+        saved = out / f"use_ema_seed_{seed}.keras"
+        # Trained again without any callback, Keras leaves the averaged weights with the
+        # moving averages; without averaging, the last weights with them.
+        model, train, test = fresh(seed, args)
+        model.fit(*train, epochs=2, verbose=0)
+        again = found["averaged weights"]["moving averages"]
+        assert again == pytest.approx(metrics(model, *test), rel=1e-4)
+        kept = keras.models.load_model(saved)
+        for ours, theirs in zip(model.trainable_weights, kept.trainable_weights, strict=True):
+            np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-5, atol=1e-6)
+        model, train, test = fresh(seed, args)
+        model.optimizer.use_ema = False
+        model.fit(*train, epochs=2, verbose=0)
+        again = found["last weights"]["moving averages"]
+        assert again == pytest.approx(metrics(model, *test), rel=1e-4)
+        # The sweep was in batches of 256: close to, not the same as, one batch of all.
+        oracle = metrics(with_population(saved, train[0]), *test)
+        swept = found["averaged weights"]["population statistics"]
+        assert swept["loss"] == pytest.approx(oracle["loss"], rel=0.02)
+        # SwapEMAWeights ends with the same weights and moving averages.
+        swapped = results["SwapEMAWeights"][seed]
+        assert len(swapped["moving averages"]) == 2
+        again = found["averaged weights"]["moving averages"]["loss"]
+        assert swapped["moving averages"][-1] == pytest.approx(again, rel=1e-3)
+        again = swept["loss"]
+        assert swapped["population statistics"][-1] == pytest.approx(again, rel=1e-3)
+    report = (out / "report.md").read_text()
+    losses = [run["averaged weights"]["moving averages"]["loss"] for run in results["use_ema"]]
+    cell = f"{np.mean(losses):.4f} ± {stats.sem(losses):.4f}"
+    assert f"| averaged weights | moving averages | {cell} |" in report
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """Results and directory of the experiment, once."""
+    out = tmp_path_factory.mktemp("experiment") / "out"
+    name = "moving_average_vs_population.py"
+    return run(name, out, "--seeds", 2, "--steps", 200, "--epochs", 1), out
+
+
+def test_experiment_figure_1(experiment):
+    """The network without batch norm, trained again by Keras alone."""
+    import moving_average_vs_population as example
+    import tensorflow as tf
+
+    results = experiment[0]["figure_1"]
+    assert results["steps"] == [100, 200]
+    [wanted] = [
+        run
+        for run in results["runs"]
+        if (run["seed"], run["batch_norm"], run["learning_rate"]) == (1, False, 2.0)
+    ]
+    (x, y), test = example.data("digits", 1)
+    keras.utils.set_random_seed(1)
+    model = example.sigmoid_network(x.shape[1:], False)
+    model.compile(keras.optimizers.SGD(2.0), "sparse_categorical_crossentropy")
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).cache().shuffle(len(x), 1).repeat()
+    model.fit(batches.batch(60), steps_per_epoch=200, epochs=1, shuffle=False, verbose=0)
+    right = metrics(model, *test)["accuracy"]
+    assert wanted["accuracy"]["plain"][-1] == pytest.approx(right, abs=0.005)
+    # What enters the last sigmoid, by NumPy.
+    values = test[0].reshape(len(test[0]), -1)
+    kernels = [layer.get_weights() for layer in model.layers if layer.weights][:3]
+    for number, (kernel, bias) in enumerate(kernels):
+        values = values @ kernel + bias
+        if number < 2:
+            values = 1 / (1 + np.exp(-values))
+    expected = np.percentile(values[:, 0], [15, 50, 85])
+    np.testing.assert_allclose(wanted["percentiles"][-1], expected, rtol=0.02)
+    assert len([run for run in results["runs"] if run["batch_norm"]]) == 2
+
+
+def test_experiment_three_ways(experiment):
+    """The moving average's metrics are those of Keras's own validation."""
+    import moving_average_vs_population as example
+
+    runs = experiment[0]["three_ways"]
+    assert [(run["batch_size"], run["momentum"]) for run in runs] == [
+        (size, momentum) for size in (2, 8, 32) for momentum in (0.9, 0.99, 0.999)
+    ]
+    run = runs[-2]
+    (x, y), test = example.data("digits", 0)
+    keras.utils.set_random_seed(0)
+    model = example.convolutional_network(x.shape[1:], 0.99)
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.fit(x, y, batch_size=32, epochs=1, verbose=0)
+    found = {
+        way: {name: run["history"][f"val_{name}_{way}"][-1] for name in ("loss", "accuracy")}
+        for way in ("moving_average", "population", "mini_batch")
+    }
+    assert found["moving_average"] == pytest.approx(metrics(model, *test), rel=1e-3, abs=0.002)
+    for layer in model.layers:
+        if isinstance(layer, layers.BatchNormalization):
+            layer.momentum = 0.0
+    model(x, training=True)
+    assert found["population"] == pytest.approx(metrics(model, *test), rel=1e-3, abs=0.002)
+    batches = [model(test[0][i : i + 32], training=True) for i in range(0, len(test[0]), 32)]
+    probabilities = np.concatenate(batches)
+    loss = -np.log(probabilities[np.arange(len(test[1])), test[1]]).mean()
+    assert found["mini_batch"]["loss"] == pytest.approx(loss, rel=1e-3)
+
+
+def test_experiment_sweeps(experiment):
+    """The saved network's error and loss, with statistics by Keras alone."""
+    import moving_average_vs_population as example
+
+    results, out = experiment
+    (x, _), test = example.data("digits", 0)
+    last = results["sweeps"]["checkpoints"][-1]
+    [found] = [
+        row["found"]
+        for row in results["sweeps"]["rows"]
+        if (row["seed"], row["epochs"]) == (0, last)
+    ]
+    saved = out / "residual_seed_0.keras"
+    held = metrics(keras.models.load_model(saved), *test)
+    oracle = metrics(with_population(saved, x), *test)
+    for name, right in (
+        ("moving average", held),
+        ("one pass, one batch of all", oracle),
+        ("exact, batches of 2", oracle),
+    ):
+        assert found[name]["loss"] == pytest.approx(right["loss"], rel=1e-4)
+        assert found[name]["error"] == pytest.approx(100 * (1 - right["accuracy"]), abs=1e-3)
+    # A biased sweep is another thing.
+    assert found["one pass, batches of 2"]["loss"] != pytest.approx(oracle["loss"], rel=0.01)
+
+
+def test_experiment_report(experiment):
+    """The table's numbers, from the results by SciPy."""
+    results, out = experiment
+    report = (out / "report.md").read_text()
+    last = results["sweeps"]["checkpoints"][-1]
+    rows = [row["found"] for row in results["sweeps"]["rows"] if row["epochs"] == last]
+    table = report[report.index(f"After {last} epochs:\n") :]
+    moving = np.array([row["moving average"]["loss"] for row in rows])
+    for name in ("one pass, batches of 2", "exact, batches of 2"):
+        loss = np.array([row[name]["loss"] for row in rows])
+        paired = stats.ttest_rel(loss, moving).confidence_interval(0.95)
+        middle, half = (paired.low + paired.high) / 2, (paired.high - paired.low) / 2
+        line = next(line for line in table.splitlines() if line.startswith(f"| {name} |"))
+        assert f"| {loss.mean():.4f} ± {stats.sem(loss):.4f} |" in line
+        assert f"| {middle:+.4f} ± {half:.4f} |" in line
+    for name in ("figure_1", "three_ways", "sweeps"):
+        assert is_png(out / f"{name}.png")
+        assert f"({name}.png)" in report
