@@ -11,7 +11,10 @@ with moving averages, which lag. With tfbn a model gets its population statistic
 Both work for Keras's own layer and for `tfbn.BatchNormalization`, a faster drop-in for it.
 `tfbn.convert(model)` exchanges the one for the other. `tfbn.export(model, path)` writes a verified
 SavedModel for TensorFlow Serving, `tfbn.describe(path)` says where its statistics came from, and
-`tfbn.fold(model)` is the same network without batch norm layers.
+`tfbn.fold(model)` is the same network without batch norm layers. `tfbn.StatsTracker` logs
+validation metrics with moving-average, population and mini-batch statistics side by side;
+`tfbn.plot_drift` and `tfbn.plot_history` draw what was found. `python -m tfbn` does the same for
+models in files.
 
 Every function says what it computes, in which shapes and units, what it raises, and where the
 method comes from: `help(tfbn.collect)` is the place to begin.
@@ -27,19 +30,24 @@ from tfbn.convert import convert  # noqa: E402
 from tfbn.export import describe, export  # noqa: E402
 from tfbn.fold import fold  # noqa: E402
 from tfbn.layer import BatchNormalization  # noqa: E402
+from tfbn.plot import plot_drift, plot_history  # noqa: E402
 from tfbn.stats import LayerStats, PopulationStats  # noqa: E402
 from tfbn.sweep import collect, update_population_stats  # noqa: E402
+from tfbn.tracker import StatsTracker  # noqa: E402
 
 __all__ = [
     "BatchNormalization",
     "LayerStats",
     "PopulationStats",
     "PopulationStatsCallback",
+    "StatsTracker",
     "__version__",
     "collect",
     "convert",
     "describe",
     "export",
     "fold",
+    "plot_drift",
+    "plot_history",
     "update_population_stats",
 ]
