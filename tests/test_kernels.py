@@ -218,6 +218,39 @@ def test_batch_variance_of_a_training_step(dtype, ratio, run):
     )
 
 
+@pytest.mark.parametrize("samples", [0, 1, 16])
+@pytest.mark.parametrize(
+    ("positions", "fits"),
+    [
+        ((56, 56), True),
+        ((14, 14), True),
+        ((7, 7), True),
+        ((13, 13), True),
+        ((8,), True),
+        ((0, 8), True),
+        ((7,), False),
+        ((1, 1), False),
+        ((53,), False),
+        ((None, 14), False),
+    ],
+)
+def test_sums_over_stretches(positions, fits, samples):
+    """Where a stretch fits into the positions of a sample, the data is not even cut."""
+    step = tf.function(
+        lambda x: kernels.train(x, None, None, axis=-1, epsilon=1e-3),
+        input_signature=[tf.TensorSpec((None, *positions, 4))],
+    )
+    assert ("StridedSlice" in operations(step.get_concrete_function().graph)) is not fits
+    for ratio in (0, 7.9, 1e4):
+        x = data((samples, *(n if n is not None else 14 for n in positions), 4), ratio, -1)
+        _, count, mean, variance = step(x)
+        right_count, right_mean, right_variance = reference_moments(x, -1)
+        assert count == right_count[0]
+        assert np.all(np.abs(mean - right_mean) <= 1e-6 * (1 + np.abs(right_mean)))
+        rounding = (2.0**-24 * right_mean) ** 2
+        assert np.all(np.abs(variance - right_variance) <= 5e-6 * right_variance + rounding)
+
+
 @settings(max_examples=40, deadline=None)
 @given(batches().filter(lambda batch: batch[0].dtype == tf.float32 and batch[2] is not None))
 def test_masked_training_step(batch):

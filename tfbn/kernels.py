@@ -31,15 +31,15 @@ Statistics are biased (divided by the count) and float64. Over short stretches o
 are float32; from there on they are float64, where there is little left to sum.
 """
 
-import math
-
 import tensorflow as tf
 
 # TensorFlow has no public way to ask whether the graph being traced will be compiled by XLA.
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-# So many values are summed in float32 before float64 takes over.
+# So many values are summed in float32 before float64 takes over; or about as many, where one of
+# these numbers divides the positions of a sample.
 _STRETCH = 32
+_STRETCHES = range(8, 50)
 # E[x^2] - E[x]^2 loses a factor 1 + (mean / std)^2 of precision. At this ratio that is two of
 # the seven digits of float32, of an error that averages out over the stretches.
 _SAFE_RATIO = 8.0
@@ -244,7 +244,7 @@ def _recentre(x, axis, count):
     @tf.custom_gradient
     def recentre(x):
         wide = tf.cast(x, tf.float32)
-        mean, variance = _moments_near_zero(wide, axis, count)
+        mean, variance = _moments_of_sums(*_sums(wide, axis), count)
 
         def as_it_is():
             return x, tf.zeros_like(mean), mean, variance
@@ -252,7 +252,7 @@ def _recentre(x, axis, count):
         def shifted():
             shift = tf.cast(mean, tf.float32)
             centred = wide - _along(axis, shift, x)
-            moments = _moments_near_zero(centred, axis, count)
+            moments = _moments_of_sums(*_sums(centred, axis), count)
             return tf.cast(centred, x.dtype), tf.cast(shift, tf.float64), *moments
 
         near = _near_zero(mean, variance, _SAFE_RATIO)
@@ -383,14 +383,6 @@ def _near_zero(mean, variance, ratio):
 
 def _moments_near_zero(x, axis, count):
     """Mean and variance of values whose mean is not many standard deviations from zero."""
-    total, squares = _sums(x, axis)
-    divisor = tf.maximum(count, 1)
-    mean = total / divisor
-    return mean, tf.maximum(squares / divisor - tf.square(mean), 0)
-
-
-def _sums(x, axis):
-    """Sum and sum of squares of every channel."""
 
     @tf.custom_gradient
     def sums(x):
@@ -400,24 +392,51 @@ def _sums(x, axis):
             )
             return d_total + 2 * d_squares * x
 
-        return (_sum(x, axis), _sum(tf.square(x), axis)), gradient
+        return _sums(x, axis), gradient
 
-    return sums(x)
+    return _moments_of_sums(*sums(x), count)
+
+
+def _moments_of_sums(total, squares, count):
+    divisor = tf.maximum(count, 1)
+    mean = total / divisor
+    return mean, tf.maximum(squares / divisor - tf.square(mean), 0)
+
+
+def _sums(x, axis):
+    """Sum and sum of squares of every channel, in float64."""
+    parts, within = _stretches(x, axis)
+    return _total(parts, within), _total([tf.square(part) for part in parts], within)
 
 
 def _sum(x, axis):
-    """Sum over all axes but one: in the dtype of `x` over stretches, then in float64."""
+    """Sum of every channel, in float64."""
+    return _total(*_stretches(x, axis))
+
+
+def _total(parts, within):
+    """Sum over stretches in the dtype of the values, over all of them in float64."""
+    sums = (tf.cast(tf.reduce_sum(part, within), tf.float64) for part in parts)
+    return sum(tf.reduce_sum(part, 0) for part in sums)
+
+
+def _stretches(x, axis):
+    """Parts of `x` with three axes, and the axis within stretches; the first is over them.
+
+    Reducing the middle one of three axes is several times faster than the first of two.
+    """
+    positions = x.shape[1:-1].num_elements() if _channels_last(x, axis) else None
     x = _channels_second(x, axis)
-    if x.shape[2] == 1:
-        # Reducing the middle one of three axes is several times faster than the first of two.
-        rows, channels = tf.shape(x)[0], x.shape[1]
-        whole = rows // _STRETCH * _STRETCH
-        stretches = tf.reduce_sum(tf.reshape(x[:whole], [-1, _STRETCH, channels]), 1)
-        rest = tf.reduce_sum(x[whole:, :, 0], 0, keepdims=True)
-        stretches = tf.concat([stretches, rest], 0)
-    else:
-        stretches = tf.reduce_sum(x, 2)
-    return tf.reduce_sum(tf.cast(stretches, tf.float64), 0)
+    if x.shape[2] != 1:
+        return [x], 2
+    channels = x.shape[1]
+    fitting = [n for n in _STRETCHES if positions is not None and positions % n == 0]
+    if fitting:
+        # Without a remainder it is one operation in place of ten, each with its cost in tracing.
+        stretch = min(fitting, key=lambda n: abs(n - _STRETCH))
+        return [tf.reshape(x, [-1, stretch, channels])], 1
+    whole = tf.shape(x)[0] // _STRETCH * _STRETCH
+    return [tf.reshape(x[:whole], [-1, _STRETCH, channels]), x[tf.newaxis, whole:, :, 0]], 1
 
 
 def _sampled_mean(x, axis):
@@ -436,27 +455,28 @@ def _sampled_mean(x, axis):
 def _count(x, axis, mask=None):
     """Values per channel, float64."""
     if mask is None:
-        shape = _dimensions(x)
-        del shape[axis]
-        return tf.cast(math.prod(shape), tf.float64)
+        return tf.cast(tf.size(x, tf.int64), tf.float64) / x.shape[axis]
     if _channels_last(x, axis):
         return tf.math.count_nonzero(mask, dtype=tf.float64)
     axes = [a for a in range(x.shape.rank) if a != axis % x.shape.rank]
     return tf.math.count_nonzero(tf.broadcast_to(mask, tf.shape(x)), axes, dtype=tf.float64)
 
 
-def _dimensions(x):
-    """The shape as a list, numbers where they are known and scalar tensors elsewhere."""
-    return [tf.shape(x)[i] if n is None else n for i, n in enumerate(x.shape)]
-
-
 def _channels_second(x, axis):
     """`x` as [before, channels, after]; `after` is 1 where that leaves the order as it is."""
     axis %= x.shape.rank
-    if _channels_last(x, axis) or x.shape[axis] == 1:
-        return tf.reshape(x, [-1, x.shape[axis], 1])
-    shape = _dimensions(x)
-    return tf.reshape(x, [math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])])
+    channels = x.shape[axis]
+    if _channels_last(x, axis) or channels == 1:
+        return tf.reshape(x, [-1, channels, 1])
+    before, after = x.shape[:axis].num_elements(), x.shape[axis + 1 :].num_elements()
+    # One of them can be inferred, but not of an empty tensor from a 0.
+    if after:
+        return tf.reshape(x, [-1, channels, after])
+    if before:
+        return tf.reshape(x, [before, channels, -1])
+    shape = tf.shape(x)
+    before, after = tf.reduce_prod(shape[:axis]), tf.reduce_prod(shape[axis + 1 :])
+    return tf.reshape(x, [before, channels, after])
 
 
 def _as_image(x, axis):
@@ -476,6 +496,8 @@ def _as_image(x, axis):
 
 def _along(axis, per_channel, x):
     """A value per channel in the shape that broadcasts over `x`."""
+    if _channels_last(x, axis):
+        return per_channel
     shape = [1] * x.shape.rank
     shape[axis] = -1
     return tf.reshape(per_channel, shape)
