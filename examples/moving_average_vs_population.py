@@ -488,7 +488,8 @@ def answer(results):
         lines.append(
             f"- After {counted(epochs)} of training (batch 32, momentum 0.99, so "
             f"{100 * 0.99**steps:.1f} % of the moving average is its start) the exact population "
-            f"statistics change the test error of {before:.2f} % by {mean:+.2f} ± {half:.2f} points (95 % interval): "
+            f"statistics change the test error of {before:.2f} % by {mean:+.2f} "
+            f"± {half:.2f} points (95 % interval): "
             f"{verdict(mean, half)}."
         )
     return "\n".join([lines[0], "", *lines[1:]])
@@ -672,8 +673,8 @@ def conclusion(results):
             f"After {counted(epochs)} exact statistics change the moving average's loss by "
             f"{100 * mean / before:+.1f} % ({mean:+.4f} ± {half:.4f} nats: "
             f"{verdict(mean, half)}), and the biased sweep over batches of 2 has a loss of "
-            f"{biased['loss']:.4f} and an error of {biased['error']:.2f} % where one batch of all has {whole['loss']:.4f} and "
-            f"{whole['error']:.2f} %."
+            f"{biased['loss']:.4f} and an error of {biased['error']:.2f} % where one "
+            f"batch of all has {whole['loss']:.4f} and {whole['error']:.2f} %."
         )
     return " ".join(sentences)
 
