@@ -19,7 +19,6 @@ import numpy as np
 from digits import build, load
 
 import tfbn
-from tfbn.tracker import StatsTracker
 
 LAST, AVERAGED = "last weights", "averaged weights"
 MOVING, POPULATION = "moving averages", "population statistics"
@@ -89,7 +88,7 @@ def with_swapped_weights(seed, args):
         epochs=args.epochs,
         callbacks=[
             keras.callbacks.SwapEMAWeights(swap_on_epoch=True),
-            StatsTracker(train[0], test, batch_size=256, validation_batch_size=256),
+            tfbn.StatsTracker(train[0], test, batch_size=256, validation_batch_size=256),
         ],
         verbose=0,
     ).history

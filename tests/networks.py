@@ -72,6 +72,13 @@ def branching(bn):
     return keras.Model({"a": a, "b": b}, {"one": z, "two": layers.Dense(1)(x)})
 
 
+def late_input(bn):
+    """An input that joins above the first level, and a batch norm right on an input."""
+    a, b = keras.Input((3,), name="a"), keras.Input((3,), name="b")
+    x = bn()(layers.Add()([a, bn()(b)]))
+    return keras.Model({"a": a, "b": b}, bn()(layers.Multiply()([x, b])))
+
+
 def nested(bn):
     """Models inside a model, with the same layer names in each."""
 
@@ -134,6 +141,7 @@ NETWORKS = [
     residual,
     dense_connections,
     branching,
+    late_input,
     nested,
     subclassed,
     channels_first,

@@ -30,7 +30,9 @@ class PopulationStatsCallback(keras.callbacks.Callback):
 
     Args:
         x: The training data, as `tfbn.collect` takes it. A callback never sees the data
-            given to `fit`. A generator can be swept only once.
+            given to `fit`. A generator can be swept only once. A `tf.data.Dataset` that
+            shuffles with a seed, and that `fit` reads too, would be in another order after
+            every reading in the middle of training: give one that does not shuffle.
         method: `"pooled"`, `"algorithm2"` or `"exact"`, see `tfbn.collect`.
         batch_size: For arrays; 32 by default. One-pass methods want it large.
         steps: Number of batches that make the data; endless data needs it.

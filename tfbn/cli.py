@@ -12,9 +12,6 @@ import tempfile
 import warnings
 import zipfile
 
-# TensorFlow takes seconds to import, so what needs it is imported where it is needed: help and
-# wrong usage are answered at once.
-
 OK, FAILED, USAGE, NOT_SWEPT, INTERRUPTED = 0, 1, 2, 3, 130
 
 # The member of a .keras file in which `recalibrate` writes down its sweep. Keras ignores it,
@@ -64,7 +61,6 @@ def main(arguments=None):
     args = _parser().parse_args(arguments)
     try:
         with _warnings_of_one_line():
-            _import_without_noise()
             return args.run(args)
     except KeyboardInterrupt:
         return _say(INTERRUPTED, "interrupted")
@@ -460,21 +456,3 @@ def _warnings_of_one_line():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.showwarning = show
         yield
-
-
-def _import_without_noise():
-    """Import TensorFlow while nothing can write to stderr.
-
-    Some of its messages come before its own settings are read.
-    """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(devnull, 2)
-        import tfbn.sweep  # noqa: F401
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(devnull)

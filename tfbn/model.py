@@ -4,6 +4,7 @@ import hashlib
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 _STATISTICS = (
     "moving_mean",
@@ -88,7 +89,7 @@ def fingerprint(model):
         for variable in sorted(own, key=lambda v: v.name):
             seen.add(id(variable))
             if keras.backend.is_float_dtype(variable.dtype):
-                value = keras.ops.convert_to_numpy(variable.value)
+                value = tf.convert_to_tensor(variable).numpy()
                 digest.update(f"{value.shape} {variable.dtype};".encode())
                 digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
     return digest.hexdigest()

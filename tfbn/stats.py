@@ -11,6 +11,7 @@ import weakref
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from tfbn import model as models
 from tfbn import moments
@@ -434,8 +435,8 @@ def _values(stats, layer):
 
 
 def _read(variable, exact=False):
-    value = keras.ops.convert_to_numpy(variable.value)
-    return np.array(value) if exact else np.array(value, np.float64)
+    value = tf.convert_to_tensor(variable).numpy()
+    return value.copy() if exact else value.astype(np.float64)
 
 
 def _first_non_finite(value, cast):

@@ -125,7 +125,8 @@ class Trace:
                 self._level[id(call.outputs)] = depth[id(op)] = level
         self.levels = max(self._level.values(), default=0)
 
-        needed = {}  # The first level that needs an operation.
+        # The first level that needs an operation; the inputs are there before any.
+        needed = {id(tensor.op): 0 for tensor in self._frontiers[0]}
         for level in range(1, self.levels + 1):
             pending = [tensor.op for call in self._at(level) for tensor in call.fetches]
             while pending:
