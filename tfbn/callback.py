@@ -6,7 +6,7 @@ import keras
 
 from tfbn import model as models
 from tfbn.stats import PopulationStats
-from tfbn.sweep import METHODS, check, collect
+from tfbn.sweep import check, check_method, collect
 
 
 class PopulationStatsCallback(keras.callbacks.Callback):
@@ -68,10 +68,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         verbose="auto",
     ):
         super().__init__()
-        if method not in METHODS:
-            raise ValueError(
-                f"Expected method to be one of {METHODS}. Received: method={method!r}."
-            )
+        check_method(method)
         if every_n_epochs is not None and (
             every_n_epochs != int(every_n_epochs) or every_n_epochs < 1
         ):

@@ -56,7 +56,7 @@ class Network:
             if self._model.run_eagerly:
                 met = []
                 self._observation.run(inputs, settled=settled, met=met)
-                found = [(call.site, call.measure(*call.fetches)) for call in met]
+                found = [(call.site, call.measure(*(call.fetches or ()))) for call in met]
             else:
                 found = self._trace(inputs, settled).run(inputs)
         self._add(index, inputs, found)

@@ -74,8 +74,7 @@ def collect(
             `"algorithm2"`, if a batch has only one value per channel.
         RuntimeError: If the data itself fails, from the error that it raised.
     """
-    if method not in METHODS:
-        raise ValueError(f"Expected method to be one of {METHODS}. Received: method={method!r}.")
+    check_method(method)
     layers, batches = check(model, x, batch_size, steps, include_frozen)
     network = Network(model, layers, method)
     before = PopulationStats.read(model)
@@ -112,6 +111,12 @@ def update_population_stats(model, x, **options):
     stats = collect(model, x, **options)
     stats.assign(model)
     return stats
+
+
+def check_method(method):
+    """Raise `ValueError` unless `method` is one that `collect` knows."""
+    if method not in METHODS:
+        raise ValueError(f"Expected method to be one of {METHODS}. Received: method={method!r}.")
 
 
 def check(model, x, batch_size=None, steps=None, include_frozen=False):

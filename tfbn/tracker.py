@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tfbn import model as models
 from tfbn.stats import PopulationStats, assigned
-from tfbn.sweep import METHODS, check, collect
+from tfbn.sweep import check, check_method, collect
 
 WAYS = ("moving_average", "population", "mini_batch")
 
@@ -89,10 +89,7 @@ class StatsTracker(keras.callbacks.Callback):
         log_dir=None,
     ):
         super().__init__()
-        if method not in METHODS:
-            raise ValueError(
-                f"Expected method to be one of {METHODS}. Received: method={method!r}."
-            )
+        check_method(method)
         inputs = keras.utils.unpack_x_y_sample_weight(validation_data)[0]
         if inputs is None or hasattr(inputs, "__next__"):
             raise ValueError(
