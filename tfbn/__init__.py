@@ -32,7 +32,7 @@ from tfbn.fold import fold  # noqa: E402
 from tfbn.layer import BatchNormalization  # noqa: E402
 from tfbn.plot import plot_drift, plot_history  # noqa: E402
 from tfbn.stats import LayerStats, PopulationStats  # noqa: E402
-from tfbn.sweep import collect, update_population_stats  # noqa: E402
+from tfbn.sweep import collect, collect_level, update_population_stats  # noqa: E402
 from tfbn.tracker import StatsTracker  # noqa: E402
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "StatsTracker",
     "__version__",
     "collect",
+    "collect_level",
     "convert",
     "describe",
     "export",

@@ -13,49 +13,50 @@ class Batches:
     Attributes:
         total: The number of batches, or `None` where only counting them would tell.
         repeatable: Whether they can be iterated over again. A generator cannot.
-        sizes: The number of samples in each batch of the last iteration.
     """
 
-    def __init__(self, elements, total, repeatable=True, steps=None):
+    def __init__(self, elements, total, repeatable=True, steps=None, may_be_empty=False):
         self._elements = elements
         self._steps = steps
+        self._may_be_empty = may_be_empty
+        self._samples = None
         self.total = total
         self.repeatable = repeatable
-        self.sizes = []
 
     def __iter__(self):
         """Yield the inputs, as tensors.
 
         Raises:
-            ValueError: If the data ends before the first batch or before `steps`, or holds
-                another number of samples than it did the last time.
+            ValueError: If the data ends before the first batch (unless it may be empty) or
+                before `steps`, or holds another number of samples than it did the last time.
             RuntimeError: If the data raises an error, from that error.
         """
         iterator = self._elements()
-        sizes = []
-        while len(sizes) != self._steps:
+        number = size = 0
+        while number != self._steps:
             try:
                 inputs = keras.tree.map_structure(_to_tensor, next(iterator))
-                sizes.append(_samples(inputs))
+                size += samples(inputs)
             except StopIteration:
                 break
             except Exception as error:
                 raise RuntimeError(
-                    f"Expected batch {len(sizes)} (counting from 0) of the data. Received: "
+                    f"Expected batch {number} (counting from 0) of the data. Received: "
                     f"{type(error).__name__}: {error}. Nothing was changed."
                 ) from error
+            number += 1
             yield inputs
-        if not sizes:
-            raise _empty()
-        if self._steps is not None and len(sizes) < self._steps:
-            raise _too_short(self._steps, len(sizes))
-        if self.sizes and sum(sizes) != sum(self.sizes):
+        if number == 0 and not self._may_be_empty:
+            raise empty()
+        if self._steps is not None and number < self._steps:
+            raise _too_short(self._steps, number)
+        if self._samples not in (None, size):
             raise ValueError(
                 "Expected the same data in every pass. Received: "
-                f"{sum(self.sizes)} samples and then {sum(sizes)}. Use data that does not change "
+                f"{self._samples} samples and then {size}. Use data that does not change "
                 "from one iteration to the next."
             )
-        self.sizes = sizes
+        self._samples = size
 
     def in_memory(self, limit):
         """The same batches, read once and held in main memory.
@@ -74,10 +75,10 @@ class Batches:
                     f"memory_limit={limit} bytes. Pass arrays, a tf.data.Dataset or a PyDataset, "
                     "or raise memory_limit."
                 )
-        return Batches(lambda: iter(held), len(held))
+        return Batches(lambda: iter(held), len(held), may_be_empty=self._may_be_empty)
 
 
-def batches(x, batch_size=None, steps=None):
+def batches(x, batch_size=None, steps=None, may_be_empty=False):
     """Batches of the inputs in `x`; targets and sample weights are dropped.
 
     Args:
@@ -87,11 +88,12 @@ def batches(x, batch_size=None, steps=None):
         batch_size: Only for arrays; 32 by default. Other data has batches of its own.
         steps: How many batches make the data; all there are by default. Data that has no
             end needs it.
+        may_be_empty: Whether no batch at all is fine too.
 
     Raises:
         ValueError: If `x` is nothing that `model.fit` takes, is endless and has no
-            `steps`, is empty, has fewer batches than `steps`, has arrays of different
-            lengths, or comes in batches of its own and `batch_size` is given too.
+            `steps`, is empty but may not be, has fewer batches than `steps`, has arrays of
+            different lengths, or comes in batches of its own and `batch_size` is given too.
     """
     for name, value in (("batch_size", batch_size), ("steps", steps)):
         if value is not None and (value != int(value) or value < 1):
@@ -110,10 +112,10 @@ def batches(x, batch_size=None, steps=None):
         elements = _from_elements(x)
     elif _is_arrays(x):
         arrays = keras.tree.map_structure(_to_sliceable, x)
-        samples = _samples(arrays)
+        length = samples(arrays)
         size = int(batch_size or DEFAULT_BATCH_SIZE)
-        length = -(-samples // size)
-        elements = _from_arrays(arrays, size, samples)
+        elements = _from_arrays(arrays, size, length)
+        length = -(-length // size)
     elif hasattr(x, "__iter__") and not isinstance(x, str | bytes | dict):
         repeatable = iter(x) is not x
         length = len(x) if hasattr(x, "__len__") else None
@@ -130,11 +132,12 @@ def batches(x, batch_size=None, steps=None):
             f"batch_size={batch_size} with {type(x).__name__}, which has batches of its own. "
             "Leave it out."
         )
-    if length == 0:
-        raise _empty()
+    if length == 0 and not may_be_empty:
+        raise empty()
     if None not in (length, steps) and length < steps:
         raise _too_short(steps, length)
-    return Batches(elements, length if steps is None else int(steps), repeatable, steps)
+    total = length if steps is None else int(steps)
+    return Batches(elements, total, repeatable, steps, may_be_empty)
 
 
 def _from_pydataset(dataset, length):
@@ -146,11 +149,11 @@ def _from_elements(iterable):
     return lambda: (_inputs(element) for element in iterable)
 
 
-def _from_arrays(arrays, size, samples):
+def _from_arrays(arrays, size, length):
     def batch(start):
         return keras.tree.map_structure(lambda array: array[start : start + size], arrays)
 
-    return lambda: (batch(start) for start in range(0, samples, size))
+    return lambda: (batch(start) for start in range(0, length, size))
 
 
 def _inputs(element):
@@ -177,7 +180,12 @@ def _to_tensor(leaf):
     return tf.convert_to_tensor(leaf, keras.config.floatx() if leaf.dtype == np.float64 else None)
 
 
-def _samples(arrays):
+def samples(arrays):
+    """The number of samples in a structure of arrays or tensors: the length of their first axis.
+
+    Raises:
+        ValueError: If they differ in it, or if one has none.
+    """
     lengths = {leaf.shape[0] if len(leaf.shape) else None for leaf in keras.tree.flatten(arrays)}
     if None in lengths:
         raise ValueError("Expected arrays with a batch axis. Received: a scalar.")
@@ -189,7 +197,8 @@ def _samples(arrays):
     return lengths.pop()
 
 
-def _empty():
+def empty():
+    """The error to raise for data without a batch."""
     return ValueError(
         "Expected data with at least one batch. Received: data that yields nothing. Pass the "
         "training data; a generator that was used up must be made anew."

@@ -1,4 +1,4 @@
-"""An observed model as functions of a batch, whole or level by level."""
+"""An observed model as functions of a batch, level by level."""
 
 import contextlib
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from tfbn.trace import Trace
 class Frontier(NamedTuple):
     """How far a batch has come: what later levels need of it. Level 0 is the raw batch."""
 
-    trace: Trace
+    trace: Trace | None
     level: int
     values: list
 
@@ -23,118 +23,117 @@ class Frontier(NamedTuple):
 class Network:
     """The inference network of a model with some of its batch norm layers observed.
 
+    It holds no statistics: what has been found of lower levels goes in, and what enters the
+    calls of the next level comes out. A one-pass method has one level. `"exact"` has one for
+    every batch norm layer on the longest path. Where the network cannot be cut there (a model
+    that runs eagerly, or that calls a batch norm layer in the body of a loop or branch), every
+    level is a run of all of it, and how many there are is not known before the first of
+    them: one that normalises as in training, to give the others something sound to hold, and
+    one for every call, after which the calls up to that depth have settled.
+
     Args:
         model: A built model. Nothing in it is changed.
         layers: The layers to observe, by path.
         method: How moments accumulate, see `tfbn.moments`.
+        device: The device to run on, whose replica of the weights is used; TensorFlow's choice
+            if `None`.
 
     Methods that take an `index` number the batch in what they raise: `ValueError` if the
     model cannot run on the batch, or if what enters a layer is not finite.
     """
 
-    def __init__(self, model, layers, method):
+    def __init__(self, model, layers, method, device=None):
         self._model = model
-        self._layers = layers
         self._method = method
-        self._observation = Observation(model, layers, method)
-        self._traces = {}
+        self._device = device
+        self._observation = Observation(model, layers)
+        self._met = {}  # Every site met so far, in order.
+        self._traces = {False: [], True: []}
 
     @property
-    def sites(self):
-        """Every call of an observed layer, in order; known after the first batch."""
-        return self._observation.sites
+    def levels(self):
+        """How many levels there are, as far as the batches so far tell; 0 before the first."""
+        if self._method != "exact":
+            return 1
+        traces = self._traces[True]
+        if self._model.run_eagerly or any(trace.levels is None for trace in traces):
+            return 1 + len(self._met)
+        return max((trace.levels for trace in traces), default=0)
 
     @property
     def depth(self):
         """The most observed calls on a path, or a bound where that is not known."""
         levels = [trace.levels for traces in self._traces.values() for trace in traces]
-        return len(self.sites) if not levels or None in levels else max(levels)
+        return len(self._met) if not levels or None in levels else max(levels)
 
-    def run(self, index, inputs, *, settled):
-        """Run all of the network on a batch. For `settled` see `Observation.run`."""
-        with _says_which(self._model, index, inputs):
-            if self._model.run_eagerly:
-                met = []
-                self._observation.run(inputs, settled=settled, met=met)
-                found = [(call.site, call.measure(*(call.fetches or ()))) for call in met]
-            else:
-                found = self._trace(inputs, settled).run(inputs)
-        self._add(index, inputs, found)
+    def settle(self, found):
+        """The populations for `advance`, from the `tfbn.stats.latest` moments of each site."""
+        with self._placed():
+            return {
+                site: tf.constant(np.stack([population.mean, moments.variance(population)]))
+                for site, (_, population) in found.items()
+            }
 
-    def enter(self, index, inputs):
-        """The frontier from which `advance` takes a batch through the levels.
-
-        Returns:
-            `None` if the network cannot be run level by level: a model that runs eagerly,
-            or one that calls a batch norm layer in the body of a loop or branch.
-        """
+    def enter(self, index, inputs, level):
+        """The frontier from which `advance` takes a batch to a level."""
         if self._model.run_eagerly:
-            return None
-        with _says_which(self._model, index, inputs):
-            trace = self._trace(inputs, settled=True)
-        return None if trace.levels is None else Frontier(trace, 0, inputs)
+            return Frontier(None, 0, inputs)
+        with self._traced_for(), _says_which(self._model, index, inputs):
+            trace = self._trace(inputs, settled=self._method == "exact")
+            if trace.levels is None and level == 1:
+                trace = self._trace(inputs, settled=False)
+        return Frontier(trace, 0, inputs)
 
-    def advance(self, index, frontier, level, *, keep):
-        """Take a batch to a level, whose sites add what enters them.
+    def advance(self, index, frontier, level, populations, *, keep):
+        """Take a batch to a level.
+
+        Args:
+            index: Number of the batch.
+            frontier: From `enter`, or from `advance` to an earlier level.
+            level: Number of the level, from 1.
+            populations: What `settle` made of all earlier levels; empty for level 1.
+            keep: Whether the frontier at this level is wanted.
 
         Returns:
-            The batch's frontier at this level, or `None` if it is not kept.
+            For every call of the level its site and the moments of what entered; and the
+            frontier, or `None` if it is not kept.
         """
         trace, start, values = frontier
-        if level > trace.levels:  # Its signature makes for fewer calls than another's.
-            return frontier if keep else None
-        keep = keep and trace.can_keep(level)
-        with _says_which(self._model, index, values):
-            found, values = trace.part(level, start, values, keep)
-        self._add(index, frontier.values, found)
-        if not keep:
-            return None
+        kept = None
+        with self._placed():
+            with _says_which(self._model, index, values):
+                if trace is None:
+                    found = self._run_eagerly(values, populations)
+                elif self._method != "exact" or trace.levels is None:
+                    found = trace.run(values, populations)
+                elif level > trace.levels:  # Its signature makes for fewer calls than another's.
+                    return [], frontier if keep else None
+                else:
+                    keep = keep and trace.can_keep(level)
+                    found, kept = trace.part(level, start, values, populations, keep)
+            checked = [
+                (site, self._moments(index, values, site, part))
+                for site, parts in found
+                for part in parts
+            ]
+        if kept is None or not keep:
+            return checked, None
         with tf.device("CPU"):  # Main memory has more room than an accelerator.
-            return Frontier(trace, level, [tf.identity(value) for value in values])
+            return checked, Frontier(trace, level, [tf.identity(value) for value in kept])
 
-    def settle(self, level=None):
-        """Make what entered the calls of a level, or all calls, the population there."""
-        sites = self.sites
-        if level is not None:
-            sites = {s for trace in self._traces[True] for s in trace.sites(level)}
-        for site in sites:
-            site.settle()
-
-    def reset(self):
-        """Forget what entered, but not what has settled."""
-        for site in self.sites:
-            site.reset()
-
-    def result(self):
-        """The moments of everything that entered each layer, by path.
-
-        Raises:
-            ValueError: If a layer was never called, or called without any value.
-        """
-        found = dict.fromkeys(self._layers)
-        for site in self.sites:
-            result = site.moments
-            if found[site.path] is not None:
-                result = moments.merge(found[site.path], result, method=self._method)
-            found[site.path] = result
-        for path, result in found.items():
-            if result is None:
-                raise ValueError(
-                    f"Expected {self._model.name!r} to call its batch norm layer {path!r}. "
-                    "Received: a model that does not call it for inference, or whose subclass of "
-                    "BatchNormalization does not call super().call(). Remove the layer, or set "
-                    "its trainable=False to leave it out."
-                )
-            if not np.any(result.count > 0):
-                raise ValueError(
-                    f"Expected values for layer {path!r}. Received: none, or only masked ones. "
-                    "Look at the data and its masks."
-                )
-        return found
+    def _run_eagerly(self, inputs, populations):
+        met = []
+        self._observation.run(
+            inputs,
+            population=None if not populations else lambda site, _: populations[site],
+            met=met,
+        )
+        self._met |= dict.fromkeys(call.site for call in met)
+        return [(call.site, call.measure(*(call.fetches or ()))) for call in met]
 
     def _trace(self, inputs, settled):
         flat = [tf.TensorSpec(v.shape, v.dtype) for v in _flatten(inputs)]
-        traces = self._traces.setdefault(settled, [])
+        traces = self._traces[settled]
         for trace in traces:
             if all(map(tf.TensorSpec.is_compatible_with, trace.specs, flat)):
                 return trace
@@ -145,27 +144,39 @@ class Network:
             specs = [_relaxed(*pair) for pair in zip(specs, traces[-1].specs, strict=True)]
         structure = tf.nest.map_structure(tf.type_spec_from_value, inputs)
         traces.append(Trace(self._observation, structure, specs, settled=settled))
+        self._met |= dict.fromkeys(traces[-1].sites)
         return traces[-1]
 
-    def _add(self, index, inputs, found):
-        for site, batch in found:
-            count, mean, variance = map(np.asarray, batch)
-            finite = site.add(count, mean, variance)
-            if finite.all():
-                continue
-            if self._method == "algorithm2" and np.isfinite(variance).all() and count.min() == 1:
-                raise ValueError(
-                    "Expected at least two values per channel in every batch, because "
-                    "method='algorithm2' divides by m - 1. Received: a batch with m = 1 for layer "
-                    f"{site.path!r}, in batch {index} (counting from 0). Use another batch size, "
-                    "or method='pooled'."
-                )
-            channel = int(np.argmin(finite))
+    def _traced_for(self):
+        scope = contextlib.ExitStack()
+        if self._device is not None:
+            # Only within the scope of its strategy is a mirrored variable read on that device.
+            scope.enter_context(self._model.distribute_strategy.scope())
+            scope.enter_context(tf.device(self._device))
+        return scope
+
+    def _placed(self):
+        return contextlib.nullcontext() if self._device is None else tf.device(self._device)
+
+    def _moments(self, index, inputs, site, part):
+        count, mean, variance = map(np.asarray, part)
+        found = moments.of_batch(count, mean, variance, method=self._method)
+        finite = moments.finite(found)
+        if finite.all():
+            return found
+        if self._method == "algorithm2" and np.isfinite(variance).all() and count.min() == 1:
             raise ValueError(
-                f"Expected finite values to enter layer {site.path!r}. Received: in batch {index} "
-                f"(counting from 0), channel {channel}, values with mean {mean[channel]} and "
-                f"variance {variance[channel]}; {_reason(inputs)}"
+                "Expected at least two values per channel in every batch, because "
+                "method='algorithm2' divides by m - 1. Received: a batch with m = 1 for layer "
+                f"{site.path!r}, in batch {index} (counting from 0). Use another batch size, "
+                "or method='pooled'."
             )
+        channel = int(np.argmin(finite))
+        raise ValueError(
+            f"Expected finite values to enter layer {site.path!r}. Received: in batch {index} "
+            f"(counting from 0), channel {channel}, values with mean {mean[channel]} and "
+            f"variance {variance[channel]}; {_reason(inputs)}"
+        )
 
 
 def _reason(inputs):

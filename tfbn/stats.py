@@ -2,6 +2,7 @@
 
 import collections.abc
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -16,8 +17,10 @@ import tensorflow as tf
 from tfbn import model as models
 from tfbn import moments
 from tfbn._version import __version__
+from tfbn.model import Site
 
-_FORMAT = 1
+_FORMAT = 2
+_ATTRIBUTES = ("method", "samples", "batches", "batch_size", "fingerprint", "level", "levels")
 
 # What was last assigned to a model, for as long as the model lives. A model has no place
 # of its own for it: stock layers and their configs must stay as they are.
@@ -66,6 +69,10 @@ class PopulationStats(collections.abc.Mapping):
     collected from but the paths of its batch norm layers and a fingerprint of its
     weights.
 
+    Statistics of a part of the data, from `tfbn.collect_level`, are of this kind too. They
+    keep the moments of every single call of a layer, as a layer may be called at several
+    levels, and hold only the layers that have been reached. `complete` tells.
+
     Attributes:
         method: `"pooled"`, `"algorithm2"`, `"exact"`, or `"assigned"` for statistics that
             were read from a model and not swept.
@@ -74,18 +81,59 @@ class PopulationStats(collections.abc.Mapping):
         batch_size: Size of the largest of these batches, in samples.
         fingerprint: SHA-256 of the weights during the sweep, see `assign`.
         previous: What the model held when it was swept, a `PopulationStats`, or `None`.
+        level: The last level of batch norm layers that has been swept, from 1.
+        levels: How many there are; 1 for methods that take one pass.
+        calls: For a part of a sweep the `Moments` behind it, by level and site: layer path
+            and number of the call. `None` for a sweep that is done.
     """
 
     def __init__(
-        self, layers, *, method, samples=0, batches=0, batch_size=0, fingerprint="", previous=None
+        self,
+        layers=None,
+        *,
+        method,
+        samples=0,
+        batches=0,
+        batch_size=0,
+        fingerprint="",
+        previous=None,
+        level=1,
+        levels=1,
+        calls=None,
     ):
-        self._layers = dict(layers)
+        if layers is not None:
+            self._layers = dict(layers)
         self.method = method
         self.samples = int(samples)
         self.batches = int(batches)
         self.batch_size = int(batch_size)
         self.fingerprint = fingerprint
         self.previous = previous
+        self.level = int(level)
+        self.levels = int(levels)
+        self.calls = calls
+
+    @functools.cached_property
+    def _layers(self):
+        """What `calls` come to: the statistics of a layer are those of all its calls together."""
+        found = {}
+        for site, (_, ours) in latest(self.calls).items():
+            if site.path in found:
+                ours = moments.merge(found[site.path], ours, method=self.method)
+            found[site.path] = ours
+        return {path: _layer_stats(ours) for path, ours in found.items()}
+
+    def replace(self, **changes):
+        """These statistics with some attributes, or `layers`, changed."""
+        names = (*_ATTRIBUTES, "previous", "calls")
+        layers = self if self.calls is None else None
+        held = {name: getattr(self, name) for name in names}
+        return PopulationStats(**{"layers": layers, **held, **changes})
+
+    @property
+    def complete(self):
+        """Whether all levels of the network have been swept."""
+        return self.level == self.levels
 
     def __getitem__(self, path):
         return self._layers[path]
@@ -99,7 +147,8 @@ class PopulationStats(collections.abc.Mapping):
     def __repr__(self):
         return (
             f"<PopulationStats method={self.method!r} layers={len(self)} "
-            f"samples={self.samples} batches={self.batches}>"
+            f"samples={self.samples} batches={self.batches}"
+            + (">" if self.complete else f" level={self.level} of {self.levels}>")
         )
 
     @classmethod
@@ -141,6 +190,11 @@ class PopulationStats(collections.abc.Mapping):
                 named), or if a value is not finite in the dtype of the variable. The
                 model is then unchanged.
         """
+        if not self.complete:
+            raise ValueError(
+                f"Expected statistics of all {self.levels} levels of batch norm layers. Received: "
+                f"those up to level {self.level}. Go on with tfbn.collect_level."
+            )
         layers = models.batch_norm_layers(model)
         missing = [path for path in self if path not in layers]
         if missing:
@@ -225,39 +279,41 @@ class PopulationStats(collections.abc.Mapping):
 
         Raises:
             ValueError: If method, layers, shapes or the swept weights differ. Also for
-                `"exact"`: exact statistics of parts do not determine those of the whole,
-                because deeper layers were normalised with the part's own statistics.
+                `"exact"`, unless both are of one level and from `tfbn.collect_level`:
+                exact statistics of parts do not determine those of the whole, because
+                deeper layers were normalised with the part's own statistics.
         """
         if not isinstance(other, PopulationStats):
             raise ValueError(f"Expected PopulationStats to merge. Received: {type(other)}.")
-        if self.method not in ("pooled", "algorithm2") or other.method != self.method:
+        parts = self.calls is not None and other.calls is not None
+        if self.method != other.method or not (parts or self.method in ("pooled", "algorithm2")):
             raise ValueError(
                 "Expected two sweeps with method='pooled' or two with 'algorithm2'. Received: "
                 f"{self.method!r} and {other.method!r}. Statistics of other kinds cannot be "
-                "merged: sweep the whole data at once."
+                "merged: sweep the whole data at once, or for 'exact' level by level with "
+                "tfbn.collect_level."
             )
-        _same_layers(self, other)
+        if not parts:
+            _same_layers(self, other)
         if self.fingerprint != other.fingerprint:
             raise ValueError(
                 "Expected two sweeps of the same weights. Received: fingerprints "
                 f"{self.fingerprint[:12]} and {other.fingerprint[:12]}. Collect both with the "
                 "same weights."
             )
+        both = {
+            "samples": self.samples + other.samples,
+            "batches": self.batches + other.batches,
+            "batch_size": max(self.batch_size, other.batch_size),
+            "levels": max(self.levels, other.levels),
+        }
+        if parts:
+            return self.replace(calls=_merged_calls(self, other), **both)
         merged = {}
         for path, ours in self.items():
-            theirs = other[path]
-            both = moments.merge(_moments(ours), _moments(theirs), method=self.method)
-            count = ours.count + theirs.count
-            merged[path] = LayerStats(count, both.mean, moments.variance(both))
-        return PopulationStats(
-            merged,
-            method=self.method,
-            samples=self.samples + other.samples,
-            batches=self.batches + other.batches,
-            batch_size=max(self.batch_size, other.batch_size),
-            fingerprint=self.fingerprint,
-            previous=self.previous,
-        )
+            found = moments.merge(_moments(ours), _moments(other[path]), method=self.method)
+            merged[path] = _layer_stats(found)
+        return self.replace(layers=merged, **both)
 
     def compare(self, other):
         """How far `other` is from these statistics, layer by layer, worst first.
@@ -283,7 +339,7 @@ class PopulationStats(collections.abc.Mapping):
             **self._header(),
             "layers": {
                 path: {
-                    "count": stats.count,
+                    "count": np.asarray(stats.count).tolist(),
                     "mean": stats.mean.tolist(),
                     "variance": stats.variance.tolist(),
                 }
@@ -308,9 +364,10 @@ class PopulationStats(collections.abc.Mapping):
         print_fn(
             f"Population statistics: method={self.method!r}, {self.samples} samples "
             f"in {self.batches} batches of at most {self.batch_size}"
+            + ("" if self.complete else f", level {self.level} of {self.levels}")
         )
         drift = dict.fromkeys(self)
-        if self.previous is not None:
+        if self.previous is not None and self.complete:
             drift = self.compare(self.previous)
         width = max([len("layer"), *(len(path) for path in self)])
         print_fn(
@@ -332,26 +389,7 @@ class PopulationStats(collections.abc.Mapping):
         Args:
             path: File name. It is used as it is; `.npz` is customary.
         """
-        path = pathlib.Path(path)
-        arrays = {}
-        for i, stats in enumerate(self.values()):
-            arrays[f"mean_{i}"] = stats.mean
-            arrays[f"variance_{i}"] = stats.variance
-            for name, value in (stats.renorm or {}).items():
-                arrays[f"{name}_{i}"] = value
-        previous = self.previous
-        if previous is not None:
-            for i, layer in enumerate(self):
-                arrays[f"previous_mean_{i}"] = previous[layer].mean
-                arrays[f"previous_variance_{i}"] = previous[layer].variance
-        header = {
-            **self._header(),
-            "layers": [[layer, stats.count] for layer, stats in self.items()],
-        }
-        arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-        content = io.BytesIO()
-        np.savez(content, **arrays)
-        _write_whole(path, content.getvalue())
+        write_whole(pathlib.Path(path), self.to_bytes())
 
     @classmethod
     def load(cls, path):
@@ -361,43 +399,95 @@ class PopulationStats(collections.abc.Mapping):
             ValueError: If the file is damaged or is not such a file. Nothing in it is
                 ever executed.
         """
-        path = pathlib.Path(path)
-        content = path.read_bytes()
+        content = pathlib.Path(path).read_bytes()
+        try:
+            return cls.from_bytes(content)
+        except ValueError as error:
+            raise ValueError(
+                "Expected a file written by PopulationStats.save. "
+                f"Received: {str(path)!r}, which is damaged or another kind of file ({error}). "
+                "Collect the statistics again."
+            ) from error
+
+    def to_bytes(self):
+        """What `save` writes, for those who send it elsewhere."""
+        arrays = {}
+        layers = self if self.calls is None else {}
+        for i, stats in enumerate(layers.values()):
+            arrays[f"count_{i}"] = np.asarray(stats.count)
+            arrays[f"mean_{i}"] = stats.mean
+            arrays[f"variance_{i}"] = stats.variance
+            for name, value in (stats.renorm or {}).items():
+                arrays[f"{name}_{i}"] = value
+        if self.previous is not None:
+            for i, path in enumerate(self.previous):
+                arrays[f"previous_mean_{i}"] = self.previous[path].mean
+                arrays[f"previous_variance_{i}"] = self.previous[path].variance
+        for i, found in enumerate((self.calls or {}).values()):
+            arrays[f"call_{i}"] = np.stack(found)
+        header = {
+            **self._header(),
+            "layers": list(layers),
+            "previous": None if self.previous is None else list(self.previous),
+            "calls": None if self.calls is None else [[n, *site] for n, site in self.calls],
+        }
+        arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        content = io.BytesIO()
+        np.savez(content, **arrays)
+        return content.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content):
+        """Read what `to_bytes` gave.
+
+        Raises:
+            ValueError: If it is damaged or something else. Nothing in it is ever executed.
+        """
         try:
             # Reading a member of the archive checks its CRC-32.
             with np.load(io.BytesIO(content), allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
             header = json.loads(arrays.pop("header").tobytes())
-            if header["format"] != _FORMAT:
-                raise ValueError(f"format {header['format']}")
-            layers, before = {}, {}
-            for i, (layer, count) in enumerate(header["layers"]):
+            if header.pop("format") != _FORMAT:
+                raise ValueError("another format")
+            layers = {}
+            for i, path in enumerate(header["layers"]):
                 renorm = {
                     name: arrays[f"{name}_{i}"]
                     for name in ("moving_stddev", "renorm_mean", "renorm_stddev")
                     if f"{name}_{i}" in arrays
                 }
-                layers[layer] = LayerStats(
-                    count, arrays[f"mean_{i}"], arrays[f"variance_{i}"], renorm or None
+                count = arrays[f"count_{i}"]
+                layers[path] = LayerStats(
+                    count if count.ndim else int(count),
+                    arrays[f"mean_{i}"],
+                    arrays[f"variance_{i}"],
+                    renorm or None,
                 )
-                if f"previous_mean_{i}" in arrays:
-                    before[layer] = LayerStats(
+            previous = calls = None
+            if header["previous"] is not None:
+                before = {
+                    path: LayerStats(
                         0, arrays[f"previous_mean_{i}"], arrays[f"previous_variance_{i}"]
                     )
+                    for i, path in enumerate(header["previous"])
+                }
+                previous = cls(before, method="assigned")
+            if header["calls"] is not None:
+                calls = {
+                    (level, Site(path, call)): moments.Moments(*arrays[f"call_{i}"])
+                    for i, (level, path, call) in enumerate(header["calls"])
+                }
             return cls(
-                layers,
-                method=header["method"],
-                samples=header["samples"],
-                batches=header["batches"],
-                batch_size=header["batch_size"],
-                fingerprint=header["fingerprint"],
-                previous=cls(before, method="assigned") if before else None,
+                layers if calls is None else None,
+                previous=previous,
+                calls=calls,
+                **{name: header[name] for name in _ATTRIBUTES},
             )
         except Exception as error:  # What a damaged archive raises is not documented.
             raise ValueError(
-                "Expected a file written by PopulationStats.save. "
-                f"Received: {str(path)!r}, which is damaged or another kind of file ({error}). "
-                "Collect the statistics again."
+                f"Expected what PopulationStats.to_bytes gave. Received: {len(content)} bytes that "
+                f"are not ({type(error).__name__}: {error})."
             ) from error
 
     def _header(self):
@@ -405,11 +495,7 @@ class PopulationStats(collections.abc.Mapping):
             "format": _FORMAT,
             "tfbn": __version__,
             "keras": keras.__version__,
-            "method": self.method,
-            "samples": self.samples,
-            "batches": self.batches,
-            "batch_size": self.batch_size,
-            "fingerprint": self.fingerprint,
+            **{name: getattr(self, name) for name in _ATTRIBUTES},
         }
 
 
@@ -442,6 +528,49 @@ def _read(variable, exact=False):
 def _first_non_finite(value, cast):
     channel = int(np.argmin(np.isfinite(cast.astype(np.float64))))
     return f"{value[channel]} in channel {channel}"
+
+
+def latest(calls):
+    """By site the highest level at which it was swept, and its moments there."""
+    return {site: (level, found) for (level, site), found in sorted(calls.items(), key=_level)}
+
+
+def _level(item):
+    return item[0][0]
+
+
+def _merged_calls(a, b):
+    if a.level != b.level:
+        raise ValueError(
+            f"Expected parts of one level. Received: level {a.level} and level {b.level}. Merge "
+            "the parts of one level before the next."
+        )
+    merged = dict(a.calls)
+    for key, theirs in b.calls.items():
+        ours = merged.setdefault(key, theirs)
+        if ours is theirs:
+            continue
+        if ours.mean.shape != theirs.mean.shape:
+            raise ValueError(
+                f"Expected statistics of the same shapes. Received: {ours.mean.shape} and "
+                f"{theirs.mean.shape} for layer {key[1].path!r}. They belong to different models."
+            )
+        if key[0] == a.level:
+            merged[key] = moments.merge(ours, theirs, method=a.method)
+        elif not all(map(np.array_equal, ours, theirs)):
+            raise ValueError(
+                f"Expected parts that were collected above the same levels. Received: parts of "
+                f"level {a.level} that differ in layer {key[1].path!r} at level {key[0]}. Give "
+                "every shard the same merged statistics."
+            )
+    return merged
+
+
+def _layer_stats(found):
+    counts = found.count
+    # Only a mask that tells channels apart makes their counts differ.
+    count = int(counts[0]) if (counts == counts[0]).all() else counts.astype(int)
+    return LayerStats(count, found.mean, moments.variance(found))
 
 
 def _moments(stats):
@@ -489,7 +618,8 @@ def _severity(drift):
     return drift["mean_shift"] + abs(np.log(drift["std_ratio"]))
 
 
-def _write_whole(path, content):
+def write_whole(path, content):
+    """Write a file so that under its name there is ever the old content or all of the new."""
     descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -1,14 +1,21 @@
-"""The sweep: population statistics of a frozen network, from a pass over its data."""
+"""The sweep: population statistics of a frozen network, from its data."""
 
+import collections
+import concurrent.futures
+import functools
+import itertools
 import pathlib
 import warnings
+from typing import NamedTuple
 
 import keras
+import numpy as np
 
-from tfbn import data, moments
+from tfbn import data, distribute, moments
 from tfbn import model as models
-from tfbn.network import Network
-from tfbn.stats import LayerStats, PopulationStats
+from tfbn.checkpoint import Checkpoint, digest
+from tfbn.network import Frontier, Network
+from tfbn.stats import PopulationStats, latest
 
 METHODS = ("pooled", "algorithm2", "exact")
 
@@ -26,6 +33,7 @@ def collect(
     include_frozen=False,
     verbose="auto",
     memory_limit=None,
+    checkpoint=None,
 ):
     """Sweep data through a model and return its population statistics.
 
@@ -48,6 +56,12 @@ def collect(
 
     Nothing is changed: no weight, no other state of the model, no random seed.
 
+    A model built under `tf.distribute.MirroredStrategy` is swept on all of its devices, which
+    take the batches in turn. One built under `tf.distribute.MultiWorkerMirroredStrategy` is swept
+    by all workers together: each calls `collect` with the data that it is to sweep, its shard,
+    which may be empty, and all get the statistics of all the data. What they exchange is three
+    numbers per channel.
+
     Args:
         model: A built Keras model. Its batch norm layers may be tfbn's or Keras's, nested,
             shared, or in wrappers and custom layers.
@@ -63,6 +77,10 @@ def collect(
         memory_limit: For `"exact"`: bytes of main memory for the tensors that one level hands
             to the next; a quarter of what is free by default. Those that do not fit are
             computed again.
+        checkpoint: Name of a file in which a long sweep saves what it has found, twice a
+            minute. After a crash the same call goes on where that file ends, to the same
+            result; a sweep that is done deletes the file. The data must come in the same order
+            every time, which is checked. With several workers, each adds its number to the name.
 
     Returns:
         `tfbn.PopulationStats`; its `assign(model)` puts the statistics into the model.
@@ -71,28 +89,93 @@ def collect(
         ValueError: If the model is not built, has no batch norm layer to sweep, or cannot
             run on a batch; if the data is empty, endless without `steps`, or shorter than
             `steps`; if what enters a layer is not finite (layer and batch are named); for
-            `"algorithm2"`, if a batch has only one value per channel.
-        RuntimeError: If the data itself fails, from the error that it raised.
+            `"algorithm2"`, if a batch has only one value per channel; if the data cannot be
+            resumed, or the checkpoint is of another sweep.
+        RuntimeError: If the data itself fails, from the error that it raised; on all workers,
+            if one of them fails.
     """
     check_method(method)
-    layers, batches = check(model, x, batch_size, steps, include_frozen)
-    network = Network(model, layers, method)
-    before = PopulationStats.read(model)
-    report = _Report(method, verbose)
-    if method == "exact":
+    workers = distribute.Workers(model)
+
+    @functools.cache  # Made in the first `gather`, so that all workers learn if one cannot.
+    def sweep():
+        several = len(workers) > 1
+        layers, batches = check(model, x, batch_size, steps, include_frozen, several)
         limit = _default_memory_limit() if memory_limit is None else memory_limit
-        sizes = _exact(network, batches, limit, report)
-    else:
-        sizes = _one_pass(network, batches, report)
-    return PopulationStats(
-        {path: _layer_stats(found) for path, found in network.result().items()},
-        method=method,
-        samples=sum(sizes),
-        batches=len(sizes),
-        batch_size=max(sizes),
-        fingerprint=before.fingerprint,
-        previous=PopulationStats({path: before[path] for path in layers}, method="assigned"),
-    )
+        report = _Report(method, verbose if workers.index == 0 else 0)
+        path = checkpoint if checkpoint is None or not several else f"{checkpoint}.{workers.index}"
+        return _Sweep(model, layers, batches, method, limit, report, path)
+
+    # After a crash a worker may be a level ahead: what is below it is the same for all.
+    stats = max(workers.gather(lambda: sweep().below), key=lambda below: below.level)
+    while not stats.complete:
+        parts = workers.gather(lambda below=stats: sweep().part(below))
+        stats = above(stats, functools.reduce(PopulationStats.merge, parts))
+    stats = sweep().finish(stats)
+    if method != "exact" and stats.batch_size < _SMALL_BATCH < stats.samples and sweep().deep:
+        warnings.warn(
+            f"A one-pass sweep over batches of {stats.batch_size} samples gives deeper layers "
+            f"statistics that depend on the batch size. Use batches of at least {_SMALL_BATCH} "
+            "samples, or method='exact', which gives the same for any.",
+            stacklevel=2,
+        )
+    return stats
+
+
+def collect_level(
+    model, x, below=None, batch_size=None, steps=None, include_frozen=False, verbose="auto"
+):
+    """One level of an `"exact"` sweep, over one part of the data.
+
+    For data that lies in several places. Each sweeps the first level over its part, what they
+    find is merged, in any order, and given to all of them for the next level:
+
+    ```python
+    stats = None
+    while stats is None or not stats.complete:
+        parts = [tfbn.collect_level(model, shard, stats) for shard in shards]  # anywhere
+        stats = functools.reduce(tfbn.PopulationStats.merge, parts)
+    stats.assign(model)
+    ```
+
+    Parts, and what they are merged to, can be saved, sent and loaded as any `PopulationStats`;
+    nothing else need be kept from one level to the next. Methods that take one pass need none
+    of this: merge what `collect` gives for every part.
+
+    Args:
+        model: See `collect`. With the same weights everywhere.
+        x: One part of the data, see `collect`.
+        below: What the parts of the level before have been merged to; `None` for the first.
+        batch_size: See `collect`.
+        steps: See `collect`.
+        include_frozen: See `collect`.
+        verbose: See `collect`.
+
+    Returns:
+        `PopulationStats` of this part at the next level, on top of those in `below`.
+        `complete` says whether it was the last.
+
+    Raises:
+        ValueError: As `collect`; if `below` is of other weights, is complete, or is nothing
+            that this function gave.
+        RuntimeError: As `collect`.
+    """
+    layers, batches = check(model, x, batch_size, steps, include_frozen)
+    sweep = _Sweep(model, layers, batches, "exact", 0, _Report("exact", verbose))
+    if below is None:
+        below = sweep.below
+    elif below.calls is None or below.complete:
+        raise ValueError(
+            "Expected `below` to be from tfbn.collect_level, with levels left to sweep. "
+            f"Received: below={below!r}. Begin with below=None."
+        )
+    elif below.fingerprint != sweep.below.fingerprint:
+        raise ValueError(
+            "Expected a model with the weights that the levels below were swept with. Received: "
+            f"fingerprints {sweep.below.fingerprint[:12]} and {below.fingerprint[:12]}. Use the "
+            "same weights for all levels."
+        )
+    return above(below, sweep.part(below))
 
 
 def update_population_stats(model, x, **options):
@@ -119,13 +202,14 @@ def check_method(method):
         raise ValueError(f"Expected method to be one of {METHODS}. Received: method={method!r}.")
 
 
-def check(model, x, batch_size=None, steps=None, include_frozen=False):
+def check(model, x, batch_size=None, steps=None, include_frozen=False, may_be_empty=False):
     """The layers that `collect` would sweep, by path, and the batches it would sweep.
 
     Raises:
         ValueError: All that `collect` would raise before it reads the first batch.
     """
-    return _layers_to_sweep(model, include_frozen), data.batches(x, batch_size, steps)
+    layers = _layers_to_sweep(model, include_frozen)
+    return layers, data.batches(x, batch_size, steps, may_be_empty)
 
 
 def _layers_to_sweep(model, include_frozen):
@@ -152,98 +236,204 @@ def _layers_to_sweep(model, include_frozen):
     return wanted
 
 
-def _one_pass(network, batches, report):
-    for index, inputs in report.on(batches):
-        network.run(index, inputs, settled=False)
-    sizes = batches.sizes
-    if network.depth > 1 and len(sizes) > 1 and max(sizes) < _SMALL_BATCH:
-        warnings.warn(
-            f"A one-pass sweep over batches of {max(sizes)} samples gives deeper layers statistics "
-            f"that depend on the batch size. Use batches of at least {_SMALL_BATCH} samples, or "
-            "method='exact', which gives the same for any.",
-            stacklevel=3,
+class _Item(NamedTuple):
+    """A batch on its way: its size, how far it has come, and the digest of the data up to it."""
+
+    samples: int
+    frontier: Frontier  # Or the raw batch, before any network has it.
+    digest: bytes
+
+
+class _Sweep:
+    """What one worker does in a sweep: its part of every level, over its data.
+
+    Attributes:
+        below: The statistics to begin above: those of no level, or of the levels that were
+            done when the checkpoint was saved.
+    """
+
+    def __init__(self, model, layers, batches, method, memory_limit, report, checkpoint=None):
+        self._model = model
+        self._layers = layers
+        self._method = method
+        self._report = report
+        self._networks = [
+            Network(model, layers, method, device) for device in distribute.devices(model)
+        ]
+        before = PopulationStats.read(model)
+        self._previous = before.replace(layers={path: before[path] for path in layers})
+        self.below = PopulationStats(
+            method=method,
+            level=0,
+            calls={},
+            fingerprint=before.fingerprint,
+            previous=self._previous,
         )
-    return sizes
+        self._checkpoint = self._saved = None
+        if checkpoint is not None:
+            self._checkpoint = Checkpoint(checkpoint, batches)
+            self._saved = self._checkpoint.read(self.below)
+        if self._saved is not None:
+            self.below, _, _ = self._saved
+        if method == "exact" and not batches.repeatable:
+            batches = batches.in_memory(memory_limit)
+            memory_limit -= sum(map(data.nbytes, batches))
+        self._batches = batches
+        self._memory_limit = memory_limit
+        self._kept = []  # An item for every batch, where a level had room to keep them all.
+
+    @property
+    def deep(self):
+        """Whether a batch norm layer comes after another, as far as the batches told."""
+        return any(network.depth > 1 for network in self._networks)
+
+    def part(self, below):
+        """This worker's part of the level above `below`, without what is below."""
+        part = below.replace(calls={}, level=below.level + 1, samples=0, batches=0, batch_size=0)
+        expected = None
+        if self._saved is not None and self._saved[1].level == part.level:
+            _, part, expected = self._saved
+        room = self._memory_limit - sum(data.nbytes(i.frontier.values) for i in self._kept)
+        store = _Store(room if not part.batches else 0)
+        jobs = self._jobs(below, part, expected, store)
+        for item, found in _in_turn(jobs, len(self._networks)):
+            store.put(item)
+            part = add(part, item.samples, found, max(n.levels for n in self._networks))
+            if self._checkpoint is not None and self._checkpoint.due:
+                self._checkpoint.save(below, part, item.digest)
+        self._kept = store.items or self._kept
+        return part
+
+    def finish(self, stats):
+        """The statistics of all data at all levels, as `collect` gives them."""
+        if not stats.batches:
+            raise data.empty()
+        for path in self._layers:
+            if path not in stats:
+                raise ValueError(
+                    f"Expected {self._model.name!r} to call its batch norm layer {path!r}. "
+                    "Received: a model that does not call it for inference, or whose subclass of "
+                    "BatchNormalization does not call super().call(). Remove the layer, or set "
+                    "its trainable=False to leave it out."
+                )
+            if not np.any(stats[path].count):
+                raise ValueError(
+                    f"Expected values for layer {path!r}. Received: none, or only masked ones. "
+                    "Look at the data and its masks."
+                )
+        if self._checkpoint is not None:
+            self._checkpoint.remove()
+        layers = {path: stats[path] for path in self._layers}
+        return stats.replace(layers=layers, calls=None, previous=self._previous)
+
+    def _jobs(self, below, part, expected, store):
+        """What is to be done for a level: a function for every batch, on each device in turn."""
+        settled = latest(below.calls)
+        turns = itertools.cycle([(network, network.settle(settled)) for network in self._networks])
+        items = self._kept or self._items(part, expected)
+        for index, item in self._report.on(
+            enumerate(items, part.batches), self._batches.total, part.level, self._networks[0]
+        ):
+            network, populations = next(turns)
+            if not self._kept:
+                item = item._replace(frontier=network.enter(index, item.frontier, part.level))
+            keep = store.has_room and part.level < network.levels
+            yield functools.partial(_advance, network, index, item, part.level, populations, keep)
+
+    def _items(self, part, expected):
+        """The batches that the part does not have yet, as they are in the data."""
+        found, index = b"", -1
+        for index, inputs in enumerate(self._batches):
+            if self._checkpoint is not None:
+                found = digest(found, inputs)
+                if index + 1 == part.batches and found != expected:
+                    raise self._checkpoint.other_data(part.batches)
+            if index >= part.batches:
+                yield _Item(data.samples(inputs), inputs, found)
+        if index + 1 < part.batches:
+            raise self._checkpoint.other_data(part.batches)
 
 
-def _exact(network, batches, memory_limit, report):
-    if not batches.repeatable:
-        batches = batches.in_memory(memory_limit)
-        memory_limit -= sum(map(data.nbytes, batches))
-    if network.enter(0, next(iter(batches))) is None:
-        return _exact_by_whole_passes(network, batches, report)
-    kept = None  # The frontier of every batch, where a level had room to leave it to the next.
-    level = 0
-    while level < network.depth:
-        level += 1
-        room = memory_limit - sum(data.nbytes(frontier.values) for frontier in kept or ())
-        store = _Store(room if level < network.depth else 0)
-        for index, batch in report.on(kept or batches, level, network.depth):
-            frontier = batch if kept else network.enter(index, batch)
-            store.put(network.advance(index, frontier, level, keep=store.has_room))
-        network.settle(level)
-        kept = store.frontiers or kept
-    return batches.sizes
+def add(part, samples, found, levels):
+    """Statistics with one batch more: its size, and by site the moments of what entered."""
+    calls = dict(part.calls)
+    for site, brought in found:
+        key = part.level, site
+        held = calls.get(key)
+        calls[key] = brought if held is None else moments.merge(held, brought, method=part.method)
+    return part.replace(
+        calls=calls,
+        samples=part.samples + samples,
+        batches=part.batches + 1,
+        batch_size=max(part.batch_size, samples),
+        levels=max(part.levels, levels),
+    )
 
 
-def _exact_by_whole_passes(network, batches, report):
-    # After pass d every call of level d or lower has settled, whatever the others hold. How
-    # many levels there are is not known here, but not more than there are calls. The first
-    # pass normalises as in training, to give the others something sound to hold.
-    number, passes = 0, 1
-    while number < passes:
-        number += 1
-        network.reset()
-        for index, inputs in report.on(batches, number, None if number == 1 else passes):
-            network.run(index, inputs, settled=number > 1)
-        network.settle()
-        passes = len(network.sites)
-    return batches.sizes
+def above(below, part):
+    """A part with what is below it, for every call at the highest level that it was swept at."""
+    settled = {(level, site): found for site, (level, found) in latest(below.calls).items()}
+    return part.replace(calls=settled | part.calls, previous=below.previous)
+
+
+def _advance(network, index, item, level, populations, keep):
+    found, frontier = network.advance(index, item.frontier, level, populations, keep=keep)
+    return item._replace(frontier=frontier), found
+
+
+def _in_turn(jobs, at_a_time):
+    """The results of some functions in their order, with several of them running at a time."""
+    if at_a_time == 1:
+        for job in jobs:
+            yield job()
+        return
+    with concurrent.futures.ThreadPoolExecutor(at_a_time) as pool:
+        running = collections.deque()
+        for job in jobs:
+            if len(running) == at_a_time:
+                yield running.popleft().result()
+            running.append(pool.submit(job))
+        while running:
+            yield running.popleft().result()
 
 
 class _Store:
-    """The frontiers of all batches, or none of them if there is not room for all."""
+    """What all batches have come to, or nothing if there is not room for all."""
 
     def __init__(self, room):
-        self.frontiers = []
+        self.items = []
         self.has_room = room > 0
         self._room = room
 
-    def put(self, frontier):
-        if frontier is not None:
-            self._room -= data.nbytes(frontier.values)
-            self.frontiers.append(frontier)
-        if frontier is None or self._room < 0:
-            self.frontiers.clear()
+    def put(self, item):
+        if item.frontier is not None:
+            self._room -= data.nbytes(item.frontier.values)
+            self.items.append(item)
+        if item.frontier is None or self._room < 0:
+            self.items.clear()
             self.has_room = False
 
 
 class _Report:
-    """Keras's progress bar, once for every pass over the batches."""
+    """Keras's progress bar, once for every level."""
 
     def __init__(self, method, verbose):
         self._method = method
         self._verbose = 1 if verbose == "auto" else int(verbose)
 
-    def on(self, batches, number=1, of=1):
-        """Enumerate the batches of pass `number` of `of`, `None` if that is not known."""
-        if self._verbose:
-            part = "" if of == 1 else f", pass {number} of {of or 'several'}"
-            print(f"Population statistics, {self._method}{part}")
-        total = len(batches) if isinstance(batches, list) else batches.total
-        bar = keras.utils.Progbar(total, verbose=self._verbose, unit_name="batch")
-        for index, batch in enumerate(batches):
-            yield index, batch
+    def on(self, numbered, total, level, network):
+        """Pass numbered items on, and say how many of `total` (`None` if unknown) are done."""
+        bar = index = None
+        for index, item in numbered:
+            yield index, item
+            if bar is None:  # How many levels there are is known after the first batch.
+                if self._verbose:
+                    passes = "" if network.levels == 1 else f", pass {level} of {network.levels}"
+                    print(f"Population statistics, {self._method}{passes}")
+                bar = keras.utils.Progbar(total, verbose=self._verbose, unit_name="batch")
             bar.update(index + 1, finalize=index + 1 == total)
-        if total is None:
+        if bar is not None and total is None:
             bar.update(index + 1, finalize=True)
-
-
-def _layer_stats(found):
-    counts = found.count
-    # Only a mask that tells channels apart makes their counts differ.
-    count = int(counts[0]) if (counts == counts[0]).all() else counts.astype(int)
-    return LayerStats(count, found.mean, moments.variance(found))
 
 
 def _default_memory_limit():

@@ -15,9 +15,11 @@ class Trace:
         observation: The `tfbn.observe.Observation` of the model.
         structure: A structure of `tf.TypeSpec`, as the model takes it.
         specs: The specs of its dense tensors, which may leave dimensions open.
-        settled: See `Observation.run`.
+        settled: Whether every site normalises with the population that it is given when
+            the graph is run, or else with the moments of the batch, as in training.
 
     Attributes:
+        sites: The sites that were met, in the order of their calls.
         levels: The highest level of a call, or `None` if the graph cannot be run level by
             level, because a layer is called in the body of a loop or branch.
     """
@@ -25,10 +27,22 @@ class Trace:
     def __init__(self, observation, structure, specs, *, settled):
         self.specs = specs
         self._calls = []
+        self._populations = {}
 
         def run(*flat):
+            graph = tf.compat.v1.get_default_graph()
+
+            def population(site, channels):
+                if site not in self._populations:
+                    with graph.as_default():  # Not in the body of a loop that the site may be in.
+                        held = tf.compat.v1.placeholder(tf.float64, [2, channels])
+                    self._populations[site] = held
+                return self._populations[site]
+
             inputs = tf.nest.pack_sequence_as(structure, flat, expand_composites=True)
-            outputs = observation.run(inputs, settled=settled, met=self._calls)
+            outputs = observation.run(
+                inputs, population=population if settled else None, met=self._calls
+            )
             return tf.nest.flatten(outputs, expand_composites=True)
 
         # `tf.function` runs every operation that has a side effect. A wrapped function can
@@ -40,18 +54,27 @@ class Trace:
         if all(call.fetches is not None for call in self._calls):
             self._find_levels()
 
-    def run(self, inputs):
+    @property
+    def sites(self):
+        return list(dict.fromkeys(call.site for call in self._calls))
+
+    def run(self, inputs, populations):
         """Run the network once.
 
+        Args:
+            inputs: A batch.
+            populations: For every site that has one its mean and variance, a tensor of
+                shape (2, channels).
+
         Returns:
-            For every call its site and what entered: count, mean and variance.
+            What entered: for every call its site and a list of (count, mean, variance).
         """
         if None not in self._parts:
             fetches = [] if self.levels is not None else [self._function.outputs]
-            self._parts[None] = self._cut(0, self._calls, fetches)
-        return self._parts[None](inputs)[0]
+            self._parts[None] = self._cut(0, self._calls, fetches, list(self._populations))
+        return self._parts[None](inputs, populations)[0]
 
-    def part(self, level, start, values, keep):
+    def part(self, level, start, values, populations, keep):
         """Run the network from the frontier of level `start` up to the calls of `level`.
 
         The frontier of a level are the tensors that later levels need of what has been
@@ -62,6 +85,7 @@ class Trace:
             level: The level of the calls to observe.
             start: An earlier level.
             values: The tensors at the frontier of `start`.
+            populations: See `run`; those of the sites below `level` matter.
             keep: Whether to compute the frontier of `level` too.
 
         Returns:
@@ -70,30 +94,32 @@ class Trace:
         """
         key = (level, start, keep)
         if key not in self._parts:
+            below = [call.site for number in range(1, level) for call in self._at(number)]
             wanted = self._frontiers[level] if keep else []
-            self._parts[key] = self._cut(start, self._at(level), wanted)
-        return self._parts[key](values)
-
-    def sites(self, level):
-        """The sites whose calls are of this level."""
-        return [call.site for call in self._at(level)]
+            self._parts[key] = self._cut(start, self._at(level), wanted, below)
+        return self._parts[key](values, populations)
 
     def can_keep(self, level):
         """Whether the tensors at the frontier of a level can be kept outside the graph."""
         kept = self._frontiers[level]
         return all(tensor.dtype not in (tf.variant, tf.resource) for tensor in kept)
 
-    def _cut(self, start, calls, wanted):
-        """The function from a frontier to what enters some calls, and to some tensors."""
-        feeds = self._frontiers[start]
+    def _cut(self, start, calls, wanted, sites):
+        """The function from a frontier to what enters some calls, and to some tensors.
+
+        The populations that sites normalise with are fed to it too.
+        """
+        sites = list(dict.fromkeys(sites))
+        feeds = self._frontiers[start] + [self._populations[site] for site in sites]
         # Without a signature every call would first try one that does not fit, which takes
         # longer than the call.
         signature = tuple(tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in feeds), {}
         fetches = [call.fetches or [] for call in calls]
         function = self._function.prune(feeds, [fetches, wanted], input_signature=signature)
 
-        def run(values):
-            fetched, kept = function(*tf.nest.flatten(values, expand_composites=True))
+        def run(values, populations):
+            values = tf.nest.flatten(values, expand_composites=True)
+            fetched, kept = function(*values, *(populations[site] for site in sites))
             found = [
                 (call.site, call.measure(*values))
                 for call, values in zip(calls, fetched, strict=True)
