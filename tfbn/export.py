@@ -267,7 +267,14 @@ def _input_signature(model, given):
             "Call it on a batch first."
         )
     if given is None:
-        given = _own_signature(model)
+        given = models.input_specs(model)
+        if given is None:
+            raise ValueError(
+                "Expected a model whose inputs are known. Received: subclassed model "
+                f"{model.name!r}, of which Keras recorded {model.get_build_config() or 'nothing'}. "
+                "Give input_signature, for example "
+                "[tf.TensorSpec((None, 28, 28, 1), tf.float32)]."
+            )
     if not isinstance(given, (list, tuple)):
         raise ValueError(
             "Expected input_signature to be a list with one entry for each positional argument "
@@ -288,32 +295,6 @@ def _input_signature(model, given):
                 f"{spec}. Give input_signature, with None for unknown sizes."
             )
     return signature
-
-
-def _own_signature(model):
-    if isinstance(model, keras.Sequential):
-        return [_any_batch(tensor) for tensor in model.inputs]
-    if getattr(
-        model, "inputs", None
-    ):  # Functional: one argument, with the structure of its inputs.
-        return [keras.tree.map_structure(_any_batch, model.input)]
-    config = model.get_build_config() or {}
-    shape = config.get("input_shape")
-    if shape is None:
-        raise ValueError(
-            "Expected a model whose inputs are known. Received: subclassed model "
-            f"{model.name!r}, of which Keras recorded {config or 'nothing'}. Give "
-            "input_signature, for example [tf.TensorSpec((None, 28, 28, 1), tf.float32)]."
-        )
-    return [
-        keras.tree.map_shape_structure(
-            lambda s: tf.TensorSpec((None, *s[1:]), model.input_dtype), shape
-        )
-    ]
-
-
-def _any_batch(tensor):
-    return tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype, tensor.name)
 
 
 def _tensor_spec(spec):

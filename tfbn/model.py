@@ -74,6 +74,31 @@ def layers(model):
     return found
 
 
+def input_specs(model):
+    """What a model takes, as far as Keras knows: for each argument the specs of a batch.
+
+    Returns:
+        A list of structures of `tf.TensorSpec` with a batch axis of any size, or `None` for
+        a subclassed model of which Keras has recorded nothing.
+    """
+    if isinstance(model, keras.Sequential):
+        return [_any_batch(tensor) for tensor in model.inputs]
+    if getattr(model, "inputs", None):  # Functional: one argument, in the structure of its inputs.
+        return [keras.tree.map_structure(_any_batch, model.input)]
+    shape = (model.get_build_config() or {}).get("input_shape")
+    if shape is None:
+        return None
+
+    def spec(shape):
+        return tf.TensorSpec((None, *shape[1:]), model.input_dtype)
+
+    return [keras.tree.map_shape_structure(spec, shape)]
+
+
+def _any_batch(tensor):
+    return tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype, tensor.name)
+
+
 def statistics(layer):
     """The variables that hold a batch norm layer's statistics, by attribute name.
 

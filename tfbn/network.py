@@ -75,7 +75,10 @@ class Network:
             }
 
     def enter(self, index, inputs, level):
-        """The frontier from which `advance` takes a batch to a level."""
+        """The frontier from which `advance` takes a batch to a level.
+
+        Specs of a batch do as well where only `levels` is wanted.
+        """
         if self._model.run_eagerly:
             return Frontier(None, 0, inputs)
         with self._traced_for(), _says_which(self._model, index, inputs):
@@ -142,7 +145,7 @@ class Network:
         specs = [tf.TensorSpec([None, *spec.shape[1:]], spec.dtype) for spec in flat]
         if traces:
             specs = [_relaxed(*pair) for pair in zip(specs, traces[-1].specs, strict=True)]
-        structure = tf.nest.map_structure(tf.type_spec_from_value, inputs)
+        structure = tf.nest.map_structure(_type_spec, inputs)
         traces.append(Trace(self._observation, structure, specs, settled=settled))
         self._met |= dict.fromkeys(traces[-1].sites)
         return traces[-1]
@@ -191,6 +194,10 @@ def _reason(inputs):
 
 def _flatten(structure):
     return tf.nest.flatten(structure, expand_composites=True)
+
+
+def _type_spec(value):
+    return value if isinstance(value, tf.TypeSpec) else tf.type_spec_from_value(value)
 
 
 def _relaxed(a, b):

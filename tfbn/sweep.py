@@ -111,7 +111,8 @@ def collect(
     while not stats.complete:
         parts = workers.gather(lambda below=stats: sweep().part(below))
         stats = above(stats, functools.reduce(PopulationStats.merge, parts))
-    stats = sweep().finish(stats)
+    stats = finish(stats, model, sweep().below.previous)
+    sweep().forget()
     if method != "exact" and stats.batch_size < _SMALL_BATCH < stats.samples and sweep().deep:
         warnings.warn(
             f"A one-pass sweep over batches of {stats.batch_size} samples gives deeper layers "
@@ -253,28 +254,18 @@ class _Sweep:
     """
 
     def __init__(self, model, layers, batches, method, memory_limit, report, checkpoint=None):
-        self._model = model
-        self._layers = layers
-        self._method = method
         self._report = report
         self._networks = [
             Network(model, layers, method, device) for device in distribute.devices(model)
         ]
-        before = PopulationStats.read(model)
-        self._previous = before.replace(layers={path: before[path] for path in layers})
-        self.below = PopulationStats(
-            method=method,
-            level=0,
-            calls={},
-            fingerprint=before.fingerprint,
-            previous=self._previous,
-        )
+        self.below = start(model, layers, method)
         self._checkpoint = self._saved = None
         if checkpoint is not None:
             self._checkpoint = Checkpoint(checkpoint, batches)
             self._saved = self._checkpoint.read(self.below)
         if self._saved is not None:
-            self.below, _, _ = self._saved
+            below, _, _ = self._saved
+            self.below = below.replace(previous=self.below.previous)
         if method == "exact" and not batches.repeatable:
             batches = batches.in_memory(memory_limit)
             memory_limit -= sum(map(data.nbytes, batches))
@@ -304,27 +295,10 @@ class _Sweep:
         self._kept = store.items or self._kept
         return part
 
-    def finish(self, stats):
-        """The statistics of all data at all levels, as `collect` gives them."""
-        if not stats.batches:
-            raise data.empty()
-        for path in self._layers:
-            if path not in stats:
-                raise ValueError(
-                    f"Expected {self._model.name!r} to call its batch norm layer {path!r}. "
-                    "Received: a model that does not call it for inference, or whose subclass of "
-                    "BatchNormalization does not call super().call(). Remove the layer, or set "
-                    "its trainable=False to leave it out."
-                )
-            if not np.any(stats[path].count):
-                raise ValueError(
-                    f"Expected values for layer {path!r}. Received: none, or only masked ones. "
-                    "Look at the data and its masks."
-                )
+    def forget(self):
+        """Delete the checkpoint, of a sweep that is done."""
         if self._checkpoint is not None:
             self._checkpoint.remove()
-        layers = {path: stats[path] for path in self._layers}
-        return stats.replace(layers=layers, calls=None, previous=self._previous)
 
     def _jobs(self, below, part, expected, store):
         """What is to be done for a level: a function for every batch, on each device in turn."""
@@ -354,6 +328,18 @@ class _Sweep:
             raise self._checkpoint.other_data(part.batches)
 
 
+def start(model, layers, method):
+    """The statistics of no level, above which a sweep of some layers begins."""
+    before = PopulationStats.read(model)
+    return PopulationStats(
+        method=method,
+        fingerprint=before.fingerprint,
+        previous=before.replace(layers={path: before[path] for path in layers}),
+        level=0,
+        calls={},
+    )
+
+
 def add(part, samples, found, levels):
     """Statistics with one batch more: its size, and by site the moments of what entered."""
     calls = dict(part.calls)
@@ -374,6 +360,31 @@ def above(below, part):
     """A part with what is below it, for every call at the highest level that it was swept at."""
     settled = {(level, site): found for site, (level, found) in latest(below.calls).items()}
     return part.replace(calls=settled | part.calls, previous=below.previous)
+
+
+def finish(stats, model, previous):
+    """What `collect` returns: the statistics of all levels, with what the model held before.
+
+    Raises:
+        ValueError: If there was no data, or if a layer was never called, or without any value.
+    """
+    if not stats.batches:
+        raise data.empty()
+    for path in previous:
+        if path not in stats:
+            raise ValueError(
+                f"Expected {model.name!r} to call its batch norm layer {path!r}. "
+                "Received: a model that does not call it for inference, or whose subclass of "
+                "BatchNormalization does not call super().call(). Remove the layer, or set "
+                "its trainable=False to leave it out."
+            )
+        if not np.any(stats[path].count):
+            raise ValueError(
+                f"Expected values for layer {path!r}. Received: none, or only masked ones. "
+                "Look at the data and its masks."
+            )
+    layers = {path: stats[path] for path in previous}
+    return stats.replace(layers=layers, calls=None, previous=previous)
 
 
 def _advance(network, index, item, level, populations, keep):
