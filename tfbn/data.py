@@ -35,7 +35,7 @@ class Batches:
         number = size = 0
         while number != self._steps:
             try:
-                inputs = keras.tree.map_structure(_to_tensor, next(iterator))
+                inputs = to_tensors(next(iterator))
                 size += samples(inputs)
             except StopIteration:
                 break
@@ -170,6 +170,11 @@ def _to_sliceable(leaf):
         return leaf.tocsr()
     # `asarray` for pandas and for the tensors of other frameworks.
     return leaf if tf.is_tensor(leaf) else np.asarray(leaf)
+
+
+def to_tensors(inputs):
+    """A batch as the model gets it from `fit`."""
+    return keras.tree.map_structure(_to_tensor, inputs)
 
 
 def _to_tensor(leaf):

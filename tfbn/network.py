@@ -38,7 +38,7 @@ class Network:
         device: The device to run on, whose replica of the weights is used; TensorFlow's choice
             if `None`.
 
-    Methods that take an `index` number the batch in what they raise: `ValueError` if the
+    Methods that take a `name` call the batch so in what they raise: `ValueError` if the
     model cannot run on the batch, or if what enters a layer is not finite.
     """
 
@@ -74,24 +74,24 @@ class Network:
                 for site, (_, population) in found.items()
             }
 
-    def enter(self, index, inputs, level):
+    def enter(self, name, inputs, level):
         """The frontier from which `advance` takes a batch to a level.
 
         Specs of a batch do as well where only `levels` is wanted.
         """
         if self._model.run_eagerly:
             return Frontier(None, 0, inputs)
-        with self._traced_for(), _says_which(self._model, index, inputs):
+        with self._traced_for(), _says_which(self._model, name, inputs):
             trace = self._trace(inputs, settled=self._method == "exact")
             if trace.levels is None and level == 1:
                 trace = self._trace(inputs, settled=False)
         return Frontier(trace, 0, inputs)
 
-    def advance(self, index, frontier, level, populations, *, keep):
+    def advance(self, name, frontier, level, populations, *, keep):
         """Take a batch to a level.
 
         Args:
-            index: Number of the batch.
+            name: What to call the batch.
             frontier: From `enter`, or from `advance` to an earlier level.
             level: Number of the level, from 1.
             populations: What `settle` made of all earlier levels; empty for level 1.
@@ -104,7 +104,7 @@ class Network:
         trace, start, values = frontier
         kept = None
         with self._placed():
-            with _says_which(self._model, index, values):
+            with _says_which(self._model, name, values):
                 if trace is None:
                     found = self._run_eagerly(values, populations)
                 elif self._method != "exact" or trace.levels is None:
@@ -115,7 +115,7 @@ class Network:
                     keep = keep and trace.can_keep(level)
                     found, kept = trace.part(level, start, values, populations, keep)
             checked = [
-                (site, self._moments(index, values, site, part))
+                (site, self._moments(name, values, site, part))
                 for site, parts in found
                 for part in parts
             ]
@@ -161,7 +161,7 @@ class Network:
     def _placed(self):
         return contextlib.nullcontext() if self._device is None else tf.device(self._device)
 
-    def _moments(self, index, inputs, site, part):
+    def _moments(self, name, inputs, site, part):
         count, mean, variance = map(np.asarray, part)
         found = moments.of_batch(count, mean, variance, method=self._method)
         finite = moments.finite(found)
@@ -170,15 +170,14 @@ class Network:
         if self._method == "algorithm2" and np.isfinite(variance).all() and count.min() == 1:
             raise ValueError(
                 "Expected at least two values per channel in every batch, because "
-                "method='algorithm2' divides by m - 1. Received: a batch with m = 1 for layer "
-                f"{site.path!r}, in batch {index} (counting from 0). Use another batch size, "
-                "or method='pooled'."
+                "method='algorithm2' divides by m - 1. Received: m = 1 for layer "
+                f"{site.path!r}, in {name}. Use another batch size, or method='pooled'."
             )
         channel = int(np.argmin(finite))
         raise ValueError(
-            f"Expected finite values to enter layer {site.path!r}. Received: in batch {index} "
-            f"(counting from 0), channel {channel}, values with mean {mean[channel]} and "
-            f"variance {variance[channel]}; {_reason(inputs)}"
+            f"Expected finite values to enter layer {site.path!r}. Received: in {name}, channel "
+            f"{channel}, values with mean {mean[channel]} and variance {variance[channel]}; "
+            f"{_reason(inputs)}"
         )
 
 
@@ -208,12 +207,12 @@ def _relaxed(a, b):
 
 
 @contextlib.contextmanager
-def _says_which(model, index, inputs):
+def _says_which(model, name, inputs):
     try:
         yield
     except Exception as error:
         shapes = keras.tree.map_structure(lambda value: f"{value.dtype.name}{value.shape}", inputs)
         raise ValueError(
-            f"Expected batches that model {model.name!r} takes. Received: batch {index} (counting "
-            f"from 0) with inputs {shapes}, on which it raised {type(error).__name__}: {error}"
+            f"Expected batches that model {model.name!r} takes. Received: {name} with inputs "
+            f"{shapes}, on which it raised {type(error).__name__}: {error}"
         ) from error

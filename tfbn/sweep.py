@@ -209,11 +209,16 @@ def check(model, x, batch_size=None, steps=None, include_frozen=False, may_be_em
     Raises:
         ValueError: All that `collect` would raise before it reads the first batch.
     """
-    layers = _layers_to_sweep(model, include_frozen)
+    layers = layers_to_sweep(model, include_frozen)
     return layers, data.batches(x, batch_size, steps, may_be_empty)
 
 
-def _layers_to_sweep(model, include_frozen):
+def layers_to_sweep(model, include_frozen):
+    """The layers that `collect` would sweep, by path.
+
+    Raises:
+        ValueError: If the model is none, is not built, or has no such layers.
+    """
     if not isinstance(model, keras.Model):
         raise ValueError(f"Expected a Keras model. Received: {model!r}. Pass the model itself.")
     layers = models.batch_norm_layers(model)
@@ -309,10 +314,11 @@ class _Sweep:
             enumerate(items, part.batches), self._batches.total, part.level, self._networks[0]
         ):
             network, populations = next(turns)
+            name = f"batch {index} (counting from 0)"
             if not self._kept:
-                item = item._replace(frontier=network.enter(index, item.frontier, part.level))
+                item = item._replace(frontier=network.enter(name, item.frontier, part.level))
             keep = store.has_room and part.level < network.levels
-            yield functools.partial(_advance, network, index, item, part.level, populations, keep)
+            yield functools.partial(_advance, network, name, item, part.level, populations, keep)
 
     def _items(self, part, expected):
         """The batches that the part does not have yet, as they are in the data."""
@@ -387,8 +393,8 @@ def finish(stats, model, previous):
     return stats.replace(layers=layers, calls=None, previous=previous)
 
 
-def _advance(network, index, item, level, populations, keep):
-    found, frontier = network.advance(index, item.frontier, level, populations, keep=keep)
+def _advance(network, name, item, level, populations, keep):
+    found, frontier = network.advance(name, item.frontier, level, populations, keep=keep)
     return item._replace(frontier=frontier), found
 
 
