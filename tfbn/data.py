@@ -95,9 +95,7 @@ def batches(x, batch_size=None, steps=None, may_be_empty=False):
             `steps`, is empty but may not be, has fewer batches than `steps`, has arrays of
             different lengths, or comes in batches of its own and `batch_size` is given too.
     """
-    for name, value in (("batch_size", batch_size), ("steps", steps)):
-        if value is not None and (value != int(value) or value < 1):
-            raise ValueError(f"Expected {name} to be a positive integer. Received: {value!r}.")
+    check_positive(batch_size=batch_size, steps=steps)
     repeatable = True
     if isinstance(x, keras.utils.PyDataset):
         length = x.num_batches
@@ -138,6 +136,13 @@ def batches(x, batch_size=None, steps=None, may_be_empty=False):
         raise _too_short(steps, length)
     total = length if steps is None else int(steps)
     return Batches(elements, total, repeatable, steps, may_be_empty)
+
+
+def check_positive(**values):
+    """Raise `ValueError` unless all are positive integers or `None`."""
+    for name, value in values.items():
+        if value is not None and (value != int(value) or value < 1):
+            raise ValueError(f"Expected {name} to be a positive integer. Received: {value!r}.")
 
 
 def _from_pydataset(dataset, length):
