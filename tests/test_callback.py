@@ -1,9 +1,6 @@
 """Tests of `tfbn.PopulationStatsCallback`."""
 
 import itertools
-import pathlib
-import subprocess
-import sys
 
 import keras
 import networks
@@ -121,33 +118,46 @@ def test_the_optimizers_averaged_weights_are_swept():
     assert_close(statistics(model), population(model))
 
 
-TWO_DEVICES = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import networks, numpy as np, tensorflow as tf, test_callback, tfbn
-[cpu] = tf.config.list_physical_devices("CPU")
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-with strategy.scope():
-    model = test_callback.build()
-test_callback.fit(model, [test_callback.sweep(model, method=sys.argv[2], before_validation=True)])
-expected = test_callback.population(model)
-for replica in range(2):
-    test_callback.assert_close(
-        [
-            strategy.experimental_local_results(variable.value)[replica].numpy()
-            for bn in networks.batch_norms(model)
-            for variable in (bn.moving_mean, bn.moving_variance)
-        ],
-        expected,
-    )
-"""
+def on_devices(strategy):
+    """The network with a replica on each device, and what tells the statistics of each."""
+    with strategy.scope():
+        model = build()
+
+    def on_each():
+        return [
+            [
+                strategy.experimental_local_results(variable.value)[replica].numpy()
+                for bn in networks.batch_norms(model)
+                for variable in (bn.moving_mean, bn.moving_variance)
+            ]
+            for replica in range(2)
+        ]
+
+    return model, on_each
 
 
 @pytest.mark.parametrize("method", ["pooled", "exact"])
-def test_under_a_strategy_of_two_devices(method):
-    here = str(pathlib.Path(__file__).parent)
-    subprocess.run([sys.executable, "-c", TWO_DEVICES, here, method], check=True)
+def test_under_a_strategy_of_two_devices(method, two_devices):
+    model, on_each = on_devices(two_devices)
+    fit(model, [sweep(model, method=method, before_validation=True)])
+    for found in on_each():
+        assert_close(found, population(model))
+
+
+def test_each_device_goes_on_from_its_own_moving_averages(two_devices):
+    results = []
+    for options in [{}, {"before_validation": True, "every_n_epochs": 1}]:
+        model, on_each = on_devices(two_devices)
+        callback, held = sweep(model, **options), []
+        log = keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda epoch, logs, on_each=on_each, held=held: held.append(on_each())
+        )
+        fit(model, [callback, log])
+        results.append(held)
+    assert not np.array_equal(results[0][1][0][0], results[0][1][1][0])  # They do differ.
+    for without, with_sweeps in zip(*results, strict=True):
+        for a, b in zip(without, with_sweeps, strict=True):
+            assert_same(a, b)
 
 
 def test_freeze_and_unfreeze():

@@ -1,8 +1,6 @@
 """`StatsTracker` against Keras and NumPy, and against training without it."""
 
 import csv
-import pathlib
-import subprocess
 import sys
 
 import keras
@@ -176,35 +174,23 @@ def test_training_goes_on_bit_for_bit(bn):
     }
 
 
-TWO_DEVICES = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import tensorflow as tf
-[cpu] = tf.config.list_physical_devices("CPU")
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-import test_tracker
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-
-def trained(callbacks):
-    with strategy.scope():
-        model = test_tracker.compiled(test_tracker.network())
-    history = test_tracker.fit(model, callbacks)
-    locals = strategy.experimental_local_results
-    return history, [v.numpy() for w in model.weights for v in locals(w.value)]
-
-history, weights = trained([])
-tracked, tracked_weights = trained([test_tracker.tracker()])
-assert {name: tracked[name] for name in history} == history
-assert all((a == b).all() for a, b in zip(weights, tracked_weights, strict=True))
-assert tracked["val_loss_moving_average"] == tracked["val_loss"]
-"""
-
-
 @pytest.mark.slow
-def test_training_on_two_devices_goes_on_bit_for_bit():
+def test_training_on_two_devices_goes_on_bit_for_bit(two_devices):
     """Every replica has moving averages of its own, and validates with them."""
-    here = pathlib.Path(__file__).parent
-    subprocess.run([sys.executable, "-c", TWO_DEVICES, here], check=True)
+
+    def trained(callbacks):
+        keras.utils.set_random_seed(0)
+        with two_devices.scope():
+            model = compiled(network())
+        history = fit(model, callbacks)
+        held = two_devices.experimental_local_results
+        return history, [v.numpy() for w in model.weights for v in held(w.value)]
+
+    history, weights = trained([])
+    tracked, tracked_weights = trained([tracker()])
+    assert {name: tracked[name] for name in history} == history
+    assert all((a == b).all() for a, b in zip(weights, tracked_weights, strict=True))
+    assert tracked["val_loss_moving_average"] == tracked["val_loss"]
 
 
 def test_predictions_after_training_are_those_of_inference():

@@ -145,17 +145,27 @@ class PopulationStatsCallback(keras.callbacks.Callback):
                 steps=self._steps,
                 verbose=verbose if self._verbose == "auto" else self._verbose,
             )
+        held = models.on_replicas(
+            self.model,
+            [
+                variable
+                for layer in models.batch_norm_layers(self.model).values()
+                for variable in models.statistics(layer).values()
+            ],
+        )
         before = self.stats.assign(self.model)
-        self._replaced = before, PopulationStats.read(self.model)
+        self._replaced = before, held, PopulationStats.read(self.model)
 
     def _restore(self):
         """Put the moving averages back, unless something else has replaced them since."""
         if self._replaced is None:
             return
-        before, put = self._replaced
+        before, held, put = self._replaced
         self._replaced = None
         if put == PopulationStats.read(self.model):
             before.assign(self.model)
+            for variable, value in held:
+                variable.assign(value)
 
     def _check_order(self):
         # A callback is not told of the others, and Keras keeps their list in a local variable

@@ -109,6 +109,18 @@ def statistics(layer):
     return {name: variable for name, variable in found.items() if variable is not None}
 
 
+def on_replicas(model, variables):
+    """The values of some variables of a model on every replica: (TensorFlow variable, value).
+
+    Under a distribution strategy each replica has moving averages of its own.
+    """
+    return [
+        (local, local.numpy().copy())
+        for variable in variables
+        for local in model.distribute_strategy.experimental_local_results(variable.value)
+    ]
+
+
 def fingerprint(model):
     """SHA-256 over the weights that population statistics depend on, as a hex string.
 

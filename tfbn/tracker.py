@@ -201,12 +201,7 @@ def _unchanged(model):
     if swept is not None and (swept.previous is None or swept.mismatch(model) is not None):
         swept = None
     # Metrics accumulate in an evaluation, and a layer may draw random numbers or count in it.
-    # Under a distribution strategy each replica has moving averages of its own.
-    state = [
-        (local, local.numpy().copy())
-        for variable in model.non_trainable_variables + model.metrics_variables
-        for local in model.distribute_strategy.experimental_local_results(variable.value)
-    ]
+    state = models.on_replicas(model, model.non_trainable_variables + model.metrics_variables)
     try:
         if swept is not None:
             swept.previous.assign(model)

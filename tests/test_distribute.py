@@ -1,0 +1,287 @@
+"""Tests of sweeps on several devices and by several workers."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import keras
+import networks
+import numpy as np
+import pytest
+from keras import layers
+
+import tfbn
+from tfbn.model import batch_norm_layers
+
+HERE = pathlib.Path(__file__).parent
+METHODS = ["pooled", "algorithm2", "exact"]
+
+
+def on_devices(strategy, build):
+    """A network with a replica on each device, and one of the same weights on one device."""
+    with strategy.scope():
+        model = build(tfbn.BatchNormalization)
+    alone = build(tfbn.BatchNormalization)
+    alone.set_weights(model.get_weights())
+    return model, alone
+
+
+def assert_equal(a, b, rtol=1e-6):
+    """The same statistics, the means in units of the standard deviation."""
+    for ours, theirs in zip(a.values(), b.values(), strict=True):
+        assert ours.count == theirs.count
+        assert np.all(np.abs(ours.mean - theirs.mean) <= rtol * np.sqrt(theirs.variance))
+        np.testing.assert_allclose(ours.variance, theirs.variance, rtol=rtol)
+
+
+# Several devices.
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("build", [networks.residual, networks.branching, networks.subclassed])
+def test_two_devices_give_what_one_gives(build, method, two_devices):
+    model, alone = on_devices(two_devices, build)
+    x = networks.data(model, 37)
+    for batch_size in (16, 37):  # A remainder of 5; a single batch, so one device has nothing.
+        options = {"method": method, "batch_size": batch_size, "verbose": 0}
+        found = tfbn.collect(model, x, **options)
+        assert_equal(found, tfbn.collect(alone, x, **options))
+        assert found.samples == 37
+    if method == "exact":
+        [expected] = networks.in_training(build, alone, x, [slice(None)])
+        path_of = {id(layer): path for path, layer in batch_norm_layers(model).items()}
+        for layer, (mean, variance) in zip(networks.batch_norms(model), expected, strict=True):
+            ours = found[path_of[id(layer)]]
+            assert np.all(np.abs(ours.mean - mean) <= 1e-4 * np.sqrt(variance))
+            np.testing.assert_allclose(ours.variance, variance, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("memory_limit", [0, None])
+def test_each_device_runs_its_own_replica(method, memory_limit, two_devices):
+    # Replicas with other weights, which no training leaves, tell who has run what.
+    def build(bn):
+        return keras.Sequential([keras.Input((3,)), layers.Dense(3), bn(), bn()])
+
+    model, _ = on_devices(two_devices, build)
+    first, second = two_devices.experimental_local_results(model.layers[0].kernel.value)
+    second.assign(first.numpy() * 3)
+    x = networks.data(model, 24)
+    found = tfbn.collect(
+        model, x, method=method, batch_size=8, memory_limit=memory_limit, verbose=0
+    )
+    entered = x.astype("d") @ first.numpy().astype("d")
+    entered[8:16] *= 3  # The second batch, on the second device.
+    stats = next(iter(found.values()))
+    np.testing.assert_allclose(stats.mean, entered.mean(0), rtol=1e-5)
+    if method == "algorithm2":
+        expected = entered.reshape(3, 8, 3).var(1, ddof=1).mean(0)
+    else:
+        expected = entered.var(0)
+    np.testing.assert_allclose(stats.variance, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_two_devices_where_the_graph_cannot_be_cut(eager, two_devices):
+    from test_sweep import Looped
+
+    with two_devices.scope():
+        model = Looped()
+        model(np.zeros((2, 3, 4)))
+    model.run_eagerly = eager
+    x = np.random.default_rng(0).normal(3, 2, size=(20, 3, 4)).astype("f")
+    stats = tfbn.collect(model, x, method="exact", batch_size=3, verbose=0)
+    entered = x.astype("d")
+    normalized = (entered - entered.mean((0, 1))) / np.sqrt(entered.var((0, 1)) + 1e-3)
+    for found, values in zip(stats.values(), (entered, normalized), strict=True):
+        np.testing.assert_allclose(found.mean, values.mean((0, 1)), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found.variance, values.var((0, 1)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("fails_at", [0, 1, 4])
+def test_an_error_on_a_device_leaves_the_model_as_it_was(method, fails_at, two_devices):
+    model, _ = on_devices(two_devices, networks.plain)
+    x = networks.data(model, 20)
+    x[4 * fails_at] = np.nan
+    before = [np.array(w) for w in model.get_weights()]
+    with pytest.raises(ValueError, match=f"batch {fails_at} .*holds NaN or Inf"):
+        tfbn.update_population_stats(model, x, method=method, batch_size=4, verbose=0)
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# Several workers.
+
+WORKER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import tensorflow as tf
+strategy = tf.distribute.MultiWorkerMirroredStrategy()
+import keras, networks, numpy as np, pathlib, tfbn, os, signal, time
+me = strategy.cluster_resolver.task_id
+out = pathlib.Path(sys.argv[2])
+keras.utils.set_random_seed(0)
+with strategy.scope():
+    model = networks.residual(tfbn.BatchNormalization)
+x = networks.data(model, 50)
+def shard(*ends):
+    return x[([0, *ends] + [50])[me] : ([0, *ends] + [50])[me + 1]]
+"""
+
+
+def run_workers(tmp_path, script, count=2, timeout=120):
+    """Run a script as several workers, and return their exit statuses and what they printed."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
+    for s in sockets:
+        s.close()
+    workers = []
+    for index in range(count):
+        task = {"type": "worker", "index": index}
+        environment = os.environ | {
+            "TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": task}),
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "CUDA_VISIBLE_DEVICES": "-1",
+        }
+        command = [sys.executable, "-c", WORKER + script, str(HERE), str(tmp_path)]
+        workers.append(
+            subprocess.Popen(
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        printed = [worker.communicate(timeout=timeout)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    return [worker.returncode for worker in workers], printed
+
+
+SWEEP = """
+for name, ends in [("uneven", [37]), ("none", [0]), ("all", [50])]:
+    for method in ["pooled", "algorithm2", "exact"]:
+        # One after the other, so that the others wait.
+        time.sleep(0.2 * me)
+        stats = tfbn.update_population_stats(
+            model, shard(*ends), method=method, batch_size=16, verbose=0
+        )
+        stats.save(out / f"{name}_{method}_{me}.npz")
+        np.save(out / f"{name}_{method}_{me}.npy", np.concatenate(
+            [np.concatenate([bn.moving_mean, bn.moving_variance])
+             for bn in networks.batch_norms(model)]))
+if me == 0:
+    model.save(out / "model.keras")
+"""
+
+
+def test_two_workers_agree_on_what_one_process_finds(tmp_path):
+    statuses, printed = run_workers(tmp_path, SWEEP)
+    assert statuses == [0, 0], printed
+    model = keras.models.load_model(tmp_path / "model.keras")
+    x = networks.data(model, 50)
+    for name, end in [("uneven", 37), ("none", 0), ("all", 50)]:
+        parts = [part[i : i + 16] for part in (x[:end], x[end:]) for i in range(0, len(part), 16)]
+        for method in METHODS:
+            a, b = (
+                tfbn.PopulationStats.load(tmp_path / f"{name}_{method}_{i}.npz") for i in (0, 1)
+            )
+            assert a == b
+            one, two = (np.load(tmp_path / f"{name}_{method}_{i}.npy") for i in (0, 1))
+            np.testing.assert_array_equal(one, two)
+
+            def batches(parts=parts):
+                yield from parts
+
+            assert_equal(a, tfbn.collect(model, batches(), method=method, verbose=0))
+            assert (a.samples, a.batches, a.batch_size) == (50, len(parts), 16)
+            np.testing.assert_allclose(
+                one,
+                np.concatenate([np.concatenate([s.mean, s.variance]) for s in a.values()]),
+                rtol=1e-6,
+            )
+        [expected] = networks.in_training(networks.residual, model, x, [slice(None)])
+        for found, (mean, variance) in zip(a.values(), expected, strict=True):
+            np.testing.assert_allclose(found.mean, mean, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(found.variance, variance, rtol=1e-4)
+
+
+FAIL = """
+held = model.get_weights()
+for method in ["pooled", "exact"]:
+    for case in ["nan", "argument", "nothing"]:
+        part, options = shard(20), {}
+        if case == "nothing":
+            part = part[:0]
+        if case == "nan" and me == 1:
+            part = part.copy()
+            part[17] = np.nan
+        if case == "argument" and me == 1:
+            options = {"steps": 99}
+        try:
+            tfbn.update_population_stats(
+                model, part, method=method, batch_size=8, verbose=0, **options
+            )
+        except Exception as error:
+            print(f"{me}/{method}/{case}/{type(error).__name__}/{error}", flush=True)
+assert all(np.array_equal(a, b) for a, b in zip(held, model.get_weights()))
+stats = tfbn.collect(model, shard(20), batch_size=8, verbose=0)
+print(f"{me}/{stats.samples}")
+"""
+
+
+def test_an_error_of_one_worker_is_an_error_of_all(tmp_path):
+    statuses, printed = run_workers(tmp_path, FAIL)
+    assert statuses == [0, 0], printed
+    first, second = (
+        [line for line in text.splitlines() if line.startswith(f"{i}/")]
+        for i, text in enumerate(printed)
+    )
+    for method in ("pooled", "exact"):
+        for case, words in [("nan", "batch 2 "), ("argument", "steps=99")]:
+            [ours] = [line for line in first if line.startswith(f"0/{method}/{case}/")]
+            [theirs] = [line for line in second if line.startswith(f"1/{method}/{case}/")]
+            assert "/RuntimeError/" in ours and "worker 1" in ours and words in ours
+            assert "/ValueError/" in theirs and words in theirs
+        for i, lines in enumerate((first, second)):
+            [line] = [line for line in lines if line.startswith(f"{i}/{method}/nothing/")]
+            assert "Expected data with at least one batch" in line
+    assert first[-1] == "0/50" and second[-1] == "1/50"  # And they can go on.
+
+
+DIE = """
+def batches():
+    for i in range(0, 25, 5):
+        if me == 1 and i == 15:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield x[i : i + 5]
+held = model.get_weights()
+start = time.monotonic()
+try:
+    tfbn.update_population_stats(
+        model, batches(), method=sys.argv[3], verbose=0
+    ).save(out / "stats.npz")
+except RuntimeError as error:
+    print(f"after {time.monotonic() - start:.0f} s: {error}")
+assert all(np.array_equal(a, b) for a, b in zip(held, model.get_weights()))
+"""
+
+
+@pytest.mark.parametrize("method", ["pooled", "exact"])
+def test_a_worker_that_dies_is_an_error_of_the_others(tmp_path, method):
+    script = DIE.replace("sys.argv[3]", repr(method))
+    start = time.monotonic()
+    statuses, printed = run_workers(tmp_path, script)
+    assert statuses == [0, -signal.SIGKILL], printed
+    assert "Expected all 2 workers" in printed[0] and "Start all workers again" in printed[0]
+    assert os.listdir(tmp_path) == []
+    assert time.monotonic() - start < 100
