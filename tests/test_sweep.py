@@ -1,6 +1,7 @@
 """Tests of `tfbn.collect` and `tfbn.update_population_stats`."""
 
 import itertools
+import operator
 import os
 import random
 import signal
@@ -748,3 +749,92 @@ def test_batches_of_different_shapes(method):
     assert (first.count, second.count) == (16 * 26, 16 * 22)
     np.testing.assert_allclose(first.mean, values.mean(0), atol=1e-6)
     np.testing.assert_allclose(first.variance, values.var(0), rtol=1e-5)
+
+
+# Level by level, in several places.
+
+
+@pytest.mark.parametrize("build", NETWORKS)
+def test_shards_swept_level_by_level_are_one_sweep_over_all(build, tmp_path):
+    model = build(tfbn.BatchNormalization)
+    x = data(model, SAMPLES)
+    shards = [
+        keras.tree.map_structure(operator.itemgetter(part), x)
+        for part in (slice(0, 1), slice(1, 20), slice(20, SAMPLES))
+    ]
+    stats, rounds = None, 0
+    while stats is None or not stats.complete:
+        rounds += 1
+        for i, shard in enumerate(shards):
+            below = stats and tfbn.PopulationStats.load(tmp_path / "below.npz")
+            part = tfbn.collect_level(model, shard, below, batch_size=5, verbose=0)
+            part.save(tmp_path / f"part_{i}.npz")
+        a, b, c = (tfbn.PopulationStats.load(tmp_path / f"part_{i}.npz") for i in range(3))
+        stats = a.merge(b).merge(c) if rounds % 2 else c.merge(a.merge(b))
+        assert (stats.samples, stats.batches, stats.batch_size) == (SAMPLES, 9, 5)
+        assert stats.level == rounds
+        stats.save(tmp_path / "below.npz")
+    assert rounds == stats.levels
+    [expected] = in_training(build, model, x, [slice(None)])
+    assert_stats(stats, model, expected)
+    previous = stats.assign(model)
+    assert stats.previous == previous
+    whole = tfbn.collect(model, x, method="exact", batch_size=5, verbose=0)
+    for path, drift in whole.compare(stats).items():
+        assert drift["mean_shift_max"] < 1e-6 and drift["std_ratio_max"] < 1 + 1e-6, path
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_level_by_level_where_the_graph_cannot_be_cut(eager):
+    model = Looped()
+    x = np.random.default_rng(0).normal(3, 2, size=(20, 3, 4)).astype("f")
+    model(x)
+    model.run_eagerly = eager
+    whole = tfbn.collect(model, x, method="exact", batch_size=3, verbose=0)
+    stats = None
+    while stats is None or not stats.complete:
+        parts = [
+            tfbn.collect_level(model, shard, stats, batch_size=3, verbose=0)
+            for shard in (x[:7], x[7:])
+        ]
+        stats = parts[0].merge(parts[1])
+    entered = x.astype("d")
+    normalized = (entered - entered.mean((0, 1))) / np.sqrt(entered.var((0, 1)) + 1e-3)
+    for found, again, values in zip(
+        stats.values(), whole.values(), (entered, normalized), strict=True
+    ):
+        for one in (found, again):
+            np.testing.assert_allclose(one.mean, values.mean((0, 1)), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(one.variance, values.var((0, 1)), rtol=1e-5)
+
+
+def test_level_by_level_refuses_what_does_not_belong_together():
+    model = plain(layers.BatchNormalization)
+    x = data(model, 20)
+    first = tfbn.collect_level(model, x[:10], verbose=0)
+    assert (first.level, first.levels, first.complete) == (1, 3, False)
+    assert "level=1 of 3" in repr(first)
+    held = [np.array(w) for w in model.get_weights()]
+    with pytest.raises(ValueError, match=r"all 3 levels.*up to level 1.*collect_level"):
+        first.assign(model)
+    second = tfbn.collect_level(model, x[:10], first, verbose=0)
+    with pytest.raises(ValueError, match=r"one level. Received: level 1 and level 2"):
+        first.merge(second)
+    # Parts above different statistics of the levels below.
+    other = tfbn.collect_level(model, x[10:], tfbn.collect_level(model, x, verbose=0), verbose=0)
+    with pytest.raises(ValueError, match=r"above the same levels.*at level 1"):
+        second.merge(other)
+    whole = tfbn.collect(model, x, method="exact", verbose=0)
+    with pytest.raises(ValueError, match=r"level by level with tfbn.collect_level"):
+        second.merge(whole)
+    pooled_stats = tfbn.collect(model, x, verbose=0)
+    third = tfbn.collect_level(model, x[:10], second, verbose=0)
+    assert third.complete
+    for below in (whole, pooled_stats, third):
+        with pytest.raises(ValueError, match="with levels left to sweep"):
+            tfbn.collect_level(model, x, below, verbose=0)
+    model.layers[0].kernel.assign(model.layers[0].kernel * 2)
+    with pytest.raises(ValueError, match="weights that the levels below were swept with"):
+        tfbn.collect_level(model, x, first, verbose=0)
+    for a, b in zip(held[1:], model.get_weights()[1:], strict=True):
+        np.testing.assert_array_equal(a, b)

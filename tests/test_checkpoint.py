@@ -1,0 +1,244 @@
+"""Tests of sweeps that are interrupted and go on from a checkpoint."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import keras
+import networks
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import tfbn
+from tfbn import checkpoint as module
+
+HERE = pathlib.Path(__file__).parent
+METHODS = ["pooled", "algorithm2", "exact"]
+BATCHES = 6
+
+
+class Data(keras.utils.PyDataset):
+    """Batches of a network's data, which may fail at one reading, and how often each was run."""
+
+    def __init__(self, x, fails_at=None, error=RuntimeError):
+        super().__init__()
+        self.x, self.fails_at, self.error = x, fails_at, error
+        self.read = 0
+
+    def __len__(self):
+        return BATCHES
+
+    def __getitem__(self, i):
+        # The first batch is read twice more at the start, to see whether the data shuffles.
+        if self.read - 2 == self.fails_at:
+            raise self.error("stop")
+        self.read += 1
+        return self.x[7 * i : 7 * i + 7], None
+
+
+@pytest.fixture(autouse=True)
+def save_at_every_batch(monkeypatch):
+    monkeypatch.setattr(module, "_SECONDS", 0)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Counts the batches that are put through the network."""
+    from tfbn.network import Network
+
+    counted = []
+    original = Network.advance
+
+    def advance(self, index, *args, **options):
+        counted.append(index)
+        return original(self, index, *args, **options)
+
+    monkeypatch.setattr(Network, "advance", advance)
+    return counted
+
+
+def same_to_the_bit(a, b):
+    assert a == b
+    for name in ("method", "samples", "batches", "batch_size", "fingerprint"):
+        assert getattr(a, name) == getattr(b, name)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupted_sweep_goes_on_to_the_same_result(tmp_path, method, error, runs):
+    model = networks.plain(layers.BatchNormalization)
+    x = networks.data(model, 7 * BATCHES - 2)
+    options = {"method": method, "verbose": 0, "memory_limit": 0}
+    whole = tfbn.collect(model, Data(x), **options)
+    [expected] = networks.in_training(networks.plain, model, x, [slice(None)])
+    path = tmp_path / "sweep"
+    passes = 3 if method == "exact" else 1
+    for fails_at in range(passes * BATCHES):
+        runs.clear()
+        with pytest.raises(error, match="stop"):
+            tfbn.collect(model, Data(x, fails_at, error), checkpoint=path, **options)
+        # A batch that fails at once leaves nothing to go on from.
+        assert path.exists() == (fails_at > 0)
+        stats = tfbn.collect(model, Data(x), checkpoint=path, **options)
+        same_to_the_bit(stats, whole)
+        assert len(runs) == passes * BATCHES  # None was run twice.
+        assert os.listdir(tmp_path) == []
+    if method == "exact":
+        for found, (mean, variance) in zip(whole.values(), expected, strict=True):
+            np.testing.assert_allclose(found.mean, mean, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(found.variance, variance, rtol=1e-4)
+
+
+def test_again_and_again(tmp_path, runs):
+    model = networks.plain(layers.BatchNormalization)
+    x = networks.data(model, 7 * BATCHES)
+    options = {"method": "exact", "verbose": 0}
+    whole = tfbn.collect(model, Data(x), **options)
+    runs.clear()
+    for _ in range(3 * BATCHES):
+        # Three batches more each time, past those of this level that it has already.
+        done = (len(runs) - 1) % BATCHES + 1 if runs else 0
+        try:
+            stats = tfbn.collect(model, Data(x, done + 3), checkpoint=tmp_path / "c", **options)
+        except RuntimeError:
+            continue
+        break
+    assert len(runs) == 3 * BATCHES
+    same_to_the_bit(stats, whole)
+
+
+def test_on_two_devices(tmp_path, two_devices):
+    with two_devices.scope():
+        model = networks.plain(tfbn.BatchNormalization)
+    x = networks.data(model, 7 * BATCHES)
+    options = {"method": "exact", "verbose": 0, "memory_limit": 0}
+    whole = tfbn.collect(model, Data(x), **options)
+    for fails_at in (3, 8, 16):
+        with pytest.raises(RuntimeError, match="stop"):
+            tfbn.collect(model, Data(x, fails_at), checkpoint=tmp_path / "c", **options)
+        stats = tfbn.collect(model, Data(x), checkpoint=tmp_path / "c", **options)
+        same_to_the_bit(stats, whole)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import keras, networks, numpy as np, tfbn
+from keras import layers
+from tfbn import checkpoint
+checkpoint._SECONDS = 0
+model = keras.models.load_model(sys.argv[2])
+x = networks.data(model, 200)
+read = 0
+def batch(i):
+    global read
+    read += 1
+    if read == int(sys.argv[5]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return x[i : i + 10]
+class Data(keras.utils.PyDataset):
+    def __len__(self):
+        return 20
+    def __getitem__(self, i):
+        return batch(10 * i), None
+stats = tfbn.collect(
+    model, Data(), method=sys.argv[4], checkpoint=sys.argv[3], verbose=0, memory_limit=0
+)
+stats.save(sys.argv[3] + ".npz")
+"""
+
+
+@pytest.mark.parametrize("method, killed_at", [("pooled", 15), ("exact", 35)])
+def test_a_killed_process_goes_on_in_another(tmp_path, method, killed_at):
+    model = networks.plain(layers.BatchNormalization)
+    model.save(tmp_path / "model.keras")
+
+    def run(at):
+        names = [str(HERE), str(tmp_path / "model.keras"), str(tmp_path / "c"), method, str(at)]
+        return subprocess.run([sys.executable, "-c", KILLED, *names], timeout=120).returncode
+
+    assert run(killed_at) == -signal.SIGKILL
+    assert (tmp_path / "c").exists() and not (tmp_path / "c.npz").exists()
+    assert run(-1) == 0
+    assert not (tmp_path / "c").exists()
+    x = networks.data(model, 200)
+    whole = tfbn.collect(model, x, method=method, batch_size=10, verbose=0, memory_limit=0)
+    same_to_the_bit(tfbn.PopulationStats.load(tmp_path / "c.npz"), whole)
+
+
+def interrupted(tmp_path, model, x, method="pooled", **options):
+    """A checkpoint of a sweep that ended after four batches."""
+    with pytest.raises(RuntimeError, match="stop"):
+        tfbn.collect(
+            model, Data(x, 4), method=method, checkpoint=tmp_path / "c", verbose=0, **options
+        )
+    return tmp_path / "c"
+
+
+def test_what_cannot_be_resumed_is_refused(tmp_path):
+    model = networks.plain(layers.BatchNormalization)
+    x = networks.data(model, 7 * BATCHES)
+    dataset = tf.data.Dataset.from_tensor_slices(x).shuffle(100).batch(7)
+    for data, words in [((b for b in [x, x]), "read only once"), (dataset, "another every time")]:
+        with pytest.raises(ValueError, match=f"(?s)same order every time.*{words}"):
+            tfbn.collect(model, data, checkpoint=tmp_path / "c", verbose=0)
+    assert os.listdir(tmp_path) == []
+
+    path = interrupted(tmp_path, model, x)
+    held = path.read_bytes()
+    swapped = x[np.r_[0:7, 14:21, 7:14, 21 : len(x)]]
+    shorter = x[:21]
+    other = x.copy()
+    other[10] += 1
+    for data in (swapped, shorter, other):
+        with pytest.raises(ValueError, match=r"is of other data.*after 4 batches.*Delete it"):
+            tfbn.collect(model, data, checkpoint=path, verbose=0, batch_size=7)
+    with pytest.raises(ValueError, match="has method 'pooled' and not 'exact'"):
+        tfbn.collect(model, Data(x), method="exact", checkpoint=path, verbose=0)
+    model.layers[1].trainable = False
+    with pytest.raises(ValueError, match="is of other layers"):
+        tfbn.collect(model, Data(x), checkpoint=path, verbose=0)
+    model.layers[1].trainable = True
+    model.layers[0].kernel.assign(model.layers[0].kernel * 2)
+    with pytest.raises(ValueError, match="has fingerprint"):
+        tfbn.collect(model, Data(x), checkpoint=path, verbose=0)
+    assert path.read_bytes() == held
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04"])
+def test_another_kind_of_file_is_refused(tmp_path, content):
+    model = networks.plain(layers.BatchNormalization)
+    (tmp_path / "c").write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged or another kind of file.*Delete it"):
+        tfbn.collect(model, networks.data(model, 20), checkpoint=tmp_path / "c", verbose=0)
+    assert (tmp_path / "c").read_bytes() == content
+
+
+def test_it_is_saved_every_so_often(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_SECONDS", 3600)
+    model = networks.plain(layers.BatchNormalization)
+    x = networks.data(model, 7 * BATCHES)
+    with pytest.raises(RuntimeError, match="stop"):
+        tfbn.collect(model, Data(x, 4), checkpoint=tmp_path / "c", verbose=0)
+    assert os.listdir(tmp_path) == []
+
+
+def test_digests_tell_batches_apart():
+    values = [
+        np.zeros((2, 3), "f"),
+        np.zeros((3, 2), "f"),
+        np.zeros((2, 3), "d"),
+        np.full((2, 3), -0.0, "f"),
+        {"a": np.zeros((2, 3), "f"), "b": np.zeros((2, 1))},
+        np.array([["a", "b"]], object),
+        np.array([["ab", ""]], object),
+    ]
+    tensors = [keras.tree.map_structure(tf.constant, value) for value in values]
+    found = [module.digest(b"", t) for t in tensors]
+    found += [module.digest(found[0], t) for t in tensors]
+    assert len(set(found)) == len(found)
+    assert module.digest(b"", tensors[0]) == found[0]
