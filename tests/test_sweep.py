@@ -211,6 +211,88 @@ def test_exact_where_the_graph_cannot_be_cut(eager):
     np.testing.assert_allclose(stats[model.bn.name].variance, second.var((0, 1)), rtol=1e-5)
 
 
+class Recurrent(keras.Model):
+    """Batch norm in a while loop, whose output goes into its next input."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = layers.BatchNormalization()
+
+    def call(self, inputs, training=None):
+        """h = bn(relu(h) + part) over three parts."""
+
+        def body(i, h):
+            return i + 1, self.bn(tf.nn.relu(h) + inputs[:, i], training=training)
+
+        return tf.while_loop(lambda i, _: i < 3, body, [0, tf.zeros_like(inputs[:, 0])])[1]
+
+
+def test_a_loop_that_feeds_a_layers_output_back_to_it_has_no_exact_statistics():
+    model = Recurrent()
+    x = np.random.default_rng(0).normal(3, 2, size=(20, 3, 4)).astype("f")
+    model(x)
+    with pytest.raises(ValueError, match=rf"{model.bn.name}'.*loop that feeds.*method='pooled'"):
+        tfbn.collect(model, x, method="exact", verbose=0)
+    h, seen = np.zeros((20, 4)), []
+    for i in range(3):
+        seen.append(np.maximum(h, 0) + x[:, i])
+        h = (seen[-1] - seen[-1].mean(0)) / np.sqrt(seen[-1].var(0) + 1e-3)
+    [stats] = tfbn.collect(model, x, verbose=0).values()
+    np.testing.assert_allclose(stats.mean, np.mean(seen, (0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(stats.variance, np.concatenate(seen).var(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["pooled", "exact"])
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_loop_keeps_precision_far_from_zero(method, eager):
+    model = Looped()
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(200, 3, 4)) + 1e4).astype("f")
+    model(x)
+    model.run_eagerly = eager
+    model.first.trainable = False  # Passes on what enters, less 1/2000.
+    [stats] = tfbn.collect(model, x, method=method, batch_size=50, verbose=0).values()
+    entered = x.astype("d") / np.sqrt(1 + 1e-3)
+    np.testing.assert_allclose(stats.mean, entered.mean((0, 1)), rtol=1e-6)
+    # The values themselves are float32, and 1e4 away from zero.
+    np.testing.assert_allclose(stats.variance, entered.var((0, 1)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["pooled", "exact"])
+@pytest.mark.parametrize("eager", [False, True])
+def test_time_distributed_over_other_numbers_of_steps_in_every_batch(method, eager):
+    bn, last = layers.BatchNormalization(), layers.BatchNormalization()
+    model = keras.Sequential([keras.Input((None, 4)), layers.TimeDistributed(bn), last])
+    model.run_eagerly = eager
+    x = np.random.default_rng(0).normal(3, 2, size=(60, 5, 4)).astype("f")
+    parts = [x[20 * i : 20 * i + 20, :steps] for i, steps in enumerate((3, 2, 5))]
+    stats, _ = tfbn.collect(model, iter(parts), method=method, verbose=0).values()
+    values = np.concatenate([part.reshape(-1, 4) for part in parts]).astype("d")
+    assert stats.count == len(values)
+    np.testing.assert_allclose(stats.mean, values.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(stats.variance, values.var(0), rtol=1e-5)
+
+
+class Vectorized(keras.Model):
+    """Batch norm in a function that is vectorized over the steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = layers.BatchNormalization()
+        self.bn.build((None, 4))
+
+    def call(self, inputs, training=None):
+        """bn of every step."""
+        return tf.vectorized_map(lambda part: self.bn(part, training=training), inputs)
+
+
+def test_a_layer_in_a_vectorized_function_is_an_error():
+    model = Vectorized()
+    model(np.zeros((2, 3, 4)))
+    with pytest.raises(ValueError, match=r"tf\.vectorized_map cannot be observed"):
+        tfbn.collect(model, np.ones((20, 3, 4), "f"), verbose=0)
+
+
 @pytest.mark.parametrize("method", ["pooled", "exact"])
 def test_run_eagerly_gives_the_same(method):
     model = residual(layers.BatchNormalization)

@@ -49,6 +49,7 @@ class Network:
         self._observation = Observation(model, layers)
         self._met = {}  # Every site met so far, in order.
         self._traces = {False: [], True: []}
+        self._vectorizes = False
 
     @property
     def levels(self):
@@ -141,14 +142,25 @@ class Network:
             if all(map(tf.TensorSpec.is_compatible_with, trace.specs, flat)):
                 return trace
         # One trace for all batch sizes, and when other dimensions turn out to differ, one
-        # for all of these.
-        specs = [tf.TensorSpec([None, *spec.shape[1:]], spec.dtype) for spec in flat]
-        if traces:
-            specs = [_relaxed(*pair) for pair in zip(specs, traces[-1].specs, strict=True)]
+        # for all of these, unless that makes Keras vectorize: TimeDistributed does, where the
+        # number of steps is open.
         structure = tf.nest.map_structure(_type_spec, inputs)
-        traces.append(Trace(self._observation, structure, specs, settled=settled))
-        self._met |= dict.fromkeys(traces[-1].sites)
-        return traces[-1]
+        specs = [tf.TensorSpec([None, *spec.shape[1:]], spec.dtype) for spec in flat]
+        attempts = [specs]
+        if traces and not self._vectorizes:
+            attempts[:0] = [[*map(_relaxed, specs, traces[-1].specs)]]
+        for attempt in attempts:
+            trace = Trace(self._observation, structure, attempt, settled=settled)
+            if not trace.vectorized:
+                break
+            self._vectorizes = True
+        else:
+            raise ValueError(
+                "a batch norm layer that is called in tf.vectorized_map cannot be observed"
+            )
+        traces.append(trace)
+        self._met |= dict.fromkeys(trace.sites)
+        return trace
 
     def _traced_for(self):
         scope = contextlib.ExitStack()

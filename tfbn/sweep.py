@@ -23,6 +23,9 @@ METHODS = ("pooled", "algorithm2", "exact")
 # README has the figures.
 _SMALL_BATCH = 16
 
+# How much of a standard deviation, or of a variance, rounding alone never makes out.
+_UNSETTLED = 1e-3
+
 
 def collect(
     model,
@@ -108,9 +111,12 @@ def collect(
 
     # After a crash a worker may be a level ahead: what is below it is the same for all.
     stats = max(workers.gather(lambda: sweep().below), key=lambda below: below.level)
+    below = stats
     while not stats.complete:
-        parts = workers.gather(lambda below=stats: sweep().part(below))
-        stats = above(stats, functools.reduce(PopulationStats.merge, parts))
+        below = stats
+        parts = workers.gather(lambda below=below: sweep().part(below))
+        stats = above(below, functools.reduce(PopulationStats.merge, parts))
+    check_settled(below, stats)
     stats = finish(stats, model, sweep().below.previous)
     sweep().forget()
     if method != "exact" and stats.batch_size < _SMALL_BATCH < stats.samples and sweep().deep:
@@ -391,6 +397,29 @@ def finish(stats, model, previous):
             )
     layers = {path: stats[path] for path in previous}
     return stats.replace(layers=layers, calls=None, previous=previous)
+
+
+def check_settled(below, stats):
+    """Raise `ValueError` if the last level changed what an earlier one had found for a call.
+
+    Where a network cannot be cut into levels every level sweeps all calls, and the last comes
+    after all must have settled. A layer whose input depends on its own output, in a loop,
+    has no population to settle on.
+    """
+    before = latest(below.calls)
+    for site, (level, found) in latest(stats.calls).items():
+        if level == stats.level and site in before:
+            _, held = before[site]
+            variance = moments.variance(held)
+            moved = np.abs(found.mean - held.mean) > _UNSETTLED * np.sqrt(variance)
+            moved |= np.abs(moments.variance(found) - variance) > _UNSETTLED * variance
+            if np.any(moved):
+                raise ValueError(
+                    "Expected a network in which no batch norm layer's input depends on its own "
+                    f"output. Received: layer {site.path!r}, which is called in a loop that feeds "
+                    "what it gives back to it: no statistics are exact for it. Use "
+                    "method='pooled'."
+                )
 
 
 def _advance(network, name, item, level, populations, keep):

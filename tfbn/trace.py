@@ -20,6 +20,8 @@ class Trace:
 
     Attributes:
         sites: The sites that were met, in the order of their calls.
+        vectorized: Whether a call is in a function that `tf.vectorized_map` vectorizes. Such
+            a function is traced for one of its elements, and only that one would be seen.
         levels: The highest level of a call, or `None` if the graph cannot be run level by
             level, because a layer is called in the body of a loop or branch.
     """
@@ -50,6 +52,7 @@ class Trace:
         self._function = tf.compat.v1.wrap_function(run, specs)
         self._frontiers = {0: self._function.inputs[: len(specs)]}
         self._parts = {}
+        self.vectorized = self._depends_on_default()
         self.levels = None
         if all(call.fetches is not None for call in self._calls):
             self._find_levels()
@@ -130,6 +133,14 @@ class Trace:
 
     def _at(self, level):
         return [call for call in self._calls if self._level[id(call.outputs)] == level]
+
+    def _depends_on_default(self):
+        # The number of the element is a placeholder whose default is that of the first.
+        found = set()
+        for op in self._function.graph.get_operations():  # Inputs come before their users.
+            if op.type == "PlaceholderWithDefault" or any(id(s) in found for s in _sources(op)):
+                found.add(id(op))
+        return any(id(tensor.op) in found for call in self._calls for tensor in call.inputs)
 
     def _find_levels(self):
         graph_ops = self._function.graph.get_operations()  # Inputs come before their users.
