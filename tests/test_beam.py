@@ -1,0 +1,391 @@
+"""Tests of `tfbn.beam`, on Beam's local runners."""
+
+import glob
+import importlib
+import operator
+import os
+import signal
+import sys
+import uuid
+
+import keras
+import networks
+import numpy as np
+import pytest
+from keras import layers
+from test_sweep import SAMPLES, assert_stats, pooled
+
+import tfbn
+from tfbn.model import batch_norm_layers
+
+beam = pytest.importorskip("apache_beam")
+
+from apache_beam.options.pipeline_options import PipelineOptions  # noqa: E402
+from apache_beam.runners.direct.direct_runner import BundleBasedDirectRunner  # noqa: E402
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner  # noqa: E402
+from apache_beam.transforms.window import FixedWindows, TimestampedValue  # noqa: E402
+
+import tfbn.beam  # noqa: E402
+
+PROCESSES = {"direct_num_workers": 2, "direct_running_mode": "multi_processing"}
+THREADS = {"direct_num_workers": 4, "direct_running_mode": "multi_threading"}
+
+
+@pytest.fixture(autouse=True)
+def time_limit():
+    """A pipeline whose worker process died waits for ever."""
+
+    def stop(*_):
+        raise TimeoutError("the pipeline hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(180)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A function that runs a pipeline, for its one result."""
+
+    def run(elements, collect, runner=None, before=None, **options):
+        directory = tmp_path / str(uuid.uuid4())
+        directory.mkdir()
+
+        def save(stats):  # Worker processes share only files with this one.
+            stats.save(f"{directory}/{uuid.uuid4()}.npz")
+
+        # The default runner would look for a program to download.
+        pipeline = beam.Pipeline(runner or FnApiRunner(), PipelineOptions([], **options))
+        elements = pipeline | beam.Create(elements) | beam.Reshuffle()
+        if before is not None:
+            elements = elements | "Before" >> before
+        elements | collect | "Save" >> beam.Map(save)
+        pipeline.run().wait_until_finish()
+        [path] = directory.iterdir()
+        return tfbn.PopulationStats.load(path)
+
+    return run
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A function that builds a network and saves it: the model, its path, and data for it."""
+
+    def save(build=networks.plain, bn=layers.BatchNormalization):
+        model = build(bn)
+        path = tmp_path / "model.keras"
+        model.save(path)
+        return model, path, networks.data(model, SAMPLES)
+
+    return save
+
+
+def examples(x):
+    """The samples of some data, one by one."""
+    return [part(x, i) for i in range(SAMPLES)]
+
+
+def batches(x, *sizes):
+    """Data in batches of the given sizes, and their slices."""
+    slices = [slice(end - size, end) for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
+    return [part(x, where) for where in slices], slices
+
+
+def part(x, where):
+    """Some samples of arrays."""
+    return keras.tree.map_structure(operator.itemgetter(where), x)
+
+
+# What comes out.
+
+
+@pytest.mark.parametrize("build", [networks.residual, networks.branching, networks.late_input])
+def test_exact_is_one_batch_in_training_mode(build, run, saved):
+    model, path, x = saved(build)
+    [expected] = networks.in_training(build, model, x, [slice(None)])
+    stats = run(examples(x), tfbn.beam.Collect(path, "exact", batch_size=4))
+    assert_stats(stats, model, expected)
+    assert stats.samples == SAMPLES and stats.batch_size <= 4
+    stats = run(batches(x, 16, 1, 20)[0], tfbn.beam.Collect(path, "exact"))
+    assert_stats(stats, model, expected)
+    assert (stats.batches, stats.batch_size, stats.samples) == (3, 20, SAMPLES)
+    # Complete, of this model's weights, and with what it held.
+    before = tfbn.PopulationStats.read(model)
+    assert all(stats.previous[name] == held for name, held in before.items())
+    stats.assign(model)
+    assert stats.mismatch(model) is None
+
+
+@pytest.mark.parametrize("build", [networks.plain, networks.branching])
+@pytest.mark.parametrize("method", ["pooled", "algorithm2"])
+def test_one_pass_to_its_definition(build, method, run, saved):
+    model, path, x = saved(build)
+    sizes = np.array([16, 2, 19])
+    parts, slices = batches(x, *sizes)
+    stats = run(parts, tfbn.beam.Collect(path, method))
+    expected = []
+    paths = {id(layer): name for name, layer in batch_norm_layers(model).items()}
+    in_batches = networks.in_training(build, model, x, slices)
+    for bn, found in zip(networks.batch_norms(model), zip(*in_batches, strict=True), strict=True):
+        if method == "pooled":
+            expected.append(pooled(sizes, found))
+            continue
+        m = sizes[:, None] * (stats[paths[id(bn)]].count // SAMPLES)
+        means, variances = (np.stack(v) for v in zip(*found, strict=True))
+        weights = sizes / SAMPLES
+        expected.append((weights @ means, weights @ (variances * m / (m - 1))))
+    assert_stats(stats, model, expected, rtol=1e-5)
+    assert (stats.batches, stats.batch_size, stats.samples) == (3, 19, SAMPLES)
+
+
+def test_pooled_over_examples_pools_the_batches_that_they_fill(run):
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
+    x = networks.data(model, SAMPLES).astype("float64")  # As Keras does it: cast to float32.
+    stats = run(examples(x), tfbn.beam.Collect(lambda: model, batch_size=5))
+    assert_stats(stats, model, [(x.mean(0), x.var(0))], rtol=1e-5)
+    assert stats.samples == SAMPLES and stats.batch_size <= 5
+
+
+def test_layers_go_by_their_paths_where_the_pipeline_was_built(run):
+    build = networks.subclassed  # Its layers have no names of their own.
+    model = build(layers.BatchNormalization)
+    weights, here = model.get_weights(), []
+
+    def load():
+        loaded = build(layers.BatchNormalization)
+        loaded.set_weights(weights)
+        here.append(list(batch_norm_layers(loaded)))
+        return loaded
+
+    x = networks.data(model, SAMPLES)
+    stats = run(examples(x), tfbn.beam.Collect(load, "exact", batch_size=6))
+    assert [list(stats)] == [list(stats.previous)] == here
+    stats = stats.replace(layers=dict(zip(batch_norm_layers(model), stats.values(), strict=True)))
+    assert_stats(stats, model, *networks.in_training(build, model, x, [slice(None)]))
+
+
+def test_targets_are_dropped(run, saved):
+    model, path, x = saved()
+    expected = networks.in_training(networks.plain, model, x, [slice(None)])
+    pairs = [(one, number) for number, one in enumerate(examples(x))]
+    assert_stats(run(pairs, tfbn.beam.Collect(path, "exact", batch_size=6)), model, *expected)
+    weighted = [(x, np.ones(SAMPLES), np.ones(SAMPLES))]
+    assert_stats(run(weighted, tfbn.beam.Collect(path, "exact")), model, *expected)
+
+
+def test_windows_are_joined(run, saved):
+    model, path, x = saved()
+
+    class Spread(beam.PTransform):
+        def expand(self, elements):
+            late = elements | beam.Map(lambda x: TimestampedValue(x, float(x.flat[0])))
+            return late | beam.WindowInto(FixedWindows(1))
+
+    stats = run(examples(x), tfbn.beam.Collect(path, "exact", batch_size=4), before=Spread())
+    assert_stats(stats, model, *networks.in_training(networks.plain, model, x, [slice(None)]))
+
+
+def test_frozen_layers_only_if_wanted(run, saved):
+    model, path, x = saved()
+    model.layers[1].trainable = False
+    model.save(path)
+    for include_frozen, count in [(False, 2), (True, 3)]:
+        assert len(run([x], tfbn.beam.Collect(path, include_frozen=include_frozen))) == count
+
+
+# Where it runs.
+
+
+@pytest.mark.parametrize("options", [PROCESSES, THREADS], ids=["processes", "threads"])
+def test_workers_share_the_data_and_load_the_model_once(options, run, saved, tmp_path):
+    model, path, x = saved(networks.plain)
+
+    def load():
+        open(f"{tmp_path}/load-{os.getpid()}-{uuid.uuid4()}", "w").close()
+        return keras.models.load_model(path)
+
+    stats = run(examples(x), tfbn.beam.Collect(load, "exact", batch_size=4), **options)
+    assert_stats(stats, model, *networks.in_training(networks.plain, model, x, [slice(None)]))
+    assert stats.samples == SAMPLES
+    loads = [os.path.basename(name).split("-")[1] for name in glob.glob(f"{tmp_path}/load-*")]
+    loads.remove(str(os.getpid()))  # To learn of the levels.
+    assert len(set(loads)) == len(loads) == (2 if options is PROCESSES else 1)
+    assert (str(os.getpid()) in loads) == (options is THREADS)
+
+
+class Failing(beam.DoFn):
+    """Lets elements through, and fails once right after the first."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def process(self, element):
+        yield element
+        if not self.marker.exists():
+            self.marker.touch()
+            raise RuntimeError("a worker is lost")
+
+
+@pytest.mark.parametrize("method", ["pooled", "exact"])
+def test_a_bundle_that_is_tried_again_counts_once(method, run, saved, tmp_path, monkeypatch):
+    model, path, x = saved()
+    process, calls = tfbn.beam._Level.process, []
+
+    def failing(self, *args):
+        yield from process(self, *args)
+        calls.append(self._level)
+        if calls.count(self._level) == 2:
+            raise RuntimeError("a worker is lost")
+
+    monkeypatch.setattr(tfbn.beam._Level, "process", failing)
+    sizes = [2] * 18 + [1]
+    parts, slices = batches(x, *sizes)
+    marker = tmp_path / "failed"
+    stats = run(
+        parts,
+        tfbn.beam.Collect(path, method),
+        runner=BundleBasedDirectRunner(),
+        before=beam.ParDo(Failing(marker)),
+    )
+    assert marker.exists()
+    assert all(calls.count(level) > len(parts) for level in set(calls))
+    assert (stats.batches, stats.samples) == (len(parts), SAMPLES)
+    if method == "exact":
+        assert set(calls) == {1, 2, 3}
+        sizes, slices = [SAMPLES], [slice(None)]
+    in_batches = networks.in_training(networks.plain, model, x, slices)
+    assert_stats(stats, model, [pooled(sizes, f) for f in zip(*in_batches, strict=True)])
+
+
+# What goes wrong.
+
+
+@pytest.mark.parametrize("method", ["pooled", "exact"])
+def test_no_data(method, run, saved):
+    _, path, _ = saved()
+    with pytest.raises(ValueError, match="at least one batch"):
+        run([], tfbn.beam.Collect(path, method, batch_size=4))
+
+
+def bad_data():
+    """For `networks.plain`: elements, the size of batches, and what the error says."""
+    x = np.random.default_rng(0).normal(size=(6, 8, 8, 3)).astype("float32")
+    nan = x.copy()
+    nan[3, 1, 1] = np.nan
+    ragged = [np.zeros((8, 8, 3)), np.zeros((8, 9, 3))]
+    takes = r"batches that model '.*' takes\. Received: a batch with inputs"
+    return {
+        "NaN": ([nan], None, "layer 'batch_norm.* in a batch, channel .*Clean the data"),
+        "no batch axis": (list(x), None, takes),
+        "a batch axis twice": ([x, x], 2, takes),
+        "other shapes": (ragged, 2, "one structure and one shape"),
+        "scalars": ([[1.0, 2.0]], None, "batch axis"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_data())
+def test_bad_data_gets_one_clear_error(name, run, saved):
+    elements, batch_size, message = bad_data()[name]
+    _, path, _ = saved()
+    with pytest.raises(ValueError, match=message):
+        run(elements, tfbn.beam.Collect(path, batch_size=batch_size))
+
+
+def test_errors_reach_the_caller_from_other_processes(run, saved):
+    _, path, x = saved()
+    x[5, 0, 0] = np.inf
+    with pytest.raises(RuntimeError, match="ValueError: Expected finite values to enter layer"):
+        run(examples(x), tfbn.beam.Collect(path, "exact", batch_size=4), **PROCESSES)
+
+
+def test_one_value_per_channel(run):
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization(name="bn")])
+    with pytest.raises(ValueError, match=r"two values per channel.*'bn', in a batch\. Use"):
+        run([np.ones((1, 3))], tfbn.beam.Collect(lambda: model, "algorithm2"))
+
+
+def test_a_process_with_other_weights(run):
+    def load():  # Other ones each time.
+        return networks.plain(layers.BatchNormalization)
+
+    x = networks.data(load(), SAMPLES)
+    with pytest.raises(ValueError, match="every process to load the same weights"):
+        run([x], tfbn.beam.Collect(load))
+
+
+class Deeper(keras.Model):
+    """One more batch norm for inputs that are not four wide."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = layers.BatchNormalization(), layers.BatchNormalization()
+        self.second.build((None, None, 3))
+
+    def call(self, inputs):
+        x = self.first(inputs)
+        return self.second(x) if inputs.shape[1] != 4 else x
+
+
+def test_a_model_that_has_more_levels_for_some_data(run):
+    def load():
+        model = Deeper()
+        model(np.zeros((2, 4, 3)))
+        return model
+
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(size=(2, width, 3)).astype("float32") for width in (4, 6)]
+    with pytest.raises(ValueError, match=r"recorded input shape, 1\. .* it has 2\."):
+        run(parts, tfbn.beam.Collect(load, "exact"))
+
+
+def bad_arguments(tmp_path):
+    """Arguments of `Collect`, and what the error says."""
+    plain = networks.plain(layers.BatchNormalization)
+    path = tmp_path / "model.keras"
+    plain.save(path)
+    broken = tmp_path / "broken.keras"
+    broken.write_bytes(b"nothing")
+    frozen = networks.plain(layers.BatchNormalization)
+    frozen.trainable = False
+    eager = networks.plain(layers.BatchNormalization)
+    eager.run_eagerly = True
+    recorded_nothing = Deeper()
+    recorded_nothing.get_build_config = lambda: None
+    recorded_nothing(np.zeros((2, 4, 3)))
+    one = "the path of a .keras file, or a function"
+    return {
+        "no such file": (["missing.keras"], {}, f"{one}.*'missing.keras', which does not exist"),
+        "another file": ([tmp_path], {}, one),
+        "a model": ([plain], {}, one),
+        "a broken file": ([broken], {}, "that Keras can load.*broken.keras"),
+        "no Keras model": ([lambda: 3], {}, "Expected a Keras model. Received: 3"),
+        "frozen": ([lambda: frozen], {}, "not frozen"),
+        "method": ([path, "fast"], {}, "method to be one of"),
+        "batch size": ([path], {"batch_size": 0}, "batch_size to be a positive integer"),
+        "eager": ([lambda: eager, "exact"], {}, "levels.*runs eagerly"),
+        "unknown inputs": ([lambda: recorded_nothing, "exact"], {}, "no recorded input shape"),
+    }
+
+
+NAMES = ["no such file", "another file", "a model", "a broken file", "no Keras model", "frozen"]
+NAMES += ["method", "batch size", "eager", "unknown inputs"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_arguments_get_one_clear_error_before_the_pipeline_runs(name, tmp_path):
+    arguments, options, message = bad_arguments(tmp_path)[name]
+    with pytest.raises(ValueError, match=message):
+        (
+            beam.Pipeline(FnApiRunner(), PipelineOptions([]))
+            | beam.Create([1])
+            | tfbn.beam.Collect(*arguments, **options)
+        )
+
+
+def test_without_apache_beam_one_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    monkeypatch.delitem(sys.modules, "tfbn.beam")
+    with pytest.raises(ImportError, match=r"pip install 'tfbn\[beam\]'"):
+        importlib.import_module("tfbn.beam")
