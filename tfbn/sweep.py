@@ -111,6 +111,7 @@ def collect(
 
     # After a crash a worker may be a level ahead: what is below it is the same for all.
     stats = max(workers.gather(lambda: sweep().below), key=lambda below: below.level)
+    stats = stats.replace(previous=sweep().below.previous)
     below = stats
     while not stats.complete:
         below = stats
