@@ -209,6 +209,12 @@ def test_what_cannot_be_resumed_is_refused(tmp_path):
     assert path.read_bytes() == held
 
 
+def test_a_folder_that_is_not_there_is_an_error_at_the_start(tmp_path):
+    model = networks.plain(layers.BatchNormalization)
+    with pytest.raises(ValueError, match="folder that exists"):
+        tfbn.collect(model, networks.data(model, 20), checkpoint=tmp_path / "no" / "c")
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04"])
 def test_another_kind_of_file_is_refused(tmp_path, content):
     model = networks.plain(layers.BatchNormalization)

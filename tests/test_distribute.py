@@ -119,7 +119,7 @@ def test_an_error_on_a_device_leaves_the_model_as_it_was(method, fails_at, two_d
 # Several workers.
 
 WORKER = """
-import shutil, sys
+import shutil, sys, threading
 sys.path.insert(0, sys.argv[1])
 import tensorflow as tf
 strategy = tf.distribute.MultiWorkerMirroredStrategy()
@@ -135,7 +135,7 @@ def shard(*ends):
 """
 
 
-def run_workers(tmp_path, script, count=2, timeout=120):
+def run_workers(tmp_path, script, count=2, timeout=300):
     """Run a script as several workers, and return their exit statuses and what they printed."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
@@ -283,6 +283,25 @@ def test_a_worker_that_dies_is_an_error_of_the_others(tmp_path):
     assert "Expected all 2 workers" in printed[0] and "Start all workers again" in printed[0]
     assert os.listdir(tmp_path) == []
     assert time.monotonic() - start < 100
+
+
+INTERRUPT = """
+if me == 0:
+    # While the other is away.
+    threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    start = time.monotonic()
+    try:
+        tfbn.collect(model, x, verbose=0)
+    except KeyboardInterrupt:
+        print(f"interrupted after {time.monotonic() - start:.0f} s")
+else:
+    time.sleep(15)
+"""
+
+
+def test_ctrl_c_ends_the_wait_for_other_workers(tmp_path):
+    _, printed = run_workers(tmp_path, INTERRUPT)
+    assert "interrupted after 3 s" in printed[0]
 
 
 RESUME = """

@@ -28,12 +28,18 @@ class Checkpoint:
         due: Whether it is time to save.
 
     Raises:
-        ValueError: If the batches cannot be read again in the same order.
+        ValueError: If there is no such folder, or if the batches cannot be read again in the
+            same order.
     """
 
     def __init__(self, path, batches):
         self._path = pathlib.Path(path)
         self._saved = time.monotonic()
+        if not self._path.parent.is_dir():
+            raise ValueError(
+                "Expected the name of a file in a folder that exists. Received: "
+                f"checkpoint={str(path)!r}. Make the folder first."
+            )
         if not batches.repeatable:
             raise _not_repeatable("a generator, which can be read only once")
         if _first(batches) != _first(batches):

@@ -1,5 +1,8 @@
 """The devices and the workers that share a sweep, by the `tf.distribute` strategy of a model."""
 
+import concurrent.futures
+import threading
+
 import numpy as np
 import tensorflow as tf
 
@@ -78,6 +81,10 @@ class Workers:
                 )
         return [PopulationStats.from_bytes(message[1:]) for message in messages]
 
+    def _gathered(self, words):
+        with tf.device("CPU:0"):
+            return self._words(tf.constant(words)).numpy()
+
     def _exchange(self, message):
         # In words, because bytes cannot be gathered, and with a header that says from whom,
         # because they come in the order of the tasks' names: 10 before 2.
@@ -85,8 +92,7 @@ class Workers:
         words[:2] = self.index, len(message)
         words[2:].view(np.uint8)[: len(message)] = np.frombuffer(message, np.uint8)
         try:
-            with tf.device("CPU:0"):
-                gathered = self._words(tf.constant(words)).numpy()
+            gathered = _interruptible(self._gathered, words)
         except tf.errors.OpError as error:
             raise RuntimeError(
                 f"Expected all {self._count} workers to go on to the end of the sweep. Received: "
@@ -100,3 +106,17 @@ class Workers:
             messages[index] = gathered[2:end].tobytes()[:size]
             gathered = gathered[end:]
         return [messages[index] for index in range(self._count)]
+
+
+def _interruptible(function, argument):
+    """What a function gives. While TensorFlow waits, Python hears of no Ctrl-C in that thread."""
+    answer = concurrent.futures.Future()
+
+    def run():
+        try:
+            answer.set_result(function(argument))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return answer.result()

@@ -120,7 +120,8 @@ def collect(
     check_settled(below, stats)
     stats = finish(stats, model, sweep().below.previous)
     sweep().forget()
-    if method != "exact" and stats.batch_size < _SMALL_BATCH < stats.samples and sweep().deep:
+    one_pass, small = method != "exact", stats.batch_size < _SMALL_BATCH
+    if one_pass and small and stats.batches > 1 and sweep().deep:
         warnings.warn(
             f"A one-pass sweep over batches of {stats.batch_size} samples gives deeper layers "
             f"statistics that depend on the batch size. Use batches of at least {_SMALL_BATCH} "
