@@ -13,7 +13,7 @@ import networks
 import numpy as np
 import pytest
 from keras import layers
-from test_sweep import SAMPLES, assert_stats, pooled
+from test_sweep import SAMPLES, Looped, assert_stats, pooled
 
 import tfbn
 from tfbn.model import batch_norm_layers
@@ -23,12 +23,15 @@ beam = pytest.importorskip("apache_beam")
 from apache_beam.options.pipeline_options import PipelineOptions  # noqa: E402
 from apache_beam.runners.direct.direct_runner import BundleBasedDirectRunner  # noqa: E402
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner  # noqa: E402
+from apache_beam.runners.portability.portable_runner import PortableRunner  # noqa: E402
 from apache_beam.transforms.window import FixedWindows, TimestampedValue  # noqa: E402
 
 import tfbn.beam  # noqa: E402
 
 PROCESSES = {"direct_num_workers": 2, "direct_running_mode": "multi_processing"}
 THREADS = {"direct_num_workers": 4, "direct_running_mode": "multi_threading"}
+# As for Flink and Spark: a job for a server, whose workers are in this process here.
+JOB = {"runner": PortableRunner(), "job_endpoint": "embed", "environment_type": "LOOPBACK"}
 
 
 @pytest.fixture(autouse=True)
@@ -166,6 +169,22 @@ def test_layers_go_by_their_paths_where_the_pipeline_was_built(run):
     assert_stats(stats, model, *networks.in_training(build, model, x, [slice(None)]))
 
 
+def test_exact_where_the_graph_cannot_be_cut(run):
+    def load():
+        model = Looped()
+        model(np.zeros((2, 3, 4)))
+        return model
+
+    x = np.random.default_rng(0).normal(3, 2, size=(20, 3, 4))
+    [first, second] = run(list(x), tfbn.beam.Collect(load, "exact", batch_size=3)).values()
+    mean, variance = x.mean((0, 1)), x.var((0, 1))
+    np.testing.assert_allclose(first.mean, mean, rtol=1e-5)
+    np.testing.assert_allclose(first.variance, variance, rtol=1e-5)
+    np.testing.assert_allclose(second.mean, 0, atol=1e-5)
+    np.testing.assert_allclose(second.variance, variance / (variance + 1e-3), rtol=1e-5)
+    assert second.count == 60
+
+
 def test_targets_are_dropped(run, saved):
     model, path, x = saved()
     expected = networks.in_training(networks.plain, model, x, [slice(None)])
@@ -198,7 +217,7 @@ def test_frozen_layers_only_if_wanted(run, saved):
 # Where it runs.
 
 
-@pytest.mark.parametrize("options", [PROCESSES, THREADS], ids=["processes", "threads"])
+@pytest.mark.parametrize("options", [PROCESSES, THREADS, JOB], ids=["processes", "threads", "job"])
 def test_workers_share_the_data_and_load_the_model_once(options, run, saved, tmp_path):
     model, path, x = saved(networks.plain)
 
@@ -212,7 +231,7 @@ def test_workers_share_the_data_and_load_the_model_once(options, run, saved, tmp
     loads = [os.path.basename(name).split("-")[1] for name in glob.glob(f"{tmp_path}/load-*")]
     loads.remove(str(os.getpid()))  # To learn of the levels.
     assert len(set(loads)) == len(loads) == (2 if options is PROCESSES else 1)
-    assert (str(os.getpid()) in loads) == (options is THREADS)
+    assert (str(os.getpid()) in loads) == (options is not PROCESSES)
 
 
 class Failing(beam.DoFn):

@@ -112,6 +112,40 @@ def test_averaged_weights(tmp_path):
     assert f"| averaged weights | moving averages | {cell} |" in report
 
 
+def test_beam_sweep(tmp_path):
+    pytest.importorskip("apache_beam")
+    from digits import load
+
+    import tfbn
+
+    def sweep(*options):
+        command = [sys.executable, EXAMPLES / "beam_sweep.py", *options]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    printed = sweep("--demo", "demo", "--batch-size", "32")
+    (x, _), test = load("digits", 0)
+    held = keras.models.load_model(tmp_path / "demo" / "model.keras")
+    oracle = with_population(tmp_path / "demo" / "model.keras", x)
+    for name, model in (("moving averages", held), ("population statistics", oracle)):
+        [row] = [line for line in printed.splitlines() if line.startswith(name)]
+        loss, accuracy = map(float, row.removeprefix(name).split())
+        assert {"loss": loss, "accuracy": accuracy} == pytest.approx(
+            metrics(model, *test), rel=1e-3, abs=1e-4
+        )
+    # As for files of one's own, with options for Beam.
+    files = ["--model", "demo/model.keras", "--features", "demo/features.json"]
+    sweep(*files, "--records", "demo/*.tfrecord", "--out", "own.npz", "--direct_num_workers=1")
+    for path in ("demo/stats.npz", "own.npz"):
+        stats = tfbn.PopulationStats.load(tmp_path / path)
+        assert stats.samples == len(x) and stats.method == "exact"
+        for name, found in stats.items():
+            layer = oracle.get_layer(name)
+            np.testing.assert_allclose(found.mean, layer.moving_mean, rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(found.variance, layer.moving_variance, rtol=1e-3)
+
+
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     """Results and directory of the experiment, once."""
