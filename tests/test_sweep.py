@@ -26,6 +26,7 @@ from networks import (
 
 import tfbn
 from tfbn.model import batch_norm_layers
+from tfbn.trace import Trace
 
 BN = [tfbn.BatchNormalization, layers.BatchNormalization]
 SAMPLES = 37
@@ -491,21 +492,40 @@ def test_any_data_that_fit_takes(kind, method):
     np.testing.assert_allclose(first.variance, x.astype("d").var(0), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("memory_limit", "reads"), [(2**30, 1), (0, 3)])
-def test_the_data_is_read_once_where_the_frontier_fits(memory_limit, reads):
+# 8 samples take 4608 bytes at the first frontier and 3072 at the second.
+@pytest.mark.parametrize(
+    ("memory_limit", "reads", "starts"),
+    [
+        (5 * 4608, 1, [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2]),
+        (4 * 4608, 2, [0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 2, 2, 2, 2, 2]),
+        (2 * 4608, 3, [0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 2, 2, 2, 0, 0]),
+        (3072, 3, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0]),
+        (0, 3, [0] * 15),
+    ],
+)
+def test_what_fits_in_memory_is_not_computed_again(memory_limit, reads, starts, monkeypatch):
     model = plain(layers.BatchNormalization)
     x = data(model, 40)
-    last = []
+    read, started = [], []
+    original = Trace.part
+
+    def part(self, level, start, *args):
+        started.append(start)
+        return original(self, level, start, *args)
+
+    monkeypatch.setattr(Trace, "part", part)
 
     class Read:
         def __iter__(self):
             for i in range(0, 40, 8):
                 if i == 32:
-                    last.append(i)
+                    read.append(i)
                 yield x[i : i + 8]
 
-    tfbn.collect(model, Read(), method="exact", memory_limit=memory_limit, verbose=0)
-    assert len(last) == reads
+    stats = tfbn.collect(model, Read(), method="exact", memory_limit=memory_limit, verbose=0)
+    assert (len(read), started) == (reads, starts)
+    [expected] = in_training(plain, model, x, [slice(None)])
+    assert_stats(stats, model, expected)
 
 
 def test_other_data_in_the_second_pass_is_an_error():

@@ -33,7 +33,7 @@ class Workers:
 
     def __init__(self, model):
         self.index, self._count, self._words = 0, 1, None
-        strategy = model.distribute_strategy
+        strategy = getattr(model, "distribute_strategy", None)  # What is no model is told later.
         if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
             return
         # `cluster_resolver.task_id` counts a chief and the others separately.

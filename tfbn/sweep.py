@@ -3,7 +3,6 @@
 import collections
 import concurrent.futures
 import functools
-import itertools
 import pathlib
 import warnings
 from typing import NamedTuple
@@ -251,10 +250,18 @@ def layers_to_sweep(model, include_frozen):
 
 
 class _Item(NamedTuple):
-    """A batch on its way: its size, how far it has come, and the digest of the data up to it."""
+    """A batch on its way.
 
+    Attributes:
+        index: Its number in the data.
+        samples: Its size.
+        frontier: How far it has come; before any network has it, the raw batch.
+        digest: The digest of the data up to it.
+    """
+
+    index: int
     samples: int
-    frontier: Frontier  # Or the raw batch, before any network has it.
+    frontier: Frontier
     digest: bytes
 
 
@@ -283,8 +290,7 @@ class _Sweep:
             batches = batches.in_memory(memory_limit)
             memory_limit -= sum(map(data.nbytes, batches))
         self._batches = batches
-        self._memory_limit = memory_limit
-        self._kept = []  # An item for every batch, where a level had room to keep them all.
+        self._kept = _Kept(memory_limit)
 
     @property
     def deep(self):
@@ -297,15 +303,13 @@ class _Sweep:
         expected = None
         if self._saved is not None and self._saved[1].level == part.level:
             _, part, expected = self._saved
-        room = self._memory_limit - sum(data.nbytes(i.frontier.values) for i in self._kept)
-        store = _Store(room if not part.batches else 0)
-        jobs = self._jobs(below, part, expected, store)
-        for item, found in _in_turn(jobs, len(self._networks)):
-            store.put(item)
+        self._kept.begin_level()
+        for item, found in _in_turn(self._jobs(below, part, expected), len(self._networks)):
+            self._kept.put(item)
             part = add(part, item.samples, found, max(n.levels for n in self._networks))
             if self._checkpoint is not None and self._checkpoint.due:
                 self._checkpoint.save(below, part, item.digest)
-        self._kept = store.items or self._kept
+        self._kept.of_all = len(self._kept) == part.batches
         return part
 
     def forget(self):
@@ -313,23 +317,21 @@ class _Sweep:
         if self._checkpoint is not None:
             self._checkpoint.remove()
 
-    def _jobs(self, below, part, expected, store):
+    def _jobs(self, below, part, expected):
         """What is to be done for a level: a function for every batch, on each device in turn."""
-        settled = latest(below.calls)
-        turns = itertools.cycle([(network, network.settle(settled)) for network in self._networks])
-        items = self._kept or self._items(part, expected)
-        for index, item in self._report.on(
-            enumerate(items, part.batches), self._batches.total, part.level, self._networks[0]
-        ):
-            network, populations = next(turns)
-            name = f"batch {index} (counting from 0)"
-            if not self._kept:
-                item = item._replace(frontier=network.enter(name, item.frontier, part.level))
-            keep = store.has_room and part.level < network.levels
-            yield functools.partial(_advance, network, name, item, part.level, populations, keep)
+        level, settled = part.level, latest(below.calls)
+        devices = [(network, network.settle(settled)) for network in self._networks]
+        items = self._kept if self._kept.of_all else self._items(part, expected)
+        for item in self._report.on(items, self._batches.total, level, self._networks[0]):
+            network, populations = devices[item.index % len(devices)]
+            name = f"batch {item.index} (counting from 0)"
+            if not isinstance(item.frontier, Frontier):
+                item = item._replace(frontier=network.enter(name, item.frontier, level))
+            keep = level < network.levels and self._kept.may_take(item)
+            yield functools.partial(_advance, network, name, item, level, populations, keep)
 
     def _items(self, part, expected):
-        """The batches that the part does not have yet, as they are in the data."""
+        """The batches that the part does not have yet, as far as they have come."""
         found, index = b"", -1
         for index, inputs in enumerate(self._batches):
             if self._checkpoint is not None:
@@ -337,7 +339,8 @@ class _Sweep:
                 if index + 1 == part.batches and found != expected:
                     raise self._checkpoint.other_data(part.batches)
             if index >= part.batches:
-                yield _Item(data.samples(inputs), inputs, found)
+                raw = _Item(index, data.samples(inputs), inputs, found)
+                yield self._kept.get(index, raw)
         if index + 1 < part.batches:
             raise self._checkpoint.other_data(part.batches)
 
@@ -445,21 +448,47 @@ def _in_turn(jobs, at_a_time):
             yield running.popleft().result()
 
 
-class _Store:
-    """What all batches have come to, or nothing if there is not room for all."""
+class _Kept:
+    """How far batches have come, for as many of them as there is room for."""
 
     def __init__(self, room):
-        self.items = []
-        self.has_room = room > 0
         self._room = room
+        self._items = {}
+        self.of_all = False
+
+    def __len__(self):
+        return len(self._items)
+
+    def __iter__(self):
+        # Each by itself, so that it can go when another has come in its place.
+        return (self._items[index] for index in sorted(self._items))
+
+    def get(self, index, default):
+        return self._items.get(index, default)
+
+    def begin_level(self):
+        """From here on, what lies at the frontier takes another size."""
+        self._least = 1
+
+    def may_take(self, item):
+        """Whether to find out how much room an item takes that has come further."""
+        return item.index in self._items or self._room >= self._least
 
     def put(self, item):
-        if item.frontier is not None:
-            self._room -= data.nbytes(item.frontier.values)
-            self.items.append(item)
-        if item.frontier is None or self._room < 0:
-            self.items.clear()
-            self.has_room = False
+        """Take an item in the place of what is there of its batch, if there is room for it."""
+        if item.frontier is None:
+            return
+        held = self._items.get(item.index)
+        more = _nbytes(item) - (_nbytes(held) if held else 0)
+        if more <= self._room:
+            self._items[item.index] = item
+            self._room -= more
+        else:
+            self._least = more
+
+
+def _nbytes(item):
+    return data.nbytes(item.frontier.values)
 
 
 class _Report:
@@ -469,19 +498,19 @@ class _Report:
         self._method = method
         self._verbose = 1 if verbose == "auto" else int(verbose)
 
-    def on(self, numbered, total, level, network):
-        """Pass numbered items on, and say how many of `total` (`None` if unknown) are done."""
-        bar = index = None
-        for index, item in numbered:
-            yield index, item
+    def on(self, items, total, level, network):
+        """Pass items on, and say how many of `total` (`None` if unknown) are done."""
+        bar = item = None
+        for item in items:
+            yield item
             if bar is None:  # How many levels there are is known after the first batch.
                 if self._verbose:
                     passes = "" if network.levels == 1 else f", pass {level} of {network.levels}"
                     print(f"Population statistics, {self._method}{passes}")
                 bar = keras.utils.Progbar(total, verbose=self._verbose, unit_name="batch")
-            bar.update(index + 1, finalize=index + 1 == total)
+            bar.update(item.index + 1, finalize=item.index + 1 == total)
         if bar is not None and total is None:
-            bar.update(index + 1, finalize=True)
+            bar.update(item.index + 1, finalize=True)
 
 
 def _default_memory_limit():
