@@ -215,7 +215,10 @@ class _Merge(beam.CombineFn):
 
 
 def _joined(part, below):
-    return sweep.above(below, part)
+    stats = sweep.above(below, part)
+    if stats.complete:
+        sweep.check_settled(below, stats)
+    return stats
 
 
 def _finish(stats, acquire):
