@@ -227,6 +227,30 @@ def test_save_and_load_to_the_bit(stats, tmp_path):
         assert getattr(loaded, name) == getattr(stats, name)
 
 
+def test_counts_that_differ_between_channels_are_merged_and_saved(tmp_path):
+    # A mask can tell channels apart, where they are not on the last axis.
+    rng = np.random.default_rng(0)
+    shards = [[rng.normal(size=n) for n in counts] for counts in ((3, 5), (4, 2))]
+    parts = []
+    for shard in shards:
+        counts = np.array([len(values) for values in shard])
+        mean, variance = (np.array([f(values) for values in shard]) for f in (np.mean, np.var))
+        layer = tfbn.LayerStats(counts, mean, variance)
+        parts.append(tfbn.PopulationStats({"bn": layer}, method="pooled", samples=5))
+    parts[0].merge(parts[1]).save(tmp_path / "stats.npz")
+    loaded = tfbn.PopulationStats.load(tmp_path / "stats.npz")
+    assert json.loads(json.dumps(loaded.to_dict()))["layers"]["bn"]["count"] == 7
+    assert loaded["bn"].count == 7
+    parts[0].save(tmp_path / "part.npz")
+    part = tfbn.PopulationStats.load(tmp_path / "part.npz")
+    assert part == parts[0]
+    assert part.to_dict()["layers"]["bn"]["count"] == [3, 5]
+    for channel, both in enumerate(zip(*shards, strict=True)):
+        values = np.concatenate(both)
+        np.testing.assert_allclose(loaded["bn"].mean[channel], values.mean(), rtol=1e-12)
+        np.testing.assert_allclose(loaded["bn"].variance[channel], values.var(), rtol=1e-12)
+
+
 def test_renorm_is_saved_too(tmp_path):
     if "renorm" not in layers.BatchNormalization().get_config():
         pytest.skip("this Keras has no renorm")

@@ -336,8 +336,12 @@ def test_a_layer_that_cannot_be_observed_is_an_error():
     model = keras.Sequential(
         [keras.Input((3,)), Ignoring(name="mine"), layers.BatchNormalization()]
     )
-    with pytest.raises(ValueError, match=r"Received:.*mine|mine.*Received:"):
+    with pytest.raises(ValueError, match=r"call its batch norm layer 'mine'"):
         tfbn.collect(model, data(model, 4), verbose=0)
+    part = tfbn.collect_level(model, data(model, 4), verbose=0)
+    assert part.complete and list(part) == [model.layers[-1].name]
+    with pytest.raises(ValueError, match=r"call its batch norm layer 'mine'"):
+        part.assign(model)
 
 
 def test_renorm_sets_all_statistics():

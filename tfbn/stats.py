@@ -187,14 +187,16 @@ class PopulationStats(collections.abc.Mapping):
 
         Raises:
             ValueError: If a layer is missing or a shape differs (the first difference is
-                named), or if a value is not finite in the dtype of the variable. The
-                model is then unchanged.
+                named), if a value is not finite in the dtype of the variable, or if not all
+                levels, or layers, have been swept. The model is then unchanged.
         """
         if not self.complete:
             raise ValueError(
                 f"Expected statistics of all {self.levels} levels of batch norm layers. Received: "
                 f"those up to level {self.level}. Go on with tfbn.collect_level."
             )
+        if self.calls is not None:
+            self.require_all(model)
         layers = models.batch_norm_layers(model)
         missing = [path for path in self if path not in layers]
         if missing:
@@ -249,6 +251,22 @@ class PopulationStats(collections.abc.Mapping):
         if self.method != "assigned":
             _assigned[model] = self
         return previous
+
+    def require_all(self, model):
+        """Raise `ValueError` unless there were values for every layer that was to be swept."""
+        for path in self.previous or ():
+            if path not in self:
+                raise ValueError(
+                    f"Expected {model.name!r} to call its batch norm layer {path!r}. "
+                    "Received: a model that does not call it for inference, or whose subclass of "
+                    "BatchNormalization does not call super().call(). Remove the layer, or set "
+                    "its trainable=False to leave it out."
+                )
+            if not np.any(self[path].count):
+                raise ValueError(
+                    f"Expected values for layer {path!r}. Received: none, or only masked ones. "
+                    "Look at the data and its masks."
+                )
 
     def mismatch(self, model):
         """Why these are not the population statistics of a model as it is now, in words.
