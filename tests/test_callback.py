@@ -136,12 +136,22 @@ def on_devices(strategy):
     return model, on_each
 
 
-@pytest.mark.parametrize("method", ["pooled", "exact"])
-def test_under_a_strategy_of_two_devices(method, two_devices):
+@pytest.mark.parametrize("batch_size", [24, 64])  # A remainder of 16; one device without data.
+@pytest.mark.parametrize("method", ["pooled", "algorithm2", "exact"])
+def test_under_a_strategy_of_two_devices(method, batch_size, two_devices):
     model, on_each = on_devices(two_devices)
-    fit(model, [sweep(model, method=method, before_validation=True)])
+    callback = sweep(model, method=method, batch_size=batch_size, before_validation=True)
+    fit(model, [callback], epochs=1)
+    alone = build()
+    alone.set_weights(model.get_weights())
+    x, _ = training_data(model)
+    expected = tfbn.collect(alone, x, method=method, batch_size=batch_size, verbose=0)
+    values = [v for stats in expected.values() for v in (stats.mean, stats.variance)]
     for found in on_each():
-        assert_close(found, population(model))
+        for a, b in zip(found, values, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+        if method == "exact":
+            assert_close(found, population(model))
 
 
 def test_each_device_goes_on_from_its_own_moving_averages(two_devices):

@@ -171,6 +171,22 @@ def run_workers(tmp_path, script, count=2, timeout=300):
 
 
 SWEEP = """
+# Keras's `fit` does not work here.
+with strategy.scope():
+    optimizer = keras.optimizers.SGD(0.01)
+    optimizer.build(model.trainable_variables)
+
+@tf.function
+def train(x):
+    def step(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(model(x, training=True) ** 2)
+        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+    strategy.run(step, args=(x,))
+
+for _ in range(3):
+    train(tf.constant(x[25 * me : 25 * me + 25]))
+np.save(out / f"before_{me}.npy", networks.batch_norms(model)[0].moving_mean)
 for name, ends in [("uneven", [37]), ("none", [0]), ("all", [50])]:
     for method in ["pooled", "algorithm2", "exact"]:
         # One after the other, so that the others wait.
@@ -192,6 +208,8 @@ def test_two_workers_agree_on_what_one_process_finds(tmp_path):
     assert statuses == [0, 0], printed
     model = keras.models.load_model(tmp_path / "model.keras")
     x = networks.data(model, 50)
+    # Training left each of them its own moving averages.
+    assert np.any(np.load(tmp_path / "before_0.npy") != np.load(tmp_path / "before_1.npy"))
     for name, end in [("uneven", 37), ("none", 0), ("all", 50)]:
         parts = [part[i : i + 16] for part in (x[:end], x[end:]) for i in range(0, len(part), 16)]
         for method in METHODS:
