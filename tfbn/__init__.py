@@ -16,6 +16,11 @@ validation metrics with moving-average, population and mini-batch statistics sid
 `tfbn.plot_drift` and `tfbn.plot_history` draw what was found. `python -m tfbn` does the same for
 models in files.
 
+A sweep uses all devices and workers of the strategy that a model was built for. Data that lies
+in several places is swept in parts: `tfbn.PopulationStats.merge` joins them, `tfbn.collect_level`
+is one level of an exact sweep, and `tfbn.beam.Collect` (to be imported by itself) an Apache Beam
+transform.
+
 Every function says what it computes, in which shapes and units, what it raises, and where the
 method comes from: `help(tfbn.collect)` is the place to begin.
 """

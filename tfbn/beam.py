@@ -21,7 +21,7 @@ except ImportError as error:
         "`pip install 'tfbn[beam]'`."
     ) from error
 
-from tfbn import data, sweep
+from tfbn import data, parts, sweep
 from tfbn import model as models
 from tfbn.network import Network
 from tfbn.stats import PopulationStats, latest
@@ -133,7 +133,7 @@ class _Swept:
     def __init__(self, source, method, include_frozen, fingerprint=None, paths=None):
         self.model = source() if callable(source) else _load(source)
         layers = sweep.layers_to_sweep(self.model, include_frozen)
-        self.begin = sweep.start(self.model, layers, method)
+        self.begin = parts.start(self.model, layers, method)
         if fingerprint not in (None, self.begin.fingerprint):
             raise ValueError(
                 "Expected every process to load the same weights. Received: fingerprints "
@@ -192,7 +192,7 @@ class _Level(beam.DoFn):
             )
             levels = max(self._levels, swept.network.levels)
         part = swept.begin.replace(level=self._level, previous=None)
-        yield sweep.add(part, samples, found, levels)
+        yield parts.add(part, samples, found, levels)
 
 
 class _Merge(beam.CombineFn):
@@ -215,9 +215,9 @@ class _Merge(beam.CombineFn):
 
 
 def _joined(part, below):
-    stats = sweep.above(below, part)
+    stats = parts.above(below, part)
     if stats.complete:
-        sweep.check_settled(below, stats)
+        parts.check_settled(below, stats)
     return stats
 
 
@@ -229,7 +229,7 @@ def _finish(stats, acquire):
             f"layers as for its recorded input shape, {stats.level}. Received: a batch for which "
             f"it has {stats.levels}. Give the data one shape."
         )
-    return sweep.finish(stats, swept.model, swept.begin.previous)
+    return parts.finish(stats, swept.model, swept.begin.previous)
 
 
 def _inputs(element):

@@ -8,9 +8,8 @@ import warnings
 from typing import NamedTuple
 
 import keras
-import numpy as np
 
-from tfbn import data, distribute, moments
+from tfbn import data, distribute, parts
 from tfbn import model as models
 from tfbn.checkpoint import Checkpoint, digest
 from tfbn.network import Frontier, Network
@@ -21,9 +20,6 @@ METHODS = ("pooled", "algorithm2", "exact")
 # Fewer samples a batch than this, and one-pass statistics depend visibly on how many: the
 # README has the figures.
 _SMALL_BATCH = 16
-
-# How much of a standard deviation, or of a variance, rounding alone never makes out.
-_UNSETTLED = 1e-3
 
 
 def collect(
@@ -114,10 +110,10 @@ def collect(
     below = stats
     while not stats.complete:
         below = stats
-        parts = workers.gather(lambda below=below: sweep().part(below))
-        stats = above(below, functools.reduce(PopulationStats.merge, parts))
-    check_settled(below, stats)
-    stats = finish(stats, model, sweep().below.previous)
+        found = workers.gather(lambda below=below: sweep().part(below))
+        stats = parts.above(below, functools.reduce(PopulationStats.merge, found))
+    parts.check_settled(below, stats)
+    stats = parts.finish(stats, model, sweep().below.previous)
     sweep().forget()
     one_pass, small = method != "exact", stats.batch_size < _SMALL_BATCH
     if one_pass and small and stats.batches > 1 and sweep().deep:
@@ -183,7 +179,7 @@ def collect_level(
             f"fingerprints {sweep.below.fingerprint[:12]} and {below.fingerprint[:12]}. Use the "
             "same weights for all levels."
         )
-    return above(below, sweep.part(below))
+    return parts.above(below, sweep.part(below))
 
 
 def update_population_stats(model, x, **options):
@@ -278,7 +274,7 @@ class _Sweep:
         self._networks = [
             Network(model, layers, method, device) for device in distribute.devices(model)
         ]
-        self.below = start(model, layers, method)
+        self.below = parts.start(model, layers, method)
         self._checkpoint = self._saved = None
         if checkpoint is not None:
             self._checkpoint = Checkpoint(checkpoint, batches)
@@ -306,7 +302,7 @@ class _Sweep:
         self._kept.begin_level()
         for item, found in _in_turn(self._jobs(below, part, expected), len(self._networks)):
             self._kept.put(item)
-            part = add(part, item.samples, found, max(n.levels for n in self._networks))
+            part = parts.add(part, item.samples, found, max(n.levels for n in self._networks))
             if self._checkpoint is not None and self._checkpoint.due:
                 self._checkpoint.save(below, part, item.digest)
         self._kept.of_all = len(self._kept) == part.batches
@@ -343,80 +339,6 @@ class _Sweep:
                 yield self._kept.get(index, raw)
         if index + 1 < part.batches:
             raise self._checkpoint.other_data(part.batches)
-
-
-def start(model, layers, method):
-    """The statistics of no level, above which a sweep of some layers begins."""
-    before = PopulationStats.read(model)
-    return PopulationStats(
-        method=method,
-        fingerprint=before.fingerprint,
-        previous=before.replace(layers={path: before[path] for path in layers}),
-        level=0,
-        calls={},
-    )
-
-
-def add(part, samples, found, levels):
-    """Statistics with one batch more: its size, and by site the moments of what entered."""
-    calls = dict(part.calls)
-    for site, brought in found:
-        key = part.level, site
-        held = calls.get(key)
-        calls[key] = brought if held is None else moments.merge(held, brought, method=part.method)
-    return part.replace(
-        calls=calls,
-        samples=part.samples + samples,
-        batches=part.batches + 1,
-        batch_size=max(part.batch_size, samples),
-        levels=max(part.levels, levels),
-    )
-
-
-def above(below, part):
-    """A part with what is below it, for every call at the highest level that it was swept at."""
-    settled = {(level, site): found for site, (level, found) in latest(below.calls).items()}
-    return part.replace(calls=settled | part.calls, previous=below.previous)
-
-
-def finish(stats, model, previous):
-    """What `collect` returns: the statistics of all levels, with what the model held before.
-
-    Raises:
-        ValueError: If there was no data, or if a layer was never called, or without any value.
-    """
-    if not stats.batches:
-        raise data.empty()
-    stats = stats.replace(previous=previous)
-    stats.require_all(model)
-    layers = {path: stats[path] for path in previous}
-    return stats.replace(layers=layers, calls=None)
-
-
-def check_settled(below, stats):
-    """Raise `ValueError` if the last level changed what an earlier one had found for a call.
-
-    Where a network cannot be cut into levels every level sweeps all calls, and the last comes
-    after all must have settled. A layer whose input depends on its own output, in a loop,
-    has no population to settle on.
-    """
-    before = latest(below.calls)
-    for site, (level, found) in latest(stats.calls).items():
-        if level == stats.level and site in before:
-            _, held = before[site]
-            # Rounding counts where a channel hardly varies.
-            variance = moments.variance(held) + 1e-6 * held.mean**2
-            moved = np.abs(found.mean - held.mean) > _UNSETTLED * np.sqrt(variance)
-            moved |= np.abs(moments.variance(found) - moments.variance(held)) > (
-                _UNSETTLED * variance
-            )
-            if np.any(moved):
-                raise ValueError(
-                    "Expected a network in which no batch norm layer's input depends on its own "
-                    f"output. Received: layer {site.path!r}, which is called in a loop that feeds "
-                    "what it gives back to it: no statistics are exact for it. Use "
-                    "method='pooled'."
-                )
 
 
 def _advance(network, name, item, level, populations, keep):
