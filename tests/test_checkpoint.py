@@ -41,7 +41,7 @@ class Data(keras.utils.PyDataset):
 
 @pytest.fixture(autouse=True)
 def save_at_every_batch(monkeypatch):
-    monkeypatch.setattr(module, "_SECONDS", 0)
+    monkeypatch.setattr(module, "_SHARE", float("inf"))
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ sys.path.insert(0, sys.argv[1])
 import keras, networks, numpy as np, tfbn
 from keras import layers
 from tfbn import checkpoint
-checkpoint._SECONDS = 0
+checkpoint._SHARE = float("inf")
 model = keras.models.load_model(sys.argv[2])
 x = networks.data(model, 200)
 read = 0
@@ -210,6 +210,24 @@ def test_what_cannot_be_resumed_is_refused(tmp_path):
     assert path.read_bytes() == held
 
 
+def test_a_full_disk_is_an_error_and_leaves_what_was_saved(tmp_path, monkeypatch):
+    model = networks.plain(layers.BatchNormalization)
+    x = networks.data(model, 7 * BATCHES)
+    path = interrupted(tmp_path, model, x)
+    held = path.read_bytes()
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            tfbn.collect(model, Data(x), checkpoint=path, verbose=0)
+    assert os.listdir(tmp_path) == ["c"] and path.read_bytes() == held
+    stats = tfbn.collect(model, Data(x), checkpoint=path, verbose=0)
+    same_to_the_bit(stats, tfbn.collect(model, Data(x), verbose=0))
+
+
 def test_a_folder_that_is_not_there_is_an_error_at_the_start(tmp_path):
     model = networks.plain(layers.BatchNormalization)
     with pytest.raises(ValueError, match="folder that exists"):
@@ -225,13 +243,20 @@ def test_another_kind_of_file_is_refused(tmp_path, content):
     assert (tmp_path / "c").read_bytes() == content
 
 
-def test_it_is_saved_every_so_often(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_SECONDS", 3600)
+@pytest.mark.parametrize(("share", "expected"), [(1e-9, [1, 4]), (float("inf"), [1, 2, 3, 4, 4])])
+def test_saving_takes_its_share_of_the_time(tmp_path, monkeypatch, share, expected):
+    monkeypatch.setattr(module, "_SHARE", share)
+    saved, original = [], module.Checkpoint.save
+
+    def save(self, below, part, digest):
+        saved.append(part.batches)
+        original(self, below, part, digest)
+
+    monkeypatch.setattr(module.Checkpoint, "save", save)
     model = networks.plain(layers.BatchNormalization)
-    x = networks.data(model, 7 * BATCHES)
-    with pytest.raises(RuntimeError, match="stop"):
-        tfbn.collect(model, Data(x, 4), checkpoint=tmp_path / "c", verbose=0)
-    assert os.listdir(tmp_path) == []
+    # The first batch, those that are due, and the end.
+    interrupted(tmp_path, model, networks.data(model, 7 * BATCHES))
+    assert saved == expected
 
 
 def test_digests_tell_batches_apart():

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tfbn.stats import PopulationStats, write_whole
 
-_SECONDS = 30  # Between two saves.
+_SHARE = 0.02  # Of the time goes into saving, at most.
 
 
 class Checkpoint:
@@ -35,6 +35,7 @@ class Checkpoint:
     def __init__(self, path, batches):
         self._path = pathlib.Path(path)
         self._saved = time.monotonic()
+        self._cost = 0.0
         if not self._path.parent.is_dir():
             raise ValueError(
                 "Expected the name of a file in a folder that exists. Received: "
@@ -79,10 +80,11 @@ class Checkpoint:
 
     @property
     def due(self):
-        return time.monotonic() - self._saved > _SECONDS
+        return time.monotonic() - self._saved >= self._cost / _SHARE
 
     def save(self, below, part, digest):
         """Write the file, whole or not at all, for `read`."""
+        start = time.monotonic()
         content = io.BytesIO()
         with zipfile.ZipFile(content, "w") as archive:
             archive.writestr("below", below.to_bytes())
@@ -90,6 +92,7 @@ class Checkpoint:
             archive.writestr("digest", digest)
         write_whole(self._path, content.getvalue())
         self._saved = time.monotonic()
+        self._cost = self._saved - start
 
     def remove(self):
         """Delete the file of a sweep that is done."""

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import pathlib
 import warnings
@@ -75,10 +76,11 @@ def collect(
         memory_limit: For `"exact"`: bytes of main memory for the tensors that one level hands
             to the next; a quarter of what is free by default. Those that do not fit are
             computed again.
-        checkpoint: Name of a file in which a long sweep saves what it has found, twice a
-            minute. After a crash the same call goes on where that file ends, to the same
-            result; a sweep that is done deletes the file. The data must come in the same order
-            every time, which is checked. With several workers, each adds its number to the name.
+        checkpoint: Name of a file in which a long sweep saves what it has found, so often that
+            it takes 2 % of the time. After a crash the same call goes on where that file ends, to
+            the same result; a sweep that is done deletes the file. The data must come in the
+            same order every time, which is checked. With several workers, each adds its number
+            to the name.
 
     Returns:
         `tfbn.PopulationStats`; its `assign(model)` puts the statistics into the model.
@@ -296,15 +298,23 @@ class _Sweep:
     def part(self, below):
         """This worker's part of the level above `below`, without what is below."""
         part = below.replace(calls={}, level=below.level + 1, samples=0, batches=0, batch_size=0)
-        expected = None
+        reached = part, None  # As one, because Ctrl-C may come at any point.
         if self._saved is not None and self._saved[1].level == part.level:
-            _, part, expected = self._saved
+            reached = self._saved[1:]
         self._kept.begin_level()
-        for item, found in _in_turn(self._jobs(below, part, expected), len(self._networks)):
-            self._kept.put(item)
-            part = parts.add(part, item.samples, found, max(n.levels for n in self._networks))
-            if self._checkpoint is not None and self._checkpoint.due:
-                self._checkpoint.save(below, part, item.digest)
+        try:
+            for item, found in _in_turn(self._jobs(below, *reached), len(self._networks)):
+                self._kept.put(item)
+                levels = max(network.levels for network in self._networks)
+                reached = parts.add(reached[0], item.samples, found, levels), item.digest
+                if self._checkpoint is not None and self._checkpoint.due:
+                    self._checkpoint.save(below, *reached)
+        except BaseException:
+            if self._checkpoint is not None and reached[1] is not None:
+                with contextlib.suppress(OSError):  # That it ended is what there is to say.
+                    self._checkpoint.save(below, *reached)
+            raise
+        part, _ = reached
         self._kept.of_all = len(self._kept) == part.batches
         return part
 
