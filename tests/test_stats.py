@@ -12,6 +12,9 @@ import keras
 import networks
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from keras import layers
 
 import tfbn
@@ -162,6 +165,40 @@ def test_merged_shards_are_one_sweep_over_all(model, method):
             assert total[path].count == whole[path].count
             np.testing.assert_allclose(total[path].mean, whole[path].mean, rtol=1e-9, atol=1e-12)
             np.testing.assert_allclose(total[path].variance, whole[path].variance, rtol=1e-9)
+
+
+def shards(draw_values):
+    """Statistics of shards, and all their values together."""
+    parts = []
+    for values in draw_values:
+        layer = tfbn.LayerStats(len(values), np.mean(values, 0), np.var(values, 0))
+        parts.append(
+            tfbn.PopulationStats({"bn": layer}, method="pooled", samples=len(values), batches=1)
+        )
+    return parts, np.concatenate(draw_values)
+
+
+@given(
+    st.lists(
+        st.integers(1, 9).flatmap(
+            lambda n: arrays(np.float64, (n, 2), elements=st.floats(-1e3, 1e3))
+        ),
+        min_size=3,
+        max_size=6,
+    ),
+    st.randoms(use_true_random=False),
+)
+@settings(deadline=None)
+def test_shards_merge_in_any_order_and_grouping(draw_values, random):
+    parts, values = shards(draw_values)
+    while len(parts) > 1:
+        random.shuffle(parts)
+        parts.append(parts.pop().merge(parts.pop()))
+    [total] = parts
+    assert total.samples == total["bn"].count == len(values)
+    assert total.batches == len(draw_values)
+    np.testing.assert_allclose(total["bn"].mean, values.mean(0), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(total["bn"].variance, values.var(0), rtol=1e-9, atol=1e-6)
 
 
 def test_merge_refuses_what_does_not_belong_together(model, stats):
