@@ -13,6 +13,7 @@ import keras
 import networks
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 
 import tfbn
@@ -87,6 +88,30 @@ def test_each_device_runs_its_own_replica(method, memory_limit, two_devices):
     else:
         expected = entered.var(0)
     np.testing.assert_allclose(stats.variance, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_distributed_dataset_comes_in_the_batches_of_the_replicas(method, two_devices):
+    model, alone = on_devices(two_devices, networks.plain)
+    # Batches of 20 come as 10 and 10; the last sample, where there may be one, as 1 and none.
+    x = networks.data(model, 40 if method == "algorithm2" else 41)
+    dataset = tf.data.Dataset.from_tensor_slices((x, np.zeros(len(x)))).batch(20)
+    parts = [x[i : i + 10] for i in range(0, len(x), 10)]
+    found = tfbn.collect(
+        model, two_devices.experimental_distribute_dataset(dataset), method=method, verbose=0
+    )
+    assert_equal(found, tfbn.collect(alone, iter(parts), method=method, verbose=0))
+    assert found.batches == len(parts) and found.samples == sum(map(len, parts))
+
+
+def test_a_distributed_dataset_that_does_not_end(two_devices):
+    model, _ = on_devices(two_devices, networks.plain)
+    dataset = tf.data.Dataset.from_tensor_slices(networks.data(model, 40)).batch(20).repeat()
+    endless = two_devices.experimental_distribute_dataset(dataset)
+    with pytest.raises(ValueError, match=r"endless tf\.distribute\.DistributedDataset"):
+        tfbn.collect(model, endless)
+    stats = tfbn.collect(model, endless, steps=3, verbose=0)
+    assert (stats.samples, stats.batches, stats.batch_size) == (60, 6, 10)
 
 
 @pytest.mark.parametrize("eager", [False, True])

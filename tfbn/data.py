@@ -1,5 +1,8 @@
 """Batches of model inputs from whatever `model.fit` takes."""
 
+import functools
+import itertools
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -84,7 +87,9 @@ def batches(x, batch_size=None, steps=None, may_be_empty=False):
     Args:
         x: NumPy arrays or tensors (one, or a list, tuple or dict of them, sliced along
             their first axis); a `tf.data.Dataset`, a `keras.utils.PyDataset` or another
-            iterable of batches, whose elements are x, (x, y) or (x, y, sample_weight).
+            iterable of batches, whose elements are x, (x, y) or (x, y, sample_weight); a
+            `tf.distribute.DistributedDataset` of such, whose batches come as those of the
+            replicas.
         batch_size: Only for arrays; 32 by default. Other data has batches of its own.
         steps: How many batches make the data; all there are by default. Data that has no
             end needs it.
@@ -108,6 +113,12 @@ def batches(x, batch_size=None, steps=None, may_be_empty=False):
             raise _endless("an endless tf.data.Dataset")
         length = length if length >= 0 else None
         elements = _from_elements(x)
+    elif isinstance(x, tf.distribute.DistributedDataset):
+        length = int(x.cardinality)
+        if length == tf.data.INFINITE_CARDINALITY and steps is None:
+            raise _endless("an endless tf.distribute.DistributedDataset")
+        length = length if length >= 0 else None
+        elements = _from_replicas(x, steps)
     elif _is_arrays(x):
         arrays = keras.tree.map_structure(_to_sliceable, x)
         length = samples(arrays)
@@ -134,6 +145,8 @@ def batches(x, batch_size=None, steps=None, may_be_empty=False):
         raise empty()
     if None not in (length, steps) and length < steps:
         raise _too_short(steps, length)
+    if isinstance(x, tf.distribute.DistributedDataset):  # Each of its batches comes as several.
+        return Batches(elements, None, may_be_empty=may_be_empty)
     total = length if steps is None else int(steps)
     return Batches(elements, total, repeatable, steps, may_be_empty)
 
@@ -152,6 +165,27 @@ def _from_pydataset(dataset, length):
 
 def _from_elements(iterable):
     return lambda: (_inputs(element) for element in iterable)
+
+
+def _from_replicas(dataset, steps):
+    def parts():
+        for element in itertools.islice(dataset, steps):
+            inputs = _inputs(element)
+            several = [
+                leaf.values
+                for leaf in keras.tree.flatten(inputs)
+                if isinstance(leaf, tf.distribute.DistributedValues)
+            ]
+            for replica in range(len(several[0]) if several else 1):
+                part = keras.tree.map_structure(functools.partial(_on_replica, replica), inputs)
+                if samples(part):  # At the end of the data there may be nothing left for it.
+                    yield part
+
+    return parts
+
+
+def _on_replica(replica, leaf):
+    return leaf.values[replica] if isinstance(leaf, tf.distribute.DistributedValues) else leaf
 
 
 def _from_arrays(arrays, size, length):

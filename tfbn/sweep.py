@@ -65,8 +65,9 @@ def collect(
         model: A built Keras model. Its batch norm layers may be tfbn's or Keras's, nested,
             shared, or in wrappers and custom layers.
         x: The training data, as `model.fit` takes it: arrays or tensors (one, a list or a
-            dict), `tf.data.Dataset`, `keras.utils.PyDataset`, generator. Targets and
-            sample weights are ignored. Masked positions do not count.
+            dict), `tf.data.Dataset`, `keras.utils.PyDataset`, generator, or the
+            `tf.distribute.DistributedDataset` of a strategy. Targets and sample weights are
+            ignored. Masked positions do not count.
         method: See above.
         batch_size: For arrays; 32 by default. One-pass methods want it large.
         steps: Number of batches that make the data; endless data needs it.
