@@ -28,6 +28,9 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     `restore_best_weights=True`, and `SwapEMAWeights`. List it before `ModelCheckpoint`, so
     that what is saved has the population statistics.
 
+    Under `tf.distribute.MirroredStrategy` all devices share the sweep and get the same
+    statistics. In the middle of training each gets its own moving averages back.
+
     Args:
         x: The training data, as `tfbn.collect` takes it. A callback never sees the data
             given to `fit`. A generator can be swept only once. A `tf.data.Dataset` that
