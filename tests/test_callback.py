@@ -136,8 +136,10 @@ def on_devices(strategy):
     return model, on_each
 
 
-@pytest.mark.parametrize("batch_size", [24, 64])  # A remainder of 16; one device without data.
-@pytest.mark.parametrize("method", ["pooled", "algorithm2", "exact"])
+# Batches of 24 leave a remainder of 16; one batch of 64 leaves a device without data.
+@pytest.mark.parametrize(
+    ("method", "batch_size"), [("pooled", 64), ("algorithm2", 24), ("exact", 24)]
+)
 def test_under_a_strategy_of_two_devices(method, batch_size, two_devices):
     model, on_each = on_devices(two_devices)
     callback = sweep(model, method=method, batch_size=batch_size, before_validation=True)
@@ -348,8 +350,15 @@ class Stop(keras.callbacks.Callback):
         raise self.error
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("stop")], ids=repr)
-@pytest.mark.parametrize("moment", ["on_test_batch_end", "on_epoch_end", "on_train_batch_end"])
+@pytest.mark.parametrize(
+    ("moment", "error"),
+    [
+        ("on_test_batch_end", KeyboardInterrupt()),
+        ("on_epoch_end", RuntimeError("stop")),
+        ("on_train_batch_end", KeyboardInterrupt()),
+    ],
+    ids=repr,
+)
 def test_an_interrupted_fit_can_go_on(moment, error):
     model = build()
     callback = sweep(model, before_validation=True, every_n_epochs=1)

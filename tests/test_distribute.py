@@ -334,20 +334,20 @@ def test_a_worker_that_dies_is_an_error_of_the_others(tmp_path):
 INTERRUPT = """
 if me == 0:
     # While the other is away.
-    threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
     start = time.monotonic()
     try:
         tfbn.collect(model, x, verbose=0)
     except KeyboardInterrupt:
-        print(f"interrupted after {time.monotonic() - start:.0f} s")
+        print(f"interrupted: {time.monotonic() - start < 4}")
 else:
-    time.sleep(8)
+    time.sleep(6)
 """
 
 
 def test_ctrl_c_ends_the_wait_for_other_workers(tmp_path):
     _, printed = run_workers(tmp_path, INTERRUPT)
-    assert "interrupted after 3 s" in printed[0]
+    assert "interrupted: True" in printed[0]
 
 
 RESUME = """
