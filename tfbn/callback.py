@@ -4,6 +4,7 @@ import inspect
 
 import keras
 
+from tfbn import data
 from tfbn import model as models
 from tfbn.stats import PopulationStats
 from tfbn.sweep import check, check_method, collect
@@ -72,13 +73,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     ):
         super().__init__()
         check_method(method)
-        if every_n_epochs is not None and (
-            every_n_epochs != int(every_n_epochs) or every_n_epochs < 1
-        ):
-            raise ValueError(
-                "Expected every_n_epochs to be a positive integer or None. "
-                f"Received: every_n_epochs={every_n_epochs!r}."
-            )
+        data.check_positive(every_n_epochs=every_n_epochs)
         self.stats = None
         self._x = x
         self._method = method
@@ -148,14 +143,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
                 steps=self._steps,
                 verbose=verbose if self._verbose == "auto" else self._verbose,
             )
-        held = models.on_replicas(
-            self.model,
-            [
-                variable
-                for layer in models.batch_norm_layers(self.model).values()
-                for variable in models.statistics(layer).values()
-            ],
-        )
+        held = models.on_replicas(self.model, models.all_statistics(self.model))
         before = self.stats.assign(self.model)
         self._replaced = before, held, PopulationStats.read(self.model)
 

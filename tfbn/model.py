@@ -121,6 +121,15 @@ def on_replicas(model, variables):
     ]
 
 
+def all_statistics(model):
+    """The variables that hold the statistics of all batch norm layers of a model, in order."""
+    return [
+        variable
+        for layer in batch_norm_layers(model).values()
+        for variable in statistics(layer).values()
+    ]
+
+
 def fingerprint(model):
     """SHA-256 over the weights that population statistics depend on, as a hex string.
 
@@ -128,13 +137,8 @@ def fingerprint(model):
     themselves. Whether a weight is trainable does not matter, so freezing a model does
     not change its fingerprint; counters and random seeds do not either.
     """
-    ours = {
-        id(variable)
-        for layer in batch_norm_layers(model).values()
-        for variable in statistics(layer).values()
-    }
     digest = hashlib.sha256()
-    seen = set(ours)
+    seen = set(map(id, all_statistics(model)))
     # Innermost layers first, so that each weight is met in the one layer that owns it:
     # the order of `weights` within an outer layer changes when layers are frozen.
     for layer in reversed(layers(model).values()):

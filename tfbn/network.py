@@ -148,7 +148,8 @@ class Network:
         specs = [tf.TensorSpec([None, *spec.shape[1:]], spec.dtype) for spec in flat]
         attempts = [specs]
         if traces and not self._vectorizes:
-            attempts[:0] = [[*map(_relaxed, specs, traces[-1].specs)]]
+            pairs = zip(specs, traces[-1].specs, strict=True)
+            attempts.insert(0, [_relaxed(*pair) for pair in pairs])
         for attempt in attempts:
             trace = Trace(self._observation, structure, attempt, settled=settled)
             if not trace.vectorized:
