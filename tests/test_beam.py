@@ -16,7 +16,7 @@ from keras import layers
 from test_sweep import SAMPLES, Looped, assert_stats, pooled
 
 import tfbn
-from tfbn.model import batch_norm_layers
+from tfbn.keras_models import batch_norm_layers
 
 beam = pytest.importorskip("apache_beam")
 

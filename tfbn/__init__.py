@@ -31,13 +31,13 @@ _check()
 
 from tfbn._version import __version__  # noqa: E402
 from tfbn.callback import PopulationStatsCallback  # noqa: E402
-from tfbn.convert import convert  # noqa: E402
-from tfbn.export import describe, export  # noqa: E402
-from tfbn.fold import fold  # noqa: E402
+from tfbn.conversion import convert  # noqa: E402
 from tfbn.layer import BatchNormalization  # noqa: E402
-from tfbn.plot import plot_drift, plot_history  # noqa: E402
-from tfbn.stats import LayerStats, PopulationStats  # noqa: E402
-from tfbn.sweep import collect, collect_level, update_population_stats  # noqa: E402
+from tfbn.plots import plot_drift, plot_history  # noqa: E402
+from tfbn.population import LayerStats, PopulationStats  # noqa: E402
+from tfbn.serving.exporting import describe, export  # noqa: E402
+from tfbn.serving.folding import fold  # noqa: E402
+from tfbn.sweep.run import collect, collect_level, update_population_stats  # noqa: E402
 from tfbn.tracker import StatsTracker  # noqa: E402
 
 __all__ = [

@@ -21,10 +21,12 @@ except ImportError as error:
         "`pip install 'tfbn[beam]'`."
     ) from error
 
-from tfbn import data, parts, sweep
-from tfbn import model as models
-from tfbn.network import Network
-from tfbn.stats import PopulationStats, latest
+from tfbn import keras_models
+from tfbn.population import PopulationStats, latest
+from tfbn.sweep import batches as data
+from tfbn.sweep import parts
+from tfbn.sweep import run as sweep
+from tfbn.sweep.network import Network
 
 # Elements have no order in which they could be counted.
 _BATCH = "a batch"
@@ -154,7 +156,7 @@ class _Swept:
         """How many stages the sweep takes."""
         if self.begin.method != "exact":
             return 1
-        specs = models.input_specs(self.model)
+        specs = keras_models.input_specs(self.model)
         if specs is None or self.model.run_eagerly:
             why = "runs eagerly" if specs else "has no recorded input shape"
             raise ValueError(

@@ -4,10 +4,10 @@ import inspect
 
 import keras
 
-from tfbn import data
-from tfbn import model as models
-from tfbn.stats import PopulationStats
-from tfbn.sweep import check, check_method, collect
+from tfbn import keras_models
+from tfbn.population import PopulationStats
+from tfbn.sweep import batches as data
+from tfbn.sweep.run import check, check_method, collect
 
 
 class PopulationStatsCallback(keras.callbacks.Callback):
@@ -129,12 +129,14 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         self._assign(verbose=self.params.get("verbose", "auto"))
         self._replaced = None
         if self._freeze:
-            self._flags = [(layer, layer.trainable) for layer in models.layers(self.model).values()]
+            self._flags = [
+                (layer, layer.trainable) for layer in keras_models.layers(self.model).values()
+            ]
             self.model.trainable = False
 
     def _assign(self, verbose):
         """Put population statistics in, and remember the moving averages."""
-        if self.stats is None or self.stats.fingerprint != models.fingerprint(self.model):
+        if self.stats is None or self.stats.fingerprint != keras_models.fingerprint(self.model):
             self.stats = collect(
                 self.model,
                 self._x,
@@ -143,7 +145,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
                 steps=self._steps,
                 verbose=verbose if self._verbose == "auto" else self._verbose,
             )
-        held = models.on_replicas(self.model, models.all_statistics(self.model))
+        held = keras_models.on_replicas(self.model, keras_models.all_statistics(self.model))
         before = self.stats.assign(self.model)
         self._replaced = before, held, PopulationStats.read(self.model)
 

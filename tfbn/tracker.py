@@ -8,9 +8,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn import model as models
-from tfbn.stats import PopulationStats, assigned
-from tfbn.sweep import check, check_method, collect
+from tfbn import keras_models
+from tfbn.population import PopulationStats, assigned
+from tfbn.sweep.run import check, check_method, collect
 
 WAYS = ("moving_average", "population", "mini_batch")
 
@@ -201,7 +201,7 @@ def _unchanged(model):
     if swept is not None and (swept.previous is None or swept.mismatch(model) is not None):
         swept = None
     # Metrics accumulate in an evaluation, and a layer may draw random numbers or count in it.
-    state = models.on_replicas(model, model.non_trainable_variables + model.metrics_variables)
+    state = keras_models.on_replicas(model, model.non_trainable_variables + model.metrics_variables)
     try:
         if swept is not None:
             swept.previous.assign(model)
@@ -219,7 +219,7 @@ def _with_mini_batches(model, test_step, data):
     has compiled become part of that trace: a graph of theirs from before would normalise
     with moving averages, and one from now must not be found later.
     """
-    layers = models.batch_norm_layers(model).values()
+    layers = keras_models.batch_norm_layers(model).values()
     eager = tf.config.functions_run_eagerly()
     for layer in layers:
         layer.call = functools.partial(_in_training, layer.call)

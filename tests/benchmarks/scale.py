@@ -32,7 +32,8 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
-from tfbn import data, distribute
+from tfbn.sweep import batches as data
+from tfbn.sweep import devices as distribute
 
 BATCH = 100
 METHODS = ("pooled", "algorithm2", "exact")

@@ -20,8 +20,8 @@ import numpy as np
 import tensorflow as tf
 
 import tfbn
-from tfbn.fold import fold
-from tfbn.model import batch_norm_layers
+from tfbn.keras_models import batch_norm_layers
+from tfbn.serving.folding import fold
 
 
 def contenders(name, size):

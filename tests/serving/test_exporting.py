@@ -11,9 +11,9 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
-from tfbn.export import describe, export
-from tfbn.model import batch_norm_layers, fingerprint
-from tfbn.stats import LayerStats, PopulationStats
+from tfbn.keras_models import batch_norm_layers, fingerprint
+from tfbn.population import LayerStats, PopulationStats
+from tfbn.serving.exporting import describe, export
 
 BATCH_NORMS = [tfbn.BatchNormalization, keras.layers.BatchNormalization]
 

@@ -169,7 +169,7 @@ def _fraction(text):
 
 
 def _inspect(args):
-    from tfbn import model as models
+    from tfbn import keras_models
 
     model = _load_model(args.model, args.unsafe)
     recorded = _recorded(args.model)
@@ -184,7 +184,7 @@ def _inspect(args):
             "trainable": layer.trainable,
             **drift.get(path, {}),
         }
-        for path, layer in models.batch_norm_layers(model).items()
+        for path, layer in keras_models.batch_norm_layers(model).items()
     }
     if args.json:
         _print_json({"model": model.name, "layers": layers, "state": state, "why": text})
@@ -212,14 +212,14 @@ def _inspect(args):
 
 def _recalibrate(args):
     import tfbn
-    from tfbn import files
-    from tfbn import model as models
+    from tfbn import keras_models
+    from tfbn.cli import formats as files
 
     _refuse_existing(args.out)
     if args.out.suffix != ".keras":
         raise ValueError(f"Expected a name for --out that ends in .keras. Received: {args.out}.")
     model = _load_model(args.model, args.unsafe, compiled=True)
-    layers = models.batch_norm_layers(model).values()
+    layers = keras_models.batch_norm_layers(model).values()
     if layers and not args.include_frozen and not any(layer.trainable for layer in layers):
         raise ValueError(
             "Expected a model with batch norm layers that are not frozen. Received: "
@@ -249,7 +249,7 @@ def _recalibrate(args):
 
 def _compare(args):
     import tfbn
-    from tfbn import model as models
+    from tfbn import keras_models
 
     model = _load_model(args.model, args.unsafe)
     held = tfbn.PopulationStats.read(model)
@@ -266,7 +266,7 @@ def _compare(args):
     a, b, held = (_only(stats, shared) for stats in (a, b, held))
     held.compare(a)  # An error if the shapes are others.
     drift = a.compare(b)
-    fingerprint = models.fingerprint(model)
+    fingerprint = keras_models.fingerprint(model)
     others = [str(p) for p, s in ((args.a, a), (args.b, b)) if s.fingerprint != fingerprint]
     if args.json:
         _print_json({"layers": drift, "of_other_weights": others})
@@ -354,9 +354,9 @@ def _recorded(path):
 
 def _state(model, recorded):
     """A word, and a sentence for people, on where a model's statistics are from."""
-    from tfbn import model as models
+    from tfbn import keras_models
 
-    if not models.batch_norm_layers(model):
+    if not keras_models.batch_norm_layers(model):
         return "none to sweep", "the model has no batch norm layers"
     if recorded is None:
         return "never", "never swept, or not by `tfbn recalibrate`: no sweep is written in the file"

@@ -14,10 +14,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn import model as models
-from tfbn import moments
+from tfbn import keras_models, moments
 from tfbn._version import __version__
-from tfbn.model import Site
+from tfbn.keras_models import Site
 
 _FORMAT = 2
 _ATTRIBUTES = ("method", "samples", "batches", "batch_size", "fingerprint", "level", "levels")
@@ -159,13 +158,13 @@ class PopulationStats(collections.abc.Mapping):
         moving averages were taken from.
         """
         layers = {}
-        for path, layer in models.batch_norm_layers(model).items():
+        for path, layer in keras_models.batch_norm_layers(model).items():
             if not (include_frozen or layer.trainable):
                 continue
-            held = {name: _read(v) for name, v in models.statistics(layer).items()}
+            held = {name: _read(v) for name, v in keras_models.statistics(layer).items()}
             mean, variance = held.pop("moving_mean"), held.pop("moving_variance")
             layers[path] = LayerStats(0, mean, variance, held or None)
-        return cls(layers, method="assigned", fingerprint=models.fingerprint(model))
+        return cls(layers, method="assigned", fingerprint=keras_models.fingerprint(model))
 
     def assign(self, model):
         """Set the inference statistics of a model's batch norm layers to these.
@@ -197,7 +196,7 @@ class PopulationStats(collections.abc.Mapping):
             )
         if self.calls is not None:
             self.require_all(model)
-        layers = models.batch_norm_layers(model)
+        layers = keras_models.batch_norm_layers(model)
         missing = [path for path in self if path not in layers]
         if missing:
             raise ValueError(
@@ -275,9 +274,9 @@ class PopulationStats(collections.abc.Mapping):
             `None` if the model's weights are those of the sweep and its layers hold the
             statistics that the sweep found; else a phrase that says what differs.
         """
-        if self.fingerprint != models.fingerprint(model):
+        if self.fingerprint != keras_models.fingerprint(model):
             return "the weights have changed since the sweep"
-        layers = models.batch_norm_layers(model)
+        layers = keras_models.batch_norm_layers(model)
         for path, stats in self.items():
             if path not in layers:
                 return f"the model has no batch norm layer {path!r}"

@@ -6,8 +6,9 @@ import pytest
 from keras import layers
 
 import tfbn
-from tfbn import moments, parts
-from tfbn.model import Site, batch_norm_layers
+from tfbn import moments
+from tfbn.keras_models import Site, batch_norm_layers
+from tfbn.sweep import parts
 
 FIRST, AGAIN, SECOND = Site("a", 0), Site("a", 1), Site("b", 0)
 

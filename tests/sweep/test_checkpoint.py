@@ -14,9 +14,9 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
-from tfbn import checkpoint as module
+from tfbn.sweep import checkpoint as module
 
-HERE = pathlib.Path(__file__).parent
+HERE = pathlib.Path(__file__).parents[1]
 BATCHES = 6
 
 
@@ -47,7 +47,7 @@ def save_at_every_batch(monkeypatch):
 @pytest.fixture
 def runs(monkeypatch):
     """Counts the batches that are put through the network."""
-    from tfbn.network import Network
+    from tfbn.sweep.network import Network
 
     counted = []
     original = Network.advance
@@ -130,7 +130,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import keras, networks, numpy as np, tfbn
 from keras import layers
-from tfbn import checkpoint
+from tfbn.sweep import checkpoint
 checkpoint._SHARE = float("inf")
 model = keras.models.load_model(sys.argv[2])
 x = networks.data(model, 200)

@@ -12,7 +12,7 @@ class Trace:
     """One trace of an observed model, for batches of one signature.
 
     Args:
-        observation: The `tfbn.observe.Observation` of the model.
+        observation: The `tfbn.sweep.observe.Observation` of the model.
         structure: A structure of `tf.TypeSpec`, as the model takes it.
         specs: The specs of its dense tensors, which may leave dimensions open.
         settled: Whether every site normalises with the population that it is given when

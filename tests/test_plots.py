@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from tfbn import LayerStats, PopulationStats
-from tfbn.plot import plot_drift, plot_history
+from tfbn.plots import plot_drift, plot_history
 
 
 def statistics(seed, samples=100, layers=("first", "block/second")):
@@ -126,7 +126,7 @@ def test_history_without_three_ways_is_refused():
 def test_no_display_is_needed(tmp_path):
     """Not even where matplotlib is told to use windows."""
     code = (
-        "import sys; from test_plot import *;"
+        "import sys; from test_plots import *;"
         "plot_drift(statistics(0), statistics(1)).savefig(sys.argv[1]);"
         "plot_history(history()).savefig(sys.argv[1])"
     )

@@ -27,8 +27,8 @@ from networks import (
 )
 
 import tfbn
-from tfbn.model import batch_norm_layers
-from tfbn.trace import Trace
+from tfbn.keras_models import batch_norm_layers
+from tfbn.sweep.trace import Trace
 
 BN = [tfbn.BatchNormalization, layers.BatchNormalization]
 SAMPLES = 37

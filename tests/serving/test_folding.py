@@ -10,8 +10,8 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
-from tfbn.fold import fold
-from tfbn.model import batch_norm_layers
+from tfbn.keras_models import batch_norm_layers
+from tfbn.serving.folding import fold
 
 # The original model is the oracle: Keras computes it. In float64, so that a wrong axis, a
 # forgotten epsilon or weights folded in float32 cannot hide in rounding.

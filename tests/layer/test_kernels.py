@@ -10,7 +10,7 @@ import tensorflow as tf
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tfbn import kernels
+from tfbn.layer import kernels
 
 MODES = {
     "eager": lambda f: f,

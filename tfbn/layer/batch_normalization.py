@@ -3,7 +3,7 @@
 import keras
 import tensorflow as tf
 
-from tfbn import kernels
+from tfbn.layer import kernels
 
 
 @keras.saving.register_keras_serializable(package="tfbn")

@@ -7,19 +7,19 @@ import pytest
 from keras import layers
 
 import tfbn
-from tfbn import model as models
+from tfbn import keras_models
 
 
 @pytest.mark.parametrize("build", networks.NETWORKS)
 def test_every_layer_is_found_once(build):
     model = build(layers.BatchNormalization)
-    found = models.batch_norm_layers(model)
+    found = keras_models.batch_norm_layers(model)
     assert {id(layer) for layer in found.values()} == {id(b) for b in networks.batch_norms(model)}
     assert len(found) == len(networks.batch_norms(model))
 
 
 def test_paths_tell_nested_layers_of_one_name_apart():
-    found = models.batch_norm_layers(networks.nested(layers.BatchNormalization))
+    found = keras_models.batch_norm_layers(networks.nested(layers.BatchNormalization))
     assert list(found) == ["block/bn", "outer/block/bn", "outer/bn"]
 
 
@@ -34,50 +34,52 @@ def test_siblings_of_one_name_are_numbered():
 
     model = Twins()
     model(np.ones((2, 2)))
-    assert list(models.batch_norm_layers(model)) == ["bn", "bn#2", "bn#3"]
+    assert list(keras_models.batch_norm_layers(model)) == ["bn", "bn#2", "bn#3"]
 
 
 def test_paths_are_the_same_after_saving_and_loading(tmp_path):
     model = networks.nested(tfbn.BatchNormalization)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert list(models.batch_norm_layers(loaded)) == list(models.batch_norm_layers(model))
-    assert models.fingerprint(loaded) == models.fingerprint(model)
+    assert list(keras_models.batch_norm_layers(loaded)) == list(
+        keras_models.batch_norm_layers(model)
+    )
+    assert keras_models.fingerprint(loaded) == keras_models.fingerprint(model)
 
 
 def test_fingerprint_follows_the_weights_only():
     model = networks.plain(layers.BatchNormalization)
-    before = models.fingerprint(model)
+    before = keras_models.fingerprint(model)
     bn = networks.batch_norms(model)[0]
     model.trainable = False
-    assert models.fingerprint(model) == before
+    assert keras_models.fingerprint(model) == before
     bn.moving_mean.assign(bn.moving_mean + 1)
     bn.moving_variance.assign(bn.moving_variance + 1)
-    assert models.fingerprint(model) == before
+    assert keras_models.fingerprint(model) == before
     gamma = bn.gamma.numpy()
     bn.gamma.assign(np.nextafter(gamma, np.float32(np.inf)))
-    assert models.fingerprint(model) != before
+    assert keras_models.fingerprint(model) != before
     bn.gamma.assign(gamma)
     kernel = model.layers[-2].kernel
     values = kernel.numpy()
-    assert models.fingerprint(model) == before
+    assert keras_models.fingerprint(model) == before
     kernel.assign(np.nextafter(values, np.float32(np.inf)))
-    assert models.fingerprint(model) != before
+    assert keras_models.fingerprint(model) != before
 
 
 def test_fingerprint_leaves_counters_and_seeds_out():
     inputs = keras.Input((3,))
     x = layers.Dropout(0.5, seed=1)(inputs)
     model = keras.Model(inputs, layers.BatchNormalization()(x))
-    before = models.fingerprint(model)
+    before = keras_models.fingerprint(model)
     model(np.ones((2, 3)), training=True)
-    assert models.fingerprint(model) == before
+    assert keras_models.fingerprint(model) == before
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_fingerprint_of_any_float(dtype):
     with networks.dtype_policy(dtype):
         model = keras.Sequential([keras.Input((3,)), layers.Dense(2), layers.BatchNormalization()])
-    before = models.fingerprint(model)
+    before = keras_models.fingerprint(model)
     model.layers[0].kernel.assign(model.layers[0].kernel * 2)
-    assert models.fingerprint(model) != before
+    assert keras_models.fingerprint(model) != before

@@ -18,7 +18,7 @@ from hypothesis.extra.numpy import arrays
 from keras import layers
 
 import tfbn
-from tfbn import stats as module
+from tfbn import population as module
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfbn import data
+from tfbn.sweep import batches as data
 
 
 def test_float64_arrays_come_in_keras_float_type():

@@ -8,8 +8,8 @@ import numpy as np
 import tensorflow as tf
 
 from tfbn import moments
-from tfbn.observe import Observation
-from tfbn.trace import Trace
+from tfbn.sweep.observe import Observation
+from tfbn.sweep.trace import Trace
 
 
 class Frontier(NamedTuple):
@@ -68,7 +68,7 @@ class Network:
         return len(self._met) if not levels or None in levels else max(levels)
 
     def settle(self, found):
-        """The populations for `advance`, from the `tfbn.stats.latest` moments of each site."""
+        """The populations for `advance`, from the `tfbn.population.latest` moments of each site."""
         with self._placed():
             return {
                 site: tf.constant(np.stack([population.mean, moments.variance(population)]))

@@ -16,9 +16,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn import kernels
-from tfbn.layer import BatchNormalization
-from tfbn.model import Site
+from tfbn.keras_models import Site
+from tfbn.layer import BatchNormalization, kernels
 
 _patching = threading.RLock()
 

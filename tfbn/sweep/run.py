@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 import keras
 
-from tfbn import data, distribute, parts
-from tfbn import model as models
-from tfbn.checkpoint import Checkpoint, digest
-from tfbn.network import Frontier, Network
-from tfbn.stats import PopulationStats, latest
+from tfbn import keras_models
+from tfbn.population import PopulationStats, latest
+from tfbn.sweep import batches as data
+from tfbn.sweep import devices as distribute
+from tfbn.sweep import parts
+from tfbn.sweep.checkpoint import Checkpoint, digest
+from tfbn.sweep.network import Frontier, Network
 
 METHODS = ("pooled", "algorithm2", "exact")
 
@@ -227,7 +229,7 @@ def layers_to_sweep(model, include_frozen):
     """
     if not isinstance(model, keras.Model):
         raise ValueError(f"Expected a Keras model. Received: {model!r}. Pass the model itself.")
-    layers = models.batch_norm_layers(model)
+    layers = keras_models.batch_norm_layers(model)
     if not layers and model.built:
         raise ValueError(
             f"Expected a model with BatchNormalization layers. Received: model {model.name!r}, "

@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import tensorflow as tf
 
-from tfbn.stats import PopulationStats, write_whole
+from tfbn.population import PopulationStats, write_whole
 
 _SHARE = 0.02  # Of the time goes into saving, at most.
 
@@ -22,7 +22,7 @@ class Checkpoint:
 
     Args:
         path: File name.
-        batches: The `tfbn.data.Batches` of the sweep.
+        batches: The `tfbn.sweep.batches.Batches` of the sweep.
 
     Attributes:
         due: Whether it is time to save.

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import tensorflow as tf
 
-from tfbn.stats import PopulationStats
+from tfbn.population import PopulationStats
 
 
 def devices(model):

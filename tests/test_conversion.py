@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 import tfbn
-from tfbn.convert import convert
+from tfbn.conversion import convert
 
 KERAS, OURS = keras.layers.BatchNormalization, tfbn.BatchNormalization
 

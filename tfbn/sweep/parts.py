@@ -7,8 +7,9 @@ it, until all levels are there.
 
 import numpy as np
 
-from tfbn import data, moments
-from tfbn.stats import PopulationStats, latest
+from tfbn import moments
+from tfbn.population import PopulationStats, latest
+from tfbn.sweep import batches as data
 
 # How much of a standard deviation, or of a variance, rounding alone never makes out.
 _UNSETTLED = 1e-3

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from tfbn import model as models
+from tfbn import keras_models
 from tfbn.layer import BatchNormalization
 
 # The axes of a layer's last kernel that are its output channels, counted from the end, which
@@ -71,7 +71,7 @@ def fold(model):
             "Call it on a batch first."
         )
     folded = _rebuilt(model, _planned(model), {})
-    left = list(models.batch_norm_layers(folded))
+    left = list(keras_models.batch_norm_layers(folded))
     if left:
         warnings.warn(
             f"{len(left)} batch norm layers of model {model.name!r} cannot be folded exactly and "
@@ -268,7 +268,9 @@ def _rescaling(batch_norm):
 
 def _copy_state(source, target):
     """Variables, and assets such as vocabularies, as saving and loading would take them over."""
-    for a, b in zip(models.layers(source).values(), models.layers(target).values(), strict=True):
+    for a, b in zip(
+        keras_models.layers(source).values(), keras_models.layers(target).values(), strict=True
+    ):
         store = {}
         a.save_own_variables(store)
         b.load_own_variables(store)

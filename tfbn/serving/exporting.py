@@ -15,10 +15,10 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
-from tfbn import model as models
-from tfbn import stats as statistics
+from tfbn import keras_models
+from tfbn import population as statistics
 from tfbn._version import __version__
-from tfbn.fold import fold as folded_copy
+from tfbn.serving.folding import fold as folded_copy
 
 _PROVENANCE = "assets.extra/tfbn.json"
 _WARMUP = "assets.extra/tf_serving_warmup_requests"
@@ -267,7 +267,7 @@ def _input_signature(model, given):
             "Call it on a batch first."
         )
     if given is None:
-        given = models.input_specs(model)
+        given = keras_models.input_specs(model)
         if given is None:
             raise ValueError(
                 "Expected a model whose inputs are known. Received: subclassed model "
@@ -310,7 +310,7 @@ def _tensor_spec(spec):
 
 def _stale(model):
     """Why the model's statistics are not those of its population, or `None`."""
-    if not models.batch_norm_layers(model):
+    if not keras_models.batch_norm_layers(model):
         return None
     swept = statistics.assigned(model)
     return "they were never swept" if swept is None else swept.mismatch(model)
@@ -348,7 +348,7 @@ def _watched(model, found):
     Only the layer itself knows which ops are its own: names of ops may be shared, and a
     mean elsewhere in the model is none of our business.
     """
-    layers = models.batch_norm_layers(model)
+    layers = keras_models.batch_norm_layers(model)
 
     def watch(path, call):
         @functools.wraps(call)  # Keras looks at the arguments of a layer's call.
@@ -520,7 +520,7 @@ def _first(outputs):
 
 def _tolerance(model):
     """Relative to the largest output. Graphs that are optimised apart may round apart."""
-    dtypes = {layer.compute_dtype for layer in models.layers(model).values()}
+    dtypes = {layer.compute_dtype for layer in keras_models.layers(model).values()}
     return 2e-2 if dtypes & {"float16", "bfloat16"} else 1e-3
 
 
@@ -548,7 +548,7 @@ def _write_provenance(path, model, stale, folded, difference):
         "tfbn": __version__,
         "keras": keras.__version__,
         "tensorflow": tf.__version__,
-        "fingerprint": models.fingerprint(model),
+        "fingerprint": keras_models.fingerprint(model),
         "stale": stale,
         "folded": folded,
         "max_abs_difference": difference,

@@ -17,9 +17,9 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
-from tfbn.model import batch_norm_layers
+from tfbn.keras_models import batch_norm_layers
 
-HERE = pathlib.Path(__file__).parent
+HERE = pathlib.Path(__file__).parents[1]
 METHODS = ["pooled", "algorithm2", "exact"]
 
 
@@ -351,7 +351,7 @@ def test_ctrl_c_ends_the_wait_for_other_workers(tmp_path):
 
 
 RESUME = """
-from tfbn import checkpoint
+from tfbn.sweep import checkpoint
 checkpoint._SHARE = float("inf")
 dies = (out / "first").exists()
 read = 0
