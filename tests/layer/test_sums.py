@@ -1,0 +1,135 @@
+"""Stretches and the moments over them, against NumPy in float64."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tfbn.layer import sums
+
+
+@st.composite
+def data(draw):
+    """Values of any rank, size, floating dtype and distance from zero, and a channel axis."""
+    shape = draw(st.lists(st.integers(1, 6), min_size=2, max_size=5))
+    axis = draw(st.integers(-len(shape), len(shape) - 1))
+    other = (axis + 1) % len(shape)
+    shape[other] = draw(st.sampled_from([0, 1, 2, 31, 49, 53, 64, 100]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    x = rng.normal(draw(st.sampled_from([0, 1.4, -20, 1e4])), 1, shape)
+    return tf.cast(x, draw(st.sampled_from(["float32", "float64", "float16", "bfloat16"]))), axis
+
+
+def right_moments(x, axis):
+    x = np.moveaxis(np.asarray(tf.cast(x, tf.float64)), axis, -1)
+    x = x.reshape(-1, x.shape[-1])
+    if not len(x):
+        return 0, np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    return len(x), x.mean(0), x.var(0)
+
+
+@pytest.fixture(scope="module")
+def measure():
+    """One trace of the moments for each axis and dtype, whatever the shape."""
+    return {
+        (within, dtype): tf.function(
+            lambda x, within=within: sums.moments_of_stretches(x, within),
+            input_signature=[tf.TensorSpec([None, None, None], dtype)],
+            autograph=False,
+        )
+        for within in (1, 2)
+        for dtype in (tf.float32, tf.float64, tf.float16, tf.bfloat16)
+    }
+
+
+def assert_right(moments, x, axis):
+    count, mean, variance = moments
+    right_count, right_mean, right_variance = right_moments(x, axis)
+    assert count.dtype == mean.dtype == variance.dtype == tf.float64
+    assert count == right_count
+    std = np.sqrt(right_variance)
+    assert np.all(np.abs(mean - right_mean) <= 1e-6 * np.maximum(np.abs(right_mean), std))
+    rounding = (2.0**-24 * right_mean) ** 2
+    assert np.all(np.abs(variance - right_variance) <= 2e-6 * right_variance + rounding)
+
+
+@settings(max_examples=150, deadline=None)
+@given(given_data=data())
+def test_one_trace_has_the_moments_of_any_shape(measure, given_data):
+    x, axis = given_data
+    x3 = sums.stretched(x, axis)
+    assert x3.dtype == x.dtype
+    within = sums.within_stretches(x, axis)
+    assert_right(measure[within, x.dtype](x3), x, axis)
+    assert_right(sums.moments_of_stretches(x3, within), x, axis)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data(), st.data())
+def test_stretches_of_what_is_unknown_while_tracing(drawn, choice):
+    """They are of the same values, however much of the shape is known."""
+    x, axis = drawn
+    spec = [choice.draw(st.sampled_from([n, None])) for n in x.shape]
+    step = tf.function(
+        lambda x: sums.moments_of_stretches(
+            sums.stretched(x, axis), sums.within_stretches(x, axis)
+        ),
+        input_signature=[tf.TensorSpec(spec, x.dtype)],
+    )
+    assert_right(step(x), x, axis)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "expected"),
+    [
+        ((8, 56, 56, 3), -1, (512, 49, 3)),
+        ((8, 14, 14, 3), 3, (32, 49, 3)),
+        ((96, 3), 1, (2, 48, 3)),
+        ((53, 3), 1, (53, 1, 3)),
+        ((0, 3), 1, (0, 49, 3)),
+        ((5, 3, 4, 6), 1, (5, 3, 24)),
+        ((5, 1, 4, 6), 1, (5, 1, 24)),
+        ((3, 7), 0, (1, 3, 7)),
+    ],
+)
+def test_stretches_are_cut_from_the_data_as_it_lies(shape, axis, expected):
+    x = tf.reshape(tf.range(np.prod(shape)), shape)
+    assert sums.stretched(x, axis).shape == expected
+    np.testing.assert_array_equal(np.ravel(sums.stretched(x, axis)), np.ravel(x))
+    unknown = tf.function(
+        lambda x: sums.stretched(x, axis), input_signature=[tf.TensorSpec([None] * len(shape))]
+    )
+    last = axis % len(shape) == len(shape) - 1
+    assert unknown(tf.cast(x, tf.float32)).shape[2 if last else 1] == shape[axis]
+
+
+def test_tracing_stretches_is_cheap():
+    """A network of a hundred layers traces it a hundred times."""
+    for spec, most in [([None, 14, 14, 3], 3), ([None, 3, 14, 14], 3), ([None, 3], 16)]:
+        axis = spec.index(3)
+        with tf.Graph().as_default() as graph:
+            sums.stretched(tf.compat.v1.placeholder(tf.float32, spec), axis)
+        assert len(graph.get_operations()) <= most
+
+
+@pytest.mark.parametrize("within", [1, 2])
+def test_no_gradient_is_registered(within):
+    """A registered gradient would keep the traced function for as long as the process lives."""
+    with tf.Graph().as_default() as graph:
+        x = tf.compat.v1.placeholder(tf.float32, [None, None, None])
+        sums.moments_of_stretches(x, within)
+    assert "_gradient_op_type" not in str(graph.as_graph_def())
+    assert not {"IdentityN"} & {op.type for op in graph.get_operations()}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("centre", [0, 100])
+def test_a_value_that_is_not_finite_shows_in_its_channel_alone(bad, centre):
+    x = np.random.default_rng(0).normal(centre, 1, (4, 32, 3)).astype("float32")
+    x[2, 7, 1] = bad
+    _, mean, variance = sums.moments_of_stretches(tf.constant(x), 1)
+    assert (np.isfinite(mean) & np.isfinite(variance)).tolist() == [True, False, True]
+    right = right_moments(np.delete(x, 1, axis=2), -1)
+    np.testing.assert_allclose(np.delete(mean, 1), right[1], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(np.delete(variance, 1), right[2], rtol=2e-6)

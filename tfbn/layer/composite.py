@@ -1,0 +1,150 @@
+"""Batch normalization of plain operations: for XLA, float64, masks, renorm, and many replicas."""
+
+import tensorflow as tf
+
+from tfbn.layer import sums
+
+
+def train(x, gamma, beta, *, axis, epsilon, mask, sampled, synchronized, renorm):
+    """As `kernels.train`; `sampled` as in `centred_moments`."""
+    centred, shift, count, mean, variance = centred_moments(x, axis, mask, sampled=sampled)
+    if synchronized:
+        count, mean, variance = _merge_replicas(count, mean, variance)
+    corrections = None if renorm is None else renorm(mean, variance)
+    y = scale_centred(centred, mean - shift, variance, gamma, beta, axis, epsilon, corrections)
+    return tf.cast(y, x.dtype), count, mean, variance
+
+
+def normalize(x, mean, variance, gamma, beta, *, axis, epsilon):
+    """As `kernels.normalize`."""
+    dtype = sums.statistics_dtype(x.dtype)
+    centred = tf.cast(x, dtype) - sums.along(axis, tf.cast(mean, dtype), x)
+    y = scale_centred(centred, 0, tf.cast(variance, dtype), gamma, beta, axis, epsilon)
+    return tf.cast(y, x.dtype)
+
+
+def centred_moments(x, axis, mask, *, sampled):
+    """`(x - shift, shift, count, mean, variance)` for a shift near the mean of what counts.
+
+    With d = x - shift, mean = shift + sum(d) / count and
+    variance = sum(d^2) / count - (sum(d) / count)^2. The identity holds for any shift; one near
+    the mean keeps it free of cancellation (Chan, Golub & LeVeque 1983, "Algorithms for Computing
+    the Sample Variance", section 3).
+
+    Args:
+        x, axis, mask: As in `kernels.moments`.
+        sampled: Whether the shift may be the mean of a part of the data, if there is no mask.
+    """
+    x = tf.cast(x, sums.statistics_dtype(x.dtype))
+    counted = x
+    if mask is not None:
+        mask = tf.broadcast_to(tf.cast(mask, tf.bool), tf.shape(x)[:-1])[..., tf.newaxis]
+        # Before anything else, so that no gradient ever meets what is behind the mask.
+        counted = tf.where(mask, x, tf.zeros((), x.dtype))
+    count = sums.values_per_channel(x, axis, mask)
+    if mask is None and sampled:
+        shift = sums.sampled_mean(x, axis)
+    else:
+        shift = tf.cast(sums.sum_of_channels(counted, axis) / tf.maximum(count, 1), x.dtype)
+    shift = tf.stop_gradient(shift)
+    centred = x - sums.along(axis, shift, x)
+    counted = centred if mask is None else tf.where(mask, centred, tf.zeros((), x.dtype))
+    mean, variance = _moments_near_zero(counted, axis, count)
+    shift = tf.cast(shift, tf.float64)
+    return centred, shift, count, shift + mean, variance
+
+
+def scale_centred(centred, rest, variance, gamma, beta, axis, epsilon, corrections=None):
+    """gamma * (r * (centred - rest) / sqrt(variance + epsilon) + d) + beta.
+
+    `rest`, what centring left of the mean, is small beside the standard deviation. So it may go
+    into the offset without the cancellation that the mean itself would cause there.
+    """
+    dtype = variance.dtype
+    scale = tf.math.rsqrt(variance + epsilon)
+    offset = -rest * scale
+    if corrections is not None:
+        r, d = (tf.cast(tf.stop_gradient(c), dtype) for c in corrections)
+        scale, offset = scale * r, offset * r + d
+    if gamma is not None:
+        gamma = tf.cast(gamma, dtype)
+        scale, offset = scale * gamma, offset * gamma
+    if beta is not None:
+        offset += tf.cast(beta, dtype)
+    return _affine(centred, tf.cast(scale, centred.dtype), tf.cast(offset, centred.dtype), axis)
+
+
+def renorm_corrections(mean, variance, running_mean, running_stddev, epsilon, clipping):
+    """The corrections (r, d) of Batch Renormalization (Ioffe 2017, equation 2 and section 3).
+
+    r = stddev / running_stddev, clipped to [rmin, rmax], and
+    d = (mean - running_mean) / running_stddev, clipped to [-dmax, dmax], where
+    stddev = sqrt(variance + epsilon). All tensors have shape `[channels]`; `clipping` has any
+    of the keys "rmin", "rmax" and "dmax".
+    """
+    dtype = mean.dtype
+    epsilon = tf.cast(epsilon, dtype)
+    # In the first steps of a training the running value may be anything, 0 too.
+    divisor = tf.maximum(tf.cast(running_stddev, dtype), tf.sqrt(epsilon))
+    r = tf.sqrt(variance + epsilon) / divisor
+    d = (mean - tf.cast(running_mean, dtype)) / divisor
+    limits = {key: limit for key, limit in clipping.items() if limit is not None}
+    if "rmin" in limits:
+        r = tf.maximum(r, limits["rmin"])
+    if "rmax" in limits:
+        r = tf.minimum(r, limits["rmax"])
+    if "dmax" in limits:
+        d = tf.clip_by_value(d, -limits["dmax"], limits["dmax"])
+    return r, d
+
+
+def _affine(x, scale, offset, axis):
+    """x * scale + offset.
+
+    The gradients of scale and offset are sums over all positions. Here they are those of `sums`,
+    because the ones that TensorFlow would derive take XLA on the CPU three times as long.
+    """
+
+    @tf.custom_gradient
+    def affine(x, scale, offset):
+        def gradient(dy):
+            d_scale, d_offset = (
+                tf.cast(sums.sum_of_channels(v, axis), x.dtype) for v in (dy * x, dy)
+            )
+            return dy * sums.along(axis, scale, x), d_scale, d_offset
+
+        return x * sums.along(axis, scale, x) + sums.along(axis, offset, x), gradient
+
+    return affine(x, scale, offset)
+
+
+def _moments_near_zero(x, axis, count):
+    """Mean and variance of values whose mean is not many standard deviations from zero."""
+
+    @tf.custom_gradient
+    def sums_of(x):
+        def gradient(d_total, d_squares):
+            d_total, d_squares = (
+                sums.along(axis, tf.cast(d, x.dtype), x) for d in (d_total, d_squares)
+            )
+            return d_total + 2 * d_squares * x
+
+        return sums.sums(sums.stretched(x, axis), sums.within_stretches(x, axis)), gradient
+
+    return sums.moments_of_sums(*sums_of(x), count)
+
+
+def _merge_replicas(count, mean, variance):
+    """The moments of all replicas' values together (Chan, Golub & LeVeque 1983, section 2)."""
+    context = tf.distribute.get_replica_context()
+    if context is None:
+        return count, mean, variance
+
+    def total(value):
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, value)
+
+    all_counts = total(count)
+    divisor = tf.maximum(all_counts, 1)
+    all_mean = total(count * mean) / divisor
+    all_variance = total(count * (variance + tf.square(mean - all_mean))) / divisor
+    return all_counts, all_mean, all_variance
