@@ -306,7 +306,7 @@ class PopulationStats(collections.abc.Mapping):
         except ValueError as error:
             raise ValueError(
                 "Expected a file written by PopulationStats.save. "
-                f"Received: {os.fspath(path)!r}, which is damaged or another kind of file "
+                f"Received: {os.fsdecode(path)!r}, which is damaged or another kind of file "
                 f"({error}). Collect the statistics again."
             ) from error
 
