@@ -1,8 +1,17 @@
 """Tests of files of population statistics: `PopulationStats.save` and `load`."""
 
+import contextlib
+import functools
+import hashlib
 import io
+import json
 import os
 import pathlib
+import re
+import time
+import tracemalloc
+import zipfile
+from random import Random
 
 import keras
 import numpy as np
@@ -28,7 +37,7 @@ def made_up(channels=(3, 600), method="pooled", seed=0):
         return tfbn.LayerStats(count, rng.normal(size=n), rng.uniform(0.1, 2, n), renorm)
 
     before = {
-        f"block/bn_{i}": layer(n, 0, {name: rng.normal(size=n) for name in RENORM})
+        f"bn_{i}": layer(n, 0, {name: rng.normal(size=n) for name in RENORM})
         for i, n in enumerate(channels)
     }
     found = {
@@ -168,3 +177,190 @@ def test_a_pickle_is_not_run(tmp_path):
     with pytest.raises(ValueError, match="Received"):
         tfbn.PopulationStats.load(tmp_path / "stats.npz")
     assert not (tmp_path / "ran").exists()
+
+
+# Whatever is in a file, it loads as what was saved or is refused with one ValueError, in bounded
+# time and memory; and what loads can be used.
+
+
+def as_format_2(stats):
+    """The bytes that tfbn 0.1.0 would have written."""
+    arrays = {}
+    for i, layer in enumerate(stats.values()):
+        arrays |= {f"count_{i}": layer.counts, f"mean_{i}": layer.mean}
+        arrays |= {f"variance_{i}": layer.variance}
+    for i, layer in enumerate(stats.previous.values()):
+        arrays |= {f"previous_mean_{i}": layer.mean, f"previous_variance_{i}": layer.variance}
+    header = {name: getattr(stats, name) for name in ATTRIBUTES}
+    header |= {"format": 2, "tfbn": "0.1.0", "keras": "3", "level": 4, "layers": list(stats)}
+    header |= {"previous": list(stats.previous), "calls": None}
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    return content.getvalue()
+
+
+def damaged(content, random):
+    """Content with a stretch of it changed, half of the time where an archive has its headers."""
+    content = bytearray(content)
+    at, n = random.randrange(len(content)), random.randrange(1, 40)
+    if random.random() < 0.5:
+        marks = [m.start() for m in re.finditer(b"PK|NUMPY|SHA", content)]
+        at = min(random.choice(marks) + random.randrange(160), len(content) - 1)
+    kind = random.choice(["bit", "bit", "bit", "byte", "cut", "drop", "zero", "copy", "append"])
+    if kind == "bit":
+        content[at] ^= 1 << random.randrange(8)
+    elif kind == "byte":
+        content[at] = random.randrange(256)
+    elif kind == "cut":
+        del content[at:]
+    elif kind == "drop":
+        del content[at : at + n]
+    elif kind == "zero":
+        content[at : at + n] = bytes(len(content[at : at + n]))
+    elif kind == "copy":
+        to = random.randrange(len(content))
+        content[to : to + n] = content[at : at + n]
+    else:
+        content += random.randbytes(n)
+    return bytes(content)
+
+
+VALUES = [np.nan, np.inf, -np.inf, -1.0, -1e-300, 1e300, 0.0, -0.0, 1e39, 2.0**60]
+JUNK = [None, True, -1, 0, 1, 2, 3, 4, 1.5, 1e300, 2**70, "", "bn_0", "magic", "assigned", "exact"]
+JUNK += ["pooled", [], ["bn_0"], ["bn_0", "bn_0"], [["bn_0"]], [3], {}, {"layers": []}, "x" * 9999]
+
+
+def crafted(header, arrays, random):
+    """A file that somebody made, of a header and arrays that are not as `save` has them."""
+    header, arrays = json.loads(json.dumps(header)), dict(arrays)
+    for _ in range(random.randrange(1, 4)):
+        name = random.choice(list(arrays) or [""])
+        kind = random.choice(["value", "value", "header", "previous", "array", "drop", "rename"])
+        if kind == "header" or not arrays:
+            header[random.choice(list(header))] = random.choice(JUNK)
+        elif kind == "previous" and isinstance(header.get("previous"), dict):
+            held = header["previous"]
+            held[random.choice([*held, "more"])] = random.choice(JUNK)
+        elif kind == "value" and arrays[name].dtype.kind == "f" and arrays[name].size:
+            arrays[name] = arrays[name].copy()
+            arrays[name].flat[random.randrange(arrays[name].size)] = random.choice(VALUES)
+        elif kind == "array":
+            shape = random.choice([(), (0,), (2,), (3,), (3, 1), (600,), (10**6,)])
+            dtype = random.choice(["f8", "f4", "f2", "i8", "u8", "?", ">f8"])
+            arrays[name] = np.full(shape, random.choice([0, 1, 1, -1]), float).astype(dtype)
+        elif kind == "drop":
+            del arrays[name]
+        elif kind == "rename":
+            arrays[random.choice([random.choice(list(arrays)), "more", "mean_9"])] = arrays.pop(
+                name
+            )
+    compression = random.choice([zipfile.ZIP_STORED] * 4 + [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+    return archive(header, arrays, compression, seal=random.random() < 0.9)
+
+
+def archive(header, arrays, compression, seal=True):
+    """What `storage.pack` gives, but compressed, or without its checksum."""
+    arrays = {"header": np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays}
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", compression) as file:
+        for name, array in arrays.items():
+            member = io.BytesIO()
+            np.save(member, array)
+            file.writestr(f"{name}.npy", member.getvalue())
+        if seal:
+            file.comment = b"SHA-256 of all bytes before: " + bytes(64)
+    content = content.getvalue()
+    if seal:
+        content = content[:-64] + hashlib.sha256(content[:-64]).hexdigest().encode()
+    return content
+
+
+def network():
+    """A model with the layers of `made_up`."""
+    inputs = [keras.Input((3,)), keras.Input((600,))]
+    normalized = [layers.BatchNormalization(name=f"bn_{i}")(x) for i, x in enumerate(inputs)]
+    return keras.Model(inputs, normalized)
+
+
+def use(stats, model):
+    """All that one does with loaded statistics either works or is a ValueError."""
+    stats.summary(print_fn=len)
+    stats._repr_html_()
+    json.dumps(stats.to_dict())
+    assert_equal(tfbn.PopulationStats.from_bytes(stats.to_bytes()), stats)
+    with contextlib.suppress(ValueError):
+        stats.merge(stats)
+    with contextlib.suppress(ValueError):
+        stats.compare(stats.previous or {})
+    before = model.get_weights()
+    try:
+        previous = stats.assign(model)
+    except ValueError:
+        pass
+    else:
+        if stats.method != "assigned":
+            assert all(np.isfinite(w).all() for w in model.get_weights())
+            assert all((bn.moving_variance.numpy() >= 0).all() for bn in model.layers[2:])
+        stats.mismatch(model)
+        previous.assign(model)
+    assert list(map(np.ndarray.tobytes, before)) == list(
+        map(np.ndarray.tobytes, model.get_weights())
+    )
+
+
+def load(content):
+    """What a file loads as, or `None`, if it is refused; in bounded time and memory."""
+    start = time.monotonic()
+    tracemalloc.start()
+    try:
+        return tfbn.PopulationStats.from_bytes(content)
+    except ValueError as error:
+        assert "Received" in str(error) and len(str(error)) < 2000
+        return None
+    finally:
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert most < 3 * len(content) + (1 << 20)
+        assert time.monotonic() - start < 5
+
+
+@functools.cache
+def samples():
+    """Statistics, their bytes in both formats, and a model for them."""
+    stats = made_up()
+    before = {path: tfbn.LayerStats(0, s.mean, s.variance) for path, s in stats.previous.items()}
+    numbers = {name: getattr(stats, name) for name in ATTRIBUTES}
+    without = tfbn.PopulationStats(before, method="assigned")
+    old = tfbn.PopulationStats(stats, previous=without, **numbers)
+    return [(stats, stats.to_bytes()), (old, as_format_2(old))], network()
+
+
+def fuzz(seed):
+    """One file."""
+    random = Random(seed)
+    files, model = samples()
+    stats, content = random.choice(files)
+    assert_equal(tfbn.PopulationStats.from_bytes(content), stats)
+    if random.random() < 0.5:
+        loaded = load(damaged(content, random))
+        if loaded is not None:
+            assert_equal(loaded, stats)
+    else:
+        loaded = load(crafted(*storage.unpack(content, unsealed=(2,)), random))
+        if loaded is not None:
+            use(loaded, model)
+
+
+@pytest.mark.parametrize("seed", range(0, 500, 100))
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_any_file_loads_as_it_was_or_is_refused(seed):
+    for i in range(seed, seed + 100):
+        fuzz(i)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_any_file_loads_as_it_was_or_is_refused_at_length():
+    for seed in range(100_000, 150_000):
+        fuzz(seed)

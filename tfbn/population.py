@@ -331,9 +331,13 @@ class PopulationStats(collections.abc.Mapping):
 
     @classmethod
     def _unpacked(cls, content):
-        found, previous = stats_file.unpack(content)
-        stats = cls(previous=None if previous is None else cls(**previous), **found)
-        stats._require_possible()
+        try:
+            found, previous = stats_file.unpack(content)
+            stats = cls(previous=None if previous is None else cls(**previous), **found)
+            stats._require_possible()
+        except ValueError as error:
+            # A name in the file may have any length.
+            raise ValueError(str(error)[:300]) from error
         return stats
 
     def _require_possible(self, where_counted=False):

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
+import numpy as np
 
 from tfbn import storage
 from tfbn._version import __version__
@@ -75,13 +76,15 @@ def _unpacked(header, arrays, prefix):
         raise ValueError("layers that are no list of different paths")
     layers = {}
     for i, path in enumerate(paths):
-        count, mean, variance = (
-            arrays.pop(f"{prefix}{name}_{i}") for name in ("count", "mean", "variance")
-        )
-        renorm = None
-        if f"{prefix}{RENORM[0]}_{i}" in arrays:
-            renorm = {name: arrays.pop(f"{prefix}{name}_{i}") for name in RENORM}
-        layers[path] = LayerStats(count, mean, variance, renorm)
+        names = ["count", "mean", "variance"]
+        names += RENORM if f"{prefix}{RENORM[0]}_{i}" in arrays else ()
+        held = {name: arrays.pop(f"{prefix}{name}_{i}") for name in names}
+        for name, array in held.items():
+            # Nothing grows when it is made an array of 8 bytes a number.
+            if array.dtype not in ((np.int32, np.int64) if name == "count" else (np.float64,)):
+                raise ValueError(f"{name} of dtype {array.dtype} for layer {path!r}")
+        found = [held.pop(name) for name in ("count", "mean", "variance")]
+        layers[path] = LayerStats(*found, held or None)
     return {"layers": layers, **{name: header[name] for name in ATTRIBUTES}}
 
 
@@ -98,4 +101,4 @@ def _renew(header, arrays):
             **numbers,
             "layers": paths,
         }
-        arrays.update({f"previous_count_{i}": 0 for i in range(len(paths))})
+        arrays.update({f"previous_count_{i}": np.int64(0) for i in range(len(paths))})
