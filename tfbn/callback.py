@@ -7,7 +7,8 @@ import keras
 from tfbn import keras_models
 from tfbn.population import PopulationStats
 from tfbn.sweep import batches as data
-from tfbn.sweep.run import check, check_method, collect
+from tfbn.sweep.methods import check_method
+from tfbn.sweep.run import check, collect
 
 
 class PopulationStatsCallback(keras.callbacks.Callback):
@@ -145,7 +146,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
                 steps=self._steps,
                 verbose=verbose if self._verbose == "auto" else self._verbose,
             )
-        held = keras_models.on_replicas(self.model, keras_models.all_statistics(self.model))
+        held = keras_models.Snapshot(self.model, keras_models.all_statistics(self.model))
         before = self.stats.assign(self.model)
         self._replaced = before, held, PopulationStats.read(self.model)
 

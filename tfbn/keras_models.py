@@ -1,11 +1,17 @@
 """What tfbn needs to know of a Keras model: its batch norm layers and its weights."""
 
+import contextlib
+import functools
 import hashlib
+import weakref
 from typing import NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
+
+from tfbn.detours import detour
+from tfbn.layer import BatchNormalization
 
 _STATISTICS = (
     "moving_mean",
@@ -109,16 +115,148 @@ def statistics(layer):
     return {name: variable for name, variable in found.items() if variable is not None}
 
 
-def on_replicas(model, variables):
-    """The values of some variables of a model on every replica: (TensorFlow variable, value).
+def always_passes_training_on(model):
+    """Whether it is certain that every layer in a model trains where the model does.
+
+    That is so where all code is Keras's or tfbn's own, and no call in a Functional model fixes
+    `training`. Else only a trace in training mode tells.
+    """
+    for layer in layers(model).values():
+        if type(layer).call.__module__.partition(".")[0] not in ("keras", "tfbn"):
+            return False
+        if isinstance(layer, keras.Function):
+            for operation in layer.operations:
+                # Private. No public list has the arguments of a Functional model's calls.
+                for node in operation._inbound_nodes:
+                    if node.arguments.kwargs.get("training") is not None:
+                        return False
+    return True
+
+
+def structure(model):
+    """All that a trace of a model depends on but its weights, to be compared with `==`.
+
+    These are the layers and for each its path, class, `call`, dtype policy, flags, variables and
+    plain attributes (epsilon, axis, an activation). Training, prediction, `compile` and
+    `set_weights` do not change it. It holds objects weakly.
+    """
+    return tuple((path, *_structure_of(layer)) for path, layer in layers(model).items())
+
+
+def _structure_of(layer):
+    attributes = [
+        (name, _comparable(value))
+        for name, value in sorted(vars(layer).items())
+        if name not in _bookkeeping() and not isinstance(value, keras.Layer)
+    ]
+    return (
+        _Same(layer),
+        type(layer),
+        getattr(type(layer).call, "__wrapped__", type(layer).call),
+        layer.trainable,
+        str(layer.dtype_policy.get_config()) if layer.dtype_policy else "",
+        tuple(map(_Same, layer.variables)),
+        tuple(attributes),
+    )
+
+
+class _Same:
+    """An object held weakly, equal only to itself for as long as it lives."""
+
+    def __init__(self, value):
+        self._reference = weakref.ref(value)
+        self._hash = id(value)
+
+    def __eq__(self, other):
+        value = self._reference()
+        return isinstance(other, _Same) and value is not None and value is other._reference()
+
+    def __hash__(self):
+        return self._hash
+
+
+def _comparable(value):
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    if isinstance(value, np.ndarray | np.generic):
+        return str(value.dtype), value.shape, value.tobytes()
+    if isinstance(value, dict):
+        return tuple((str(key), _comparable(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_comparable, value))
+    try:
+        return _Same(value)
+    except TypeError:  # No weak reference to it: objects of built-in types that were not met yet.
+        return type(value)
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+
+@functools.cache
+def _bookkeeping():
+    """The attributes by which Keras keeps its own books on any layer or model."""
+    layer, model = keras.Layer(), keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile(loss="mse")
+    books = {*vars(layer), *(vars(model)), *vars(keras.Model())}
+    # These come with `fit`, `evaluate` and `predict`.
+    return frozenset(books | {"history", "stop_training", "_eval_epoch_iterator", "optimizer"})
+
+
+@contextlib.contextmanager
+def observed_calls(layers, observe):
+    """Within the context this thread's calls of some batch norm layers run `observe`.
+
+    The call is replaced in the two classes that define it, so that a subclass that adds to
+    `super().call()` keeps its additions. Other threads, and other layers, are not affected.
+
+    Args:
+        layers: Batch norm layers by path.
+        observe: Called as `observe(path, layer, call, inputs, training, mask)`, gives the
+            outputs. `call(inputs, training=..., mask=...)` is the layer's own.
+    """
+    paths = {id(layer): path for path, layer in layers.items()}
+
+    def stand_in(original, layer, inputs, training=None, mask=None):
+        call = functools.partial(original, layer)
+        if id(layer) not in paths:
+            return call(inputs, training=training, mask=mask)
+        return observe(paths[id(layer)], layer, call, inputs, training, mask)
+
+    with contextlib.ExitStack() as stack:
+        for cls in (keras.layers.BatchNormalization, BatchNormalization):
+            stack.enter_context(detour(cls, "call", stand_in))
+        yield
+
+
+class Snapshot:
+    """The values of some variables of a model, on every replica, to be put back.
 
     Under a distribution strategy each replica has moving averages of its own.
+
+    Args:
+        model: A built model.
+        variables: Variables of it.
     """
-    return [
-        (local, local.numpy().copy())
-        for variable in variables
-        for local in model.distribute_strategy.experimental_local_results(variable.value)
-    ]
+
+    def __init__(self, model, variables):
+        strategy = model.distribute_strategy
+        self._values = [
+            (local, local.numpy().copy())
+            for variable in variables
+            for local in strategy.experimental_local_results(variable.value)
+        ]
+
+    def restore(self):
+        """Write all values back."""
+        for variable, value in self._values:
+            variable.assign(value)
+
+    def holds(self):
+        """Whether every variable still has its value, to the bit."""
+        return all(
+            variable.numpy().tobytes() == value.tobytes() for variable, value in self._values
+        )
 
 
 def all_statistics(model):
@@ -131,22 +269,65 @@ def all_statistics(model):
 
 
 def fingerprint(model):
-    """SHA-256 over the weights that population statistics depend on, as a hex string.
+    """A digest of the weights that population statistics depend on, as a string.
 
     These are all floating-point weights but the statistics of the batch norm layers
     themselves. Whether a weight is trainable does not matter, so freezing a model does
     not change its fingerprint; counters and random seeds do not either.
     """
+    weights = _owned_weights(model)
+    held = tuple(map(_Same, weights))
+    known, digests = _fingerprint_functions.get(model, (None, None))
+    if known != held:
+        # One graph, because reading every weight by itself takes longer than its digest.
+        digests = _concrete_digests([variable.value for variable in weights])
+        _fingerprint_functions[model] = held, digests
+    digest = hashlib.sha256(digests().numpy())
+    digest.update("".join(f"{tuple(v.shape)} {v.dtype};" for v in weights).encode())
+    return _FINGERPRINT_2 + digest.hexdigest()
+
+
+def has_fingerprint(model, known):
+    """Whether a model's weights are those of a fingerprint, from this version or an older one."""
+    if known.startswith(_FINGERPRINT_2):
+        return known == fingerprint(model)
+    return known == _sha256(model)
+
+
+# The first version took SHA-256 of all bytes, which is ten times slower.
+_FINGERPRINT_2 = "2:"
+
+_fingerprint_functions = weakref.WeakKeyDictionary()
+
+
+def _concrete_digests(variables):
+    def digests():
+        rows = [tf.fingerprint(tf.reshape(variable, [1, -1])) for variable in variables]
+        return tf.concat(rows, 0) if rows else tf.zeros([0, 8], tf.uint8)
+
+    with tf.init_scope():
+        return tf.function(digests, autograph=False).get_concrete_function()
+
+
+def _sha256(model):
     digest = hashlib.sha256()
-    seen = set(map(id, all_statistics(model)))
-    # Innermost layers first, so that each weight is met in the one layer that owns it:
-    # the order of `weights` within an outer layer changes when layers are frozen.
+    for variable in _owned_weights(model):
+        value = tf.convert_to_tensor(variable).numpy()
+        digest.update(f"{value.shape} {variable.dtype};".encode())
+        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _owned_weights(model):
+    """The floating-point weights of a model but its statistics, each once.
+
+    Innermost layers come first, so that each weight is met in the one layer that owns it: the
+    order of `weights` within an outer layer changes when layers are frozen.
+    """
+    seen, owned = set(map(id, all_statistics(model))), []
     for layer in reversed(layers(model).values()):
         own = [v for v in layer.weights if id(v) not in seen]
-        for variable in sorted(own, key=lambda v: v.name):
-            seen.add(id(variable))
-            if keras.backend.is_float_dtype(variable.dtype):
-                value = tf.convert_to_tensor(variable).numpy()
-                digest.update(f"{value.shape} {variable.dtype};".encode())
-                digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
-    return digest.hexdigest()
+        seen.update(map(id, own))
+        own.sort(key=lambda v: v.name)
+        owned += [v for v in own if keras.backend.is_float_dtype(v.dtype)]
+    return owned

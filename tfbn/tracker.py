@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from tfbn import keras_models
 from tfbn.population import PopulationStats, assigned
-from tfbn.sweep.run import check, check_method, collect
+from tfbn.sweep.methods import check_method
+from tfbn.sweep.run import check, collect
 
 WAYS = ("moving_average", "population", "mini_batch")
 

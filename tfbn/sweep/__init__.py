@@ -1,5 +1,5 @@
 """The sweep: population statistics of a frozen network, from its data."""
 
-from tfbn.sweep.run import collect, collect_level, update_population_stats
+from tfbn.sweep.run import collect, update_population_stats
 
-__all__ = ["collect", "collect_level", "update_population_stats"]
+__all__ = ["collect", "update_population_stats"]

@@ -1,13 +1,47 @@
 """Batches of model inputs from whatever `model.fit` takes."""
 
+import collections
 import functools
 import itertools
+import sys
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from tfbn import keras_models
+from tfbn.sweep import digests
+
 DEFAULT_BATCH_SIZE = 32  # As in `model.fit`.
+
+
+class Batch(NamedTuple):
+    """A batch of a model's inputs.
+
+    Attributes:
+        index: Its number in the data, from 0.
+        inputs: A structure of tensors.
+        samples: How many samples it has: the length of the first axis of its first input.
+        data: The sum of its samples' digests, see `tfbn.sweep.digests`.
+        key: Its own digest, other than that of an equal batch before it.
+    """
+
+    index: int
+    inputs: Any
+    samples: int
+    data: int
+    key: int
+
+    @property
+    def number(self):
+        """The number from which its random draws follow, an int64 scalar."""
+        return tf.constant(self.key - 2**63, tf.int64)
+
+    @property
+    def name(self):
+        """The words for it in messages."""
+        return f"batch {self.index} (counting from 0)"
 
 
 class Batches:
@@ -16,50 +50,38 @@ class Batches:
     Attributes:
         total: The number of batches, or `None` where only counting them would tell.
         repeatable: Whether they can be iterated over again. A generator cannot.
+        static: Whether all are of one size, which `fit` would make a part of the model's trace.
     """
 
-    def __init__(self, elements, total, repeatable=True, steps=None, may_be_empty=False):
+    def __init__(self, elements, total, *, check, repeatable=True, static=False, steps=None):
         self._elements = elements
+        self._check = check
         self._steps = steps
-        self._may_be_empty = may_be_empty
-        self._samples = None
+        self._begun = None
         self.total = total
         self.repeatable = repeatable
+        self.static = static
+
+    def first(self):
+        """The first batch, or `None`; the next iteration begins with it, and reads on."""
+        if self._begun is None:
+            iterator = self._read()
+            self._begun = next(iterator, None), iterator
+        return self._begun[0]
 
     def __iter__(self):
-        """Yield the inputs, as tensors.
+        """Yield each `Batch`.
 
         Raises:
-            ValueError: If the data ends before the first batch (unless it may be empty) or
-                before `steps`, or holds another number of samples than it did the last time.
-            RuntimeError: If the data raises an error, from that error.
+            ValueError, RuntimeError: See the description of the class.
         """
-        iterator = self._elements()
-        number = size = 0
-        while number != self._steps:
-            try:
-                inputs = to_tensors(next(iterator))
-                size += samples(inputs)
-            except StopIteration:
-                break
-            except Exception as error:
-                raise RuntimeError(
-                    f"Expected batch {number} (counting from 0) of the data. Received: "
-                    f"{type(error).__name__}: {error}. Nothing was changed."
-                ) from error
-            number += 1
-            yield inputs
-        if number == 0 and not self._may_be_empty:
-            raise empty()
-        if self._steps is not None and number < self._steps:
-            raise _too_short(self._steps, number)
-        if self._samples not in (None, size):
-            raise ValueError(
-                "Expected the same data in every pass. Received: "
-                f"{self._samples} samples and then {size}. Use data that does not change "
-                "from one iteration to the next."
-            )
-        self._samples = size
+        if self._begun is None:
+            yield from self._read()
+            return
+        (batch, iterator), self._begun = self._begun, None
+        if batch is not None:
+            yield batch
+        yield from iterator
 
     def in_memory(self, limit):
         """The same batches, read once and held in main memory.
@@ -68,9 +90,9 @@ class Batches:
             ValueError: If they take more than `limit` bytes.
         """
         held, taken = [], 0
-        for inputs in self:
-            held.append(inputs)
-            taken += nbytes(inputs)
+        for batch in self:
+            held.append(batch.inputs)
+            taken += nbytes(batch.inputs)
             if taken > limit:
                 raise ValueError(
                     "Expected data that can be read several times, or that fits in memory. "
@@ -78,10 +100,50 @@ class Batches:
                     f"memory_limit={limit} bytes. Pass arrays, a tf.data.Dataset or a PyDataset, "
                     "or raise memory_limit."
                 )
-        return Batches(lambda: iter(held), len(held), may_be_empty=self._may_be_empty)
+        return Batches(lambda: iter(held), len(held), check=self._check)
+
+    def _read(self):
+        """Yield each `Batch`.
+
+        Raises:
+            ValueError: If the data ends before `steps`, or is not what the model takes.
+            RuntimeError: If the data raises an error, from that error.
+        """
+        iterator = self._elements()
+        seen = collections.Counter()
+        number = 0
+        while number != self._steps:
+            try:
+                inputs = to_tensors(next(iterator))
+            except StopIteration:
+                break
+            except Exception as error:
+                raise RuntimeError(
+                    f"Expected batch {number} (counting from 0) of the data. Received: "
+                    f"{type(error).__name__}: {error}. Nothing was changed."
+                ) from error
+            self._check(inputs)
+            yield _numbered(number, inputs, seen)
+            number += 1
+        if self._steps is not None and number < self._steps:
+            raise _too_short(self._steps, number)
 
 
-def batches(x, batch_size=None, steps=None, may_be_empty=False):
+def nbytes(structure):
+    """Bytes that a structure of tensors takes."""
+    flat = tf.nest.flatten(structure, expand_composites=True)
+    return sum(tensor.dtype.size * int(tf.size(tensor)) for tensor in flat)
+
+
+def _numbered(number, inputs, seen):
+    found = digests.of_samples(inputs)
+    content = digests.of_batch(found, 0)
+    key = digests.of_batch(found, seen[content]) if seen[content] else content
+    seen[content] += 1
+    return Batch(number, inputs, batch_size_of(inputs), digests.total(found), key)
+
+
+def batches(x, batch_size=None, steps=None, may_be_empty=False, model=None):
     """Batches of the inputs in `x`; targets and sample weights are dropped.
 
     Args:
@@ -94,14 +156,17 @@ def batches(x, batch_size=None, steps=None, may_be_empty=False):
         steps: How many batches make the data; all there are by default. Data that has no
             end needs it.
         may_be_empty: Whether no batch at all is fine too.
+        model: The model that they are for, whose inputs tell unbatched data.
 
     Raises:
         ValueError: If `x` is nothing that `model.fit` takes, is endless and has no
-            `steps`, is empty but may not be, has fewer batches than `steps`, has arrays of
-            different lengths, or comes in batches of its own and `batch_size` is given too.
+            `steps`, is known to be empty but may not be, has fewer batches than `steps`, has
+            arrays of different lengths, or comes in batches of its own and `batch_size` is given
+            too.
     """
     check_positive(batch_size=batch_size, steps=steps)
-    repeatable = True
+    repeatable, static = True, False
+    specs = _single_input(model)
     if isinstance(x, keras.utils.PyDataset):
         length = x.num_batches
         if length is None and steps is None:
@@ -112,6 +177,7 @@ def batches(x, batch_size=None, steps=None, may_be_empty=False):
         if length == tf.data.INFINITE_CARDINALITY and steps is None:
             raise _endless("an endless tf.data.Dataset")
         length = length if length >= 0 else None
+        static = _is_static(x.element_spec)
         elements = _from_elements(x)
     elif isinstance(x, tf.distribute.DistributedDataset):
         length = int(x.cardinality)
@@ -120,6 +186,7 @@ def batches(x, batch_size=None, steps=None, may_be_empty=False):
         length = length if length >= 0 else None
         elements = _from_replicas(x, steps)
     elif _is_arrays(x):
+        _refuse_list_of_batches(x, specs)
         arrays = keras.tree.map_structure(_to_sliceable, x)
         length = samples(arrays)
         size = int(batch_size or DEFAULT_BATCH_SIZE)
@@ -128,6 +195,8 @@ def batches(x, batch_size=None, steps=None, may_be_empty=False):
     elif hasattr(x, "__iter__") and not isinstance(x, str | bytes | dict):
         repeatable = iter(x) is not x
         length = len(x) if hasattr(x, "__len__") else None
+        if length == sys.maxsize and steps is None:  # As Grain says that it repeats.
+            raise _endless(f"an endless {type(x).__name__}")
         elements = _from_elements(x)
     else:
         raise ValueError(
@@ -145,10 +214,11 @@ def batches(x, batch_size=None, steps=None, may_be_empty=False):
         raise empty()
     if None not in (length, steps) and length < steps:
         raise _too_short(steps, length)
+    options = {"check": functools.partial(_check_batch, specs), "repeatable": repeatable}
     if isinstance(x, tf.distribute.DistributedDataset):  # Each of its batches comes as several.
-        return Batches(elements, None, may_be_empty=may_be_empty)
+        return Batches(elements, None, **options)
     total = length if steps is None else int(steps)
-    return Batches(elements, total, repeatable, steps, may_be_empty)
+    return Batches(elements, total, **options, static=static, steps=steps)
 
 
 def check_positive(**values):
@@ -217,15 +287,18 @@ def to_tensors(inputs):
 
 
 def _to_tensor(leaf):
-    if tf.is_tensor(leaf):
-        return leaf
-    leaf = leaf.toarray() if hasattr(leaf, "toarray") else np.asarray(leaf)
-    # As `fit` does it: float64 arrays reach the model in Keras's float type.
-    return tf.convert_to_tensor(leaf, keras.config.floatx() if leaf.dtype == np.float64 else None)
+    if not tf.is_tensor(leaf):
+        leaf = leaf.toarray() if hasattr(leaf, "toarray") else np.asarray(leaf)
+        # As `fit` does it: float64 arrays reach the model in Keras's float type.
+        double = leaf.dtype == np.float64
+        leaf = tf.convert_to_tensor(leaf, keras.config.floatx() if double else None)
+    if leaf.dtype.is_complex:
+        raise ValueError(f"Expected real numbers. Received: values of {leaf.dtype.name}")
+    return leaf
 
 
 def samples(arrays):
-    """The number of samples in a structure of arrays or tensors: the length of their first axis.
+    """The number of samples in a structure of arrays: the length of their first axis.
 
     Raises:
         ValueError: If they differ in it, or if one has none.
@@ -239,6 +312,59 @@ def samples(arrays):
             f"Received: {sorted(lengths)}."
         )
     return lengths.pop()
+
+
+def batch_size_of(inputs):
+    """The number of samples in a batch: the length of the first axis of the first input with one.
+
+    A batch need not have the same length everywhere: a graph has nodes and edges.
+    """
+    for leaf in keras.tree.flatten(inputs):
+        if leaf.shape.rank:
+            return int(leaf.shape[0] if leaf.shape[0] is not None else leaf.nrows())
+    return 1
+
+
+def _single_input(model):
+    """The spec of the one input of a model, or `None` where it has others or is not known."""
+    specs = None if model is None else keras_models.input_specs(model)
+    leaves = keras.tree.flatten(specs)
+    return leaves[0] if specs is not None and len(leaves) == 1 else None
+
+
+def _refuse_list_of_batches(x, spec):
+    if spec is not None and isinstance(x, list | tuple) and len(x) > 1:
+        raise ValueError(
+            f"Expected one array, for a model with one input. Received: a {type(x).__name__} of "
+            f"{len(x)} arrays, which stands for {len(x)} inputs. To give batches, pass a generator "
+            "or a tf.data.Dataset that yields them."
+        )
+
+
+def _check_batch(spec, inputs):
+    """Raise `ValueError` for a sample where a batch belongs.
+
+    Keras adds a last axis of 1 to inputs that lack one, which makes a batch of such a sample.
+    """
+    leaves = keras.tree.flatten(inputs)
+    if spec is None or spec.shape.rank is None or len(leaves) != 1:
+        return
+    shape, wanted = leaves[0].shape, spec.shape
+    lacks_last = wanted[-1] == 1 and wanted[:-1].is_compatible_with(shape)
+    is_sample = wanted[1:].is_compatible_with(shape)
+    if shape.rank == wanted.rank - 1 and (not lacks_last or (is_sample and wanted.rank > 2)):
+        raise ValueError(
+            f"Expected batches of shape {tuple(wanted)}. Received: an element of shape "
+            f"{tuple(shape)}, which has no batch axis. Give the data in batches, for example with "
+            "`dataset.batch(32)`."
+        )
+
+
+def _is_static(element_spec):
+    """Whether all leaves of a dataset's inputs have a batch axis of known length."""
+    leaves = keras.tree.flatten(_inputs(element_spec))
+    shapes = [getattr(leaf, "shape", tf.TensorShape(None)) for leaf in leaves]
+    return bool(shapes) and all(shape.rank and shape[0] is not None for shape in shapes)
 
 
 def empty():
@@ -261,9 +387,3 @@ def _too_short(steps, seen):
         f"Expected steps={steps} batches. Received: data that ends after {seen}. Lower `steps`, "
         "or leave it out to take all there is."
     )
-
-
-def nbytes(structure):
-    """Bytes that a structure of tensors takes."""
-    flat = tf.nest.flatten(structure, expand_composites=True)
-    return sum(tensor.dtype.size * int(tf.size(tensor)) for tensor in flat)

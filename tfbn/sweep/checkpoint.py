@@ -1,24 +1,22 @@
-"""Where a long sweep has come to, in a file, so that it can go on after a crash."""
+"""The state of a long sweep in a file, so that it can go on after a crash."""
 
-import hashlib
-import io
 import pathlib
 import time
-import zipfile
 
 import numpy as np
-import tensorflow as tf
 
-from tfbn.population import PopulationStats, write_whole
+from tfbn import storage
+from tfbn.sweep.state import SweepState
 
+_KIND = "tfbn checkpoint 1"
 _SHARE = 0.02  # Of the time goes into saving, at most.
 
 
 class Checkpoint:
     """The file of one sweep.
 
-    It holds the statistics so far and a digest of the batches that they are from, by which
-    data that comes in another order is told when the sweep goes on.
+    It holds the state and a digest of the batches of its level, by which data that comes in
+    another order is told when the sweep goes on.
 
     Args:
         path: File name.
@@ -33,28 +31,25 @@ class Checkpoint:
     """
 
     def __init__(self, path, batches):
-        self._path = pathlib.Path(path)
+        self._name = str(path)
+        self._path = pathlib.Path(path).absolute()  # Wherever the process goes from here.
         self._saved = time.monotonic()
         self._cost = 0.0
         if not self._path.parent.is_dir():
             raise ValueError(
                 "Expected the name of a file in a folder that exists. Received: "
-                f"checkpoint={str(path)!r}. Make the folder first."
+                f"checkpoint={self._name!r}. Make the folder first."
             )
         if not batches.repeatable:
             raise _not_repeatable("a generator, which can be read only once")
-        if _first(batches) != _first(batches):
+        if _first_key(batches) != _first_key(batches):
             raise _not_repeatable("data whose first batch is another every time")
 
-    def read(self, start):
-        """What was saved last.
+    def read(self, begin):
+        """The state that was saved last, and the digest of its batches; `None` if there is none.
 
         Args:
-            start: The statistics of no level, for the sweep that is to go on.
-
-        Returns:
-            The statistics below the level that was being swept, those of this level, and the
-            digest of its batches. `None` if there is no file.
+            begin: The state at the beginning of the sweep that is to go on.
 
         Raises:
             ValueError: If the file is damaged, or is of another sweep.
@@ -62,35 +57,29 @@ class Checkpoint:
         if not self._path.exists():
             return None
         try:
-            with zipfile.ZipFile(self._path) as archive:
-                below, part = (
-                    PopulationStats.from_bytes(archive.read(name)) for name in ("below", "part")
-                )
-                digest = archive.read("digest")
-        except Exception as error:  # What a damaged archive raises is not documented.
+            header, arrays = storage.unpack(storage.read(self._path))
+            if header.get("kind") != _KIND:
+                raise ValueError("it is no checkpoint")
+            state = SweepState.from_bytes(arrays["state"].tobytes())
+            digest = bytes.fromhex(header["digest"])
+        except (ValueError, KeyError, TypeError) as error:
             raise self._unfit(f"is damaged or another kind of file ({error})") from error
-        for name in ("method", "fingerprint"):
-            if getattr(part, name) != getattr(start, name):
-                raise self._unfit(
-                    f"has {name} {getattr(part, name)!r} and not {getattr(start, name)!r}"
-                )
-        if list(below.previous) != list(start.previous):
-            raise self._unfit("is of other layers")
-        return below, part, digest
+        for name in ("method", "fingerprint", "paths"):
+            ours, theirs = getattr(begin, name), getattr(state, name)
+            if ours != theirs:
+                raise self._unfit(f"has {name} {theirs!r} and not {ours!r}")
+        return state, digest
 
     @property
     def due(self):
         return time.monotonic() - self._saved >= self._cost / _SHARE
 
-    def save(self, below, part, digest):
+    def save(self, state, digest):
         """Write the file, whole or not at all, for `read`."""
         start = time.monotonic()
-        content = io.BytesIO()
-        with zipfile.ZipFile(content, "w") as archive:
-            archive.writestr("below", below.to_bytes())
-            archive.writestr("part", part.replace(previous=None).to_bytes())
-            archive.writestr("digest", digest)
-        write_whole(self._path, content.getvalue())
+        content = np.frombuffer(state.to_bytes(), np.uint8)
+        header = {"kind": _KIND, "digest": digest.hex()}
+        storage.write(self._path, storage.pack(header, {"state": content}))
         self._saved = time.monotonic()
         self._cost = self._saved - start
 
@@ -107,26 +96,13 @@ class Checkpoint:
 
     def _unfit(self, how):
         return ValueError(
-            f"Expected the checkpoint of this sweep. Received: {str(self._path)!r}, which {how}. "
+            f"Expected the checkpoint of this sweep. Received: {self._name!r}, which {how}. "
             "Delete it to begin anew."
         )
 
 
-def digest(before, inputs):
-    """SHA-256 of a batch and, by their own digest, of all before it; `b""` is that of none."""
-    found = hashlib.sha256(before)
-    for tensor in tf.nest.flatten(inputs, expand_composites=True):
-        found.update(f"{tensor.dtype.name}{tensor.shape};".encode())
-        value = tensor.numpy()
-        if value.dtype == object:  # Strings.
-            found.update(repr(value.tolist()).encode())
-        else:
-            found.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
-    return found.digest()
-
-
-def _first(batches):
-    return next((digest(b"", inputs) for inputs in batches), b"")
+def _first_key(batches):
+    return next((batch.key for batch in batches), None)
 
 
 def _not_repeatable(kind):

@@ -1,215 +1,268 @@
-"""An observed model as functions of a batch, level by level."""
+"""The inference network of a model, traced once for all sweeps of one signature.
 
+A trace belongs to its model: it dies with it, and is made anew when the model's layers change.
+Weights are read whenever it runs.
+"""
+
+import collections
 import contextlib
-from typing import NamedTuple
+import functools
+import threading
+import weakref
 
-import keras
-import numpy as np
 import tensorflow as tf
 
-from tfbn import moments
-from tfbn.sweep.observe import Observation
-from tfbn.sweep.trace import Trace
+from tfbn import keras_models
+from tfbn.sweep.extraction import Extraction, ancestors
+from tfbn.sweep.observation import Observer
+
+# Traces that a model keeps: a few signatures for each of two methods.
+_KEPT_TRACES = 8
+
+_LOOKS_FOR_NAN = {"IsNan", "IsInf", "IsFinite", "MulNoNan"}
+
+_building = threading.RLock()
+_traces = weakref.WeakKeyDictionary()  # By model: its structure, and traces by key.
 
 
-class Frontier(NamedTuple):
-    """How far a batch has come: what later levels need of it. Level 0 is the raw batch."""
+class UnobservableError(ValueError):
+    """A model on which the statistics that a sweep is to find are not defined, or not seen."""
 
-    trace: Trace | None
-    level: int
-    values: list
+
+class Trace:
+    """One trace of an observed model, for batches of one signature.
+
+    Args:
+        observer: The `Observer` of the model.
+        structure: A structure of `tf.TypeSpec`, as the model takes it.
+        settled: Whether every layer normalises with the population that it is given when the
+            graph runs, or else with the moments of the batch, as in training.
+
+    Attributes:
+        specs: The specs of the dense tensors of a batch, which may leave dimensions open.
+        graph: The `tf.Graph`.
+        inputs: The placeholders of the batch's dense tensors, and that of its number.
+        outputs: The model's outputs.
+        populations: By path the placeholder of the population of a layer.
+        calls: The calls of observed layers in their order.
+        random: Whether the network draws random numbers.
+        lock: To be held while `pieces` changes, and while the graph runs with calls in loops.
+        pieces: Room for what passes make of the graph once, by the name of its kind.
+
+    Raises:
+        UnobservableError: If the inference on one batch depends on the batch before.
+    """
+
+    def __init__(self, observer, structure, specs, *, settled):
+        self.specs = specs
+        self.populations = {}
+        self.lock = threading.Lock()
+        self.pieces = {}
+        updates = {}
+
+        def run(*flat):
+            *flat, number = flat
+            graph = tf.compat.v1.get_default_graph()
+
+            def population(path, channels):
+                if not settled:
+                    return None
+                if path not in self.populations:
+                    with graph.as_default():  # Not in the body of a loop around the call.
+                        placeholder = tf.compat.v1.placeholder(tf.float64, [2, channels])
+                    self.populations[path] = placeholder
+                return tf.unstack(self.populations[path])
+
+            inputs = tf.nest.pack_sequence_as(structure, flat, expand_composites=True)
+            outputs, self.calls, draws, updated = observer.run(inputs, number, population)
+            self.random = draws > 0
+            updates.update(updated)
+            return [v for v in tf.nest.flatten(outputs, expand_composites=True) if tf.is_tensor(v)]
+
+        # A wrapped function has no automatic control dependencies, which would tie the calls to
+        # everything else in the model that has an effect.
+        self._function = tf.compat.v1.wrap_function(run, [*specs, tf.TensorSpec([], tf.int64)])
+        self.graph = self._function.graph
+        self.inputs = self._function.inputs[: len(specs) + 1]
+        self.outputs = self._function.outputs
+        self.extraction = Extraction(self.graph)
+        _refuse_memory(self, observer, updates)
+
+    @property
+    def measured(self):
+        """The tensors that the moments of a batch follow from."""
+        fetched = [tensor for call in self.calls for tensor in call.fetches or ()]
+        return fetched if self.cuttable else [*fetched, *self.outputs]
+
+    @property
+    def cuttable(self):
+        """Whether no call is in the body of a loop or branch."""
+        return all(call.fetches is not None for call in self.calls)
+
+    @functools.cached_property
+    def not_nan(self):
+        """The places of those inputs among `inputs` in which NaN would be an error.
+
+        A batch norm layer does not show every NaN: pooling and fused kernels hide some. A
+        network that looks for NaN by itself may take it.
+        """
+        read = ancestors(self.measured)
+        if any(op.type in _LOOKS_FOR_NAN for op in read):
+            return []
+        ids = set(map(id, read))
+        return [
+            place
+            for place, tensor in enumerate(self.inputs)
+            if tensor.dtype.is_floating and id(tensor.op) in ids
+        ]
+
+    @property
+    def vectorized(self):
+        """Whether `tf.vectorized_map` vectorizes a function around a call.
+
+        Such a function is traced for one of its elements, the first, whose number is the default
+        of a placeholder. Only this one would be seen.
+        """
+        entered = [tensor for call in self.calls for tensor in call.inputs]
+        return any(op.type == "PlaceholderWithDefault" for op in ancestors(entered))
+
+
+def _refuse_memory(trace, observer, updates):
+    """Raise `UnobservableError` if a variable carries something from one batch to the next.
+
+    A sweep takes batches in any order, and each several times.
+    """
+    read = ancestors(trace.measured)
+    read_ids = set(map(id, read))
+    outer = {id(inner.op): id(captured) for captured, inner in trace.graph.captures}
+    handles = {outer[id(op)] for op in read if id(op) in outer}
+    for variable in updates:
+        if handles & observer.handles(variable):
+            raise UnobservableError(
+                "Expected a network whose inference on one batch does not depend on the batch "
+                f"before. Received: layer {observer.owner(variable)!r}, which keeps a state that "
+                "batch norm layers depend on. Sweep a copy of the model with stateful=False."
+            )
+    for op in trace.graph.get_operations():
+        writes = op.type.startswith(("Assign", "ResourceScatter")) and op.inputs
+        if writes and id(op.inputs[0].op) in read_ids:
+            raise UnobservableError(
+                "Expected a network whose inference on one batch does not depend on the batch "
+                f"before. Received: operation {op.name!r} ({op.type}), which writes a variable "
+                "that batch norm layers depend on. Leave it out in inference."
+            )
 
 
 class Network:
-    """The inference network of a model with some of its batch norm layers observed.
-
-    It holds no statistics: what has been found of lower levels goes in, and what enters the
-    calls of the next level comes out. A one-pass method has one level. `"exact"` has one for
-    every batch norm layer on the longest path. Where the network cannot be cut there (a model
-    that runs eagerly, or that calls a batch norm layer in the body of a loop or branch), every
-    level is a run of all of it, and how many there are is not known before the first of
-    them: one that normalises as in training, to give the others something sound to hold, and
-    one for every call, after which the calls up to that depth have settled.
+    """A model as its sweeps see it, on one device.
 
     Args:
         model: A built model. Nothing in it is changed.
         layers: The layers to observe, by path.
-        method: How moments accumulate, see `tfbn.moments`.
+        ignored: See `Observer`.
         device: The device to run on, whose replica of the weights is used; TensorFlow's choice
             if `None`.
-
-    Methods that take a `name` call the batch so in what they raise: `ValueError` if the
-    model cannot run on the batch, or if what enters a layer is not finite.
     """
 
-    def __init__(self, model, layers, method, device=None):
-        self._model = model
-        self._method = method
+    def __init__(self, model, layers, ignored=frozenset(), device=None):
+        self.model = model
+        self.observer = Observer(model, layers, ignored)
+        self._key = tuple(layers), ignored, device
         self._device = device
-        self._observation = Observation(model, layers)
-        self._met = {}  # Every site met so far, in order.
-        self._traces = {False: [], True: []}
-        self._vectorizes = False
+        structure = keras_models.structure(model)
+        with _building:
+            known, traces = _traces.get(model, (None, None))
+            if known != structure:  # The model's layers have changed since.
+                traces = collections.OrderedDict()  # The latest used last.
+                _traces[model] = structure, traces
+        self._traces = traces
 
-    @property
-    def levels(self):
-        """How many levels there are, as far as the batches so far tell; 0 before the first."""
-        if self._method != "exact":
-            return 1
-        traces = self._traces[True]
-        if self._model.run_eagerly or any(trace.levels is None for trace in traces):
-            return 1 + len(self._met)
-        return max((trace.levels for trace in traces), default=0)
-
-    @property
-    def depth(self):
-        """The most observed calls on a path, or a bound where that is not known."""
-        levels = [trace.levels for traces in self._traces.values() for trace in traces]
-        return len(self._met) if not levels or None in levels else max(levels)
-
-    def settle(self, found):
-        """The populations for `advance`, from the `tfbn.population.latest` moments of each site."""
-        with self._placed():
-            return {
-                site: tf.constant(np.stack([population.mean, moments.variance(population)]))
-                for site, (_, population) in found.items()
-            }
-
-    def enter(self, name, inputs, level):
-        """The frontier from which `advance` takes a batch to a level.
-
-        Specs of a batch do as well where only `levels` is wanted.
-        """
-        if self._model.run_eagerly:
-            return Frontier(None, 0, inputs)
-        with self._traced_for(), _says_which(self._model, name, inputs):
-            trace = self._trace(inputs, settled=self._method == "exact")
-            if trace.levels is None and level == 1:
-                trace = self._trace(inputs, settled=False)
-        return Frontier(trace, 0, inputs)
-
-    def advance(self, name, frontier, level, populations, *, keep):
-        """Take a batch to a level.
+    def trace(self, inputs, *, settled, static=False):
+        """The trace for batches like `inputs`, made if there is none that fits.
 
         Args:
-            name: What to call the batch.
-            frontier: From `enter`, or from `advance` to an earlier level.
-            level: Number of the level, from 1.
-            populations: What `settle` made of all earlier levels; empty for level 1.
-            keep: Whether the frontier at this level is wanted.
+            inputs: A batch, or specs of one.
+            settled: See `Trace`.
+            static: Whether the size of the batch is part of its signature.
 
-        Returns:
-            For every call of the level its site and the moments of what entered; and the
-            frontier, or `None` if it is not kept.
+        Raises:
+            Exception: Whatever the model raises on such a batch.
         """
-        trace, start, values = frontier
-        kept = None
-        with self._placed():
-            with _says_which(self._model, name, values):
-                if trace is None:
-                    found = self._run_eagerly(values, populations)
-                elif self._method != "exact" or trace.levels is None:
-                    found = trace.run(values, populations)
-                elif level > trace.levels:  # Its signature makes for fewer calls than another's.
-                    return [], frontier if keep else None
-                else:
-                    keep = keep and trace.can_keep(level)
-                    found, kept = trace.part(level, start, values, populations, keep)
-            checked = [
-                (site, self._moments(name, values, site, part))
-                for site, parts in found
-                for part in parts
-            ]
-        if kept is None or not keep:
-            return checked, None
-        with tf.device("CPU"):  # Main memory has more room than an accelerator.
-            return checked, Frontier(trace, level, [tf.identity(value) for value in kept])
+        opened = tf.nest.map_structure(_open, inputs)
+        flat = [tf.TensorSpec(value.shape, value.dtype) for value in flatten(inputs)]
+        with _building:
+            key = (*self._key, settled, repr(tf.nest.map_structure(_kind, inputs)))
+            traces = self._traces.setdefault(key, [])
+            self._traces.move_to_end(key)
+            for trace in traces:
+                if all(map(tf.TensorSpec.is_compatible_with, trace.specs, flat)):
+                    return trace
+            traces.append(self._new_trace(opened, flat, traces, settled, static))
+            del traces[:-_KEPT_TRACES]
+            while len(self._traces) > _KEPT_TRACES:
+                self._traces.popitem(last=False)
+            return traces[-1]
 
-    def _run_eagerly(self, inputs, populations):
-        met = []
-        self._observation.run(
-            inputs,
-            population=None if not populations else lambda site, _: populations[site],
-            met=met,
-        )
-        self._met |= dict.fromkeys(call.site for call in met)
-        return [(call.site, call.measure(*(call.fetches or ()))) for call in met]
-
-    def _trace(self, inputs, settled):
-        flat = [tf.TensorSpec(v.shape, v.dtype) for v in _flatten(inputs)]
-        traces = self._traces[settled]
-        for trace in traces:
-            if all(map(tf.TensorSpec.is_compatible_with, trace.specs, flat)):
-                return trace
-        # One trace for all batch sizes, and when other dimensions turn out to differ, one
-        # for all of these, unless that makes Keras vectorize: TimeDistributed does, where the
-        # number of steps is open.
-        structure = tf.nest.map_structure(_type_spec, inputs)
-        specs = [tf.TensorSpec([None, *spec.shape[1:]], spec.dtype) for spec in flat]
-        attempts = [specs]
-        if traces and not self._vectorizes:
-            pairs = zip(specs, traces[-1].specs, strict=True)
-            attempts.insert(0, [_relaxed(*pair) for pair in pairs])
-        for attempt in attempts:
-            trace = Trace(self._observation, structure, attempt, settled=settled)
-            if not trace.vectorized:
-                break
-            self._vectorizes = True
-        else:
-            raise ValueError(
-                "a batch norm layer that is called in tf.vectorized_map cannot be observed"
-            )
-        traces.append(trace)
-        self._met |= dict.fromkeys(trace.sites)
-        return trace
-
-    def _traced_for(self):
-        scope = contextlib.ExitStack()
-        if self._device is not None:
-            # Only within the scope of its strategy is a mirrored variable read on that device.
-            scope.enter_context(self._model.distribute_strategy.scope())
-            scope.enter_context(tf.device(self._device))
-        return scope
-
-    def _placed(self):
+    def placed(self):
+        """A scope in which operations run on the network's device."""
         return contextlib.nullcontext() if self._device is None else tf.device(self._device)
 
-    def _moments(self, name, inputs, site, part):
-        count, mean, variance = map(np.asarray, part)
-        found = moments.of_batch(count, mean, variance, method=self._method)
-        finite = moments.finite(found)
-        if finite.all():
-            return found
-        if self._method == "algorithm2" and np.isfinite(variance).all() and count.min() == 1:
-            raise ValueError(
-                "Expected at least two values per channel in every batch, because "
-                "method='algorithm2' divides by m - 1. Received: m = 1 for layer "
-                f"{site.path!r}, in {name}. Use another batch size, or method='pooled'."
-            )
-        channel = int(np.argmin(finite))
-        raise ValueError(
-            f"Expected finite values to enter layer {site.path!r}. Received: in {name}, channel "
-            f"{channel}, values with mean {mean[channel]} and variance {variance[channel]}; "
-            f"{_reason(inputs)}"
+    def _new_trace(self, opened, flat, traces, settled, static):
+        # One trace for all batch sizes, and where other dimensions turn out to differ, one for
+        # all of these, unless that makes Keras vectorize: TimeDistributed does, where the number
+        # of steps is open. Where the model wants the size of the batch, one for each size.
+        specs = flatten(opened)
+        attempts = [flat] if static else [specs, flat]
+        if traces and not static:
+            attempts.insert(0, list(map(_relaxed, specs, traces[-1].specs)))
+        failure = None
+        for attempt in attempts:
+            try:
+                with self._traced_for():
+                    trace = Trace(self.observer, opened, attempt, settled=settled)
+            except UnobservableError:
+                raise
+            except Exception as error:
+                failure = failure or error
+                continue
+            if not trace.vectorized:
+                return trace
+        raise failure or UnobservableError(
+            "Expected batch norm layers whose every call can be observed. Received: a batch norm "
+            "layer that is called in tf.vectorized_map. Use tf.map_fn there."
         )
 
+    @contextlib.contextmanager
+    def _traced_for(self):
+        with contextlib.ExitStack() as scope:
+            if self._device is not None:
+                # Only within the scope of its strategy is a mirrored variable read on that device.
+                scope.enter_context(self.model.distribute_strategy.scope())
+                scope.enter_context(tf.device(self._device))
+            yield
 
-def _reason(inputs):
-    finite = (tf.reduce_all(tf.math.is_finite(v)) for v in _flatten(inputs) if v.dtype.is_floating)
-    if all(finite):
-        return (
-            "what was put into the network is finite, so the values overflow inside it. Look at "
-            "its weights and dtypes."
-        )
-    return "what was put into the network holds NaN or Inf. Clean the data."
 
-
-def _flatten(structure):
+def flatten(structure):
+    """The dense tensors, or their specs, of a structure that may have ragged and sparse ones."""
     return tf.nest.flatten(structure, expand_composites=True)
 
 
-def _type_spec(value):
-    return value if isinstance(value, tf.TypeSpec) else tf.type_spec_from_value(value)
+def _open(value):
+    """The type of a batch's leaf, with a batch axis of any size."""
+    spec = value if isinstance(value, tf.TypeSpec) else tf.type_spec_from_value(value)
+    if not spec.shape.rank:
+        return tf.TensorSpec([], spec.dtype)
+    shape = [None, *spec.shape[1:]]
+    if isinstance(spec, tf.RaggedTensorSpec):
+        return tf.RaggedTensorSpec(shape, spec.dtype, spec.ragged_rank, spec.row_splits_dtype)
+    if isinstance(spec, tf.SparseTensorSpec):
+        return tf.SparseTensorSpec(shape, spec.dtype)
+    return tf.TensorSpec(shape, spec.dtype)
+
+
+def _kind(value):
+    spec = _open(value)
+    return type(spec).__name__, spec.dtype.name
 
 
 def _relaxed(a, b):
@@ -217,15 +270,3 @@ def _relaxed(a, b):
         return a
     pairs = zip(a.shape, b.shape, strict=True)
     return tf.TensorSpec([m if m == n else None for m, n in pairs], a.dtype)
-
-
-@contextlib.contextmanager
-def _says_which(model, name, inputs):
-    try:
-        yield
-    except Exception as error:
-        shapes = keras.tree.map_structure(lambda value: f"{value.dtype.name}{value.shape}", inputs)
-        raise ValueError(
-            f"Expected batches that model {model.name!r} takes. Received: {name} with inputs "
-            f"{shapes}, on which it raised {type(error).__name__}: {error}"
-        ) from error

@@ -1,24 +1,18 @@
-"""The sweep: population statistics of a frozen network, from its data."""
+"""`collect`: the sweep, from its arguments to its result."""
 
-import collections
-import concurrent.futures
-import contextlib
 import functools
-import pathlib
 import warnings
-from typing import NamedTuple
 
 import keras
 
 from tfbn import keras_models
-from tfbn.population import PopulationStats, latest
+from tfbn.population import PopulationStats
 from tfbn.sweep import batches as data
-from tfbn.sweep import devices as distribute
-from tfbn.sweep import parts
-from tfbn.sweep.checkpoint import Checkpoint, digest
-from tfbn.sweep.network import Frontier, Network
-
-METHODS = ("pooled", "algorithm2", "exact")
+from tfbn.sweep import memory
+from tfbn.sweep.methods import METHODS, check_method
+from tfbn.sweep.shard import ShardSweep
+from tfbn.sweep.state import SweepState
+from tfbn.sweep.workers import Workers
 
 # Fewer samples a batch than this, and one-pass statistics depend visibly on how many: the
 # README has the figures.
@@ -28,7 +22,7 @@ _SMALL_BATCH = 16
 def collect(
     model,
     x,
-    method="pooled",
+    method="exact",
     batch_size=None,
     steps=None,
     include_frozen=False,
@@ -98,93 +92,50 @@ def collect(
             if one of them fails.
     """
     check_method(method)
-    workers = distribute.Workers(model)
+    workers = Workers(model)
 
     @functools.cache  # Made in the first `gather`, so that all workers learn if one cannot.
-    def sweep():
+    def shard():
         several = len(workers) > 1
         layers, batches = check(model, x, batch_size, steps, include_frozen, several)
-        limit = _default_memory_limit() if memory_limit is None else memory_limit
-        report = _Report(method, verbose if workers.index == 0 else 0)
-        path = checkpoint if checkpoint is None or not several else f"{checkpoint}.{workers.index}"
-        return _Sweep(model, layers, batches, method, limit, report, path)
+        return ShardSweep(
+            model,
+            layers,
+            batches,
+            method,
+            include_frozen=include_frozen,
+            memory_limit=memory.default_limit() if memory_limit is None else memory_limit,
+            checkpoint=f"{checkpoint}.{workers.index}" if checkpoint and several else checkpoint,
+            verbose=verbose if workers.index == 0 else 0,
+        )
 
-    # After a crash a worker may be a level ahead: what is below it is the same for all.
-    stats = max(workers.gather(lambda: sweep().below), key=lambda below: below.level)
-    stats = stats.replace(previous=sweep().below.previous)
-    below = stats
-    while not stats.complete:
-        below = stats
-        found = workers.gather(lambda below=below: sweep().part(below))
-        stats = parts.above(below, functools.reduce(PopulationStats.merge, found))
-    parts.check_settled(below, stats)
-    stats = parts.finish(stats, model, sweep().below.previous)
-    sweep().forget()
-    one_pass, small = method != "exact", stats.batch_size < _SMALL_BATCH
-    if one_pass and small and stats.batches > 1 and sweep().deep:
+    # After a crash a worker may be a level ahead: the levels before are the same for all.
+    state = max(workers.gather(lambda: shard().begin), key=lambda begin: begin.level)
+    while not state.complete:
+        swept = workers.gather(lambda state=state: shard().sweep_level(state))
+        merged = functools.reduce(SweepState.merge, swept)
+        if merged.whole and not state.whole:
+            state = state.whole_passes()
+            shard().forget_frontiers()
+            continue
+        if not merged.batches:
+            raise data.empty()
+        state = merged.next_level()
+    stats = state.finish(model, shard().previous)
+    shard().end()
+    _warn_of_small_batches(stats, shard())
+    return stats
+
+
+def _warn_of_small_batches(stats, shard):
+    small = stats.batch_size < _SMALL_BATCH and stats.batches > 1
+    if METHODS[stats.method].batches_matter and small and shard.deep:
         warnings.warn(
             f"A one-pass sweep over batches of {stats.batch_size} samples gives deeper layers "
             f"statistics that depend on the batch size. Use batches of at least {_SMALL_BATCH} "
             "samples, or method='exact', which gives the same for any.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return stats
-
-
-def collect_level(
-    model, x, below=None, batch_size=None, steps=None, include_frozen=False, verbose="auto"
-):
-    """One level of an `"exact"` sweep, over one part of the data.
-
-    For data that lies in several places. Each sweeps the first level over its part, what they
-    find is merged, in any order, and given to all of them for the next level:
-
-    ```python
-    stats = None
-    while stats is None or not stats.complete:
-        parts = [tfbn.collect_level(model, shard, stats) for shard in shards]  # anywhere
-        stats = functools.reduce(tfbn.PopulationStats.merge, parts)
-    stats.assign(model)
-    ```
-
-    Parts, and what they are merged to, can be saved, sent and loaded as any `PopulationStats`;
-    nothing else need be kept from one level to the next. Methods that take one pass need none
-    of this: merge what `collect` gives for every part.
-
-    Args:
-        model: See `collect`. With the same weights everywhere.
-        x: One part of the data, see `collect`.
-        below: What the parts of the level before have been merged to; `None` for the first.
-        batch_size: See `collect`.
-        steps: See `collect`.
-        include_frozen: See `collect`.
-        verbose: See `collect`.
-
-    Returns:
-        `PopulationStats` of this part at the next level, on top of those in `below`.
-        `complete` says whether it was the last.
-
-    Raises:
-        ValueError: As `collect`; if `below` is of other weights, is complete, or is nothing
-            that this function gave.
-        RuntimeError: As `collect`.
-    """
-    layers, batches = check(model, x, batch_size, steps, include_frozen)
-    sweep = _Sweep(model, layers, batches, "exact", 0, _Report("exact", verbose))
-    if below is None:
-        below = sweep.below
-    elif below.calls is None or below.complete:
-        raise ValueError(
-            "Expected `below` to be from tfbn.collect_level, with levels left to sweep. "
-            f"Received: below={below!r}. Begin with below=None."
-        )
-    elif below.fingerprint != sweep.below.fingerprint:
-        raise ValueError(
-            "Expected a model with the weights that the levels below were swept with. Received: "
-            f"fingerprints {sweep.below.fingerprint[:12]} and {below.fingerprint[:12]}. Use the "
-            "same weights for all levels."
-        )
-    return parts.above(below, sweep.part(below))
 
 
 def update_population_stats(model, x, **options):
@@ -205,12 +156,6 @@ def update_population_stats(model, x, **options):
     return stats
 
 
-def check_method(method):
-    """Raise `ValueError` unless `method` is one that `collect` knows."""
-    if method not in METHODS:
-        raise ValueError(f"Expected method to be one of {METHODS}. Received: method={method!r}.")
-
-
 def check(model, x, batch_size=None, steps=None, include_frozen=False, may_be_empty=False):
     """The layers that `collect` would sweep, by path, and the batches it would sweep.
 
@@ -218,7 +163,7 @@ def check(model, x, batch_size=None, steps=None, include_frozen=False, may_be_em
         ValueError: All that `collect` would raise before it reads the first batch.
     """
     layers = layers_to_sweep(model, include_frozen)
-    return layers, data.batches(x, batch_size, steps, may_be_empty)
+    return layers, data.batches(x, batch_size, steps, may_be_empty, model)
 
 
 def layers_to_sweep(model, include_frozen):
@@ -248,202 +193,3 @@ def layers_to_sweep(model, include_frozen):
             "callback that froze them has `unfreeze()`), or pass include_frozen=True."
         )
     return wanted
-
-
-class _Item(NamedTuple):
-    """A batch on its way.
-
-    Attributes:
-        index: Its number in the data.
-        samples: Its size.
-        frontier: How far it has come; before any network has it, the raw batch.
-        digest: The digest of the data up to it.
-    """
-
-    index: int
-    samples: int
-    frontier: Frontier
-    digest: bytes
-
-
-class _Sweep:
-    """What one worker does in a sweep: its part of every level, over its data.
-
-    Attributes:
-        below: The statistics to begin above: those of no level, or of the levels that were
-            done when the checkpoint was saved.
-    """
-
-    def __init__(self, model, layers, batches, method, memory_limit, report, checkpoint=None):
-        self._report = report
-        self._networks = [
-            Network(model, layers, method, device) for device in distribute.devices(model)
-        ]
-        self.below = parts.start(model, layers, method)
-        self._checkpoint = self._saved = None
-        if checkpoint is not None:
-            self._checkpoint = Checkpoint(checkpoint, batches)
-            self._saved = self._checkpoint.read(self.below)
-        if self._saved is not None:
-            below, _, _ = self._saved
-            self.below = below.replace(previous=self.below.previous)
-        if method == "exact" and not batches.repeatable:
-            batches = batches.in_memory(memory_limit)
-            memory_limit -= sum(map(data.nbytes, batches))
-        self._batches = batches
-        self._kept = _Kept(memory_limit)
-
-    @property
-    def deep(self):
-        """Whether a batch norm layer comes after another, as far as the batches told."""
-        return any(network.depth > 1 for network in self._networks)
-
-    def part(self, below):
-        """This worker's part of the level above `below`, without what is below."""
-        part = below.replace(calls={}, level=below.level + 1, samples=0, batches=0, batch_size=0)
-        reached = part, None  # As one, because Ctrl-C may come at any point.
-        if self._saved is not None and self._saved[1].level == part.level:
-            reached = self._saved[1:]
-        self._kept.begin_level()
-        try:
-            for item, found in _in_turn(self._jobs(below, *reached), len(self._networks)):
-                self._kept.put(item)
-                levels = max(network.levels for network in self._networks)
-                reached = parts.add(reached[0], item.samples, found, levels), item.digest
-                if self._checkpoint is not None and self._checkpoint.due:
-                    self._checkpoint.save(below, *reached)
-        except BaseException:
-            if self._checkpoint is not None and reached[1] is not None:
-                with contextlib.suppress(OSError):  # That it ended is what there is to say.
-                    self._checkpoint.save(below, *reached)
-            raise
-        part, _ = reached
-        self._kept.of_all = len(self._kept) == part.batches
-        return part
-
-    def forget(self):
-        """Delete the checkpoint, of a sweep that is done."""
-        if self._checkpoint is not None:
-            self._checkpoint.remove()
-
-    def _jobs(self, below, part, expected):
-        """What is to be done for a level: a function for every batch, on each device in turn."""
-        level, settled = part.level, latest(below.calls)
-        devices = [(network, network.settle(settled)) for network in self._networks]
-        items = self._kept if self._kept.of_all else self._items(part, expected)
-        for item in self._report.on(items, self._batches.total, level, self._networks[0]):
-            network, populations = devices[item.index % len(devices)]
-            name = f"batch {item.index} (counting from 0)"
-            if not isinstance(item.frontier, Frontier):
-                item = item._replace(frontier=network.enter(name, item.frontier, level))
-            keep = level < network.levels and self._kept.may_take(item)
-            yield functools.partial(_advance, network, name, item, level, populations, keep)
-
-    def _items(self, part, expected):
-        """The batches that the part does not have yet, as far as they have come."""
-        found, index = b"", -1
-        for index, inputs in enumerate(self._batches):
-            if self._checkpoint is not None:
-                found = digest(found, inputs)
-                if index + 1 == part.batches and found != expected:
-                    raise self._checkpoint.other_data(part.batches)
-            if index >= part.batches:
-                raw = _Item(index, data.samples(inputs), inputs, found)
-                yield self._kept.get(index, raw)
-        if index + 1 < part.batches:
-            raise self._checkpoint.other_data(part.batches)
-
-
-def _advance(network, name, item, level, populations, keep):
-    found, frontier = network.advance(name, item.frontier, level, populations, keep=keep)
-    return item._replace(frontier=frontier), found
-
-
-def _in_turn(jobs, at_a_time):
-    """The results of some functions in their order, with several of them running at a time."""
-    if at_a_time == 1:
-        for job in jobs:
-            yield job()
-        return
-    with concurrent.futures.ThreadPoolExecutor(at_a_time) as pool:
-        running = collections.deque()
-        for job in jobs:
-            if len(running) == at_a_time:
-                yield running.popleft().result()
-            running.append(pool.submit(job))
-        while running:
-            yield running.popleft().result()
-
-
-class _Kept:
-    """How far batches have come, for as many of them as there is room for."""
-
-    def __init__(self, room):
-        self._room = room
-        self._items = {}
-        self.of_all = False
-
-    def __len__(self):
-        return len(self._items)
-
-    def __iter__(self):
-        # Each by itself, so that it can go when another has come in its place.
-        return (self._items[index] for index in sorted(self._items))
-
-    def get(self, index, default):
-        return self._items.get(index, default)
-
-    def begin_level(self):
-        """From here on, what lies at the frontier takes another size."""
-        self._least = 1
-
-    def may_take(self, item):
-        """Whether to find out how much room an item takes that has come further."""
-        return item.index in self._items or self._room >= self._least
-
-    def put(self, item):
-        """Take an item in the place of what is there of its batch, if there is room for it."""
-        if item.frontier is None:
-            return
-        held = self._items.get(item.index)
-        more = _nbytes(item) - (_nbytes(held) if held else 0)
-        if more <= self._room:
-            self._items[item.index] = item
-            self._room -= more
-        else:
-            self._least = more
-
-
-def _nbytes(item):
-    return data.nbytes(item.frontier.values)
-
-
-class _Report:
-    """Keras's progress bar, once for every level."""
-
-    def __init__(self, method, verbose):
-        self._method = method
-        self._verbose = 1 if verbose == "auto" else int(verbose)
-
-    def on(self, items, total, level, network):
-        """Pass items on, and say how many of `total` (`None` if unknown) are done."""
-        bar = item = None
-        for item in items:
-            yield item
-            if bar is None:  # How many levels there are is known after the first batch.
-                if self._verbose:
-                    passes = "" if network.levels == 1 else f", pass {level} of {network.levels}"
-                    print(f"Population statistics, {self._method}{passes}")
-                bar = keras.utils.Progbar(total, verbose=self._verbose, unit_name="batch")
-            bar.update(item.index + 1, finalize=item.index + 1 == total)
-        if bar is not None and total is None:
-            bar.update(item.index + 1, finalize=True)
-
-
-def _default_memory_limit():
-    """A quarter of the memory that is free, in bytes; 1 GiB where that is not known."""
-    info = pathlib.Path("/proc/meminfo")
-    if info.exists():
-        fields = dict(line.split(":") for line in info.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024 // 4
-    return 2**30

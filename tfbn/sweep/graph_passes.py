@@ -1,0 +1,247 @@
+"""Passes over a network that is cut at its levels: each computes the next level of a batch."""
+
+import collections
+
+import tensorflow as tf
+
+from tfbn.sweep.extraction import sources
+from tfbn.sweep.frontiers import Frontier
+from tfbn.sweep.network import UnobservableError, flatten
+
+# The types of operations that draw random numbers of their own. Those behind `tf.random.normal`,
+# `uniform` and `truncated_normal`, and Keras's, do not come here: see `tfbn.sweep.inference`.
+_DRAWS = ("Random", "Multinomial", "ParameterizedTruncatedNormal", "Stateful", "Rng")
+_DRAWS_NOT = ("StatefulPartitionedCall",)
+
+
+class LevelPasses:
+    """The passes of a sweep, one for each level of batch norm layers.
+
+    Args:
+        network: A `tfbn.sweep.network.Network`.
+        static: See `Network.trace`.
+    """
+
+    def __init__(self, network, static):
+        self._network = network
+        self._static = static
+
+    def start(self, batch):
+        """The frontier of level 0 of a batch."""
+        trace = self._network.trace(batch.inputs, settled=True, static=self._static)
+        return Frontier(trace, 0, [*flatten(batch.inputs), batch.number])
+
+    def levels(self, frontier):
+        """By path the levels of the layers, or `None` if the network cannot be cut there."""
+        return levels_of(frontier.trace).of_path
+
+    def not_nan(self, frontier):
+        """The places of the inputs in which NaN would be an error."""
+        return frontier.trace.not_nan
+
+    def advance(self, frontier, level, populations):
+        """Take a batch to a level.
+
+        Args:
+            frontier: Its `Frontier` at a lower level.
+            level: The level.
+            populations: By path the mean and variance of the layers of all lower levels, a
+                tensor of shape (2, channels).
+
+        Returns:
+            For every call of the level its site and the moments of the values that enter, a list
+            of (count, mean, variance); the frontier of the level; and whether the network draws
+            random numbers.
+        """
+        levels = levels_of(frontier.trace)
+        if level > levels.depth:  # Another signature has more levels.
+            return [], frontier, frontier.trace.random
+        if frontier.level < level - 1 and levels.drawn is not None:
+            raise UnobservableError(
+                "Expected random numbers that can be drawn again. Received: operation "
+                f"{levels.drawn!r}, in a sweep that has to compute a batch several times. Draw "
+                "with keras.random and a SeedGenerator, raise `memory_limit`, or use "
+                "method='pooled'."
+            )
+        values = frontier.values
+        for number in range(frontier.level + 1, level + 1):
+            entered, values = levels.run_segment(number, values, populations)
+        return entered, Frontier(frontier.trace, level, values), frontier.trace.random
+
+
+class Levels:
+    """The graph of a trace, cut at the levels of its batch norm layers.
+
+    A layer's level is one more than the highest level among the layers that any of its calls
+    depends on. Segment l is the piece of the graph between the frontiers of levels l - 1 and l. It
+    gives the tensors that enter the layers of level l, and frontier l.
+
+    Args:
+        trace: A settled `tfbn.sweep.network.Trace`.
+
+    Attributes:
+        of_path: By path the level of a layer; `None` if the network cannot be cut, because a
+            layer is called in a loop or branch or depends on its own output.
+        depth: The highest level.
+        drawn: The name of an operation that draws random numbers of its own, or `None`.
+    """
+
+    def __init__(self, trace):
+        self._trace = trace
+        self._segments = {}
+        self.of_path = _levels(trace) if trace.cuttable else None
+        self.drawn = None
+        if self.of_path is None:
+            return
+        self._calls = collections.defaultdict(list)
+        for call in trace.calls:
+            if call.fetches:
+                self._calls[self.of_path[call.site.path]].append(call)
+        self.depth = max(self.of_path.values(), default=0)
+        self._find_frontiers(self.depth)
+
+    def run_segment(self, level, values, populations):
+        """Run a batch from the frontier of a level to that of the next.
+
+        Args:
+            level: The level whose calls are observed.
+            values: The tensors of the frontier of the level before.
+            populations: See `LevelPasses.advance`.
+
+        Returns:
+            For every call of the level its site and moments; and the tensors of its frontier.
+        """
+        function, paths = self._segment(level)
+        outputs = function(*values, *(_population(populations, path) for path in paths))
+        entered = len(outputs) - len(self._frontiers[level])
+        fetched = iter(outputs[:entered])
+        found = [
+            (call.site, call.measure(*(next(fetched) for _ in call.fetches)))
+            for call in self._calls[level]
+        ]
+        return found, outputs[entered:]
+
+    def _segment(self, level):
+        with self._trace.lock:
+            if level not in self._segments:
+                paths = {id(p): path for path, p in self._trace.populations.items()}
+                fetches = [tensor for call in self._calls[level] for tensor in call.fetches]
+                function, needed = self._trace.extraction.function(
+                    self._frontiers[level - 1],
+                    list(self._trace.populations.values()),
+                    [*fetches, *self._frontiers[level]],
+                    # Operations on the data that an earlier segment needed have run there.
+                    ran={
+                        key
+                        for key, first in self._first.items()
+                        if first < level and key in self._from_data
+                    },
+                )
+                self._segments[level] = function, [paths[id(tensor)] for tensor in needed]
+        return self._segments[level]
+
+    def _find_frontiers(self, levels):
+        operations = self._trace.graph.get_operations()  # Inputs come before their users.
+        # Weights, and all that follows from them alone, are cheaper to read again than to keep.
+        # A random draw may not be made again.
+        from_data = {id(tensor.op) for tensor in self._trace.inputs}
+        for op in operations:
+            drawn = op.type.startswith(_DRAWS) and op.type not in _DRAWS_NOT
+            if drawn or any(id(source) in from_data for source in sources(op)):
+                from_data.add(id(op))
+        # The first level that needs an operation; the inputs are there before any.
+        first = {id(tensor.op): 0 for tensor in self._trace.inputs}
+        last = {}  # By tensor the last level that reads it.
+        for level in range(1, levels + 1):
+            entering = [tensor for call in self._calls[level] for tensor in call.fetches]
+            last.update((id(tensor), level) for tensor in entering)
+            pending = [tensor.op for tensor in entering]
+            while pending:
+                op = pending.pop()
+                if id(op) not in first:
+                    first[id(op)] = level
+                    pending += sources(op)
+        self._frontiers = [list(self._trace.inputs), *([] for _ in range(levels))]
+        for op in operations:
+            if id(op) in first:
+                for tensor in op.inputs:
+                    last[id(tensor)] = max(last.get(id(tensor), 0), first[id(op)])
+                if op.type.startswith(_DRAWS) and op.type not in _DRAWS_NOT:
+                    self.drawn = op.name
+        for op in operations:
+            if id(op) in first and id(op) in from_data:
+                for tensor in op.outputs:
+                    for level in range(max(first[id(op)], 1), last.get(id(tensor), 0)):
+                        self._frontiers[level].append(tensor)
+        self._first, self._from_data = first, from_data
+
+
+def levels_of(trace):
+    """The `Levels` of a trace, made once."""
+    with trace.lock:
+        if "levels" not in trace.pieces:
+            trace.pieces["levels"] = Levels(trace)
+        return trace.pieces["levels"]
+
+
+def depth(trace):
+    """The most observed layers on a path through a network, or how many there are in a loop."""
+    if "depth" not in trace.pieces:
+        levels = _levels(trace) if trace.cuttable else None
+        called = {call.site.path for call in trace.calls}
+        trace.pieces["depth"] = len(called) if levels is None else max([0, *levels.values()])
+    return trace.pieces["depth"]
+
+
+def _population(populations, path):
+    if path not in populations:
+        raise UnobservableError(
+            "Expected the same data in every pass. Received: a batch that reaches layer "
+            f"{path!r}, which no batch of an earlier pass did. Seed the pipeline, or use "
+            "method='pooled'."
+        )
+    return populations[path]
+
+
+def _levels(trace):
+    """By path the level of a layer, or `None` if a layer depends on its own output."""
+    before = _dependencies(trace)
+    levels, open_paths = {}, set()
+
+    def visit(path):
+        if path in open_paths:
+            raise RecursionError
+        if path not in levels:
+            open_paths.add(path)
+            levels[path] = 1 + max(map(visit, before[path]), default=0)
+            open_paths.remove(path)
+        return levels[path]
+
+    try:
+        for path in sorted(before, key=lambda path: len(before[path])):
+            visit(path)
+    except RecursionError:
+        return None
+    return levels
+
+
+def _dependencies(trace):
+    """By path the layers whose outputs reach a call of a layer past no other layer."""
+    paths = list(dict.fromkeys(call.site.path for call in trace.calls))
+    bit = {path: 1 << i for i, path in enumerate(paths)}
+    call_at = {id(call.outputs.op): call for call in trace.calls}
+    reaching, before = {}, dict.fromkeys(paths, 0)
+    for op in trace.graph.get_operations():  # Inputs come before their users.
+        mask = 0
+        for source in sources(op):
+            mask |= reaching[id(source)]
+        reaching[id(op)] = mask
+        call = call_at.get(id(op))
+        if call is not None:
+            reaching[id(op)] = bit[call.site.path]
+            if call.fetches:
+                for tensor in call.inputs:
+                    before[call.site.path] |= reaching[id(tensor.op)]
+    return {
+        path: [other for other in paths if mask & bit[other]] for path, mask in before.items()
+    }

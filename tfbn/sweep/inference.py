@@ -1,0 +1,112 @@
+"""Run a model for inference with its batch norm layers observed, in this thread and without effect.
+
+A context of this module changes how Keras and TensorFlow run in the current thread only. All
+that is private of them, and is needed for it, stands here.
+"""
+
+import contextlib
+import functools
+
+import keras
+import tensorflow as tf
+
+# Private. The one place through which every `tf.custom_gradient` goes in a graph: it registers
+# the traced function globally and for good. A sweep needs no gradient.
+from tensorflow.python.ops import custom_gradient
+
+# Private. The four operations behind `tf.random.normal`, `uniform`, `truncated_normal` and the
+# dropout of `tf.nn`. TensorFlow has no hook for the seeds of a graph's operations.
+from tensorflow.python.ops import gen_random_ops
+
+from tfbn.detours import detour
+from tfbn.keras_models import observed_calls
+
+# The type of what `tf.function` returns has no public name.
+_Function = type(tf.function(lambda: None))
+
+
+class Draws:
+    """The random numbers of one run of a model.
+
+    Every generator of the model draws from its own seed, folded with the number of the batch and
+    with how many draws the run has made before. So each batch draws anew, the same batch draws
+    the same in every pass, and no generator moves.
+
+    Args:
+        number: The number of the batch, an int64 scalar tensor.
+
+    Attributes:
+        made: How many draws there were.
+    """
+
+    def __init__(self, number):
+        self._number = number
+        self.made = 0
+
+    def seed(self, base):
+        """The seed of the next draw, of shape (2,), from the generator's own."""
+        folded = tf.random.fold_in(tf.cast(base, tf.int64), self._number)
+        folded = tf.random.fold_in(folded, self.made)
+        self.made += 1
+        return folded
+
+
+@contextlib.contextmanager
+def inference(layers, observe, draws):
+    """Within the context this thread runs models for inference, observed and without effect.
+
+    - Calls of `layers` go to `observe`, see `tfbn.keras_models.observed_calls`.
+    - A function that the model's own code has compiled is traced anew as a part of the caller:
+      its old trace does not observe, and a new one must not be found later.
+    - Keras's variables keep their values, and layers keep the losses of their last call.
+    - Random numbers come from `draws`.
+    - No gradient is made or registered.
+
+    Yields:
+        The `keras.StatelessScope` that holds what variables would have become.
+    """
+
+    def inlined(call, function, *args, **kwargs):
+        return function.python_function(*args, **kwargs)
+
+    def next_seed(call, generator, *args, **kwargs):
+        return tf.cast(draws.seed(generator.state.value), generator.state.dtype)
+
+    def forward_only(call, function, args, kwargs):
+        outputs, _ = function(*args, **kwargs)
+        return outputs
+
+    def nothing(call, *args, **kwargs):
+        return None
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(observed_calls(layers, observe))
+        for owner, name, stand_in in (
+            (_Function, "__call__", inlined),
+            (keras.random.SeedGenerator, "next", next_seed),
+            (custom_gradient, "_graph_mode_decorator", forward_only),
+            # Private. The outermost call of a model forgets the losses of the call before.
+            (keras.Layer, "_clear_losses", nothing),
+            (keras.Layer, "add_loss", nothing),
+            *_random_operations(draws),
+        ):
+            stack.enter_context(detour(owner, name, stand_in))
+        yield stack.enter_context(keras.StatelessScope())
+
+
+def _random_operations(draws):
+    def like(stateless, call, shape, dtype, *, seed=0, seed2=0, name=None):
+        return stateless(shape, draws.seed([seed or 0, seed2 or 0]), dtype=dtype, name=name)
+
+    def integers(call, shape, minval, maxval, *, seed=0, seed2=0, name=None):
+        seed = draws.seed([seed or 0, seed2 or 0])
+        dtype = tf.convert_to_tensor(minval).dtype
+        return tf.random.stateless_uniform(shape, seed, minval, maxval, dtype, name)
+
+    for name, stand_in in (
+        ("random_standard_normal", functools.partial(like, tf.random.stateless_normal)),
+        ("truncated_normal", functools.partial(like, tf.random.stateless_truncated_normal)),
+        ("random_uniform", functools.partial(like, tf.random.stateless_uniform)),
+        ("random_uniform_int", integers),
+    ):
+        yield gen_random_ops, name, stand_in

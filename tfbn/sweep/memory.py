@@ -1,0 +1,65 @@
+"""How much memory a sweep may take by default."""
+
+import pathlib
+
+_SHARE = 4  # A quarter.
+_UNKNOWN = 2**30
+
+
+def default_limit(root="/"):
+    """A quarter of the free memory of the host or of the container, the smaller one, in bytes.
+
+    1 GiB where neither is known.
+
+    Args:
+        root: Where the file systems `proc` and `sys` are mounted.
+    """
+    free = [*_host(pathlib.Path(root)), *_container(pathlib.Path(root))]
+    return max(min(free), 0) // _SHARE if free else _UNKNOWN
+
+
+def _host(root):
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:
+        return
+    for name, _, value in (line.partition(":") for line in lines):
+        if name == "MemAvailable":
+            yield int(value.split()[0]) * 1024
+
+
+def _container(root):
+    """What the control groups of this process leave, those of version 2 and version 1."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        base = root / "sys/fs/cgroup" / controllers
+        limit, usage = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            if controllers
+            else ("memory.max", "memory.current")
+        )
+        # A container often sees its own group as the root, by whatever name the host calls it.
+        place = base / path.strip("/")
+        for folder in {base, place, *(p for p in place.parents if base in p.parents)}:
+            try:
+                most = int((folder / limit).read_text())
+                # Cached files that were not used lately are given up when memory is short.
+                used = int((folder / usage).read_text()) - _inactive_files(folder / "memory.stat")
+            except (OSError, ValueError):  # No limit here, or the word "max".
+                continue
+            if most < 2**60:  # Version 1 says so that there is none.
+                yield most - used
+
+
+def _inactive_files(path):
+    for line in path.read_text().splitlines():
+        name, value = line.split()
+        if name in ("inactive_file", "total_inactive_file"):
+            return int(value)
+    return 0

@@ -1,0 +1,220 @@
+"""A model with its batch norm layers observed while it runs for inference."""
+
+import collections
+import functools
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tfbn import keras_models
+from tfbn.layer import kernels, sums
+from tfbn.sweep.inference import Draws, inference
+from tfbn.sweep.state import Site
+
+
+class Call(NamedTuple):
+    """One call of an observed layer.
+
+    Attributes:
+        site: The layer and the number of the call.
+        inputs: The tensor that enters, and its mask if it has one.
+        outputs: The tensor that leaves.
+        fetches: The tensors to take out of the graph for `measure`; `None` in the body of a loop
+            or branch, out of which a graph hands nothing.
+        measure: From the values of `fetches` to the moments of the values that entered, a list
+            of (count, mean, variance). It has one entry, but for the body of a loop, which may
+            run many times or never, and for a call whose values do not count.
+    """
+
+    site: Site
+    inputs: list
+    outputs: tf.Tensor
+    fetches: list | None
+    measure: Callable
+
+
+class Observer:
+    """Runs a model with some of its batch norm layers observed.
+
+    Args:
+        model: A built model. It is held weakly.
+        layers: The layers to observe, by path. They are held weakly.
+        ignored: The sites whose values do not count, because `fit` does not train there.
+    """
+
+    def __init__(self, model, layers, ignored=frozenset()):
+        self._model = weakref.ref(model)
+        self._layers = weakref.WeakValueDictionary(layers)
+        self._ignored = ignored
+        self._queues = {}
+
+    def run(self, inputs, number, population):
+        """Run the model for inference.
+
+        Args:
+            inputs: A batch of the model's inputs.
+            number: The number of the batch, an int64 scalar: its random numbers follow from it.
+            population: From a path and its number of channels to the mean and variance that the
+                layer normalises with, a tensor of shape (2, channels); or to `None`, where the
+                call is to normalise with the moments of the batch, as in training.
+
+        Returns:
+            The model's outputs, the calls that were made, how many random draws there were, and
+            by the id of a Keras variable the value that the run would have given to it.
+        """
+        calls, counts = [], collections.Counter()
+        outer = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+        def observe(path, layer, call, x, training, mask):
+            site = Site(path, counts[path])
+            counts[path] += 1
+            x = tf.convert_to_tensor(x)
+            if not x.dtype.is_floating:  # As the layer itself does it.
+                x = tf.cast(x, layer.compute_dtype)
+            channels = layer.moving_mean.shape[0]
+            made = _observed(site, layer, x, mask, population(path, channels))
+            if site in self._ignored:
+                made = made._replace(fetches=[], measure=lambda: [])
+            elif outer is not None and tf.compat.v1.get_default_graph() is not outer:
+                made = self._waiting(made, channels)
+            calls.append(made)
+            return tf.cast(made.outputs, layer.compute_dtype)
+
+        model, draws = self._model(), Draws(number)
+        with inference(dict(self._layers), observe, draws) as scope:
+            outputs = model(inputs, training=False)
+        updates = {id(v): scope.get_current_value(v) for v in model.variables}
+        updates = {key: value for key, value in updates.items() if value is not None}
+        return outputs, calls, draws.made, updates
+
+    def owner(self, variable_id):
+        """The path of the innermost layer that has a variable."""
+        owners = [
+            path
+            for path, layer in keras_models.layers(self._model()).items()
+            if variable_id in map(id, layer.variables)
+        ]
+        return owners[-1]
+
+    def handles(self, variable_id):
+        """The ids of the tensors by which graphs refer to a variable, on every replica."""
+        model = self._model()
+        [variable] = [v for v in model.variables if id(v) == variable_id]
+        local = model.distribute_strategy.experimental_local_results(variable.value)
+        return {id(value.handle) for value in local}
+
+    def _waiting(self, call, channels):
+        """A call in the body of a loop or branch, of which only the outputs' needs are run."""
+        queue = self._queue(call.site, channels)
+        [batch] = call.measure(*call.fetches)
+        with tf.control_dependencies([queue.enqueue(_per_channel(*batch))]):
+            outputs = tf.identity(call.outputs)
+        return Call(call.site, call.inputs, outputs, None, functools.partial(_drain, queue))
+
+    def _queue(self, site, channels):
+        """The queue in which the moments of a call in a loop or branch wait for `_drain`."""
+        if site not in self._queues:
+            with tf.init_scope(), tf.device("CPU"):
+                self._queues[site] = tf.queue.FIFOQueue(
+                    np.iinfo(np.int32).max, [tf.float64] * 3, [[channels]] * 3
+                )
+        return self._queues[site]
+
+
+def untrained_sites(model, layers, inputs):
+    """The calls of batch norm layers that `fit` does not train.
+
+    A layer trains in a call that is in training mode, whatever its `trainable` flag says: a
+    custom model may call a part of it with `training=False`. One trace in training mode tells.
+
+    Args:
+        model: A built model.
+        layers: Its batch norm layers by path.
+        inputs: A batch of its inputs.
+
+    Returns:
+        The sites of the calls that do not train and of those that do; none where the model
+        cannot be traced, or where it is certain that all train.
+    """
+    if keras_models.always_passes_training_on(model):
+        return set(), set()
+    trained, met, counts = set(), set(), collections.Counter()
+
+    def observe(path, layer, call, x, training, mask):
+        site = Site(path, counts[path])
+        counts[path] += 1
+        met.add(site)
+        if training:
+            trained.add(site)
+        return tf.cast(x, layer.compute_dtype)
+
+    flat = tf.nest.flatten(inputs, expand_composites=True)
+
+    def run(number, *flat):
+        with inference(layers, observe, Draws(number)):
+            model(tf.nest.pack_sequence_as(inputs, flat, expand_composites=True), training=True)
+        return number
+
+    specs = [tf.TensorSpec(value.shape, value.dtype) for value in flat]
+    try:
+        tf.compat.v1.wrap_function(run, [tf.TensorSpec([], tf.int64), *specs])
+    except Exception:  # The sweep itself says what the model does not take.
+        return set(), set()
+    return met - trained, trained
+
+
+def _observed(site, layer, x, mask, population):
+    form = {"axis": layer.axis, "epsilon": layer.epsilon}
+    gamma, beta = (None if v is None else tf.convert_to_tensor(v) for v in (layer.gamma, layer.beta))
+    entered = [x] if mask is None else [x, mask]
+    fetches, measure = _measured(layer.axis, *entered)
+    if population is None:
+        batch = measure(*fetches)[0]
+        outputs = kernels.normalize(x, batch[1], batch[2], gamma, beta, **form)
+        return Call(site, entered, outputs, list(batch), lambda *batch: [batch])
+    # The moments of the values that enter are taken outside of the graph, which keeps it small.
+    outputs = kernels.normalize(x, population[0], population[1], gamma, beta, **form)
+    return Call(site, entered, outputs, fetches, measure)
+
+
+def _measured(axis, x, mask=None):
+    """The tensors whose moments are those of `x`, and the function that gives them."""
+    if mask is not None:
+        specs = tuple(tf.TensorSpec([None, *v.shape[1:]], v.dtype) for v in (x, mask))
+        return [x, mask], lambda *values: [_masked_moments(axis, specs)(*values)]
+    stretched = sums.stretched(x, axis)
+    within = 1 if axis % x.shape.rank == x.shape.rank - 1 else 2
+    dtype = x.dtype
+    return [stretched], lambda values: [_moments(within, dtype)(values)]
+
+
+@functools.cache
+def _moments(within, dtype):
+    """The moments of `tfbn.layer.sums`, traced once for all layers of all models."""
+    return _concrete(
+        lambda x: sums.moments_of_stretches(x, within), tf.TensorSpec([None] * 3, dtype)
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _masked_moments(axis, specs):
+    return _concrete(lambda x, mask: kernels.moments(x, axis, mask), *specs)
+
+
+def _concrete(function, *specs):
+    # Outside of the graph that may be in the making, which the function would keep alive.
+    with tf.init_scope(), tf.device(None):
+        return tf.function(function, input_signature=specs, autograph=False).get_concrete_function()
+
+
+def _per_channel(count, mean, variance):
+    return [tf.cast(value, tf.float64) for value in (tf.ones_like(mean) * count, mean, variance)]
+
+
+def _drain(queue):
+    """All moments that were put into a queue since the last time; no values if there are none."""
+    waiting = list(zip(*queue.dequeue_many(queue.size()), strict=True))
+    return waiting or [[tf.zeros(shape, tf.float64) for shape in queue.shapes]]

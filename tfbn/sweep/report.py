@@ -1,0 +1,58 @@
+"""What a sweep shows while it runs."""
+
+import keras
+
+
+class Report:
+    """One progress bar over all levels of a sweep, Keras's.
+
+    Args:
+        method: The name of the method.
+        verbose: 0 for silence, 1 for a progress bar, 2 for one line per pass. `"auto"` is 1.
+        total: How many batches there are, `None` if unknown.
+    """
+
+    def __init__(self, method, verbose, total):
+        self._method = method
+        self._verbose = 1 if verbose == "auto" else int(verbose)
+        self._total = total
+        self._bar = None
+        self._seen = 0
+
+    def begin(self):
+        """Say that the sweep begins, before the network is traced."""
+        if self._verbose:
+            print(f"Population statistics, {self._method}")
+
+    def begin_level(self, level):
+        """Go on with a level, from its first batch."""
+        if self._verbose == 2:
+            print(f"pass {level}")
+        self._level = level
+        self._seen = 0
+
+    def batch(self, levels):
+        """Count a batch.
+
+        Args:
+            levels: How many levels there are, 0 if unknown.
+        """
+        self._seen += 1
+        if self._verbose != 1:
+            return
+        total = self._total
+        if self._bar is None:
+            self._bar = keras.utils.Progbar(None, unit_name="batch")
+        if total is None:
+            self._bar.update(self._seen, finalize=False)
+            return
+        levels = max(levels, self._level)
+        self._bar.target = total * levels
+        done = total * (self._level - 1) + self._seen
+        self._bar.update(done, finalize=False)
+
+    def end(self):
+        """Finish the line of the bar."""
+        if self._bar is not None:
+            self._bar.target = self._bar.target or self._seen
+            self._bar.update(self._bar.target, finalize=True)

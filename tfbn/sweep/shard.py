@@ -1,0 +1,271 @@
+"""The part of a sweep that one process does: every level, over its own data."""
+
+import contextlib
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfbn import moments
+from tfbn.population import PopulationStats
+from tfbn.sweep import digests
+from tfbn.sweep.batches import Batch, nbytes
+from tfbn.sweep.checkpoint import Checkpoint
+from tfbn.sweep.devices import devices, in_turn
+from tfbn.sweep.frontiers import Frontier, Frontiers
+from tfbn.sweep.graph_passes import LevelPasses
+from tfbn.sweep.methods import METHODS
+from tfbn.sweep.network import Network, UnobservableError, flatten
+from tfbn.sweep.observation import untrained_sites
+from tfbn.sweep.report import Report
+from tfbn.sweep.state import SweepState
+from tfbn.sweep.whole_passes import WholePasses
+
+
+class _Swept(NamedTuple):
+    """A batch that a pass has run.
+
+    Attributes:
+        batch: The `Batch`.
+        frontier: The `Frontier` that it has reached.
+        found: (site, moments) of the calls that were observed.
+        levels: By path the levels of the layers; `None` if the network cannot be cut there.
+        random: Whether the network drew random numbers.
+    """
+
+    batch: Batch
+    frontier: Frontier
+    found: list
+    levels: dict | None
+    random: bool
+
+
+class ShardSweep:
+    """A sweep as one process takes part in it.
+
+    Args:
+        model: A built model.
+        layers: The layers to sweep, by path.
+        batches: The `tfbn.sweep.batches.Batches` of this process.
+        method: The name of the method.
+        include_frozen: Whether to sweep layers too that `fit` does not train.
+        memory_limit: See `collect`.
+        checkpoint: See `collect`.
+        verbose: See `collect`.
+
+    Attributes:
+        begin: The state to begin at: that of a new sweep, or of the checkpoint.
+        previous: The `PopulationStats` that the swept layers hold.
+    """
+
+    def __init__(
+        self, model, layers, batches, method, *, include_frozen, memory_limit, checkpoint, verbose
+    ):
+        self._method = method
+        self._report = Report(method, verbose, batches.total)
+        self._report.begin()
+        if METHODS[method].by_level and not batches.repeatable:
+            batches = batches.in_memory(memory_limit)
+            memory_limit -= sum(nbytes(batch.inputs) for batch in batches)
+        self._batches = batches
+        frozen, ignored = frozenset(), frozenset()
+        if not include_frozen:
+            frozen, ignored = _frozen_by_call(model, layers, batches)
+        layers = {path: layer for path, layer in layers.items() if path not in frozen}
+        before = PopulationStats.read(model)
+        self.previous = PopulationStats(
+            {path: before[path] for path in layers},
+            method=before.method,
+            fingerprint=before.fingerprint,
+        )
+        self._model = model
+        self._eager = model.run_eagerly
+        whole = METHODS[method].by_level and self._eager
+        self.begin = SweepState(method, before.fingerprint, tuple(layers), whole)
+        self._networks = [Network(model, layers, ignored, device) for device in devices(model)]
+        self._populations = [{} for _ in self._networks]  # By path: moments, and their tensor.
+        self._memory_limit = memory_limit
+        self.forget_frontiers()
+        self._checkpoint = self._saved = None
+        if checkpoint is not None:
+            self._checkpoint = Checkpoint(checkpoint, batches)
+            self._saved = self._checkpoint.read(self.begin)
+        if self._saved is not None:
+            state, _ = self._saved
+            self.begin = dataclasses.replace(state.without_batches(), levels=state.levels)
+
+    @property
+    def deep(self):
+        """Whether a batch norm layer comes after another, as far as the batches have told."""
+        return any(passes.depth > 1 for passes in self._passes)
+
+    def forget_frontiers(self):
+        """Begin anew, with nothing kept from one level to the next."""
+        self._frontiers = Frontiers(self._memory_limit)
+        self._all_kept = False
+
+    def sweep_level(self, state):
+        """Sweep one level.
+
+        Args:
+            state: The `SweepState` at the beginning of the level.
+
+        Returns:
+            The state after this process's data. If its `whole` is set and that of `state` was
+            not, the network cannot be cut at levels, and the sweep begins anew by whole passes.
+        """
+        reached, digest = state, b""
+        if self._saved is not None and self._saved[0].level == state.level:
+            reached, digest = self._saved
+        self._saved = None
+        self._begin_passes(state)
+        try:
+            for swept in in_turn(self._jobs(state, reached, digest), len(self._networks)):
+                if swept.levels is None:
+                    return dataclasses.replace(reached, whole=True)
+                self._frontiers.put(swept.batch, swept.frontier)
+                added = reached.add(swept.batch, swept.found, swept.levels, swept.random)
+                # As one, because Ctrl-C may come at any point.
+                reached, digest = added, digests.of_sequence(digest, swept.batch.key)
+                if reached.whole and not state.whole:
+                    return reached
+                self._report.batch(max(reached.levels.values(), default=0))
+                if self._checkpoint is not None and self._checkpoint.due:
+                    self._checkpoint.save(reached, digest)
+        except BaseException:
+            if self._checkpoint is not None and reached.batches:
+                with contextlib.suppress(OSError):  # The error that ended the sweep matters more.
+                    self._checkpoint.save(reached, digest)
+            raise
+        self._frontiers.end_pass()
+        self._all_kept = len(self._frontiers) == reached.batches
+        return reached
+
+    def end(self):
+        """Delete the checkpoint, and finish the report, of a sweep that is done."""
+        self._report.end()
+        if self._checkpoint is not None:
+            self._checkpoint.remove()
+
+    def _begin_passes(self, state):
+        by_level = METHODS[self._method].by_level and not (state.whole or self._eager)
+        self._report.begin_level(state.level)
+        make = functools.partial(WholePasses, eager=self._eager)
+        make = LevelPasses if by_level else make
+        self._passes = [make(network, self._batches.static) for network in self._networks]
+        for network, placed in zip(self._networks, self._populations, strict=True):
+            with network.placed():
+                for path, found in state.populations.items():
+                    held, _ = placed.get(path, (None, None))
+                    if found is not held:  # A settled level stays as it is.
+                        stacked = np.stack([found.mean, moments.variance(found)])
+                        placed[path] = found, tf.constant(stacked)
+
+    def _jobs(self, state, reached, expected):
+        """A function for every batch that the level still lacks, on each device in turn."""
+        digest, index = b"", -1
+        for batch in self._frontiers if self._all_kept else self._batches:
+            index = batch.index
+            if index >= reached.batches:
+                yield functools.partial(self._run, batch, state.level)
+                continue
+            digest = digests.of_sequence(digest, batch.key)
+            if index + 1 == reached.batches and digest != expected:
+                raise self._checkpoint.other_data(reached.batches)
+        if index + 1 < reached.batches:
+            raise self._checkpoint.other_data(reached.batches)
+
+    def _run(self, batch, level):
+        place = batch.index % len(self._networks)
+        passes = self._passes[place]
+        with _naming(self._model, batch), self._networks[place].placed():
+            frontier = self._frontiers.get(batch) or passes.start(batch)
+            levels = passes.levels(frontier)
+            if levels is None:
+                return _Swept(batch, frontier, [], None, False)
+            if level == 1:
+                _refuse_nan(batch, passes.not_nan(frontier))
+            populations = {path: tensor for path, (_, tensor) in self._populations[place].items()}
+            called, frontier, random = passes.advance(frontier, level, populations)
+            found = [
+                (site, self._checked(batch, site, *map(np.asarray, values)))
+                for site, entered in called
+                for values in entered
+            ]
+        return _Swept(batch, frontier, found, levels, random)
+
+    def _checked(self, batch, site, count, mean, variance):
+        """The moments that a batch brings to a site; an error that names both if not finite."""
+        found = moments.of_batch(count, mean, variance, method=self._method)
+        finite = moments.finite(found)
+        if finite.all():
+            return found
+        if self._method == "algorithm2" and np.isfinite(variance).all() and count.min() == 1:
+            raise UnobservableError(
+                "Expected at least two values per channel in every batch, because "
+                "method='algorithm2' divides by m - 1. Received: m = 1 for layer "
+                f"{site.path!r}, in {batch.name}. Use another batch size, or method='pooled'."
+            )
+        channel = int(np.argmin(finite))
+        raise UnobservableError(
+            f"Expected finite values to enter layer {site.path!r}. Received: in {batch.name}, "
+            f"channel {channel}, values with mean {mean[channel]} and variance "
+            f"{variance[channel]}. {_reason(batch)}"
+        )
+
+
+def _frozen_by_call(model, layers, batches):
+    """The paths of layers that `fit` does not train although they may, and single such calls."""
+    first = batches.first()
+    if first is None:
+        return frozenset(), frozenset()
+    untrained, trained = untrained_sites(model, layers, first.inputs)
+    paths = {site.path for site in trained}
+    frozen = frozenset(site.path for site in untrained if site.path not in paths)
+    if frozen == layers.keys():
+        raise ValueError(
+            "Expected a model with BatchNormalization layers that train. Received: model "
+            f"{model.name!r}, which calls all of them with training=False. Pass "
+            "include_frozen=True to sweep them all the same."
+        )
+    return frozen, frozenset(site for site in untrained if site.path in paths)
+
+
+def _refuse_nan(batch, places):
+    flat = flatten(batch.inputs)
+    if any(tf.reduce_any(tf.math.is_nan(flat[place])) for place in places):
+        raise UnobservableError(
+            f"Expected finite data. Received: NaN in {batch.name}. Clean the data."
+        )
+
+
+def _reason(batch):
+    if batch.inputs is None:  # Its frontier was kept, so an earlier pass has seen it finite.
+        return "The values overflow inside the network. Look at its weights and dtypes."
+    floating = [value for value in flatten(batch.inputs) if value.dtype.is_floating]
+    if all(tf.reduce_all(tf.math.is_finite(value)) for value in floating):
+        return (
+            "The data is finite, so the values overflow inside the network. Look at its weights "
+            "and dtypes."
+        )
+    return "The data holds NaN or Inf. Clean it."
+
+
+@contextlib.contextmanager
+def _naming(model, batch):
+    """Turn whatever a model raises on a batch into a `ValueError` that names the batch."""
+    try:
+        yield
+    except UnobservableError:
+        raise
+    except Exception as error:
+        shapes = keras.tree.map_structure(
+            lambda value: f"{value.dtype.name}{value.shape}", batch.inputs
+        )
+        raise ValueError(
+            f"Expected batches that model {model.name!r} takes. Received: {batch.name} with inputs "
+            f"{shapes}, on which it raised {type(error).__name__}: {error}"
+        ) from error

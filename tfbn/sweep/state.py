@@ -1,0 +1,344 @@
+"""The accumulator of a sweep: the moments found so far, merged, advanced and finished."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+from tfbn import moments, storage
+from tfbn.moments import Moments
+from tfbn.population import LayerStats, PopulationStats
+from tfbn.sweep.methods import METHODS
+
+# A pass has settled where the statistics that it found are those that it was made with, up to
+# this share of a standard deviation, or of a variance. Rounding in float32 stays below it.
+_SETTLED = 1e-5
+# Whole passes over layers that depend on themselves, in a loop, converge or are given up.
+_MORE_PASSES = 50
+
+
+_KIND = "tfbn sweep state 1"
+
+
+class Site(NamedTuple):
+    """One call of one batch norm layer.
+
+    Attributes:
+        path: The path of the layer.
+        call: Which of its calls in one run of the model, from 0.
+    """
+
+    path: str
+    call: int
+
+
+def _equal(ours, theirs, method):
+    return ours
+
+
+def _sum(ours, theirs, method):
+    return ours + theirs
+
+
+def _sum_of_digests(ours, theirs, method):
+    return (ours + theirs) % 2**64
+
+
+def _largest(ours, theirs, method):
+    return max(ours, theirs)
+
+
+def _union(ours, theirs, method):
+    return ours | theirs
+
+
+def _by_site(ours, theirs, method):
+    merged = dict(ours)
+    for site, brought in theirs.items():
+        held = merged.get(site)
+        merged[site] = brought if held is None else moments.merge(held, brought, method=method)
+    return merged
+
+
+def _field(merge, default):
+    """A field of `SweepState`, with the function that merges it from two shards."""
+    options = {"default_factory": default} if callable(default) else {"default": default}
+    return dataclasses.field(metadata={"merge": merge}, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepState:
+    """A sweep between two batches, over one shard of the data or several merged ones.
+
+    Attributes:
+        method: Its name, see `tfbn.sweep.methods`.
+        fingerprint: Of the weights, see `tfbn.keras_models.fingerprint`.
+        paths: The layers to sweep.
+        whole: Whether every pass observes all calls, because the network cannot be cut at levels.
+        level: The level whose calls are being observed, or the number of the whole pass, from 1.
+        settled: By site the moments of the levels before, or of the whole pass before.
+        first: `samples`, `data` and `keys` of level 1; `None` at level 1.
+        complete: Whether no level is left.
+        levels: By path the level of every layer that a batch has shown.
+        random: Whether the network draws random numbers, which follow from the batches' keys.
+        samples: How many samples this level has seen; `batches` in how many batches;
+            `batch_size` the size of the largest.
+        data: The digests of these samples, summed: whatever their order and their batches.
+        keys: The keys of these batches, summed.
+        moments: By site the moments of this level.
+    """
+
+    method: str = _field(_equal, "exact")
+    fingerprint: str = _field(_equal, "")
+    paths: tuple = _field(_equal, ())
+    whole: bool = _field(_largest, False)
+    level: int = _field(_equal, 1)
+    settled: dict = _field(_equal, dict)
+    first: tuple | None = _field(_equal, None)
+    complete: bool = _field(_equal, False)
+    levels: dict = _field(_union, dict)
+    random: bool = _field(_largest, False)
+    samples: int = _field(_sum, 0)
+    batches: int = _field(_sum, 0)
+    batch_size: int = _field(_largest, 0)
+    data: int = _field(_sum_of_digests, 0)
+    keys: int = _field(_sum_of_digests, 0)
+    moments: dict = _field(_by_site, dict)
+
+    def add(self, batch, found, levels, random):
+        """The state with one batch more.
+
+        Args:
+            batch: The `tfbn.sweep.batches.Batch`.
+            found: (site, moments) of the calls that the batch has run through.
+            levels: By path the level of the layers that it has shown.
+            random: Whether it has shown random draws.
+        """
+        shard = dataclasses.replace(
+            self.without_batches(),
+            levels=levels,
+            random=random,
+            samples=batch.samples,
+            batches=1,
+            batch_size=batch.samples,
+            data=batch.data,
+            keys=batch.key,
+        )
+        for site, brought in found:  # The body of a loop brings several for one site.
+            merged = _by_site(shard.moments, {site: brought}, self.method)
+            shard = dataclasses.replace(shard, moments=merged)
+        return self.merge(shard)
+
+    def without_batches(self):
+        """The state at the beginning of its level."""
+        zero = {"samples": 0, "batches": 0, "batch_size": 0, "data": 0, "keys": 0}
+        return dataclasses.replace(self, **zero, moments={}, levels={})
+
+    def whole_passes(self):
+        """The state of a sweep that begins anew, by whole passes."""
+        return SweepState(self.method, self.fingerprint, self.paths, whole=True)
+
+    def merge(self, other):
+        """The state of two shards together.
+
+        Raises:
+            ValueError: If they are not of one level of one sweep.
+        """
+        self._check_same_sweep(other)
+        merged = {
+            field.name: field.metadata["merge"](
+                getattr(self, field.name), getattr(other, field.name), self.method
+            )
+            for field in dataclasses.fields(self)
+        }
+        if any(other.levels.get(path, level) != level for path, level in self.levels.items()):
+            merged["whole"] = True
+        return SweepState(**merged)
+
+    def _check_same_sweep(self, other):
+        for name, advice in (
+            ("method", "Sweep all shards with one method."),
+            ("fingerprint", "Use the same weights for all shards."),
+            ("paths", "Use the same model for all shards, with the same layers frozen."),
+            ("level", "Merge the shards of one level before the next."),
+            ("first", "Give all shards the state that the level before was merged to."),
+        ):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"Expected shards of one sweep. Received: shards whose {name} differs, "
+                    f"{ours!r} and {theirs!r}. {advice}"
+                )
+        if self.settled is not other.settled and not _same_moments(self.settled, other.settled):
+            raise ValueError(
+                f"Expected shards of one sweep. Received: shards at level {self.level} that "
+                "differ in the levels before. Give all shards the same merged state."
+            )
+
+    @functools.cached_property
+    def populations(self):
+        """By path the moments of the layers of all settled levels: those of all their calls."""
+        return _by_path(self.settled, self.method)
+
+    def next_level(self):
+        """The state at the beginning of the next level, or the complete one after the last.
+
+        Raises:
+            ValueError: If the level was swept over other data than the first; if whole passes
+                do not settle.
+        """
+        swept = self.samples, self.data, self.keys
+        if self.first is not None:
+            _check_same_data(self.first, swept, self.random)
+        settled = self.moments if self.whole else self.settled | self.moments
+        if not METHODS[self.method].by_level:
+            complete = True
+        elif self.whole:
+            complete = self._has_settled()
+        else:
+            complete = self.level >= max(self.levels.values(), default=0)
+        after = dataclasses.replace(
+            self,
+            settled=settled,
+            complete=complete,
+            first=swept,
+            level=self.level + (not complete),
+        )
+        return after if complete else dataclasses.replace(after.without_batches(), levels=self.levels)
+
+    def _has_settled(self):
+        found = _by_path(self.moments, self.method)
+        if found.keys() != self.populations.keys():
+            return False
+        if all(_close(found[path], held) for path, held in self.populations.items()):
+            return True
+        if self.level > len(self.paths) + _MORE_PASSES:
+            moving = [p for p, held in self.populations.items() if not _close(found[p], held)]
+            raise ValueError(
+                "Expected a network whose batch norm layers have exact statistics. Received: layer "
+                f"{moving[0]!r}, which is called in a loop that feeds its output back to it, and "
+                f"whose statistics still move after {self.level} passes. Use method='pooled'."
+            )
+        return False
+
+    def to_bytes(self):
+        """The state as bytes, for `from_bytes`."""
+        sites = {"settled": self.settled, "moments": self.moments}
+        header = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in sites
+        }
+        arrays = {}
+        for name, found in sites.items():
+            header[name] = [list(site) for site in found]
+            arrays |= {f"{name}_{i}": np.stack(m) for i, m in enumerate(found.values())}
+        return storage.pack({"kind": _KIND, "state": header}, arrays)
+
+    @classmethod
+    def from_bytes(cls, content):
+        """The state that `to_bytes` wrote.
+
+        Raises:
+            ValueError: If the bytes are damaged, or are something else.
+        """
+        header, arrays = storage.unpack(content)
+        try:
+            if header["kind"] != _KIND:
+                raise ValueError("another kind of file")
+            values = header["state"]
+            for name in ("settled", "moments"):
+                values[name] = {
+                    Site(*site): Moments(*arrays[f"{name}_{i}"])
+                    for i, site in enumerate(values[name])
+                }
+            for name in ("paths", "first"):
+                values[name] = None if values[name] is None else tuple(values[name])
+            return cls(**values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"Expected the state of a sweep. Received: {len(content)} bytes that are not "
+                f"({type(error).__name__}: {error})."
+            ) from error
+
+    def finish(self, model, previous):
+        """The result of a complete sweep.
+
+        Args:
+            model: The model that was swept.
+            previous: The `PopulationStats` that it holds.
+
+        Raises:
+            ValueError: If a layer was never called, or without any value.
+        """
+        populations = self.populations
+        for path in self.paths:
+            if path not in populations:
+                raise ValueError(
+                    f"Expected model {model.name!r} to call its batch norm layer {path!r}. "
+                    "Received: a model that does not call it for inference, or whose subclass of "
+                    "BatchNormalization does not call super().call(). Remove the layer, or set "
+                    "its trainable=False to leave it out."
+                )
+            if not np.any(populations[path].count):
+                raise ValueError(
+                    f"Expected values for layer {path!r}. Received: none, or only masked ones. "
+                    "Look at the data and its masks."
+                )
+        return PopulationStats(
+            {path: layer_stats(populations[path]) for path in self.paths},
+            method=self.method,
+            samples=self.samples,
+            batches=self.batches,
+            batch_size=self.batch_size,
+            fingerprint=self.fingerprint,
+            levels=self.level,
+            previous=previous,
+        )
+
+
+def layer_stats(found: Moments) -> LayerStats:
+    """The statistics that moments come to."""
+    return LayerStats(found.count, found.mean, moments.variance(found))
+
+
+def _check_same_data(first, now, random):
+    if first[:2] != now[:2]:
+        raise ValueError(
+            "Expected the same data in every pass. Received: data that differs from that of the "
+            f"first pass ({first[0]} samples then, {now[0]} now), as random augmentation in a "
+            "pipeline makes it. method='exact' reads the data once where the tensors between its "
+            "levels fit in memory: raise `memory_limit`, sweep fewer samples with `steps`, seed "
+            "the pipeline, or use method='pooled', which reads it once."
+        )
+    if random and first != now:
+        raise ValueError(
+            "Expected the same batches in every pass, because the network draws random numbers in "
+            "inference, anew for every batch. Received: the same data in other batches. Raise "
+            "`memory_limit`, use a pipeline that does not shuffle, or use method='pooled'."
+        )
+
+
+def _by_path(by_site, method):
+    merged = {}
+    for site, brought in by_site.items():
+        held = merged.get(site.path)
+        merged[site.path] = (
+            brought if held is None else moments.merge(held, brought, method=method)
+        )
+    return merged
+
+
+def _same_moments(ours, theirs):
+    return ours.keys() == theirs.keys() and all(
+        all(map(np.array_equal, ours[site], theirs[site])) for site in ours
+    )
+
+
+def _close(ours, theirs):
+    # Rounding counts where a channel hardly varies.
+    variance = moments.variance(theirs) + 1e-6 * theirs.mean**2
+    return np.all(np.abs(ours.mean - theirs.mean) <= _SETTLED * np.sqrt(variance)) and np.all(
+        np.abs(moments.variance(ours) - moments.variance(theirs)) <= _SETTLED * variance
+    )

@@ -1,0 +1,108 @@
+"""Passes that run the whole network for every batch, and observe all calls at once."""
+
+import contextlib
+
+import tensorflow as tf
+
+from tfbn.sweep.frontiers import Frontier
+from tfbn.sweep.graph_passes import depth
+from tfbn.sweep.network import flatten
+
+
+class WholePasses:
+    """The passes of a sweep over a network that is not, or cannot be, cut at its levels.
+
+    In the first pass every call normalises with the moments of the batch. In each later pass the
+    layers normalise with the statistics of the pass before.
+
+    Args:
+        network: A `tfbn.sweep.network.Network`.
+        static: See `Network.trace`.
+        eager: Whether to run the model without a graph.
+    """
+
+    def __init__(self, network, static, eager):
+        self._network = network
+        self._static = static
+        self._eager = eager
+        self._latest = None
+
+    @property
+    def depth(self):
+        """The most observed layers on a path through the network."""
+        return 0 if self._latest is None else depth(self._latest)
+
+    def start(self, batch):
+        """The batch itself: no pass takes it further."""
+        return Frontier(None, 0, [batch.inputs, batch.number])
+
+    def levels(self, frontier):
+        """No layer has a level."""
+        return {}
+
+    def not_nan(self, frontier):
+        """The places of the inputs in which NaN would be an error."""
+        return [] if self._eager else self._trace(frontier.values[0], {}).not_nan
+
+    def advance(self, frontier, level, populations):
+        """Run a batch through the network.
+
+        Args:
+            frontier: Of `start`.
+            level: The number of the pass.
+            populations: By path the mean and variance of the layers that the pass before found,
+                a tensor of shape (2, channels).
+
+        Returns:
+            For every call its site and the moments of the values that entered, a list of
+            (count, mean, variance); the frontier as it was; and whether the network draws random
+            numbers.
+        """
+        run = self._run_eagerly if self._eager else self._run_graph
+        called, random = run(*frontier.values, populations)
+        return called, frontier, random
+
+    def _trace(self, inputs, populations):
+        self._latest = self._network.trace(
+            inputs, settled=bool(populations), static=self._static
+        )
+        return self._latest
+
+    def _run_eagerly(self, inputs, number, populations):
+        def population(path, channels):
+            return tf.unstack(populations[path]) if path in populations else None
+
+        _, calls, draws, _ = self._network.observer.run(inputs, number, population)
+        return [(call.site, call.measure(*(call.fetches or ()))) for call in calls], draws > 0
+
+    def _run_graph(self, inputs, number, populations):
+        trace = self._trace(inputs, populations)
+        function, fed, fetches = _function_of(trace)
+        fed = (populations.get(path, _standard(trace, path)) for path in fed)
+        # Two runs at once would take the moments of calls in loops from one queue.
+        with contextlib.nullcontext() if trace.cuttable else trace.lock:
+            fetched = iter(function(*flatten(inputs), number, *fed)[:fetches])
+            called = [
+                (call.site, call.measure(*(next(fetched) for _ in call.fetches or ())))
+                for call in trace.calls
+            ]
+        return called, trace.random
+
+
+def _standard(trace, path):
+    """Mean 0 and variance 1, for a layer that the pass before did not reach."""
+    _, channels = trace.populations[path].shape
+    return tf.stack([tf.zeros(channels, tf.float64), tf.ones(channels, tf.float64)])
+
+
+def _function_of(trace):
+    """From a batch and populations to the fetches of all calls, made once."""
+    with trace.lock:
+        if "whole" not in trace.pieces:
+            paths = {id(placeholder): path for path, placeholder in trace.populations.items()}
+            fetches = sum(len(call.fetches or ()) for call in trace.calls)
+            function, needed = trace.extraction.function(
+                trace.inputs, list(trace.populations.values()), trace.measured
+            )
+            trace.pieces["whole"] = function, [paths[id(t)] for t in needed], fetches
+        return trace.pieces["whole"]

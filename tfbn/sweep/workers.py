@@ -1,0 +1,110 @@
+"""The processes that share a sweep, by the `tf.distribute` strategy of a model."""
+
+import concurrent.futures
+import threading
+
+import numpy as np
+import tensorflow as tf
+
+from tfbn.sweep.state import SweepState
+
+
+class Workers:
+    """The processes that share the sweep of a model, of which this is one.
+
+    Under `tf.distribute.MultiWorkerMirroredStrategy` these are its workers, each of which has
+    to make the same calls in the same order; otherwise it is this process alone.
+
+    Attributes:
+        index: The number of this worker, from 0.
+    """
+
+    def __init__(self, model):
+        self.index, self._count, self._words = 0, 1, None
+        strategy = getattr(model, "distribute_strategy", None)  # What is no model is told later.
+        if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+            return
+        # `cluster_resolver.task_id` counts a chief and the others separately.
+        local = len(strategy.extended.worker_devices)
+        first, *_ = strategy.experimental_local_results(
+            strategy.experimental_distribute_values_from_function(
+                lambda context: context.replica_id_in_sync_group
+            )
+        )
+        self.index = int(first) // local
+        self._count = strategy.num_replicas_in_sync // local
+        self._words = tf.function(
+            lambda words: strategy.gather(words, axis=0),
+            input_signature=[tf.TensorSpec([None], tf.int32)],
+            autograph=False,
+        )
+
+    def __len__(self):
+        return self._count
+
+    def gather(self, compute):
+        """The `SweepState`s that a function computes on every worker, in their order.
+
+        Raises:
+            Exception: What `compute` raises here.
+            RuntimeError: If it raises on another worker, or another worker has ended. Workers
+                that take their time are waited for.
+        """
+        if self._count == 1:
+            return [compute()]
+        failure = None
+        try:
+            message = b"+" + compute().to_bytes()
+        except Exception as error:
+            failure = error
+            message = f"-{type(error).__name__}: {error}".encode()
+        messages = self._exchange(message)
+        if failure is not None:
+            raise failure
+        for index, message in enumerate(messages):
+            if message[:1] == b"-":
+                raise RuntimeError(
+                    f"Expected the sweeps of all {self._count} workers. Received: from worker "
+                    f"{index} (counting from 0), {message[1:].decode()}"
+                )
+        return [SweepState.from_bytes(message[1:]) for message in messages]
+
+    def _gathered(self, words):
+        with tf.device("CPU:0"):
+            return self._words(tf.constant(words)).numpy()
+
+    def _exchange(self, message):
+        # In words, because bytes cannot be gathered, and with a header that says from whom,
+        # because they come in the order of the tasks' names: 10 before 2.
+        words = np.zeros(2 + -(-len(message) // 4), np.int32)
+        words[:2] = self.index, len(message)
+        words[2:].view(np.uint8)[: len(message)] = np.frombuffer(message, np.uint8)
+        try:
+            gathered = _interruptible(self._gathered, words)
+        except tf.errors.OpError as error:
+            raise RuntimeError(
+                f"Expected all {self._count} workers to go on to the end of the sweep. Received: "
+                f"{type(error).__name__}, because one of them has ended ({error.message}). Nothing "
+                "was changed. Start all workers again."
+            ) from error
+        messages = {}
+        while gathered.size:
+            index, size = gathered[:2]
+            end = 2 + -(-size // 4)
+            messages[index] = gathered[2:end].tobytes()[:size]
+            gathered = gathered[end:]
+        return [messages[index] for index in range(self._count)]
+
+
+def _interruptible(function, argument):
+    """What a function gives. While TensorFlow waits, Python hears of no Ctrl-C in that thread."""
+    answer = concurrent.futures.Future()
+
+    def run():
+        try:
+            answer.set_result(function(argument))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return answer.result()
