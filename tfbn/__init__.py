@@ -37,7 +37,7 @@ from tfbn.plots import plot_drift, plot_history  # noqa: E402
 from tfbn.population import LayerStats, PopulationStats  # noqa: E402
 from tfbn.serving.exporting import describe, export  # noqa: E402
 from tfbn.serving.folding import fold  # noqa: E402
-from tfbn.sweep import collect, update_population_stats  # noqa: E402
+from tfbn.sweep import collect, collect_shards, update_population_stats  # noqa: E402
 from tfbn.tracker import StatsTracker  # noqa: E402
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "StatsTracker",
     "__version__",
     "collect",
+    "collect_shards",
     "convert",
     "describe",
     "export",

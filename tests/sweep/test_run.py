@@ -1,7 +1,6 @@
 """Tests of `tfbn.collect` and `tfbn.update_population_stats`."""
 
 import itertools
-import operator
 import os
 import random
 import signal
@@ -17,18 +16,16 @@ from networks import (
     NETWORKS,
     Subclassed,
     batch_norms,
-    branching,
     data,
     dtype_policy,
     in_training,
     plain,
     residual,
-    subclassed,
 )
 
 import tfbn
 from tfbn.keras_models import batch_norm_layers
-from tfbn.sweep.trace import Trace
+from tfbn.sweep import graph_passes
 
 BN = [tfbn.BatchNormalization, layers.BatchNormalization]
 SAMPLES = 37
@@ -85,7 +82,7 @@ def test_pooled_and_algorithm2_to_their_definitions(build):
     starts = range(0, SAMPLES, 16)
     batches = in_training(build, model, x, [slice(s, s + 16) for s in starts])
     sizes = [16, 16, 5]
-    stats = tfbn.collect(model, x, batch_size=16, verbose=0)
+    stats = tfbn.collect(model, x, method="pooled", batch_size=16, verbose=0)
     per_layer = list(zip(*batches, strict=True))
     assert_stats(stats, model, [pooled(sizes, layer) for layer in per_layer], rtol=1e-5)
 
@@ -240,7 +237,7 @@ def test_a_loop_that_feeds_a_layers_output_back_to_it_has_no_exact_statistics():
     for i in range(3):
         seen.append(np.maximum(h, 0) + x[:, i])
         h = (seen[-1] - seen[-1].mean(0)) / np.sqrt(seen[-1].var(0) + 1e-3)
-    [stats] = tfbn.collect(model, x, verbose=0).values()
+    [stats] = tfbn.collect(model, x, method="pooled", verbose=0).values()
     np.testing.assert_allclose(stats.mean, np.mean(seen, (0, 1)), rtol=1e-5)
     np.testing.assert_allclose(stats.variance, np.concatenate(seen).var(0), rtol=1e-5)
 
@@ -292,7 +289,7 @@ class Vectorized(keras.Model):
 def test_a_layer_in_a_vectorized_function_is_an_error():
     model = Vectorized()
     model(np.zeros((2, 3, 4)))
-    with pytest.raises(ValueError, match=r"tf\.vectorized_map cannot be observed"):
+    with pytest.raises(ValueError, match=r"called in tf\.vectorized_map"):
         tfbn.collect(model, np.ones((20, 3, 4), "f"), verbose=0)
 
 
@@ -338,10 +335,8 @@ def test_a_layer_that_cannot_be_observed_is_an_error():
     )
     with pytest.raises(ValueError, match=r"call its batch norm layer 'mine'"):
         tfbn.collect(model, data(model, 4), verbose=0)
-    part = tfbn.collect_level(model, data(model, 4), verbose=0)
-    assert part.complete and list(part) == [model.layers[-1].name]
     with pytest.raises(ValueError, match=r"call its batch norm layer 'mine'"):
-        part.assign(model)
+        tfbn.collect_shards(model, [data(model, 4)], verbose=0)
 
 
 def test_renorm_sets_all_statistics():
@@ -513,13 +508,13 @@ def test_what_fits_in_memory_is_not_computed_again(memory_limit, reads, starts, 
     model = plain(layers.BatchNormalization)
     x = data(model, 40)
     read, started = [], []
-    original = Trace.part
+    original = graph_passes.LevelPasses.advance
 
-    def part(self, level, start, *args):
-        started.append(start)
-        return original(self, level, start, *args)
+    def advance(self, frontier, *args):
+        started.append(frontier.level)
+        return original(self, frontier, *args)
 
-    monkeypatch.setattr(Trace, "part", part)
+    monkeypatch.setattr(graph_passes.LevelPasses, "advance", advance)
 
     class Read:
         def __iter__(self):
@@ -543,7 +538,7 @@ def test_other_data_in_the_second_pass_is_an_error():
         def __iter__(self):
             return iter([x[: next(lengths)]])
 
-    with pytest.raises(ValueError, match=r"same data in every pass.*\d+ samples and then \d+"):
+    with pytest.raises(ValueError, match=r"same data in every pass.*\(39 samples then, 38 now\)"):
         tfbn.collect(model, Shrinking(), method="exact", memory_limit=0, verbose=0)
 
 
@@ -551,13 +546,13 @@ def test_small_batches_are_warned_of_only_where_they_matter():
     deep = plain(layers.BatchNormalization)
     x = data(deep, 20)
     with pytest.warns(UserWarning, match="exact"):
-        tfbn.collect(deep, x, batch_size=8, verbose=0)
+        tfbn.collect(deep, x, method="pooled", batch_size=8, verbose=0)
     flat = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        tfbn.collect(deep, x, batch_size=16, verbose=0)
+        tfbn.collect(deep, x, method="pooled", batch_size=16, verbose=0)
         tfbn.collect(deep, x, method="exact", batch_size=2, verbose=0)
-        tfbn.collect(flat, data(flat, 20), batch_size=2, verbose=0)
+        tfbn.collect(flat, data(flat, 20), method="pooled", batch_size=2, verbose=0)
 
 
 # Nothing else changes.
@@ -807,7 +802,8 @@ def bad_calls():
         "wrong shape": (with_bn, np.ones((8, 4), "f"), {}, r"batch 0 .*\(8, 4\)"),
         "wrong rank": (with_bn, np.ones((8, 2, 3), "f"), {}, r"batch 0 .*\(8, 2, 3\)"),
         "wrong in a later batch": (with_bn, iter([x, np.ones((8, 4), "f")]), {}, r"batch 1 .*"),
-        "lengths": (with_bn, [x, x[:4]], {}, r"same number of samples.*\[4, 8\]"),
+        "lengths": (with_bn, {"a": x, "b": x[:4]}, {}, r"same number of samples.*\[4, 8\]"),
+        "list of batches": (with_bn, [x, x], {}, "one array.*list of 2 arrays.*generator"),
         "scalar": (with_bn, np.float32(1), {}, "batch axis"),
         "no data": (with_bn, None, {}, "what `model.fit` takes"),
         "a path": (with_bn, "data.npz", {}, "what `model.fit` takes"),
@@ -832,9 +828,8 @@ def test_progress(capsys):
     x = data(model, 40)
     tfbn.collect(model, x, method="exact", batch_size=8, verbose=1)
     printed = capsys.readouterr().out
-    for number in (1, 2, 3):
-        assert f"Population statistics, exact, pass {number} of 3" in printed
-    assert "5/5" in printed
+    assert printed.count("Population statistics, exact") == 1
+    assert "15/15" in printed and printed.count("\n") == 2
     tfbn.collect(model, x, verbose=0)
     assert capsys.readouterr().out == ""
 
@@ -857,92 +852,3 @@ def test_batches_of_different_shapes(method):
     assert (first.count, second.count) == (16 * 26, 16 * 22)
     np.testing.assert_allclose(first.mean, values.mean(0), atol=1e-6)
     np.testing.assert_allclose(first.variance, values.var(0), rtol=1e-5)
-
-
-# Level by level, in several places.
-
-
-@pytest.mark.parametrize("build", [residual, branching, subclassed])
-def test_shards_swept_level_by_level_are_one_sweep_over_all(build, tmp_path):
-    model = build(tfbn.BatchNormalization)
-    x = data(model, SAMPLES)
-    shards = [
-        keras.tree.map_structure(operator.itemgetter(part), x)
-        for part in (slice(0, 1), slice(1, 20), slice(20, SAMPLES))
-    ]
-    stats, rounds = None, 0
-    while stats is None or not stats.complete:
-        rounds += 1
-        for i, shard in enumerate(shards):
-            below = stats and tfbn.PopulationStats.load(tmp_path / "below.npz")
-            part = tfbn.collect_level(model, shard, below, batch_size=5, verbose=0)
-            part.save(tmp_path / f"part_{i}.npz")
-        a, b, c = (tfbn.PopulationStats.load(tmp_path / f"part_{i}.npz") for i in range(3))
-        stats = a.merge(b).merge(c) if rounds % 2 else c.merge(a.merge(b))
-        assert (stats.samples, stats.batches, stats.batch_size) == (SAMPLES, 9, 5)
-        assert stats.level == rounds
-        stats.save(tmp_path / "below.npz")
-    assert rounds == stats.levels
-    [expected] = in_training(build, model, x, [slice(None)])
-    assert_stats(stats, model, expected)
-    previous = stats.assign(model)
-    assert stats.previous == previous
-    whole = tfbn.collect(model, x, method="exact", batch_size=5, verbose=0)
-    for path, drift in whole.compare(stats).items():
-        assert drift["mean_shift_max"] < 1e-6 and drift["std_ratio_max"] < 1 + 1e-6, path
-
-
-@pytest.mark.parametrize("eager", [False, True])
-def test_level_by_level_where_the_graph_cannot_be_cut(eager):
-    model = Looped()
-    x = np.random.default_rng(0).normal(3, 2, size=(20, 3, 4)).astype("f")
-    model(x)
-    model.run_eagerly = eager
-    whole = tfbn.collect(model, x, method="exact", batch_size=3, verbose=0)
-    stats = None
-    while stats is None or not stats.complete:
-        parts = [
-            tfbn.collect_level(model, shard, stats, batch_size=3, verbose=0)
-            for shard in (x[:7], x[7:])
-        ]
-        stats = parts[0].merge(parts[1])
-    entered = x.astype("d")
-    normalized = (entered - entered.mean((0, 1))) / np.sqrt(entered.var((0, 1)) + 1e-3)
-    for found, again, values in zip(
-        stats.values(), whole.values(), (entered, normalized), strict=True
-    ):
-        for one in (found, again):
-            np.testing.assert_allclose(one.mean, values.mean((0, 1)), rtol=1e-5, atol=1e-6)
-            np.testing.assert_allclose(one.variance, values.var((0, 1)), rtol=1e-5)
-
-
-def test_level_by_level_refuses_what_does_not_belong_together():
-    model = plain(layers.BatchNormalization)
-    x = data(model, 20)
-    first = tfbn.collect_level(model, x[:10], verbose=0)
-    assert (first.level, first.levels, first.complete) == (1, 3, False)
-    assert "level=1 of 3" in repr(first)
-    held = [np.array(w) for w in model.get_weights()]
-    with pytest.raises(ValueError, match=r"all 3 levels.*up to level 1.*collect_level"):
-        first.assign(model)
-    second = tfbn.collect_level(model, x[:10], first, verbose=0)
-    with pytest.raises(ValueError, match=r"one level. Received: level 1 and level 2"):
-        first.merge(second)
-    # Parts above different statistics of the levels below.
-    other = tfbn.collect_level(model, x[10:], tfbn.collect_level(model, x, verbose=0), verbose=0)
-    with pytest.raises(ValueError, match=r"above the same levels.*at level 1"):
-        second.merge(other)
-    whole = tfbn.collect(model, x, method="exact", verbose=0)
-    with pytest.raises(ValueError, match=r"level by level with tfbn.collect_level"):
-        second.merge(whole)
-    pooled_stats = tfbn.collect(model, x, verbose=0)
-    third = tfbn.collect_level(model, x[:10], second, verbose=0)
-    assert third.complete
-    for below in (whole, pooled_stats, third):
-        with pytest.raises(ValueError, match="with levels left to sweep"):
-            tfbn.collect_level(model, x, below, verbose=0)
-    model.layers[0].kernel.assign(model.layers[0].kernel * 2)
-    with pytest.raises(ValueError, match="weights that the levels below were swept with"):
-        tfbn.collect_level(model, x, first, verbose=0)
-    for a, b in zip(held[1:], model.get_weights()[1:], strict=True):
-        np.testing.assert_array_equal(a, b)

@@ -1,5 +1,6 @@
 """The sweep: population statistics of a frozen network, from its data."""
 
 from tfbn.sweep.run import collect, update_population_stats
+from tfbn.sweep.shards import collect_shards
 
-__all__ = ["collect", "update_population_stats"]
+__all__ = ["collect", "collect_shards", "update_population_stats"]

@@ -221,6 +221,11 @@ def batches(x, batch_size=None, steps=None, may_be_empty=False, model=None):
     return Batches(elements, total, **options, static=static, steps=steps)
 
 
+def none():
+    """No batches."""
+    return Batches(lambda: iter(()), 0, check=lambda inputs: None)
+
+
 def check_positive(**values):
     """Raise `ValueError` unless all are positive integers or `None`."""
     for name, value in values.items():

@@ -59,7 +59,11 @@ class Frontiers:
             with tf.device("CPU"):  # Main memory has more room than an accelerator.
                 values = [tf.identity(value) for value in frontier.values]
             # The inputs themselves need not be kept: they are in the frontier where they matter.
-            self._kept[batch.key] = batch._replace(inputs=None), frontier._replace(values=values), size
+            self._kept[batch.key] = (
+                batch._replace(inputs=None),
+                frontier._replace(values=values),
+                size,
+            )
             self._room -= size - before
             self._used.add(batch.key)
 

@@ -2,8 +2,6 @@
 
 import collections
 
-import tensorflow as tf
-
 from tfbn.sweep.extraction import sources
 from tfbn.sweep.frontiers import Frontier
 from tfbn.sweep.network import UnobservableError, flatten
@@ -111,8 +109,8 @@ class Levels:
         Returns:
             For every call of the level its site and moments; and the tensors of its frontier.
         """
-        function, paths = self._segment(level)
-        outputs = function(*values, *(_population(populations, path) for path in paths))
+        function, sites = self._segment(level)
+        outputs = function(*values, *(_population(populations, site) for site in sites))
         entered = len(outputs) - len(self._frontiers[level])
         fetched = iter(outputs[:entered])
         found = [
@@ -124,7 +122,7 @@ class Levels:
     def _segment(self, level):
         with self._trace.lock:
             if level not in self._segments:
-                paths = {id(p): path for path, p in self._trace.populations.items()}
+                sites = {id(p): site for site, p in self._trace.populations.items()}
                 fetches = [tensor for call in self._calls[level] for tensor in call.fetches]
                 function, needed = self._trace.extraction.function(
                     self._frontiers[level - 1],
@@ -137,7 +135,7 @@ class Levels:
                         if first < level and key in self._from_data
                     },
                 )
-                self._segments[level] = function, [paths[id(tensor)] for tensor in needed]
+                self._segments[level] = function, [sites[id(tensor)] for tensor in needed]
         return self._segments[level]
 
     def _find_frontiers(self, levels):
@@ -193,7 +191,8 @@ def depth(trace):
     return trace.pieces["depth"]
 
 
-def _population(populations, path):
+def _population(populations, site):
+    path = site.path
     if path not in populations:
         raise UnobservableError(
             "Expected the same data in every pass. Received: a batch that reaches layer "
@@ -205,28 +204,46 @@ def _population(populations, path):
 
 def _levels(trace):
     """By path the level of a layer, or `None` if a layer depends on its own output."""
-    before = _dependencies(trace)
-    levels, open_paths = {}, set()
-
-    def visit(path):
-        if path in open_paths:
-            raise RecursionError
-        if path not in levels:
-            open_paths.add(path)
-            levels[path] = 1 + max(map(visit, before[path]), default=0)
-            open_paths.remove(path)
-        return levels[path]
-
-    try:
-        for path in sorted(before, key=lambda path: len(before[path])):
-            visit(path)
-    except RecursionError:
+    before, levels = _dependencies(trace), {}
+    if recurrent(trace):
         return None
+    for path in before:
+        pending = [path]
+        while pending:
+            missing = [other for other in before[pending[-1]] if other not in levels]
+            if missing:
+                pending.append(missing[0])
+                continue
+            done = pending.pop()
+            levels[done] = 1 + max((levels[other] for other in before[done]), default=0)
     return levels
+
+
+def recurrent(trace):
+    """The paths of the layers whose calls depend on their own output: a cell at every step."""
+    before = _dependencies(trace)
+
+    def reaches_itself(path):
+        seen, pending = set(), list(before[path])
+        while pending:
+            other = pending.pop()
+            if other not in seen:
+                seen.add(other)
+                pending += before[other]
+        return path in seen
+
+    several = {call.site.path for call in trace.calls if call.site.call}
+    return frozenset(path for path in several if reaches_itself(path))
 
 
 def _dependencies(trace):
     """By path the layers whose outputs reach a call of a layer past no other layer."""
+    if "dependencies" not in trace.pieces:
+        trace.pieces["dependencies"] = _find_dependencies(trace)
+    return trace.pieces["dependencies"]
+
+
+def _find_dependencies(trace):
     paths = list(dict.fromkeys(call.site.path for call in trace.calls))
     bit = {path: 1 << i for i, path in enumerate(paths)}
     call_at = {id(call.outputs.op): call for call in trace.calls}
@@ -242,6 +259,4 @@ def _dependencies(trace):
             if call.fetches:
                 for tensor in call.inputs:
                     before[call.site.path] |= reaching[id(tensor.op)]
-    return {
-        path: [other for other in paths if mask & bit[other]] for path, mask in before.items()
-    }
+    return {path: [other for other in paths if mask & bit[other]] for path, mask in before.items()}

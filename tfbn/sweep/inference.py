@@ -12,11 +12,9 @@ import tensorflow as tf
 
 # Private. The one place through which every `tf.custom_gradient` goes in a graph: it registers
 # the traced function globally and for good. A sweep needs no gradient.
-from tensorflow.python.ops import custom_gradient
-
 # Private. The four operations behind `tf.random.normal`, `uniform`, `truncated_normal` and the
 # dropout of `tf.nn`. TensorFlow has no hook for the seeds of a graph's operations.
-from tensorflow.python.ops import gen_random_ops
+from tensorflow.python.ops import custom_gradient, gen_random_ops
 
 from tfbn.detours import detour
 from tfbn.keras_models import observed_calls

@@ -43,7 +43,7 @@ class Trace:
         graph: The `tf.Graph`.
         inputs: The placeholders of the batch's dense tensors, and that of its number.
         outputs: The model's outputs.
-        populations: By path the placeholder of the population of a layer.
+        populations: By site the placeholder of the population that it normalises with.
         calls: The calls of observed layers in their order.
         random: Whether the network draws random numbers.
         lock: To be held while `pieces` changes, and while the graph runs with calls in loops.
@@ -64,14 +64,13 @@ class Trace:
             *flat, number = flat
             graph = tf.compat.v1.get_default_graph()
 
-            def population(path, channels):
+            def population(site, channels):
                 if not settled:
                     return None
-                if path not in self.populations:
-                    with graph.as_default():  # Not in the body of a loop around the call.
-                        placeholder = tf.compat.v1.placeholder(tf.float64, [2, channels])
-                    self.populations[path] = placeholder
-                return tf.unstack(self.populations[path])
+                with graph.as_default():  # Not in the body of a loop around the call.
+                    placeholder = tf.compat.v1.placeholder(tf.float64, [2, channels])
+                self.populations[site] = placeholder
+                return tf.unstack(placeholder)
 
             inputs = tf.nest.pack_sequence_as(structure, flat, expand_composites=True)
             outputs, self.calls, draws, updated = observer.run(inputs, number, population)
@@ -128,16 +127,20 @@ class Trace:
 
 
 def _refuse_memory(trace, observer, updates):
-    """Raise `UnobservableError` if a variable carries something from one batch to the next.
+    """Raise `UnobservableError` if a variable carries data from one batch to the next.
 
     A sweep takes batches in any order, and each several times.
     """
-    read = ancestors(trace.measured)
-    read_ids = set(map(id, read))
+    data = {id(tensor.op) for tensor in trace.inputs[:-1]}
+    read = set(map(id, ancestors(trace.measured)))
     outer = {id(inner.op): id(captured) for captured, inner in trace.graph.captures}
-    handles = {outer[id(op)] for op in read if id(op) in outer}
-    for variable in updates:
-        if handles & observer.handles(variable):
+    handles = {outer[key] for key in read if key in outer}
+
+    def carries(values):
+        return any(id(op) in data for op in ancestors(values))
+
+    for variable, value in updates.items():
+        if handles & observer.handles(variable) and carries([value]):
             raise UnobservableError(
                 "Expected a network whose inference on one batch does not depend on the batch "
                 f"before. Received: layer {observer.owner(variable)!r}, which keeps a state that "
@@ -145,11 +148,11 @@ def _refuse_memory(trace, observer, updates):
             )
     for op in trace.graph.get_operations():
         writes = op.type.startswith(("Assign", "ResourceScatter")) and op.inputs
-        if writes and id(op.inputs[0].op) in read_ids:
+        if writes and id(op.inputs[0].op) in read and carries(op.inputs[1:]):
             raise UnobservableError(
                 "Expected a network whose inference on one batch does not depend on the batch "
-                f"before. Received: operation {op.name!r} ({op.type}), which writes a variable "
-                "that batch norm layers depend on. Leave it out in inference."
+                f"before. Received: operation {op.name!r} ({op.type}), which writes data into a "
+                "variable that batch norm layers depend on. Leave it out in inference."
             )
 
 

@@ -57,8 +57,8 @@ class Observer:
         Args:
             inputs: A batch of the model's inputs.
             number: The number of the batch, an int64 scalar: its random numbers follow from it.
-            population: From a path and its number of channels to the mean and variance that the
-                layer normalises with, a tensor of shape (2, channels); or to `None`, where the
+            population: From a site and its number of channels to the mean and variance that the
+                call normalises with, a tensor of shape (2, channels); or to `None`, where the
                 call is to normalise with the moments of the batch, as in training.
 
         Returns:
@@ -75,7 +75,7 @@ class Observer:
             if not x.dtype.is_floating:  # As the layer itself does it.
                 x = tf.cast(x, layer.compute_dtype)
             channels = layer.moving_mean.shape[0]
-            made = _observed(site, layer, x, mask, population(path, channels))
+            made = _observed(site, layer, x, mask, population(site, channels))
             if site in self._ignored:
                 made = made._replace(fetches=[], measure=lambda: [])
             elif outer is not None and tf.compat.v1.get_default_graph() is not outer:
@@ -168,7 +168,9 @@ def untrained_sites(model, layers, inputs):
 
 def _observed(site, layer, x, mask, population):
     form = {"axis": layer.axis, "epsilon": layer.epsilon}
-    gamma, beta = (None if v is None else tf.convert_to_tensor(v) for v in (layer.gamma, layer.beta))
+    gamma, beta = (
+        None if v is None else tf.convert_to_tensor(v) for v in (layer.gamma, layer.beta)
+    )
     entered = [x] if mask is None else [x, mask]
     fetches, measure = _measured(layer.axis, *entered)
     if population is None:

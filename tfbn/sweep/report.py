@@ -10,9 +10,11 @@ class Report:
         method: The name of the method.
         verbose: 0 for silence, 1 for a progress bar, 2 for one line per pass. `"auto"` is 1.
         total: How many batches there are, `None` if unknown.
+        unit: What they are called.
     """
 
-    def __init__(self, method, verbose, total):
+    def __init__(self, method, verbose, total, unit="batch"):
+        self._unit = unit
         self._method = method
         self._verbose = 1 if verbose == "auto" else int(verbose)
         self._total = total
@@ -42,7 +44,7 @@ class Report:
             return
         total = self._total
         if self._bar is None:
-            self._bar = keras.utils.Progbar(None, unit_name="batch")
+            self._bar = keras.utils.Progbar(None, unit_name=self._unit)
         if total is None:
             self._bar.update(self._seen, finalize=False)
             return

@@ -4,9 +4,9 @@ import functools
 import warnings
 
 import keras
+import numpy as np
 
 from tfbn import keras_models
-from tfbn.population import PopulationStats
 from tfbn.sweep import batches as data
 from tfbn.sweep import memory
 from tfbn.sweep.methods import METHODS, check_method
@@ -17,6 +17,9 @@ from tfbn.sweep.workers import Workers
 # Fewer samples a batch than this, and one-pass statistics depend visibly on how many: the
 # README has the figures.
 _SMALL_BATCH = 16
+# Calls of one layer whose populations differ by more than this, in standard deviations, are worth
+# a warning: such networks lost accuracy in inference (`tests/benchmarks/shared_layers.py`).
+_SPREAD = 0.05
 
 
 def collect(
@@ -113,7 +116,8 @@ def collect(
     state = max(workers.gather(lambda: shard().begin), key=lambda begin: begin.level)
     while not state.complete:
         swept = workers.gather(lambda state=state: shard().sweep_level(state))
-        merged = functools.reduce(SweepState.merge, swept)
+        # A worker without data does not know which layers its data would show.
+        merged = functools.reduce(SweepState.merge, [s for s in swept if s.batches] or swept[:1])
         if merged.whole and not state.whole:
             state = state.whole_passes()
             shard().forget_frontiers()
@@ -121,10 +125,25 @@ def collect(
         if not merged.batches:
             raise data.empty()
         state = merged.next_level()
-    stats = state.finish(model, shard().previous)
+    stats = state.finish(model, shard().previous_of(state.paths))
+    _warn_of_calls(state)
     shard().end()
     _warn_of_small_batches(stats, shard())
     return stats
+
+
+def _warn_of_calls(state):
+    """Warn where the calls of one layer have populations of their own."""
+    for path, (calls, found) in state.spreads().items():
+        if found["mean_shift"] > _SPREAD or abs(np.log(found["std_ratio"])) > _SPREAD:
+            warnings.warn(
+                f"Layer {path!r} is called {calls} times on inputs whose statistics differ: those "
+                f"of one call are off from those of all by {found['mean_shift']:.2g} standard "
+                f"deviations in the mean, and by a factor of {found['std_ratio']:.2g} in the "
+                "standard deviation. In training every call is normalised by its own, in "
+                "inference all by the same. A layer for every call has no such difference.",
+                stacklevel=3,
+            )
 
 
 def _warn_of_small_batches(stats, shard):

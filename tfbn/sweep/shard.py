@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn import moments
+from tfbn import keras_models, moments
 from tfbn.population import PopulationStats
 from tfbn.sweep import digests
 from tfbn.sweep.batches import Batch, nbytes
@@ -34,6 +34,7 @@ class _Swept(NamedTuple):
         found: (site, moments) of the calls that were observed.
         levels: By path the levels of the layers; `None` if the network cannot be cut there.
         random: Whether the network drew random numbers.
+        recurrent: The paths of layers whose calls depend on their own output, in whole passes.
     """
 
     batch: Batch
@@ -41,6 +42,12 @@ class _Swept(NamedTuple):
     found: list
     levels: dict | None
     random: bool
+    recurrent: frozenset = frozenset()
+
+    @property
+    def told(self):
+        """The arguments of `SweepState.add`."""
+        return self.batch, self.found, self.levels, self.random, self.recurrent
 
 
 class ShardSweep:
@@ -58,11 +65,19 @@ class ShardSweep:
 
     Attributes:
         begin: The state to begin at: that of a new sweep, or of the checkpoint.
-        previous: The `PopulationStats` that the swept layers hold.
     """
 
     def __init__(
-        self, model, layers, batches, method, *, include_frozen, memory_limit, checkpoint, verbose
+        self,
+        model,
+        layers,
+        batches,
+        method,
+        *,
+        include_frozen=False,
+        memory_limit=0,
+        checkpoint=None,
+        verbose=0,
     ):
         self._method = method
         self._report = Report(method, verbose, batches.total)
@@ -75,16 +90,13 @@ class ShardSweep:
         if not include_frozen:
             frozen, ignored = _frozen_by_call(model, layers, batches)
         layers = {path: layer for path, layer in layers.items() if path not in frozen}
-        before = PopulationStats.read(model)
-        self.previous = PopulationStats(
-            {path: before[path] for path in layers},
-            method=before.method,
-            fingerprint=before.fingerprint,
-        )
+        held = PopulationStats.read(model)
+        path_of = {id(layer): path for path, layer in keras_models.batch_norm_layers(model).items()}
+        self._held = {path: held[path_of[id(layer)]] for path, layer in layers.items()}
         self._model = model
         self._eager = model.run_eagerly
         whole = METHODS[method].by_level and self._eager
-        self.begin = SweepState(method, before.fingerprint, tuple(layers), whole)
+        self.begin = SweepState(method, held.fingerprint, tuple(layers), whole)
         self._networks = [Network(model, layers, ignored, device) for device in devices(model)]
         self._populations = [{} for _ in self._networks]  # By path: moments, and their tensor.
         self._memory_limit = memory_limit
@@ -101,6 +113,30 @@ class ShardSweep:
     def deep(self):
         """Whether a batch norm layer comes after another, as far as the batches have told."""
         return any(passes.depth > 1 for passes in self._passes)
+
+    def previous_of(self, paths):
+        """The `PopulationStats` that some layers held at the beginning."""
+        return PopulationStats(
+            {path: self._held[path] for path in paths},
+            method="assigned",
+            fingerprint=self.begin.fingerprint,
+        )
+
+    def continue_sweep(self, state):
+        """The state after one level of a sweep that began in another process.
+
+        Raises:
+            ValueError: If the weights are others there.
+        """
+        if state.fingerprint != self.begin.fingerprint:
+            raise ValueError(
+                "Expected every process to load the same weights. Received: fingerprints "
+                f"{state.fingerprint[:12]} where the sweep began and "
+                f"{self.begin.fingerprint[:12]} here. Give all the same file."
+            )
+        if state.level == 1 and not state.whole:  # The data tells which layers are frozen by call.
+            state = dataclasses.replace(state, paths=self.begin.paths)
+        return self.sweep_level(state)
 
     def forget_frontiers(self):
         """Begin anew, with nothing kept from one level to the next."""
@@ -127,7 +163,7 @@ class ShardSweep:
                 if swept.levels is None:
                     return dataclasses.replace(reached, whole=True)
                 self._frontiers.put(swept.batch, swept.frontier)
-                added = reached.add(swept.batch, swept.found, swept.levels, swept.random)
+                added = reached.add(*swept.told)
                 # As one, because Ctrl-C may come at any point.
                 reached, digest = added, digests.of_sequence(digest, swept.batch.key)
                 if reached.whole and not state.whole:
@@ -163,6 +199,8 @@ class ShardSweep:
                     if found is not held:  # A settled level stays as it is.
                         stacked = np.stack([found.mean, moments.variance(found)])
                         placed[path] = found, tf.constant(stacked)
+                for gone in placed.keys() - state.populations.keys():
+                    del placed[gone]
 
     def _jobs(self, state, reached, expected):
         """A function for every batch that the level still lacks, on each device in turn."""
@@ -170,7 +208,7 @@ class ShardSweep:
         for batch in self._frontiers if self._all_kept else self._batches:
             index = batch.index
             if index >= reached.batches:
-                yield functools.partial(self._run, batch, state.level)
+                yield functools.partial(self._run, batch, state)
                 continue
             digest = digests.of_sequence(digest, batch.key)
             if index + 1 == reached.batches and digest != expected:
@@ -178,24 +216,28 @@ class ShardSweep:
         if index + 1 < reached.batches:
             raise self._checkpoint.other_data(reached.batches)
 
-    def _run(self, batch, level):
+    def _run(self, batch, state):
+        level = state.level
         place = batch.index % len(self._networks)
         passes = self._passes[place]
         with _naming(self._model, batch), self._networks[place].placed():
-            frontier = self._frontiers.get(batch) or passes.start(batch)
+            frontier = start = self._frontiers.get(batch) or passes.start(batch)
             levels = passes.levels(frontier)
             if levels is None:
                 return _Swept(batch, frontier, [], None, False)
-            if level == 1:
-                _refuse_nan(batch, passes.not_nan(frontier))
             populations = {path: tensor for path, (_, tensor) in self._populations[place].items()}
+            recurrent = frozenset()
+            if state.whole:
+                recurrent = passes.recurrent(frontier)
             called, frontier, random = passes.advance(frontier, level, populations)
             found = [
                 (site, self._checked(batch, site, *map(np.asarray, values)))
                 for site, entered in called
                 for values in entered
             ]
-        return _Swept(batch, frontier, found, levels, random)
+            if level == 1:
+                _refuse_nan(batch, passes.not_nan(start))
+        return _Swept(batch, frontier, found, levels, random, recurrent)
 
     def _checked(self, batch, site, count, mean, variance):
         """The moments that a batch brings to a site; an error that names both if not finite."""

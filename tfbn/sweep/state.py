@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tfbn import moments, storage
+from tfbn import drift, moments, storage
 from tfbn.moments import Moments
 from tfbn.population import LayerStats, PopulationStats
 from tfbn.sweep.methods import METHODS
@@ -14,8 +14,6 @@ from tfbn.sweep.methods import METHODS
 # A pass has settled where the statistics that it found are those that it was made with, up to
 # this share of a standard deviation, or of a variance. Rounding in float32 stays below it.
 _SETTLED = 1e-5
-# Whole passes over layers that depend on themselves, in a loop, converge or are given up.
-_MORE_PASSES = 50
 
 
 _KIND = "tfbn sweep state 1"
@@ -53,6 +51,10 @@ def _union(ours, theirs, method):
     return ours | theirs
 
 
+def _union_of_paths(ours, theirs, method):
+    return tuple(sorted({*ours, *theirs}))
+
+
 def _by_site(ours, theirs, method):
     merged = dict(ours)
     for site, brought in theirs.items():
@@ -63,8 +65,7 @@ def _by_site(ours, theirs, method):
 
 def _field(merge, default):
     """A field of `SweepState`, with the function that merges it from two shards."""
-    options = {"default_factory": default} if callable(default) else {"default": default}
-    return dataclasses.field(metadata={"merge": merge}, **options)
+    return dataclasses.field(default=default, metadata={"merge": merge})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,10 @@ class SweepState:
         whole: Whether every pass observes all calls, because the network cannot be cut at levels.
         level: The level whose calls are being observed, or the number of the whole pass, from 1.
         settled: By site the moments of the levels before, or of the whole pass before.
+        recurrent: The paths of the layers whose calls depend on their own output, in whole passes.
+        behind: Whether these have settled, and the passes go on for the layers behind them.
         first: `samples`, `data` and `keys` of level 1; `None` at level 1.
+        settling: In whole passes, how many there were for the layers that are settling now.
         complete: Whether no level is left.
         levels: By path the level of every layer that a batch has shown.
         random: Whether the network draws random numbers, which follow from the batches' keys.
@@ -94,19 +98,22 @@ class SweepState:
     paths: tuple = _field(_equal, ())
     whole: bool = _field(_largest, False)
     level: int = _field(_equal, 1)
-    settled: dict = _field(_equal, dict)
+    settled: dict = dataclasses.field(default_factory=dict, metadata={"merge": _equal})
+    recurrent: tuple = _field(_union_of_paths, ())
+    behind: bool = _field(_equal, False)
     first: tuple | None = _field(_equal, None)
+    settling: int = _field(_equal, 1)
     complete: bool = _field(_equal, False)
-    levels: dict = _field(_union, dict)
+    levels: dict = dataclasses.field(default_factory=dict, metadata={"merge": _union})
     random: bool = _field(_largest, False)
     samples: int = _field(_sum, 0)
     batches: int = _field(_sum, 0)
     batch_size: int = _field(_largest, 0)
     data: int = _field(_sum_of_digests, 0)
     keys: int = _field(_sum_of_digests, 0)
-    moments: dict = _field(_by_site, dict)
+    moments: dict = dataclasses.field(default_factory=dict, metadata={"merge": _by_site})
 
-    def add(self, batch, found, levels, random):
+    def add(self, batch, found, levels, random, recurrent=()):
         """The state with one batch more.
 
         Args:
@@ -114,11 +121,13 @@ class SweepState:
             found: (site, moments) of the calls that the batch has run through.
             levels: By path the level of the layers that it has shown.
             random: Whether it has shown random draws.
+            recurrent: The paths of recurrent layers that it has shown.
         """
         shard = dataclasses.replace(
             self.without_batches(),
             levels=levels,
             random=random,
+            recurrent=tuple(recurrent),
             samples=batch.samples,
             batches=1,
             batch_size=batch.samples,
@@ -177,9 +186,39 @@ class SweepState:
             )
 
     @functools.cached_property
-    def populations(self):
+    def layers(self):
         """By path the moments of the layers of all settled levels: those of all their calls."""
         return _by_path(self.settled, self.method)
+
+    @property
+    def populations(self):
+        """By path, or by site where a call has its own, the moments that calls normalise with.
+
+        All calls of a layer share one mean and variance, as in inference, but for the calls of
+        recurrent layers until these have settled.
+        """
+        if self.behind:
+            return self.layers
+        own = {site: found for site, found in self.settled.items() if site.path in self.recurrent}
+        return {**self.layers, **own}
+
+    def spreads(self):
+        """By path, for layers of several calls: how many, and the drift of the furthest one.
+
+        The drift is that of `tfbn.drift.of_layer`, of the call from all calls together.
+        """
+        calls = {}
+        for site, found in self.settled.items():
+            if np.any(found.count):
+                calls.setdefault(site.path, []).append(layer_stats(found))
+        spreads = {}
+        for path, single in calls.items():
+            if len(single) > 1:
+                together = layer_stats(self.layers[path])
+                drifts = [drift.of_layer(together, one) for one in single]
+                furthest = max(drifts, key=lambda off: off["mean_shift"] + off["std_ratio_max"])
+                spreads[path] = len(single), furthest
+        return spreads
 
     def next_level(self):
         """The state at the beginning of the next level, or the complete one after the last.
@@ -191,36 +230,44 @@ class SweepState:
         swept = self.samples, self.data, self.keys
         if self.first is not None:
             _check_same_data(self.first, swept, self.random)
-        settled = self.moments if self.whole else self.settled | self.moments
         if not METHODS[self.method].by_level:
-            complete = True
-        elif self.whole:
-            complete = self._has_settled()
-        else:
-            complete = self.level >= max(self.levels.values(), default=0)
-        after = dataclasses.replace(
-            self,
-            settled=settled,
-            complete=complete,
-            first=swept,
-            level=self.level + (not complete),
-        )
-        return after if complete else dataclasses.replace(after.without_batches(), levels=self.levels)
+            return self._after(self.moments, complete=True, first=swept)
+        if self.whole:
+            return self._after_whole_pass(swept)
+        done = self.level >= max(self.levels.values(), default=0)
+        return self._after(self.settled | self.moments, complete=done, first=swept)
 
-    def _has_settled(self):
-        found = _by_path(self.moments, self.method)
-        if found.keys() != self.populations.keys():
-            return False
-        if all(_close(found[path], held) for path, held in self.populations.items()):
-            return True
-        if self.level > len(self.paths) + _MORE_PASSES:
-            moving = [p for p, held in self.populations.items() if not _close(found[p], held)]
+    def _after(self, settled, *, complete, **changes):
+        after = dataclasses.replace(self, settled=settled, complete=complete, **changes)
+        if complete:
+            return after
+        begin = after.without_batches()
+        return dataclasses.replace(begin, level=self.level + 1, levels=self.levels)
+
+    def _after_whole_pass(self, swept):
+        """The state after a whole pass: complete when nothing has moved since the one before.
+
+        The statistics of recurrent layers are those of the passes in which each of their calls
+        normalised by its own. Then only the layers behind them go on.
+        """
+        found = self.moments
+        if self.behind:
+            found = found | {s: m for s, m in self.settled.items() if s.path in self.recurrent}
+        now = dataclasses.replace(self, settled=found).populations
+        moving = [key for key in now if not _close(now[key], self.populations.get(key))]
+        if not moving:
+            if self.recurrent and not self.behind:
+                return self._after(found, complete=False, behind=True, first=swept, settling=1)
+            return self._after(found, complete=True, first=swept)
+        # Every pass settles one more call on the longest path.
+        if self.settling > len(found) + 1:
+            moved = moving[0].path if isinstance(moving[0], Site) else moving[0]
             raise ValueError(
                 "Expected a network whose batch norm layers have exact statistics. Received: layer "
-                f"{moving[0]!r}, which is called in a loop that feeds its output back to it, and "
-                f"whose statistics still move after {self.level} passes. Use method='pooled'."
+                f"{moved!r}, which is called in a loop that feeds its output back to it, and whose "
+                f"statistics still move after {self.level} passes. Use method='pooled'."
             )
-        return False
+        return self._after(found, complete=False, first=swept, settling=self.settling + 1)
 
     def to_bytes(self):
         """The state as bytes, for `from_bytes`."""
@@ -253,7 +300,7 @@ class SweepState:
                     Site(*site): Moments(*arrays[f"{name}_{i}"])
                     for i, site in enumerate(values[name])
                 }
-            for name in ("paths", "first"):
+            for name in ("paths", "recurrent", "first"):
                 values[name] = None if values[name] is None else tuple(values[name])
             return cls(**values)
         except (KeyError, TypeError, ValueError) as error:
@@ -272,7 +319,7 @@ class SweepState:
         Raises:
             ValueError: If a layer was never called, or without any value.
         """
-        populations = self.populations
+        populations = self.layers
         for path in self.paths:
             if path not in populations:
                 raise ValueError(
@@ -324,9 +371,7 @@ def _by_path(by_site, method):
     merged = {}
     for site, brought in by_site.items():
         held = merged.get(site.path)
-        merged[site.path] = (
-            brought if held is None else moments.merge(held, brought, method=method)
-        )
+        merged[site.path] = brought if held is None else moments.merge(held, brought, method=method)
     return merged
 
 
@@ -337,6 +382,8 @@ def _same_moments(ours, theirs):
 
 
 def _close(ours, theirs):
+    if theirs is None:
+        return False
     # Rounding counts where a channel hardly varies.
     variance = moments.variance(theirs) + 1e-6 * theirs.mean**2
     return np.all(np.abs(ours.mean - theirs.mean) <= _SETTLED * np.sqrt(variance)) and np.all(

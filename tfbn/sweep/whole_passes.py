@@ -5,8 +5,8 @@ import contextlib
 import tensorflow as tf
 
 from tfbn.sweep.frontiers import Frontier
-from tfbn.sweep.graph_passes import depth
-from tfbn.sweep.network import flatten
+from tfbn.sweep.graph_passes import depth, recurrent
+from tfbn.sweep.network import UnobservableError, flatten
 
 
 class WholePasses:
@@ -40,6 +40,19 @@ class WholePasses:
         """No layer has a level."""
         return {}
 
+    def recurrent(self, frontier):
+        """The paths of the layers whose calls depend on their own output."""
+        inputs, _ = frontier.values
+        try:
+            trace = self._network.trace(inputs, settled=True, static=self._static)
+        except UnobservableError:
+            raise
+        except Exception:
+            if self._eager:  # A model that only runs eagerly does not tell.
+                return frozenset()
+            raise
+        return recurrent(trace)
+
     def not_nan(self, frontier):
         """The places of the inputs in which NaN would be an error."""
         return [] if self._eager else self._trace(frontier.values[0], {}).not_nan
@@ -50,8 +63,8 @@ class WholePasses:
         Args:
             frontier: Of `start`.
             level: The number of the pass.
-            populations: By path the mean and variance of the layers that the pass before found,
-                a tensor of shape (2, channels).
+            populations: By path, or by site where a call has its own, the mean and variance of
+                the pass before, a tensor of shape (2, channels).
 
         Returns:
             For every call its site and the moments of the values that entered, a list of
@@ -63,14 +76,13 @@ class WholePasses:
         return called, frontier, random
 
     def _trace(self, inputs, populations):
-        self._latest = self._network.trace(
-            inputs, settled=bool(populations), static=self._static
-        )
+        self._latest = self._network.trace(inputs, settled=bool(populations), static=self._static)
         return self._latest
 
     def _run_eagerly(self, inputs, number, populations):
-        def population(path, channels):
-            return tf.unstack(populations[path]) if path in populations else None
+        def population(site, channels):
+            held = populations.get(site, populations.get(site.path))
+            return None if held is None else tf.unstack(held)
 
         _, calls, draws, _ = self._network.observer.run(inputs, number, population)
         return [(call.site, call.measure(*(call.fetches or ()))) for call in calls], draws > 0
@@ -78,7 +90,7 @@ class WholePasses:
     def _run_graph(self, inputs, number, populations):
         trace = self._trace(inputs, populations)
         function, fed, fetches = _function_of(trace)
-        fed = (populations.get(path, _standard(trace, path)) for path in fed)
+        fed = (_population(trace, populations, site) for site in fed)
         # Two runs at once would take the moments of calls in loops from one queue.
         with contextlib.nullcontext() if trace.cuttable else trace.lock:
             fetched = iter(function(*flatten(inputs), number, *fed)[:fetches])
@@ -89,9 +101,12 @@ class WholePasses:
         return called, trace.random
 
 
-def _standard(trace, path):
-    """Mean 0 and variance 1, for a layer that the pass before did not reach."""
-    _, channels = trace.populations[path].shape
+def _population(trace, populations, site):
+    held = populations.get(site, populations.get(site.path))
+    if held is not None:
+        return held
+    # Mean 0 and variance 1, for a layer that the pass before did not reach.
+    _, channels = trace.populations[site].shape
     return tf.stack([tf.zeros(channels, tf.float64), tf.ones(channels, tf.float64)])
 
 
@@ -99,10 +114,10 @@ def _function_of(trace):
     """From a batch and populations to the fetches of all calls, made once."""
     with trace.lock:
         if "whole" not in trace.pieces:
-            paths = {id(placeholder): path for path, placeholder in trace.populations.items()}
+            sites = {id(placeholder): site for site, placeholder in trace.populations.items()}
             fetches = sum(len(call.fetches or ()) for call in trace.calls)
             function, needed = trace.extraction.function(
                 trace.inputs, list(trace.populations.values()), trace.measured
             )
-            trace.pieces["whole"] = function, [paths[id(t)] for t in needed], fetches
+            trace.pieces["whole"] = function, [sites[id(t)] for t in needed], fetches
         return trace.pieces["whole"]

@@ -1,0 +1,42 @@
+"""Where the processes of a cluster get a model from."""
+
+import os
+
+import keras
+import tensorflow as tf
+
+
+def check_source(model):
+    """The path or function that gives a model in any process.
+
+    Raises:
+        ValueError: If it is neither the path of a `.keras` file that exists nor a function.
+    """
+    known = isinstance(model, str | os.PathLike) and str(model).endswith(".keras")
+    if known and tf.io.gfile.exists(os.fspath(model)):
+        return os.fspath(model)
+    if callable(model) and not isinstance(model, keras.Model):
+        return model
+    raise ValueError(
+        "Expected `model` to be the path of a .keras file, or a function without arguments that "
+        f"returns the model. Received: model={model!r}"
+        + (", which does not exist" if known else "")
+        + ". Save the model where all workers can read it."
+    )
+
+
+def load(source):
+    """The model of a source of `check_source`.
+
+    Raises:
+        ValueError: If Keras cannot load the file.
+    """
+    if callable(source):
+        return source()
+    try:
+        return keras.models.load_model(source, compile=False)
+    except Exception as error:
+        raise ValueError(
+            f"Expected a .keras file that Keras can load. Received: model={source!r}, on which it "
+            f"raised {type(error).__name__}: {error} Give a function that returns the model."
+        ) from error
