@@ -15,6 +15,9 @@ from keras import layers
 
 import tfbn
 from tfbn.sweep import checkpoint as module
+from tfbn.sweep import digests
+from tfbn.sweep.graph_passes import LevelPasses
+from tfbn.sweep.whole_passes import WholePasses
 
 HERE = pathlib.Path(__file__).parents[1]
 BATCHES = 6
@@ -47,16 +50,14 @@ def save_at_every_batch(monkeypatch):
 @pytest.fixture
 def runs(monkeypatch):
     """Counts the batches that are put through the network."""
-    from tfbn.sweep.network import Network
-
     counted = []
-    original = Network.advance
+    for passes in (LevelPasses, WholePasses):
 
-    def advance(self, index, *args, **options):
-        counted.append(index)
-        return original(self, index, *args, **options)
+        def advance(self, *args, original=passes.advance):
+            counted.append(self)
+            return original(self, *args)
 
-    monkeypatch.setattr(Network, "advance", advance)
+        monkeypatch.setattr(passes, "advance", advance)
     return counted
 
 
@@ -196,16 +197,16 @@ def test_what_cannot_be_resumed_is_refused(tmp_path):
     other[10] += 1
     for data in (swapped, shorter, other):
         with pytest.raises(ValueError, match=r"is of other data.*after 4 batches.*Delete it"):
-            tfbn.collect(model, data, checkpoint=path, verbose=0, batch_size=7)
+            tfbn.collect(model, data, method="pooled", checkpoint=path, verbose=0, batch_size=7)
     with pytest.raises(ValueError, match="has method 'pooled' and not 'exact'"):
         tfbn.collect(model, Data(x), method="exact", checkpoint=path, verbose=0)
     model.layers[1].trainable = False
-    with pytest.raises(ValueError, match="is of other layers"):
-        tfbn.collect(model, Data(x), checkpoint=path, verbose=0)
+    with pytest.raises(ValueError, match="has paths"):
+        tfbn.collect(model, Data(x), method="pooled", checkpoint=path, verbose=0)
     model.layers[1].trainable = True
     model.layers[0].kernel.assign(model.layers[0].kernel * 2)
     with pytest.raises(ValueError, match="has fingerprint"):
-        tfbn.collect(model, Data(x), checkpoint=path, verbose=0)
+        tfbn.collect(model, Data(x), method="pooled", checkpoint=path, verbose=0)
     assert path.read_bytes() == held
 
 
@@ -221,10 +222,10 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_saved(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
-            tfbn.collect(model, Data(x), checkpoint=path, verbose=0)
+            tfbn.collect(model, Data(x), method="pooled", checkpoint=path, verbose=0)
     assert os.listdir(tmp_path) == ["c"] and path.read_bytes() == held
-    stats = tfbn.collect(model, Data(x), checkpoint=path, verbose=0)
-    same_to_the_bit(stats, tfbn.collect(model, Data(x), verbose=0))
+    stats = tfbn.collect(model, Data(x), method="pooled", checkpoint=path, verbose=0)
+    same_to_the_bit(stats, tfbn.collect(model, Data(x), method="pooled", verbose=0))
 
 
 def test_a_folder_that_is_not_there_is_an_error_at_the_start(tmp_path):
@@ -247,9 +248,9 @@ def test_saving_takes_its_share_of_the_time(tmp_path, monkeypatch, share, expect
     monkeypatch.setattr(module, "_SHARE", share)
     saved, original = [], module.Checkpoint.save
 
-    def save(self, below, part, digest):
-        saved.append(part.batches)
-        original(self, below, part, digest)
+    def save(self, state, digest):
+        saved.append(state.batches)
+        original(self, state, digest)
 
     monkeypatch.setattr(module.Checkpoint, "save", save)
     model = networks.plain(layers.BatchNormalization)
@@ -269,7 +270,8 @@ def test_digests_tell_batches_apart():
         np.array([["ab", ""]], object),
     ]
     tensors = [keras.tree.map_structure(tf.constant, value) for value in values]
-    found = [module.digest(b"", t) for t in tensors]
-    found += [module.digest(found[0], t) for t in tensors]
+    keys = [digests.of_batch(digests.of_samples(tensor), 0) for tensor in tensors]
+    found = [digests.of_sequence(b"", key) for key in keys]
+    found += [digests.of_sequence(found[0], key) for key in keys]
     assert len(set(found)) == len(found)
-    assert module.digest(b"", tensors[0]) == found[0]
+    assert digests.of_sequence(b"", keys[0]) == found[0]

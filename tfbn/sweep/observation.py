@@ -137,10 +137,8 @@ def untrained_sites(model, layers, inputs):
 
     Returns:
         The sites of the calls that do not train and of those that do; none where the model
-        cannot be traced, or where it is certain that all train.
+        cannot be traced.
     """
-    if keras_models.always_passes_training_on(model):
-        return set(), set()
     trained, met, counts = set(), set(), collections.Counter()
 
     def observe(path, layer, call, x, training, mask):

@@ -82,6 +82,7 @@ class ShardSweep:
         self._method = method
         self._report = Report(method, verbose, batches.total)
         self._report.begin()
+        self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint, batches)
         if METHODS[method].by_level and not batches.repeatable:
             batches = batches.in_memory(memory_limit)
             memory_limit -= sum(nbytes(batch.inputs) for batch in batches)
@@ -101,10 +102,7 @@ class ShardSweep:
         self._populations = [{} for _ in self._networks]  # By path: moments, and their tensor.
         self._memory_limit = memory_limit
         self.forget_frontiers()
-        self._checkpoint = self._saved = None
-        if checkpoint is not None:
-            self._checkpoint = Checkpoint(checkpoint, batches)
-            self._saved = self._checkpoint.read(self.begin)
+        self._saved = self._checkpoint and self._checkpoint.read(self.begin)
         if self._saved is not None:
             state, _ = self._saved
             self.begin = dataclasses.replace(state.without_batches(), levels=state.levels)
@@ -261,7 +259,7 @@ class ShardSweep:
 
 def _frozen_by_call(model, layers, batches):
     """The paths of layers that `fit` does not train although they may, and single such calls."""
-    first = batches.first()
+    first = None if keras_models.always_passes_training_on(model) else batches.first()
     if first is None:
         return frozenset(), frozenset()
     untrained, trained = untrained_sites(model, layers, first.inputs)
