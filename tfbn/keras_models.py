@@ -144,10 +144,14 @@ def structure(model):
 
 
 def _structure_of(layer):
+    # Keras's own layers keep caches under private names: the dropout mask of an RNN's cell.
+    private = type(layer).__module__.partition(".")[0] == "keras"
     attributes = [
         (name, _comparable(value))
         for name, value in sorted(vars(layer).items())
-        if name not in _bookkeeping() and not isinstance(value, keras.Layer)
+        if name not in _bookkeeping()
+        and not isinstance(value, keras.Layer)
+        and not (private and name.startswith("_"))
     ]
     return (
         _Same(layer),
@@ -200,7 +204,8 @@ def _bookkeeping():
     model.compile(loss="mse")
     books = {*vars(layer), *(vars(model)), *vars(keras.Model())}
     # These come with `fit`, `evaluate` and `predict`.
-    return frozenset(books | {"history", "stop_training", "_eval_epoch_iterator", "optimizer"})
+    later = {"history", "stop_training", "stop_evaluating", "stop_predicting", "optimizer"}
+    return frozenset(books | later | {"_eval_epoch_iterator"})
 
 
 @contextlib.contextmanager
