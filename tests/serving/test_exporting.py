@@ -13,7 +13,7 @@ from keras import layers
 import tfbn
 from tfbn.keras_models import batch_norm_layers, fingerprint
 from tfbn.population import LayerStats, PopulationStats
-from tfbn.serving.exporting import describe, export
+from tfbn.serving import describe, export
 
 BATCH_NORMS = [tfbn.BatchNormalization, keras.layers.BatchNormalization]
 
