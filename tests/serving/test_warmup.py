@@ -10,7 +10,8 @@ import tensorflow as tf
 from exported_models import ONES, STRUCTURES, dense_model, everything_under, serve
 from keras import layers
 
-from tfbn.serving import export
+from tfbn.serving import export, signature
+from tfbn.serving.warmup import requests_in as requests_in_batches
 
 
 def requests_in(path):
@@ -95,3 +96,63 @@ def test_warmup_verifies_models_that_are_picky(tmp_path):
     with pytest.raises(ValueError, match="as warmup"):
         export(model, tmp_path)
     export(model, tmp_path, warmup=np.ones((2, 5)))
+
+
+@pytest.mark.parametrize(("batch_size", "want"), [(32, [32, 32, 6]), (100, [70]), (7, [7] * 10)])
+def test_a_large_batch_becomes_requests_that_a_server_takes(tmp_path, batch_size, want):
+    pytest.importorskip("tensorflow_serving", reason="needs the extra `serving`")
+    x = np.random.default_rng(0).normal(size=(70, 4)).astype("float32")
+    options = {} if batch_size == 32 else {"warmup_batch_size": batch_size}  # The default.
+    requests = requests_in(export(dense_model(), tmp_path, warmup=x, **options).path)
+    sent = [tf.make_ndarray(value) for r in requests for value in r.inputs.values()]
+    assert [len(part) for part in sent] == want
+    np.testing.assert_array_equal(np.concatenate(sent), x)
+
+
+def test_split_requests_are_at_most_what_a_server_takes(tmp_path):
+    pytest.importorskip("tensorflow_serving", reason="needs the extra `serving`")
+    data = tf.data.Dataset.from_tensor_slices(np.ones((3000, 4), "float32")).batch(1500)
+    requests = requests_in(export(dense_model(), tmp_path, warmup=data, warmup_batch_size=1).path)
+    assert len(requests) == 1000
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.0, True, None])
+def test_a_request_has_a_sample_at_least(tmp_path, batch_size):
+    pytest.importorskip("tensorflow_serving", reason="needs the extra `serving`")
+    with pytest.raises(ValueError, match="warmup_batch_size"):
+        export(dense_model(), tmp_path / "m", warmup=ONES, warmup_batch_size=batch_size)
+    assert everything_under(tmp_path) == []
+
+
+def spec(*shape):
+    return tf.TensorSpec(shape, tf.float32)
+
+
+def test_only_an_axis_of_samples_is_split():
+    def shapes(data, *specs):
+        specs = [list(specs)]
+        batches = signature.batches(data, specs, "warmup")
+        return [
+            [tuple(x.shape) for x in tf.nest.flatten(request)]
+            for request in requests_in_batches(batches, specs, 2)
+        ]
+
+    three, five = np.ones((3, 4), "float32"), np.ones((5, 1), "float32")
+    assert shapes([three, three], spec(None, 4), spec(None, 4)) == [[(2, 4)] * 2, [(1, 4)] * 2]
+    assert shapes([three], spec(3, 4)) == [[(3, 4)]]
+    assert shapes([three, five], spec(None, 4), spec(None, 1)) == [[(3, 4), (5, 1)]]
+    assert shapes([three, 1.0], spec(None, 4), spec()) == [[(3, 4), ()]]
+    assert shapes([three, five[:0]], spec(None, 4), spec(None, 1)) == [[(3, 4), (0, 1)]]
+    with pytest.raises(ValueError, match="empty"):
+        shapes([three[:0], five[:0]], spec(None, 4), spec(None, 1))
+
+
+def test_requests_name_inputs_as_the_server_does(tmp_path):
+    pytest.importorskip("tensorflow_serving", reason="needs the extra `serving`")
+    a, b = keras.Input((4,), name="Left.image"), keras.Input((4,), name="right")
+    model = keras.Model([a, b], layers.Subtract()([a, b]))
+    version = export(model, tmp_path, warmup=[ONES, 2 * ONES]).path
+    [request] = requests_in(version)
+    assert sorted(request.inputs) == ["Left.image", "right"]
+    assert set(signature.read(version).inputs) == {"Left.image", "right"}
+    np.testing.assert_array_equal(tf.make_ndarray(request.inputs["right"]), 2 * ONES)

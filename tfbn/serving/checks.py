@@ -62,8 +62,8 @@ class Written:
         except Exception as error:
             raise ValueError(
                 "Expected a model that can be called on the inputs that its export is verified "
-                f"with, {self.origin}. Received: {error}. Give inputs of its own as sample or as "
-                "warmup, and in input_signature the sizes that it needs."
+                f"with, {self.origin}. Received: {' '.join(str(error).split())}. Give inputs of "
+                "its own as sample or as warmup, and in input_signature the sizes that it needs."
             ) from error
 
     @functools.cached_property
