@@ -59,7 +59,9 @@ def export(
     abort the server's process. Give every size that is known: one that is left open is not
     checked. An empty batch is answered with an error too. NaN in a request is not refused, and
     its answer may be finite: oneDNN's fused convolution and ReLU, which TensorFlow uses on many
-    processors, makes 0 of NaN. A client that may send NaN looks for it itself.
+    processors, makes 0 of NaN. A refusal in the graph would fail the other requests that a server
+    merged into the batch, and NaN is the right input of some networks, so a client that may send
+    it looks for it itself.
 
     Before the version is put in place it is loaded again and verified, on `sample`, `warmup` or
     random numbers in [0, 1): outputs are numbers, they are what the model predicts, and those
@@ -113,7 +115,7 @@ def export(
             layer computes batch statistics even in inference mode, if statistics are stale and
             `require_population`, if the signature is not that of the version before, or if
             the verification fails. An output may differ by 1e-3 of its largest absolute value
-            (or of 1, if that is larger), 2e-2 where layers compute in 16 bits, or by 8 times
+            (or of 1, if that is larger), 2e-2 where layers compute in 16 bits, or by 4 times
             the network's own rounding: how far the output moves when every weight and input
             changes by one unit in the last place.
     """
