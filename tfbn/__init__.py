@@ -35,8 +35,9 @@ from tfbn.conversion import convert  # noqa: E402
 from tfbn.layer import BatchNormalization  # noqa: E402
 from tfbn.plots import plot_drift, plot_history  # noqa: E402
 from tfbn.population import LayerStats, PopulationStats  # noqa: E402
-from tfbn.serving.exporting import describe, export  # noqa: E402
+from tfbn.serving.exporting import export  # noqa: E402
 from tfbn.serving.folding import fold  # noqa: E402
+from tfbn.serving.provenance import describe  # noqa: E402
 from tfbn.sweep import collect, collect_shards, update_population_stats  # noqa: E402
 from tfbn.tracker import StatsTracker  # noqa: E402
 
