@@ -6,6 +6,7 @@ constants of an adapted `Normalization` or the table of a `StringLookup`.
 """
 
 import tempfile
+import textwrap
 import types
 import warnings
 
@@ -33,8 +34,8 @@ def copy(model):
     except Exception as error:  # Of whatever class a layer's own code raises.
         raise ValueError(
             f"Expected a model that its config makes again. Received: {model!r}, for which that "
-            f"ends in {type(error).__name__}: {str(error).rstrip('.')}. If a class in it takes "
-            "arguments, give it a get_config() that returns them."
+            f"ends in {_in_short(error)}. If a class in it takes arguments, give it a get_config() "
+            "that returns them."
         ) from error
     return copied
 
@@ -133,9 +134,9 @@ def verify(model, copied):
         if own < 0.01 and off > 10 * own:
             raise ValueError(
                 f"Expected a copy that predicts what the model predicts. Received: {model!r}, "
-                f"whose copy is off by {off:.1e} of the largest value. A layer in it has state "
-                f"that saving and loading would lose, of a class among {custom_classes(model)}: "
-                "override its save_own_variables() and load_own_variables()."
+                f"whose copy is off by {off:.1e} of the largest value. A layer has state that "
+                f"saving and loading would lose: of custom classes it has {custom_classes(model)}. "
+                "Override save_own_variables() and load_own_variables() there."
             )
         if own < 0.01:
             return
@@ -156,6 +157,10 @@ def custom_classes(model):
     """The names of the classes of a model's layers that are neither Keras's nor ours."""
     classes = {type(layer) for layer in keras_models.layers(model).values()}
     return sorted(cls.__name__ for cls in classes if not is_known(cls))
+
+
+def _in_short(error):
+    return f"{type(error).__name__}: {textwrap.shorten(str(error), 300)}"
 
 
 def _copied(layer, copies):
@@ -232,7 +237,7 @@ def _run(model):
         try:
             return inputs, _predicted(model, inputs)
         except Exception as raised:  # Of whatever class its layers raise.
-            error = f"{type(raised).__name__}: {raised}"
+            error = _in_short(raised)
     return None, f"the model takes none of the inputs made up for it ({error})"
 
 
