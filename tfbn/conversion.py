@@ -3,7 +3,6 @@
 import keras
 
 from tfbn import copying, keras_models
-from tfbn.layer import BatchNormalization
 
 
 def convert(model):
@@ -49,7 +48,5 @@ def convert(model):
         copying.verify(model, converted)
     for layer in keras_models.batch_norm_layers(converted).values():
         if type(layer) is keras.layers.BatchNormalization:
-            # Ours is Keras's with other methods: it has the same attributes and variables. So a
-            # layer becomes ours in all places that know it at once, also in code that is not ours.
-            object.__setattr__(layer, "__class__", BatchNormalization)
+            copying.make_ours(layer)
     return converted

@@ -14,6 +14,7 @@ import keras
 import numpy as np
 
 from tfbn import keras_models
+from tfbn.layer import BatchNormalization
 
 
 def copy(model):
@@ -88,6 +89,8 @@ def copy_state(source, target):
     """
     pairs = _pairs(source, target)
     for mine, theirs in pairs:
+        if type(mine) is not type(theirs):
+            make_ours(theirs)
         # Layers that a class makes without a name are given the next number each time.
         theirs.name = mine.name
         # Setting the flag of a model sets those of its layers, which come after it here.
@@ -146,6 +149,15 @@ def verify(model, copied):
         f"predictions were not compared: {outputs}.",
         stacklevel=3,
     )
+
+
+def make_ours(layer):
+    """Turn a `keras.layers.BatchNormalization`, and none of its subclasses, into tfbn's.
+
+    Ours is Keras's with other methods: it has the same attributes and variables. Exchanging the
+    class reaches every place that knows the layer, also in code that is not ours.
+    """
+    object.__setattr__(layer, "__class__", BatchNormalization)
 
 
 def is_known(thing):
@@ -213,14 +225,30 @@ def _custom_objects(operation):
 
 
 def _pairs(source, target):
-    mine, theirs = (list(keras_models.layers(model).values()) for model in (source, target))
-    classes = [[type(layer) for layer in layers] for layers in (mine, theirs)]
-    if classes[0] != classes[1]:
+    """Each layer that has state, or holds one that has, with its copy."""
+    mine, theirs = (
+        [layer for layer in keras_models.layers(model).values() if _has_state(layer)]
+        for model in (source, target)
+    )
+    if list(map(_stock_class, mine)) != list(map(_stock_class, theirs)):
         raise ValueError(
-            f"of {len(mine)} layers {len(theirs)} came back, or others. A config does not know of "
-            "layers that a wrapper and the model share, nor of those that were added later"
+            f"of {len(mine)} layers with state {len(theirs)} came back, or others. A config does "
+            "not know of layers that a wrapper and the model share, nor of those that were added "
+            "later"
         )
     return list(zip(mine, theirs, strict=True))
+
+
+def _stock_class(layer):
+    """A class that makes its batch norm makes Keras's, also where ours has taken its place."""
+    is_ours = type(layer) is BatchNormalization
+    return keras.layers.BatchNormalization if is_ours else type(layer)
+
+
+def _has_state(layer):
+    # Models often keep layers that they have no use for any more. Those that matter have state.
+    saves = type(layer).save_own_variables is not keras.layers.Layer.save_own_variables
+    return bool(layer.variables) or saves or hasattr(layer, "save_assets")
 
 
 def _run(model):
