@@ -1,0 +1,184 @@
+"""Model files: read with the sweep that is recorded in them, written whole or not at all."""
+
+import json
+import os
+import pathlib
+import re
+import tempfile
+import zipfile
+
+import h5py
+import keras
+
+import tfbn
+from tfbn.cli.errors import FileError, naming, reading
+
+# The member of a .keras file in which `recalibrate` writes down its sweep. Keras ignores it,
+# and leaves it out when it saves the model again after more training.
+RECORD = "tfbn_population_stats.npz"
+
+_HDF5 = (".h5", ".hdf5")
+_KIND = "a .keras file (or .h5, .hdf5), as model.save writes it"
+# How Keras names a class that it does not know, in both formats.
+_UNKNOWN = re.compile(r"(?:Could not locate \w+|Unknown \w+:) '([^']+)'")
+
+
+def is_model(path: str) -> bool:
+    """Whether a path has the suffix of a model file."""
+    return _suffix(path) in (".keras", *_HDF5)
+
+
+def load(path: str, unsafe: bool = False, compiled: bool = False) -> keras.Model:
+    """The model in a file.
+
+    Args:
+        path: A .keras, .h5 or .hdf5 file.
+        unsafe: Whether code in the file may run, as Lambda layers hold it.
+        compiled: Whether the optimizer and its state are wanted too.
+
+    Raises:
+        FileError: It is no such file, is damaged, or holds code or classes that Keras does not
+            know.
+    """
+    _require_model(path)
+    with reading(path, _KIND, "Save the model again."):
+        if _suffix(path) in _HDF5:
+            _check_hdf5(path, unsafe)
+        else:
+            _check_archive(path)
+        try:
+            return keras.models.load_model(path, compile=compiled, safe_mode=not unsafe)
+        except Exception as error:
+            if not unsafe and "safe_mode" in str(error):
+                raise _code_inside(path) from error
+            unknown = _UNKNOWN.search(str(error))
+            if unknown:
+                raise FileError(
+                    f"Expected a model of classes that Keras knows. Received: {path}, with "
+                    f"{unknown[1]!r}. Load it in Python, where its code is, and call "
+                    "tfbn.update_population_stats or tfbn.export there."
+                ) from error
+            raise
+
+
+def recorded_sweep(path: str) -> tfbn.PopulationStats | None:
+    """The sweep that `save` recorded in a file, or `None` where none is recorded."""
+    if _suffix(path) in _HDF5:
+        return None
+    with zipfile.ZipFile(path) as archive:
+        if RECORD not in archive.namelist():
+            return None
+        content = archive.read(RECORD)
+    try:
+        return tfbn.PopulationStats.from_bytes(content)
+    except ValueError as error:
+        raise FileError(
+            f"Expected a .keras file with the sweep that `tfbn recalibrate` recorded. Received: "
+            f"{path}, whose record is damaged. Make the sweep again."
+        ) from error
+
+
+def require_free(path: str) -> None:
+    """Raise `FileError` unless `save` can write a new file of this name."""
+    folder = os.path.dirname(path) or "."
+    if _suffix(path) != ".keras":
+        raise FileError(f"Expected a name for --out that ends in .keras. Received: {path}.")
+    if os.path.lexists(path):
+        raise FileError(
+            f"Expected a name that is free. Received: {path}, which exists. Nothing is ever "
+            "overwritten: give another name, or move it away."
+        )
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        raise FileError(
+            f"Expected a folder that can be written to. Received: --out {path}, whose folder "
+            f"{folder} {'is read-only' if os.path.isdir(folder) else 'does not exist'}."
+        )
+
+
+def save(model: keras.Model, stats: tfbn.PopulationStats, path: str) -> None:
+    """Write a .keras file with the sweep that it had, whole or not at all.
+
+    The name appears once the content is on disk. A file that has come to it in the meantime
+    stays, and is an error.
+    """
+    folder = os.path.dirname(path) or "."
+    with naming(path), tempfile.TemporaryDirectory(dir=folder, prefix=".tfbn-") as hidden:
+        partial = os.path.join(hidden, "model.keras")
+        model.save(partial)
+        with zipfile.ZipFile(partial, "a") as archive:
+            archive.writestr(RECORD, stats.to_bytes())
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        try:
+            _publish(partial, path)
+        except FileExistsError:
+            require_free(path)
+
+
+def _publish(finished, path):
+    """Give a finished file its name, which another process's file may have taken."""
+    try:
+        os.link(finished, path)
+    except FileExistsError:
+        raise
+    except OSError:  # File systems without hard links: the name has to be taken first.
+        open(path, "x").close()
+        try:
+            os.replace(finished, path)
+        except BaseException:
+            os.unlink(path)
+            raise
+
+
+def _require_model(path):
+    if os.path.isfile(path) and is_model(path):
+        return
+    if not os.path.exists(path):
+        raise FileError(f"Expected {_KIND}. Received: {path}, no such file.")
+    folder = pathlib.Path(path)
+    if any(next(folder.glob(name), None) for name in ("saved_model.pb", "*/saved_model.pb")):
+        raise FileError(
+            f"Expected {_KIND}. Received: {path}, a SavedModel, which is a graph without layers. "
+            "Give the model file that it was exported from."
+        )
+    # A pipe or device would keep the process waiting for ever.
+    what = "a directory" if folder.is_dir() else "another kind of file"
+    raise FileError(f"Expected {_KIND}. Received: {path}, {what}.")
+
+
+def _check_archive(path):
+    """Compare checksums, which Keras does not: it jumps about in the weights."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+
+
+def _check_hdf5(path, unsafe):
+    with h5py.File(path) as file:
+        config = file.attrs.get("model_config")
+    if config is None:
+        raise FileError(
+            f"Expected {_KIND}. Received: {path}, with weights alone. Build the model in Python, "
+            "load them into it with model.load_weights, and save it with model.save."
+        )
+    # Keras before 3.11.3 runs such code whatever `safe_mode` says.
+    if not unsafe and _has_lambda(json.loads(config)):
+        raise _code_inside(path)
+
+
+def _has_lambda(config):
+    if isinstance(config, dict):
+        return config.get("class_name") == "Lambda" or any(map(_has_lambda, config.values()))
+    return isinstance(config, list) and any(map(_has_lambda, config))
+
+
+def _code_inside(path):
+    return FileError(
+        f"Expected a model without code in it. Received: {path}, with a Lambda layer or another "
+        "function that would run whatever its author wrote. If you trust the file, give --unsafe."
+    )
+
+
+def _suffix(path):
+    return pathlib.Path(path).suffix.lower()
