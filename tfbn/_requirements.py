@@ -9,6 +9,7 @@ nor TensorFlow. It checks the installation from outside, and registers the layer
 Keras is imported, before or after tfbn, by whomever.
 """
 
+import functools
 import importlib.abc
 import importlib.metadata
 import importlib.util
@@ -54,26 +55,27 @@ def register_with_keras() -> None:
 
 
 class _AfterKeras(importlib.abc.MetaPathFinder):
-    """Imports the layer right after Keras. It stands aside for every other module."""
+    """Imports the layer right after Keras, and leaves everything else to the other finders."""
 
     def find_spec(self, name, path=None, target=None):
         if name != "keras":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None:
+        specs = (other.find_spec(name, path, target) for other in sys.meta_path if other != self)
+        spec = next(filter(None, specs), None)
+        if spec is not None:  # TensorFlow asks for it without importing it.
             execute = spec.loader.exec_module
-
-            def execute_and_register(module):
-                execute(module)
-                try:
-                    check()
-                except ImportError:
-                    return  # Keras serves others here. The first use of tfbn raises this error.
-                importlib.import_module("tfbn.layer")
-
-            spec.loader.exec_module = execute_and_register
+            spec.loader.exec_module = functools.partial(self._execute, execute)
         return spec
+
+    def _execute(self, execute, module):
+        execute(module)
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        try:
+            check()
+        except ImportError:
+            return  # Others use this Keras without tfbn, whose first use raises this error.
+        importlib.import_module("tfbn.layer")
 
 
 def _installed_version(distribution):

@@ -202,7 +202,7 @@ def _naming_images(folder):
 def _statistics(path, unsafe):
     if keras_files.is_model(path):
         return tfbn.PopulationStats.read(keras_files.load(path, unsafe))
-    with naming(path):
+    with reading(path, "a model file, or one that PopulationStats.save wrote", "Write it again."):
         return tfbn.PopulationStats.load(path)
 
 

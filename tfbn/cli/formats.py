@@ -90,13 +90,15 @@ def read_images(path: str, model: keras.Model, options: Options) -> tuple[Any, i
             labels=None,
             label_mode=None,
             color_mode=_COLORS[channels],
-            batch_size=options.batch_size or _BATCH_SIZE,
+            batch_size=None,
             image_size=(height, width),
             shuffle=False,
             verbose=False,
         )
     scale = 1.0 if options.scale is None else options.scale
-    return images.map(lambda batch: batch * scale), None
+    # TensorFlow prepares places for a whole batch, however few images there are.
+    batch_size = min(options.batch_size or _BATCH_SIZE, len(images.file_paths))
+    return images.map(lambda image: image * scale).batch(batch_size), None
 
 
 def read_records(path: str, model: keras.Model, options: Options) -> tuple[Any, int | None]:
@@ -114,6 +116,7 @@ def read_records(path: str, model: keras.Model, options: Options) -> tuple[Any, 
         image = tf.io.decode_image(encoded, channels=shape[2], expand_animations=False)
         return tf.ensure_shape(tf.image.resize(image, shape[:2]) * scale, shape)
 
+    @tf.autograph.experimental.do_not_convert  # It rewrites the text of errors.
     def parse(record):
         example = tf.io.parse_single_example(record, features)
         for name, shape in shapes.items():
@@ -135,7 +138,7 @@ READERS: dict[str, Reader] = {
 
 def damaged_image(folder: str) -> str | None:
     """The first image of a folder that cannot be decoded. TensorFlow's own error names none."""
-    for directory, folders, names in os.walk(folder, followlinks=True):
+    for directory, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
             file = os.path.join(directory, name)
@@ -164,7 +167,12 @@ class _Arrays(Mapping):
     def __getitem__(self, name):
         member = f"{name}.npy"
         with self._archive.open(member) as file:
-            array = np.lib.format.read_array(file, allow_pickle=False)
+            try:
+                array = np.lib.format.read_array(file, allow_pickle=False)
+            except ValueError as error:
+                if "pickle" not in str(error):
+                    raise
+                raise ValueError(f"{member} has Python objects, which may run code") from error
             # zipfile compares the checksum at the end of a member, which a damaged header hides.
             if file.read():
                 raise ValueError(f"{member} has more bytes than its header says")
@@ -176,7 +184,7 @@ def _for_inputs(model, arrays, path):
     names = list(arrays)
     inputs = getattr(model, "inputs", None) or []
     if len(inputs) <= 1:
-        wanted = [tensor.name for tensor in inputs] + ["x", "x_train"]
+        wanted = list(dict.fromkeys([*(tensor.name for tensor in inputs), "x", "x_train"]))
         chosen = [name for name in wanted if name in names] or (names if len(names) == 1 else [])
         if not chosen:
             raise FileError(
@@ -221,7 +229,10 @@ def _features(path):
         f"A dtype is one of {_FEATURE_DTYPES}, and images have no shape.",
     ):
         features = {}
-        for name, feature in json.loads(pathlib.Path(path).read_text("utf-8")).items():
+        described = json.loads(pathlib.Path(path).read_text("utf-8"))
+        if not isinstance(described, dict) or not described:
+            raise ValueError("no features by name")
+        for name, feature in described.items():
             dtype = feature["dtype"]
             if dtype not in _FEATURE_DTYPES:
                 raise ValueError(f"dtype {dtype!r} of {name!r}")
