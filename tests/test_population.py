@@ -1,12 +1,7 @@
 """Tests of `tfbn.PopulationStats`."""
 
 import json
-import os
-import pathlib
-import signal
-import subprocess
-import sys
-import time
+import re
 
 import keras
 import networks
@@ -112,22 +107,90 @@ def layer_named(name):
     return layers.BatchNormalization(name=name)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e39])
-def test_assign_refuses_what_is_not_finite_in_the_variable(model, stats, value):
+def spoiled(stats, name, value):
+    """The same with one number changed, in channel 1 of the last layer."""
     path = list(stats)[-1]
-    spoiled = {**stats}
-    variance = stats[path].variance.copy()
-    variance[1] = value
-    spoiled[path] = tfbn.LayerStats(100, stats[path].mean, variance)
+    parts = {"mean": stats[path].mean.copy(), "variance": stats[path].variance.copy()}
+    parts[name][1] = value
+    layers = {**stats, path: tfbn.LayerStats(stats[path].counts, **parts)}
+    return path, tfbn.PopulationStats(layers, method=stats.method)
+
+
+IMPOSSIBLE = [
+    ("mean", np.nan),
+    ("mean", -np.inf),
+    ("variance", np.nan),
+    ("variance", np.inf),
+    ("variance", -1.0),
+    ("variance", -1e-300),
+]
+
+
+@pytest.mark.parametrize("method", ["exact", "pooled", "algorithm2"])
+@pytest.mark.parametrize(("name", "value"), IMPOSSIBLE)
+def test_assign_and_merge_refuse_what_no_data_has(model, stats, method, name, value):
+    stats = tfbn.PopulationStats(stats, method=method)
+    path, bad = spoiled(stats, name, value)
+    says = rf"Received: {name} {re.escape(str(value))} in channel 1 of layer '{path}'"
     before = weights(model)
-    with pytest.raises(ValueError, match=rf"(?s)'{path}'.*moving_variance.*channel 1"):
-        tfbn.PopulationStats(spoiled, method="pooled").assign(model)
+    with pytest.raises(ValueError, match=says):
+        bad.assign(model)
     assert_same(before, weights(model))
+    assert module.assigned(model) is None
+    if method != "exact":
+        for a, b in ((bad, stats), (stats, bad)):
+            with pytest.raises(ValueError, match=says):
+                a.merge(b)
+
+
+@pytest.mark.parametrize(("name", "value"), [("mean", -1e39), ("variance", 1e39)])
+def test_assign_refuses_what_the_variable_cannot_hold(model, stats, name, value):
+    path, bad = spoiled(stats, name, value)
+    before = weights(model)
+    with pytest.raises(ValueError, match=rf"float32.*'{path}'.*moving_{name}.*channel 1"):
+        bad.assign(model)
+    assert_same(before, weights(model))
+
+
+def test_assign_refuses_a_layer_without_values(model, stats):
+    path = next(iter(stats))
+    layers = {**stats, path: tfbn.LayerStats(0, stats[path].mean, stats[path].variance)}
+    before = weights(model)
+    with pytest.raises(ValueError, match=rf"'{path}'. Received: none, or only masked"):
+        tfbn.PopulationStats(layers, method="pooled").assign(model)
+    assert_same(before, weights(model))
+
+
+def test_a_broken_model_is_read_and_put_back_to_the_bit(model, stats):
+    bn = networks.batch_norms(model)[0]
+    bn.moving_mean.assign([np.nan, np.inf, -0.0, 1e-45])
+    bn.moving_variance.assign([-1.0, np.nan, 0.0, -np.inf])
+    before = weights(model)
+    held = tfbn.PopulationStats.read(model)
+    previous = stats.assign(model)
+    assert previous == held and held != stats
+    held.summary(print_fn=lambda line: None)
+    previous.assign(model)
+    for a, b in zip(before, weights(model), strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+def test_assign_hashes_no_weights(model, stats, monkeypatch):
+    monkeypatch.setattr(module.keras_models, "fingerprint", lambda model: pytest.fail("hashed"))
+    assert stats.assign(model).fingerprint == ""
+    assert tfbn.PopulationStats.read(model, fingerprint=False).fingerprint == ""
+    monkeypatch.undo()
+    assert tfbn.PopulationStats.read(model).fingerprint == stats.fingerprint != ""
+    assert stats.mismatch(model) is None
+    unknown = tfbn.PopulationStats(stats, method="pooled")
+    assert "not known" in unknown.mismatch(model)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("fails_at", range(6))
 def test_an_interrupted_assign_puts_everything_back(model, stats, fails_at, error, monkeypatch):
+    earlier = made_up(model, seed=1)
+    earlier.assign(model)
     before = weights(model)
     calls = []
     variable = type(networks.batch_norms(model)[0].moving_mean)
@@ -145,42 +208,25 @@ def test_an_interrupted_assign_puts_everything_back(model, stats, fails_at, erro
     monkeypatch.undo()
     assert len(calls) > fails_at
     assert_same(before, weights(model))
-    assert module.assigned(model) is None
+    assert module.assigned(model) is earlier
+
+
+def part_of(values, method):
+    """The statistics of one batch, by NumPy; of zeros if it has no values."""
+    n = len(values)
+    ddof = 1 if method == "algorithm2" else 0
+    mean = values.mean(0) if n else np.zeros(2)
+    variance = values.var(0, ddof=ddof) if n else np.zeros(2)
+    layer = tfbn.LayerStats(n, mean, variance)
+    return tfbn.PopulationStats(
+        {"bn": layer}, method=method, samples=n, batches=int(n > 0), batch_size=n
+    )
 
 
 @pytest.mark.parametrize("method", ["pooled", "algorithm2"])
-def test_merged_shards_are_one_sweep_over_all(model, method):
-    x = networks.data(model, 60)
-    shards = [x[:16], x[16:48], x[48:]]
-    parts = [
-        tfbn.collect(model, shard, method=method, batch_size=16, verbose=0) for shard in shards
-    ]
-    whole = tfbn.collect(model, x, method=method, batch_size=16, verbose=0)
-    for total in (
-        parts[0].merge(parts[1]).merge(parts[2]),
-        parts[2].merge(parts[1].merge(parts[0])),
-    ):
-        assert (total.samples, total.batches, total.batch_size) == (60, 4, 16)
-        for path in whole:
-            assert total[path].count == whole[path].count
-            np.testing.assert_allclose(total[path].mean, whole[path].mean, rtol=1e-9, atol=1e-12)
-            np.testing.assert_allclose(total[path].variance, whole[path].variance, rtol=1e-9)
-
-
-def shards(draw_values):
-    """Statistics of shards, and all their values together."""
-    parts = []
-    for values in draw_values:
-        layer = tfbn.LayerStats(len(values), np.mean(values, 0), np.var(values, 0))
-        parts.append(
-            tfbn.PopulationStats({"bn": layer}, method="pooled", samples=len(values), batches=1)
-        )
-    return parts, np.concatenate(draw_values)
-
-
 @given(
     st.lists(
-        st.integers(1, 9).flatmap(
+        st.sampled_from([0, 2, 3, 9]).flatmap(
             lambda n: arrays(np.float64, (n, 2), elements=st.floats(-1e3, 1e3))
         ),
         min_size=3,
@@ -189,22 +235,74 @@ def shards(draw_values):
     st.randoms(use_true_random=False),
 )
 @settings(deadline=None)
-def test_shards_merge_in_any_order_and_grouping(draw_values, random):
-    parts, values = shards(draw_values)
+def test_shards_merge_in_any_order_and_grouping(method, shards, random):
+    parts = [part_of(values, method) for values in shards]
     while len(parts) > 1:
         random.shuffle(parts)
         parts.append(parts.pop().merge(parts.pop()))
     [total] = parts
+    values = np.concatenate(shards)
     assert total.samples == total["bn"].count == len(values)
-    assert total.batches == len(draw_values)
-    np.testing.assert_allclose(total["bn"].mean, values.mean(0), rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(total["bn"].variance, values.var(0), rtol=1e-9, atol=1e-6)
+    assert total.batches == sum(len(shard) > 0 for shard in shards)
+    assert total.batch_size == max(map(len, shards))
+    if len(values):
+        variance = values.var(0)
+        if method == "algorithm2":
+            share = np.array([len(shard) for shard in shards if len(shard)]) / len(values)
+            variance = share @ [shard.var(0, ddof=1) for shard in shards if len(shard)]
+        np.testing.assert_allclose(total["bn"].mean, values.mean(0), rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(total["bn"].variance, variance, rtol=1e-9, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["pooled", "algorithm2"])
+@pytest.mark.parametrize("mean", [np.nan, np.inf, 1e200])
+@pytest.mark.parametrize("variance", [np.nan, np.inf, -1.0])
+def test_an_empty_part_changes_nothing_whatever_it_holds(method, mean, variance):
+    part = part_of(np.array([[0.1, 2], [3, 1 / 3], [0.7, 5]]), method)
+    empty = tfbn.LayerStats(0, np.full(2, mean), np.full(2, variance))
+    empty = tfbn.PopulationStats({"bn": empty}, method=method)
+    assert part.merge(empty) == empty.merge(part) == part
+    assert empty.merge(empty)["bn"].count == 0
+
+
+def test_counts_that_differ_between_channels_are_merged():
+    # A mask can tell channels apart, where they are not on the last axis.
+    rng = np.random.default_rng(0)
+    shards = [[rng.normal(size=n) for n in counts] for counts in ((3, 5, 2), (4, 1, 0))]
+    parts = []
+    for shard in shards:
+        counts = np.array([len(values) for values in shard])
+        mean, variance = (
+            np.array([f(values) if len(values) else np.nan for values in shard])
+            for f in (np.mean, np.var)
+        )
+        layer = tfbn.LayerStats(counts, mean, variance)
+        parts.append(tfbn.PopulationStats({"bn": layer}, method="pooled", samples=5))
+    a, b = parts
+    assert type(a["bn"].count) is int and a["bn"].count == 2 and b["bn"].count == 0
+    for total in (a.merge(b), b.merge(a)):
+        assert type(total["bn"].count) is int and total["bn"].count == 2
+        np.testing.assert_array_equal(total["bn"].counts, [7, 6, 2])
+        assert total["bn"].counts.dtype == np.int64
+        for channel, both in enumerate(zip(*shards, strict=True)):
+            values = np.concatenate(both)
+            np.testing.assert_allclose(total["bn"].mean[channel], values.mean(), rtol=1e-12)
+            np.testing.assert_allclose(total["bn"].variance[channel], values.var(), rtol=1e-12)
+        lines = []
+        total.summary(print_fn=lines.append)
+        assert lines[2].split()[:2] == ["bn", "2"]
+        found = json.loads(json.dumps(total.to_dict()))["layers"]["bn"]
+        assert found["count"] == 2 and found["counts"] == [7, 6, 2]
 
 
 def test_merge_refuses_what_does_not_belong_together(model, stats):
-    exact = tfbn.collect(model, networks.data(model, 20), method="exact", verbose=0)
-    with pytest.raises(ValueError, match="'exact' and 'exact'"):
-        exact.merge(exact)
+    for method in ("exact", "assigned"):
+        other = tfbn.PopulationStats(stats, method=method)
+        for a, b in ((other, other), (other, stats), (stats, other)):
+            with pytest.raises(ValueError, match=r"Received: .*tfbn\.collect_shards"):
+                a.merge(b)
+    with pytest.raises(ValueError, match="'pooled' and 'algorithm2'"):
+        stats.merge(tfbn.PopulationStats(stats, method="algorithm2"))
     model.layers[0].kernel.assign(model.layers[0].kernel * 2)
     with pytest.raises(ValueError, match="same weights"):
         stats.merge(made_up(model, 1))
@@ -214,21 +312,43 @@ def test_merge_refuses_what_does_not_belong_together(model, stats):
     fewer = tfbn.PopulationStats({first: stats[first]}, method="pooled")
     with pytest.raises(ValueError, match="3 layers in one and 1"):
         stats.merge(fewer)
+    wide = tfbn.PopulationStats(
+        {path: tfbn.LayerStats(1, np.zeros(9), np.ones(9)) for path in stats}, method="pooled"
+    )
+    for f in (stats.merge, stats.compare):
+        with pytest.raises(ValueError, match=r"\(4,\) and \(9,\)"):
+            f(wide)
 
 
-def test_compare_is_what_it_says():
-    ours = tfbn.LayerStats(9, np.array([1.0, 2.0]), np.array([4.0, 9.0]))
-    theirs = tfbn.LayerStats(9, np.array([2.0, -1.0]), np.array([16.0, 9.0]))
-    near = tfbn.LayerStats(9, np.array([1.0, 2.1]), np.array([4.0, 9.0]))
-    a = tfbn.PopulationStats({"near": ours, "far": ours}, method="pooled")
-    b = tfbn.PopulationStats({"near": near, "far": theirs}, method="pooled")
-    report = a.compare(b)
-    assert list(report) == ["far", "near"]
-    far = report["far"]
-    np.testing.assert_allclose(far["mean_shift"], np.sqrt((0.5**2 + 1) / 2))
-    np.testing.assert_allclose(far["mean_shift_max"], 1)
-    np.testing.assert_allclose(far["std_ratio"], np.sqrt(2))
-    np.testing.assert_allclose(far["std_ratio_max"], 2)
+ONE = tfbn.LayerStats(1, np.zeros(2), np.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"method": "magic"}, "'magic'"),
+        ({"method": None}, "None"),
+        ({"samples": -1}, "samples.*Received: -1"),
+        ({"samples": 1.5}, "samples.*Received: 1.5"),
+        ({"batches": "two"}, "batches.*Received: 'two'"),
+        ({"batch_size": 2**70}, "batch_size"),
+        ({"levels": np.nan}, "levels.*Received: nan"),
+        ({"fingerprint": None}, "fingerprint.*Received: None"),
+        ({"layers": {"bn": 3}}, "LayerStats.*Received.*int.*'bn'"),
+        ({"layers": {3: ONE}}, "LayerStats.*Received.*under 3"),
+        (
+            {
+                "previous": tfbn.PopulationStats(
+                    {"bn": tfbn.LayerStats(0, np.zeros(3), np.ones(3))}, method="assigned"
+                )
+            },
+            r"\(2,\) and \(3,\)",
+        ),
+    ],
+)
+def test_what_no_sweep_gives_is_refused(arguments, says):
+    with pytest.raises(ValueError, match=f"(?s)Expected.*{says}"):
+        tfbn.PopulationStats(**{"layers": {"bn": ONE}, "method": "pooled", **arguments})
 
 
 def test_summary_has_the_worst_layer_first(model, stats):
@@ -240,6 +360,26 @@ def test_summary_has_the_worst_layer_first(model, stats):
     assert lines[2].split()[1] == "100"
     assert lines[2].split()[-1] == f"{10**-0.5:.4f}"
     assert len(lines) == 2 + len(stats)
+    assert len({len(line) for line in lines[1:]}) == 1
+
+
+def test_summary_without_anything_to_compare_with(stats):
+    lines = []
+    tfbn.PopulationStats(stats, method="exact").summary(print_fn=lines.append)
+    assert [line.split() for line in lines[2:]] == [[path, "100", *"---"] for path in stats]
+
+
+def test_a_notebook_shows_the_table(stats):
+    first = next(iter(stats))
+    shown = stats._repr_html_()
+    assert "10 samples in 2 batches" in shown and shown.index(next(iter(stats))) > 0
+    worst, *_ = stats.compare(stats.previous)
+    assert (
+        f'<tr><td style="text-align: left">{worst}</td>' in shown.split("<tbody>")[1].lstrip()[:200]
+    )
+    hostile = tfbn.PopulationStats({"<script>&": stats[first]}, method="pooled")
+    assert "&lt;script&gt;&amp;" in hostile._repr_html_()
+    assert "<script>" not in hostile._repr_html_()
 
 
 def test_to_dict_survives_json(stats):
@@ -248,142 +388,3 @@ def test_to_dict_survives_json(stats):
     for path, layer in stats.items():
         np.testing.assert_array_equal(found["layers"][path]["mean"], layer.mean)
         np.testing.assert_array_equal(found["layers"][path]["variance"], layer.variance)
-
-
-# Files.
-
-
-def test_save_and_load_to_the_bit(stats, tmp_path):
-    path = tmp_path / "digits.stats"
-    stats.save(path)
-    assert os.listdir(tmp_path) == ["digits.stats"]
-    loaded = tfbn.PopulationStats.load(path)
-    assert loaded == stats
-    assert loaded.previous == stats.previous
-    for name in ("method", "samples", "batches", "batch_size", "fingerprint"):
-        assert getattr(loaded, name) == getattr(stats, name)
-
-
-def test_counts_that_differ_between_channels_are_merged_and_saved(tmp_path):
-    # A mask can tell channels apart, where they are not on the last axis.
-    rng = np.random.default_rng(0)
-    shards = [[rng.normal(size=n) for n in counts] for counts in ((3, 5), (4, 2))]
-    parts = []
-    for shard in shards:
-        counts = np.array([len(values) for values in shard])
-        mean, variance = (np.array([f(values) for values in shard]) for f in (np.mean, np.var))
-        layer = tfbn.LayerStats(counts, mean, variance)
-        parts.append(tfbn.PopulationStats({"bn": layer}, method="pooled", samples=5))
-    parts[0].merge(parts[1]).save(tmp_path / "stats.npz")
-    loaded = tfbn.PopulationStats.load(tmp_path / "stats.npz")
-    assert json.loads(json.dumps(loaded.to_dict()))["layers"]["bn"]["count"] == 7
-    assert loaded["bn"].count == 7
-    parts[0].save(tmp_path / "part.npz")
-    part = tfbn.PopulationStats.load(tmp_path / "part.npz")
-    assert part == parts[0]
-    assert part.to_dict()["layers"]["bn"]["count"] == [3, 5]
-    for channel, both in enumerate(zip(*shards, strict=True)):
-        values = np.concatenate(both)
-        np.testing.assert_allclose(loaded["bn"].mean[channel], values.mean(), rtol=1e-12)
-        np.testing.assert_allclose(loaded["bn"].variance[channel], values.var(), rtol=1e-12)
-
-
-def test_renorm_is_saved_too(tmp_path):
-    if "renorm" not in layers.BatchNormalization().get_config():
-        pytest.skip("this Keras has no renorm")
-    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization(renorm=True)])
-    model.set_weights([np.full(3, i + 1.5) for i in range(7)])
-    before = weights(model)
-    tfbn.PopulationStats.read(model).save(tmp_path / "before.npz")
-    made_up(model, 0).assign(model)
-    tfbn.PopulationStats.load(tmp_path / "before.npz").assign(model)
-    assert_same(before, weights(model))
-
-
-@pytest.mark.parametrize("position", np.linspace(0, 0.999, 23))
-def test_a_damaged_file_is_refused(stats, tmp_path, position):
-    path = tmp_path / "stats.npz"
-    stats.save(path)
-    content = bytearray(path.read_bytes())
-    content[int(position * len(content))] ^= 0xFF
-    path.write_bytes(content)
-    try:
-        loaded = tfbn.PopulationStats.load(path)
-    except ValueError as error:
-        assert "Received" in str(error) and "stats.npz" in str(error)
-    else:  # Some bytes of a zip archive, such as times, carry nothing.
-        assert loaded == stats
-
-
-@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04", b"\x93NUMPY"])
-def test_another_kind_of_file_is_refused(tmp_path, content):
-    path = tmp_path / "stats.npz"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"Received: .*damaged or another kind"):
-        tfbn.PopulationStats.load(path)
-
-
-def test_a_cut_file_is_refused(stats, tmp_path):
-    path = tmp_path / "stats.npz"
-    stats.save(path)
-    content = path.read_bytes()
-    for end in range(0, len(content), len(content) // 17):
-        path.write_bytes(content[:end])
-        with pytest.raises(ValueError, match="Received"):
-            tfbn.PopulationStats.load(path)
-
-
-def test_a_pickle_is_not_run(tmp_path):
-    class Hostile:
-        def __reduce__(self):
-            return pathlib.Path.touch, (tmp_path / "ran",)
-
-    np.savez(tmp_path / "stats.npz", header=np.array([Hostile()], dtype=object))
-    with pytest.raises(ValueError, match="Received"):
-        tfbn.PopulationStats.load(tmp_path / "stats.npz")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_file_that_cannot_be_written_leaves_the_old_one(stats, tmp_path, monkeypatch):
-    path = tmp_path / "stats.npz"
-    stats.save(path)
-    old = path.read_bytes()
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        stats.save(path)
-    assert path.read_bytes() == old
-    assert os.listdir(tmp_path) == ["stats.npz"]
-
-
-KILLED = """
-import sys, numpy as np, tfbn
-path = sys.argv[1]
-layers = {f"layer_{i}": tfbn.LayerStats(1, np.zeros(20000), np.ones(20000)) for i in range(20)}
-i = 0
-while True:
-    i += 1
-    value = {p: tfbn.LayerStats(i, np.full(20000, float(i)), s.variance) for p, s in layers.items()}
-    tfbn.PopulationStats(value, method="pooled", samples=i).save(path)
-    print("saved", flush=True)
-"""
-
-
-def test_a_killed_process_leaves_the_old_file_or_the_new(tmp_path):
-    path = tmp_path / "stats.npz"
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        rng = np.random.default_rng(0)
-        process.stdout.readline()
-        time.sleep(rng.uniform(0.05, 0.3))
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    loaded = tfbn.PopulationStats.load(path)
-    assert {layer.count for layer in loaded.values()} == {loaded.samples}
-    assert all(np.all(layer.mean == loaded.samples) for layer in loaded.values())

@@ -18,7 +18,7 @@ class Moments(NamedTuple):
     m2: np.ndarray
 
 
-def of_batch(count, mean, variance, *, method):
+def of_batch(count, mean, variance, *, method: str) -> Moments:
     """The moments that one batch brings, given its count, mean and biased variance.
 
     `"pooled"` and `"exact"`: M2 = m * sigma2. `"algorithm2"` takes the unbiased
@@ -35,28 +35,35 @@ def of_batch(count, mean, variance, *, method):
     return Moments(count, mean, m2)
 
 
-def merge(a, b, *, method):
+def merge(a: Moments, b: Moments, *, method: str) -> Moments:
     """The moments of two parts together.
 
     mean = (n_a mean_a + n_b mean_b) / n. For `"pooled"` and `"exact"`,
     M2 = M2_a + M2_b + (mean_b - mean_a)^2 n_a n_b / n (Chan, Golub & LeVeque 1983,
     eq. 2.1), the law of total variance. `"algorithm2"` averages the parts' variances:
-    M2 = M2_a + M2_b. A part of count 0 changes nothing.
+    M2 = M2_a + M2_b. A part of count 0 changes nothing, whatever else it holds.
     """
     count = a.count + b.count
     share = b.count / np.maximum(count, 1)
-    delta = b.mean - a.mean
-    m2 = a.m2 + b.m2
-    if method != "algorithm2":
-        m2 = m2 + delta * delta * (a.count * share)
-    return Moments(count, a.mean + delta * share, m2)
+    with np.errstate(invalid="ignore"):  # Of parts of count 0, which are left out below.
+        delta = b.mean - a.mean
+        m2 = a.m2 + b.m2
+        if method != "algorithm2":
+            m2 = m2 + delta * delta * (a.count * share)
+        mean = a.mean + delta * share
+    only_a, only_b = b.count == 0, a.count == 0
+    return Moments(
+        count,
+        np.where(only_a, a.mean, np.where(only_b, b.mean, mean)),
+        np.where(only_a, a.m2, np.where(only_b, b.m2, m2)),
+    )
 
 
-def variance(moments):
+def variance(moments: Moments) -> np.ndarray:
     """M2 / count, per channel; 0 where nothing was seen."""
-    return moments.m2 / np.maximum(moments.count, 1)
+    return np.where(moments.count == 0, 0.0, moments.m2 / np.maximum(moments.count, 1))
 
 
-def finite(moments):
+def finite(moments: Moments) -> np.ndarray:
     """Whether mean and M2 are finite, per channel."""
     return np.isfinite(moments.mean) & np.isfinite(moments.m2)

@@ -1,0 +1,228 @@
+"""`LayerStats`: the statistics of one batch norm layer, and how it holds them."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfbn import keras_models, moments
+
+RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
+
+# Up to here every whole number is a float64 too, so that counts add up exactly.
+_MOST = 2**53
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerStats:
+    """The statistics of one batch norm layer. The arrays are read-only copies.
+
+    Attributes:
+        count: Number of values per channel that the statistics were taken from: all
+            samples and all positions, less the masked ones; the smallest of these numbers where
+            a mask tells channels apart. 0 if it is not known. Given as an int, or as an array
+            of shape `(channels,)`.
+        mean: Mean per channel, float64, shape `(channels,)`.
+        variance: Population variance per channel (divided by `count`; with
+            `"algorithm2"` the average of unbiased batch variances), same shape.
+        renorm: With `renorm=True`, the values of `moving_stddev`, `renorm_mean` and
+            `renorm_stddev` as they were read from a layer. `None` for swept statistics,
+            where they follow from mean and variance.
+        counts: `count` of every channel, int64, shape `(channels,)`.
+
+    Raises:
+        ValueError: If shapes do not fit, or a count is no whole number from 0 to 2**53.
+            Mean and variance may be any numbers here, as a broken model may hold any.
+    """
+
+    count: int
+    mean: np.ndarray
+    variance: np.ndarray
+    renorm: dict[str, np.ndarray] | None = None
+    counts: np.ndarray = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self):
+        found = {"mean": self.mean, "variance": self.variance, **(self.renorm or {})}
+        found = {name: _read_only(value, np.float64) for name, value in found.items()}
+        shape = found["mean"].shape
+        for name, value in found.items():
+            if value.shape != shape or len(shape) != 1 or not value.size:
+                raise ValueError(
+                    "Expected mean and variance of one shape (channels,). Received: "
+                    f"{name} of shape {value.shape}, and a mean of shape {shape}."
+                )
+        if self.renorm is not None and set(self.renorm) != set(RENORM):
+            raise ValueError(f"Expected renorm with {RENORM}. Received: {list(self.renorm)}.")
+        counts = _counts(self.count, shape)
+        held = {"count": int(counts.min()), "counts": counts, **found}
+        held["renorm"] = self.renorm and {name: held.pop(name) for name in RENORM}
+        for name, value in held.items():
+            object.__setattr__(self, name, value)
+
+    def __eq__(self, other):
+        """Whether the two hold the same numbers, to the bit."""
+        if not isinstance(other, LayerStats):
+            return NotImplemented
+        return _bits(self) == _bits(other)
+
+    __hash__ = None
+
+    def impossible(self, where_counted: bool = False) -> str | None:
+        """Which of the values no data can have, in words, or `None`.
+
+        Args:
+            where_counted: Leave out the channels whose count is 0.
+        """
+        for name, value in (("mean", self.mean), ("variance", self.variance)):
+            bad = ~np.isfinite(value)
+            if name == "variance":
+                bad |= value < 0
+            if where_counted:
+                bad &= self.counts > 0
+            if bad.any():
+                channel = int(np.argmax(bad))
+                return f"{name} {value[channel]} in channel {channel}"
+        return None
+
+    def merge(self, other: "LayerStats", method: str) -> "LayerStats":
+        """The statistics of the values behind both, see `tfbn.moments.merge`."""
+        if not other.counts.any():
+            return self  # To the bit.
+        if not self.counts.any():
+            return other
+        found = moments.merge(self._moments(), other._moments(), method=method)
+        return LayerStats(found.count, found.mean, moments.variance(found))
+
+    def _moments(self):
+        count = self.counts.astype(np.float64)
+        return moments.Moments(count, self.mean, self.variance * count)
+
+
+def values(stats: LayerStats, layer: keras.Layer) -> dict[str, np.ndarray]:
+    """What the statistics variables of a layer should hold, float64, by attribute name."""
+    found = {"moving_mean": stats.mean, "moving_variance": stats.variance}
+    if getattr(layer, "renorm", False):
+        stddev = np.sqrt(stats.variance + layer.epsilon)
+        found |= stats.renorm or {
+            "moving_stddev": stddev,
+            "renorm_mean": stats.mean,
+            "renorm_stddev": stddev,
+        }
+    return found
+
+
+def writes(path: str, stats: LayerStats, layer: keras.Layer) -> list[tuple]:
+    """The variables of a layer and what they are to hold, in their dtype.
+
+    Raises:
+        ValueError: If a shape differs, or a value is too large for the dtype.
+    """
+    found = []
+    for name, value in values(stats, layer).items():
+        variable = getattr(layer, name)
+        if tuple(variable.shape) != value.shape:
+            raise ValueError(
+                f"Expected statistics of shape {tuple(variable.shape)} for layer "
+                f"{path!r}. Received: shape {value.shape}. These statistics belong to "
+                "another model."
+            )
+        with np.errstate(over="ignore"):
+            cast = value.astype(keras.backend.standardize_dtype(variable.dtype))
+        too_large = np.isfinite(value) & ~np.isfinite(cast.astype(np.float64))
+        if too_large.any():
+            channel = int(np.argmax(too_large))
+            raise ValueError(
+                f"Expected statistics that {variable.dtype} can hold for layer {path!r}. Received: "
+                f"{name} {value[channel]} in channel {channel}. Look for very large values in the "
+                "data of the sweep."
+            )
+        found.append((variable, cast))
+    return found
+
+
+def of_layer(layer: keras.Layer) -> LayerStats:
+    """The `LayerStats` that a layer holds."""
+    held = {name: value_of(v) for name, v in keras_models.statistics(layer).items()}
+    mean, variance = held.pop("moving_mean"), held.pop("moving_variance")
+    return LayerStats(0, mean, variance, held or None)
+
+
+def value_of(variable) -> np.ndarray:
+    """A copy of what a variable holds, in its dtype."""
+    return tf.convert_to_tensor(variable).numpy().copy()
+
+
+def layers_of(model: keras.Model, paths: Iterable[str]) -> dict[str, keras.Layer]:
+    """The batch norm layers of a model at some paths, by path.
+
+    Raises:
+        ValueError: If one is missing or not built.
+    """
+    wanted = list(paths)
+    layers = keras_models.batch_norm_layers(model)
+    for path in wanted:
+        if path not in layers:
+            raise ValueError(
+                f"Expected a model with the batch norm layers of these statistics. "
+                f"Received: model {model.name!r}, which has no batch norm layer "
+                f"{path!r}; it has {list(layers)}. Assign statistics only to the model "
+                "they were collected from, or to one of the same architecture."
+            )
+        if not layers[path].built:
+            raise ValueError(
+                f"Expected a built model. Received: model {model.name!r}, whose layer "
+                f"{path!r} has no weights yet. Call the model on a batch first."
+            )
+    return {path: layers[path] for path in wanted}
+
+
+def require_same_layers(a: Mapping[str, LayerStats], b: Mapping[str, LayerStats]) -> None:
+    """Raise `ValueError` unless the two have the same layers, in order, of the same shapes."""
+    for ours, theirs in zip(a, b, strict=False):
+        if ours != theirs:
+            raise ValueError(
+                f"Expected statistics of the same layers. Received: layer {ours!r} in one and "
+                f"{theirs!r} in the other in the same place. They belong to different models."
+            )
+    if len(a) != len(b):
+        raise ValueError(
+            f"Expected statistics of the same layers. Received: {len(a)} layers in one and "
+            f"{len(b)} in the other. They belong to different models."
+        )
+    for path in a:
+        require_same_shape(path, a[path], b[path])
+
+
+def require_same_shape(path: str, ours: LayerStats, theirs: LayerStats) -> None:
+    """Raise `ValueError` unless the two have the same number of channels."""
+    if ours.mean.shape != theirs.mean.shape:
+        raise ValueError(
+            f"Expected statistics of the same shapes. Received: {ours.mean.shape} and "
+            f"{theirs.mean.shape} for layer {path!r}. They belong to different models."
+        )
+
+
+def _read_only(value, dtype):
+    value = np.array(value, dtype)
+    value.flags.writeable = False
+    return value
+
+
+def _counts(count, shape):
+    found = np.asarray(count)
+    whole = found.dtype.kind in "iuf" and np.all(
+        (found >= 0) & (found <= _MOST) & (found == np.floor(found))
+    )
+    if not whole or found.shape not in ((), shape):
+        raise ValueError(
+            "Expected count to be a whole number from 0 to 2**53, or one for each of "
+            f"{shape[0]} channels. Received: {count}."
+        )
+    return _read_only(np.broadcast_to(found, shape), np.int64)
+
+
+def _bits(stats):
+    arrays = [stats.counts, stats.mean, stats.variance, *(stats.renorm or {}).values()]
+    return [array.tobytes() for array in arrays]

@@ -1,0 +1,104 @@
+"""The format of files of population statistics.
+
+Format 3 is the one that is written. The header has the attributes of the statistics, the paths of
+their layers and, under `previous`, the same of what the model held before. Layer `i` has the
+arrays `count_i`, `mean_i`, `variance_i` and with `renorm=True` three more; those of `previous`
+have that word before their names.
+
+Format 2 (tfbn 0.1.0) is read too. It has no checksum, `previous` is a list of paths alone, there
+are two attributes more, and it could hold parts of a sweep, which are refused.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from tfbn import storage
+from tfbn._version import __version__
+from tfbn.layer_stats import RENORM, LayerStats
+
+_FORMAT = 3
+_OLD = 2
+ATTRIBUTES = ("method", "samples", "batches", "batch_size", "fingerprint", "levels")
+
+
+def pack(stats: Mapping[str, LayerStats]) -> bytes:
+    """The bytes of a file with a `PopulationStats`."""
+    header, arrays = _packed(stats, "")
+    header["previous"] = None
+    if stats.previous is not None:
+        header["previous"], theirs = _packed(stats.previous, "previous_")
+        arrays |= theirs
+    versions = {"format": _FORMAT, "tfbn": __version__, "keras": keras.__version__}
+    return storage.pack({**versions, **header}, arrays)
+
+
+def unpack(content: bytes) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What to make a `PopulationStats` of, and its `previous`: two dicts of arguments.
+
+    Raises:
+        ValueError: If it is damaged, of a later format or something else.
+    """
+    header, arrays = storage.unpack(content, unsealed=(_OLD,))
+    try:
+        if header["format"] == _OLD:
+            _renew(header, arrays)
+        elif header["format"] != _FORMAT:
+            raise ValueError(
+                f"format {header['format']!r}, as tfbn {header['tfbn']!r} writes it, where this "
+                f"is {__version__}"
+            )
+        found = _unpacked(header, arrays, "")
+        before = header["previous"]
+        previous = None if before is None else _unpacked(before, arrays, "previous_")
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    if arrays:
+        raise ValueError(f"an array {next(iter(arrays))!r} of no layer")
+    return found, previous
+
+
+def _packed(stats, prefix):
+    header = {name: getattr(stats, name) for name in ATTRIBUTES}
+    arrays = {}
+    for i, layer in enumerate(stats.values()):
+        parts = {"count": layer.counts, "mean": layer.mean, "variance": layer.variance}
+        parts |= layer.renorm or {}
+        arrays |= {f"{prefix}{name}_{i}": value for name, value in parts.items()}
+    return {**header, "layers": list(stats)}, arrays
+
+
+def _unpacked(header, arrays, prefix):
+    paths = header["layers"]
+    if not isinstance(paths, list) or len(set(paths)) < len(paths):
+        raise ValueError("layers that are no list of different paths")
+    layers = {}
+    for i, path in enumerate(paths):
+        names = ["count", "mean", "variance"]
+        names += RENORM if f"{prefix}{RENORM[0]}_{i}" in arrays else ()
+        held = {name: arrays.pop(f"{prefix}{name}_{i}") for name in names}
+        for name, array in held.items():
+            # Nothing grows when it is made an array of 8 bytes a number.
+            if array.dtype not in ((np.int32, np.int64) if name == "count" else (np.float64,)):
+                raise ValueError(f"{name} of dtype {array.dtype} for layer {path!r}")
+        found = [held.pop(name) for name in ("count", "mean", "variance")]
+        layers[path] = LayerStats(*found, held or None)
+    return {"layers": layers, **{name: header[name] for name in ATTRIBUTES}}
+
+
+def _renew(header, arrays):
+    """Make the header and arrays of format 2 those of format 3, in place."""
+    if header["calls"] is not None or header["level"] != header["levels"]:
+        raise ValueError("part of a sweep, which only tfbn 0.1.0 goes on with")
+    paths = header["previous"]
+    if paths is not None:
+        numbers = {"samples": 0, "batches": 0, "batch_size": 0, "levels": 1}
+        header["previous"] = {
+            "method": "assigned",
+            "fingerprint": "",
+            **numbers,
+            "layers": paths,
+        }
+        arrays.update({f"previous_count_{i}": np.int64(0) for i in range(len(paths))})
