@@ -7,9 +7,10 @@ import json
 from collections.abc import Callable
 
 import tfbn
-from tfbn import keras_models
+from tfbn import drift, keras_models, storage
 from tfbn.cli import formats, keras_files
 from tfbn.cli.errors import FileError, naming, reading
+from tfbn.layer_stats import require_same_shape
 
 DONE, NOT_SWEPT = 0, 3
 
@@ -19,37 +20,19 @@ def inspect(args: argparse.Namespace) -> int:
     model = keras_files.load(args.model, args.unsafe)
     recorded = keras_files.recorded_sweep(args.model)
     state, text = _state(model, recorded)
-    drift = recorded.compare(recorded.previous) if recorded and recorded.previous else {}
-    layers = {
-        path: {
-            "class": type(layer).__name__,
-            "channels": int(layer.moving_mean.shape[0]),
-            "momentum": layer.momentum,
-            "epsilon": layer.epsilon,
-            "trainable": layer.trainable,
-            **drift.get(path, {}),
-        }
-        for path, layer in keras_models.batch_norm_layers(model).items()
-    }
+    off = recorded.compare(recorded.previous) if recorded and recorded.previous else {}
+    layers = keras_models.batch_norm_layers(model)
     if args.json:
-        _print_json({"model": model.name, "layers": layers, "state": state, "why": text})
+        described = {path: _layer(layer) | off.get(path, {}) for path, layer in layers.items()}
+        _print_json({"model": model.name, "layers": described, "state": state, "why": text})
     else:
         print(f"{args.model}: model {model.name!r}, {len(layers)} batch norm layers")
-        _print_table(
-            ["layer", "channels", "momentum", "epsilon", "trainable", *_DRIFT_COLUMNS],
-            [
-                [
-                    path,
-                    layer["channels"],
-                    f"{layer['momentum']:g}",
-                    f"{layer['epsilon']:g}",
-                    "yes" if layer["trainable"] else "no",
-                    *_drift_cells(layer),
-                ]
-                for path, layer in layers.items()
-            ],
-        )
-        if drift:
+        head = ["layer", "channels", "momentum", "epsilon", "trainable", *drift.COLUMNS]
+        rows = [
+            [path, *_cells(layer), *drift.cells(off.get(path))] for path, layer in layers.items()
+        ]
+        _print_lines(drift.table(head, rows))
+        if off:
             print("off by: the statistics before the sweep, against those that it found")
         print(f"population statistics: {text}")
     return NOT_SWEPT if args.check and state not in ("swept", "none to sweep") else DONE
@@ -89,7 +72,7 @@ def compare(args: argparse.Namespace) -> int:
     model = keras_files.load(args.model, args.unsafe)
     held = tfbn.PopulationStats.read(model)
     a, b = (_statistics(path, args.unsafe) for path in (args.a, args.b))
-    # Sweeps leave frozen layers out, and what a file's layers hold has them.
+    # Sweeps leave frozen layers out, and a model file has them.
     shared = [path for path in a if path in b]
     for stats, name in ((a, args.a), (b, args.b)):
         strange = [path for path in stats if path not in held]
@@ -98,20 +81,17 @@ def compare(args: argparse.Namespace) -> int:
                 f"Expected statistics of the layers of {args.model}. Received: {name}, with layer "
                 f"{(strange or list(stats) or [None])[0]!r}."
             )
-    with naming(args.a, args.b, args.model):
-        a, b, held = (_only(stats, shared) for stats in (a, b, held))
-        held.compare(a)  # An error if the shapes are others.
-        drift = a.compare(b)
-    fingerprint = keras_models.fingerprint(model)
-    others = [name for name, s in ((args.a, a), (args.b, b)) if s.fingerprint != fingerprint]
+        with naming(name, args.model):
+            for path in stats:
+                require_same_shape(path, held[path], stats[path])
+    off = drift.of_layers(a, b)
+    others = [name for name, s in ((args.a, a), (args.b, b)) if s.fingerprint != held.fingerprint]
     if args.json:
-        _print_json({"layers": drift, "of_other_weights": others})
+        _print_json({"layers": off, "of_other_weights": others})
         return DONE
     print(f"{args.b} against {args.a}, layers that differ most first:")
-    _print_table(
-        ["layer", *_DRIFT_COLUMNS],
-        [[path, *_drift_cells(off)] for path, off in drift.items()],
-    )
+    rows = [[path, *drift.cells(of_layer)] for path, of_layer in off.items()]
+    _print_lines(drift.table(["layer", *drift.COLUMNS], rows))
     for name in others:
         print(f"Note that {name} is of other weights than those of {args.model}.")
     return DONE
@@ -202,38 +182,34 @@ def _naming_images(folder):
 def _statistics(path, unsafe):
     if keras_files.is_model(path):
         return tfbn.PopulationStats.read(keras_files.load(path, unsafe))
-    with reading(path, "a model file, or one that PopulationStats.save wrote", "Write it again."):
-        return tfbn.PopulationStats.load(path)
+    kind = "a model file, or one that PopulationStats.save wrote"
+    with reading(path, kind, "Collect the statistics again."):
+        return keras_files.unpack(storage.read(path), path, kind)
 
 
-def _only(stats, paths):
-    return tfbn.PopulationStats(
-        {path: stats[path] for path in paths}, method=stats.method, fingerprint=stats.fingerprint
-    )
+def _layer(layer):
+    return {
+        "class": type(layer).__name__,
+        "channels": int(layer.moving_mean.shape[0]),
+        "momentum": layer.momentum,
+        "epsilon": layer.epsilon,
+        "trainable": layer.trainable,
+    }
 
 
-_DRIFT_COLUMNS = ["mean off by", "largest", "std ratio", "largest"]
-
-
-def _drift_cells(off):
-    if "mean_shift" not in off:
-        return ["-"] * 4
+def _cells(layer):
     return [
-        f"{off['mean_shift']:.3f} std",
-        f"{off['mean_shift_max']:.3f} std",
-        f"{off['std_ratio']:.3f}",
-        f"x {off['std_ratio_max']:.3f}",
+        int(layer.moving_mean.shape[0]),
+        f"{layer.momentum:g}",
+        f"{layer.epsilon:g}",
+        "yes" if layer.trainable else "no",
     ]
-
-
-def _print_table(head, rows):
-    rows = [head, *([str(cell) for cell in row] for row in rows)]
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    for first, *rest in rows:
-        cells = [first.ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        print("  ".join(cells))
 
 
 def _print_json(content):
     print(json.dumps(content, indent=1))
+
+
+def _print_lines(lines):
+    for line in lines:
+        print(line)

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfbn import storage
 from tfbn.cli.errors import FileError, reading
 
 _BATCH_SIZE = 32
@@ -229,7 +230,7 @@ def _features(path):
         f"A dtype is one of {_FEATURE_DTYPES}, and images have no shape.",
     ):
         features = {}
-        described = json.loads(pathlib.Path(path).read_text("utf-8"))
+        described = json.loads(storage.read(path))
         if not isinstance(described, dict) or not described:
             raise ValueError("no features by name")
         for name, feature in described.items():

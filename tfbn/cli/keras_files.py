@@ -69,12 +69,17 @@ def recorded_sweep(path: str) -> tfbn.PopulationStats | None:
         if RECORD not in archive.namelist():
             return None
         content = archive.read(RECORD)
+    return unpack(content, path, "a .keras file with the sweep that `tfbn recalibrate` recorded")
+
+
+def unpack(content: bytes, path: str, kind: str) -> tfbn.PopulationStats:
+    """`PopulationStats.from_bytes`, whose error names the file that the bytes are from."""
     try:
         return tfbn.PopulationStats.from_bytes(content)
     except ValueError as error:
         raise FileError(
-            f"Expected a .keras file with the sweep that `tfbn recalibrate` recorded. Received: "
-            f"{path}, whose record is damaged. Make the sweep again."
+            f"Expected {kind}. Received: {path}, whose statistics are damaged, or which is another "
+            "kind of file. Make the sweep again."
         ) from error
 
 
