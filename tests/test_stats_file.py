@@ -284,7 +284,14 @@ def network():
 
 
 def use(stats, model):
-    """All that one does with loaded statistics either works or is a ValueError."""
+    """Loaded statistics are such as data has, and all that one does works or is a ValueError."""
+    assert stats.method in ("exact", "pooled", "algorithm2", "assigned")
+    for layer in stats.values():
+        assert layer.mean.shape == layer.variance.shape == layer.counts.shape == (len(layer.mean),)
+        assert 0 <= layer.counts.min() == layer.count
+        if stats.method != "assigned":
+            assert np.isfinite(layer.mean).all() and np.isfinite(layer.variance).all()
+            assert (layer.variance >= 0).all()
     stats.summary(print_fn=len)
     stats._repr_html_()
     json.dumps(stats.to_dict())
@@ -334,6 +341,81 @@ def samples():
     without = tfbn.PopulationStats(before, method="assigned")
     old = tfbn.PopulationStats(stats, previous=without, **numbers)
     return [(stats, stats.to_bytes()), (old, as_format_2(old))], network()
+
+
+def changed(content, **changes):
+    """A file with some attributes or arrays changed, and a checksum that is right."""
+    header, arrays = storage.unpack(content, unsealed=(2,))
+    for name, value in changes.items():
+        held = arrays if name in arrays or isinstance(value, np.ndarray) else header
+        held[name] = value
+    held = {name: value for name, value in arrays.items() if value is not None}
+    return archive(header, held, zipfile.ZIP_STORED, seal=header["format"] != 2)
+
+
+IMPOSSIBLE = [
+    {"variance_0": np.array([1.0, -1.0, 1.0])},
+    {"variance_0": np.array([1.0, np.nan, 1.0])},
+    {"variance_0": np.array([1.0, np.inf, 1.0])},
+    {"variance_0": np.array([1.0, 1.0])},
+    {"variance_0": np.array(1.0)},
+    {"variance_0": np.array([True, True, True])},
+    {"mean_0": np.array([0.0, np.nan, 0.0])},
+    {"mean_0": np.array([0.0, -np.inf, 0.0])},
+    {"mean_0": np.array([[0.0, 1.0, 0.0]])},
+    {"mean_0": np.array([])},
+    {"mean_0": None},
+    {"mean_9": np.zeros(3)},
+    {"count_0": np.array(-1)},
+    {"count_0": np.array([1, 2, -3])},
+    {"count_0": np.array([1, 2])},
+    {"count_0": np.array(1.5)},
+    {"count_0": np.array(2**60)},
+    {"previous_mean_0": np.zeros(2)},
+    {"previous_variance_1": None},
+    {"method": "magic"},
+    {"method": None},
+    {"method": ["pooled"]},
+    {"samples": -1},
+    {"samples": 1.5},
+    {"samples": "ten"},
+    {"batches": None},
+    {"batch_size": 2**64},
+    {"levels": {}},
+    {"fingerprint": 3},
+    {"layers": ["bn_0"]},
+    {"layers": ["bn_0", "bn_0"]},
+    {"layers": ["bn_0", 1]},
+    {"layers": {"bn_0": 0, "bn_1": 1}},
+    {"layers": None},
+    {"previous": ["bn_0", "bn_1", "bn_2"]},
+    {"previous": {"layers": ["bn_0", "bn_1"]}},
+    {"previous": "bn"},
+    {"format": None},
+    {"format": 1},
+]
+
+
+@pytest.mark.parametrize("changes", IMPOSSIBLE, ids=lambda changes: "-".join(changes))
+@pytest.mark.parametrize("which", [0, 1], ids=["format 3", "format 2"])
+def test_what_no_data_has_does_not_load(tmp_path, which, changes):
+    content = samples()[0][which][1]
+    path = tmp_path / "stats.npz"
+    path.write_bytes(changed(content))
+    tfbn.PopulationStats.load(path)
+    path.write_bytes(changed(content, **changes))
+    with pytest.raises(ValueError, match=r"(?s)^Expected .* Received: '.*stats\.npz', which is "):
+        tfbn.PopulationStats.load(path)
+
+
+def test_what_a_broken_model_held_loads(tmp_path):
+    held = tfbn.PopulationStats(
+        {"bn": tfbn.LayerStats(0, [np.nan, 1], [-1, np.inf])}, method="assigned"
+    )
+    assert_equal(tfbn.PopulationStats.from_bytes(held.to_bytes()), held)
+    fixed = {"bn": tfbn.LayerStats(3, [0, 1], [1, 2])}
+    stats = tfbn.PopulationStats(fixed, method="exact", previous=held)
+    assert_equal(tfbn.PopulationStats.from_bytes(stats.to_bytes()), stats)
 
 
 def fuzz(seed):

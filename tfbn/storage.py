@@ -162,8 +162,6 @@ def _arrays(content: bytes, comment: int) -> dict[str, np.ndarray]:
             raise ValueError("two members of one name")
         if any(m.compress_type != zipfile.ZIP_STORED for m in members):
             raise ValueError("compressed members")
-        if any(m.compress_size != m.file_size for m in members):
-            raise ValueError("members of another size")
         # Each is read to its end, for only there its own checksum is compared.
         return {m.filename.removesuffix(".npy"): _array(archive.read(m)) for m in members}
 
