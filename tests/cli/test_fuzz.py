@@ -4,7 +4,9 @@ Whatever is given, a command either does its work, right, or fails with one line
 file as it was given; it leaves nothing behind, and it never takes long.
 """
 
+import contextlib
 import json
+import os
 import pathlib
 import resource
 import shutil
@@ -54,7 +56,6 @@ def files(tmp_path_factory):
     assert main(["recalibrate", *map(str, given), "--json"]) == 0
     tfbn.PopulationStats.read(model).save(folder / "stats.npz")
     assert main(["export", str(folder / "swept.keras"), str(folder / "exported")]) == 0
-    shutil.copy(next((folder / "exported").glob("*/assets.extra/tfbn.json")), folder / "tfbn.json")
     return folder
 
 
@@ -176,23 +177,27 @@ def fuzz(capsys, files, argument, seeds):
     content = (files / good).read_bytes()
     right = check(capsys, files, command, good)
     assert right is not None
-    # Two spaces and two slashes: a name is repeated as it was given.
-    folder = files / "a  folder"
-    folder.mkdir(exist_ok=True)
-    given = f"./a  folder//damaged{pathlib.Path(good).suffix}"
-    for damage in DAMAGES:
-        for seed in seeds:
-            (files / given).write_bytes(damage(content, np.random.default_rng(seed)))
-            found = check(capsys, files, command, given)
-            if noticed and found is not None:
-                assert found == right, (damage, seed)
-    shutil.rmtree(folder)
+    with another_place(files, good) as given:
+        for damage in DAMAGES:
+            for seed in seeds:
+                pathlib.Path(given).write_bytes(damage(content, np.random.default_rng(seed)))
+                found = check(capsys, files, command, given)
+                if noticed and found is not None:
+                    assert found == right, (damage, seed)
+
+
+@contextlib.contextmanager
+def another_place(files, good):
+    """A path to a file that is not there yet, in a form that must be repeated as it is."""
+    (files / "a  folder").mkdir()
+    yield f"./a  folder//other{pathlib.Path(good).suffix}"
+    shutil.rmtree(files / "a  folder")
 
 
 @pytest.mark.parametrize("argument", ARGUMENTS)
 def test_damaged_files(capsys, monkeypatch, files, argument):
     monkeypatch.chdir(files)
-    fuzz(capsys, files, argument, range(1))
+    fuzz(capsys, files, argument, range(2))
 
 
 @pytest.mark.slow
@@ -200,6 +205,74 @@ def test_damaged_files(capsys, monkeypatch, files, argument):
 def test_many_damaged_files(capsys, monkeypatch, files, argument):
     monkeypatch.chdir(files)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    fuzz(capsys, files, argument, range(1, 60))
+    fuzz(capsys, files, argument, range(2, 60))
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 1 << 20, "more than 1 GiB"
+
+
+def missing(path):
+    """No such file."""
+
+
+def link_to_nowhere(path):
+    """A link whose file is gone."""
+    os.symlink("nowhere", path)
+
+
+def link_to_itself(path):
+    """A link that never ends."""
+    os.symlink(os.path.basename(path), path)
+
+
+@pytest.mark.parametrize("make", [missing, link_to_nowhere, link_to_itself, os.mkdir, os.mkfifo])
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_what_is_no_file(capsys, monkeypatch, files, argument, make):
+    monkeypatch.chdir(files)
+    command, good, _ = ARGUMENTS[argument]
+    with another_place(files, good) as given:
+        make(given)
+        assert check(capsys, files, command, given) is None
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_good_files_of_another_kind(capsys, monkeypatch, files, argument):
+    monkeypatch.chdir(files)
+    command, good, _ = ARGUMENTS[argument]
+    for other in {name for _, name, _ in ARGUMENTS.values()} - {good, "model.keras", "swept.keras"}:
+        if command.startswith("compare") or pathlib.Path(other).suffix != pathlib.Path(good).suffix:
+            check(capsys, files, command, other)
+        with another_place(files, good) as given:
+            shutil.copy(other, given)
+            assert check(capsys, files, command, given) is None, other
+
+
+def test_damaged_descriptions(capsys, monkeypatch, files):
+    monkeypatch.chdir(files)
+    command = "describe {} --json"
+    assert check(capsys, files, command, "exported")["statistics"]["samples"] == 12
+    with another_place(files, "exported") as given:
+        shutil.copytree("exported", given)
+        [file] = pathlib.Path(given).glob("*/assets.extra/tfbn.json")
+        content = file.read_bytes()
+        for damage in DAMAGES:
+            file.write_bytes(damage(content, np.random.default_rng(0)))
+            check(capsys, files, command, given)
+        for wrong in ("[]", "3", "{}", '{"tfbn": 1}', "null", '{"statistics": 3}'):
+            file.write_text(wrong)
+            assert check(capsys, files, command, given) is None
+
+
+def test_an_image_that_is_damaged(capsys, monkeypatch, files):
+    monkeypatch.chdir(files)
+    command = "recalibrate model.keras --data {} --out new.keras --json"
+    assert check(capsys, files, command, "images") is not None
+    with another_place(files, "images") as given:
+        shutil.copytree("images", given)
+        image = pathlib.Path(given, "7.png")
+        content = image.read_bytes()
+        for damage in DAMAGES:
+            image.write_bytes(damage(content, np.random.default_rng(0)))
+            check(capsys, files, command, given)
+        image.write_text("text")
+        code, _, [line] = run(capsys, command, given)
+        assert code == 1 and f"{given}/7.png" in line

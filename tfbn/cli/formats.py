@@ -238,7 +238,9 @@ def _features(path):
             if dtype not in _FEATURE_DTYPES:
                 raise ValueError(f"dtype {dtype!r} of {name!r}")
             encoded = dtype == _ENCODED_IMAGE
-            shape = [] if encoded else tf.TensorShape(feature["shape"]).as_list()
+            shape = tf.TensorShape([] if encoded else feature["shape"])
+            if not shape.is_fully_defined():
+                raise ValueError(f"shape {feature['shape']} of {name!r}")
             features[name] = tf.io.FixedLenFeature(shape, tf.string if encoded else dtype)
         return features
 

@@ -1,17 +1,28 @@
 """Model files: read with the sweep that is recorded in them, written whole or not at all."""
 
+import contextlib
+import glob
 import json
 import os
 import pathlib
 import re
+import shutil
+import socket
 import tempfile
+import time
+import warnings
 import zipfile
 
 import h5py
 import keras
 
 import tfbn
-from tfbn.cli.errors import FileError, naming, reading
+from tfbn.cli.errors import FileError, describe, naming, reading
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: nothing is removed there.
+    fcntl = None
 
 # The member of a .keras file in which `recalibrate` writes down its sweep. Keras ignores it,
 # and leaves it out when it saves the model again after more training.
@@ -42,23 +53,12 @@ def load(path: str, unsafe: bool = False, compiled: bool = False) -> keras.Model
     """
     _require_model(path)
     with reading(path, _KIND, "Save the model again."):
-        if _suffix(path) in _HDF5:
-            _check_hdf5(path, unsafe)
-        else:
+        if _suffix(path) == ".keras":
             _check_archive(path)
-        try:
-            return keras.models.load_model(path, compile=compiled, safe_mode=not unsafe)
-        except Exception as error:
-            if not unsafe and "safe_mode" in str(error):
-                raise _code_inside(path) from error
-            unknown = _UNKNOWN.search(str(error))
-            if unknown:
-                raise FileError(
-                    f"Expected a model of classes that Keras knows. Received: {path}, with "
-                    f"{unknown[1]!r}. Load it in Python, where its code is, and call "
-                    "tfbn.update_population_stats or tfbn.export there."
-                ) from error
-            raise
+            return _load(path, compiled, unsafe)
+        _check_hdf5(path, unsafe)
+        model = _load(path, False, unsafe)
+        return _compiled(model, path, unsafe) if compiled else model
 
 
 def recorded_sweep(path: str) -> tfbn.PopulationStats | None:
@@ -106,8 +106,7 @@ def save(model: keras.Model, stats: tfbn.PopulationStats, path: str) -> None:
     The name appears once the content is on disk. A file that has come to it in the meantime
     stays, and is an error.
     """
-    folder = os.path.dirname(path) or "."
-    with naming(path), tempfile.TemporaryDirectory(dir=folder, prefix=".tfbn-") as hidden:
+    with naming(path), _hidden_folder(os.path.dirname(path) or ".") as hidden:
         partial = os.path.join(hidden, "model.keras")
         model.save(partial)
         with zipfile.ZipFile(partial, "a") as archive:
@@ -118,6 +117,43 @@ def save(model: keras.Model, stats: tfbn.PopulationStats, path: str) -> None:
             _publish(partial, path)
         except FileExistsError:
             require_free(path)
+
+
+@contextlib.contextmanager
+def _hidden_folder(parent):
+    """A new folder in `parent` that goes with this process, or with the next that comes here.
+
+    A process holds a lock on its folder for as long as it lives, however it ends.
+    """
+    # A network's file system may keep the locks of each host to itself.
+    prefix = f".tfbn-{socket.gethostname()}-model-"
+    for folder in pathlib.Path(parent).glob(f"{glob.escape(prefix)}*"):
+        with contextlib.suppress(OSError):
+            new = time.time() - folder.stat().st_mtime < 60  # It may not be locked yet.
+            descriptor = None if new else _lock(folder)
+            if descriptor is not None:
+                shutil.rmtree(folder)
+                os.close(descriptor)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as name:
+        descriptor = _lock(name)
+        try:
+            yield name
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+def _lock(folder):
+    """The descriptor that locks a folder, or `None` if it is locked or cannot be."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _publish(finished, path):
@@ -133,6 +169,35 @@ def _publish(finished, path):
         except BaseException:
             os.unlink(path)
             raise
+
+
+def _load(path, compiled, unsafe):
+    try:
+        return keras.models.load_model(path, compile=compiled, safe_mode=not unsafe)
+    except Exception as error:
+        if not unsafe and "safe_mode" in str(error):
+            raise _code_inside(path) from error
+        unknown = _UNKNOWN.search(str(error))
+        if unknown:
+            raise FileError(
+                f"Expected a model of classes that Keras knows. Received: {path}, with "
+                f"{unknown[1]!r}. Load it in Python, where its code is, and call "
+                "tfbn.update_population_stats or tfbn.export there."
+            ) from error
+        raise
+
+
+def _compiled(model, path, unsafe):
+    """The model of an HDF5 file with its optimizer, if Keras can read that: not with loss="mse"."""
+    try:
+        return _load(path, True, unsafe)
+    except Exception as error:
+        warnings.warn(
+            f"The loss or optimizer in {path} cannot be read ({describe(error)}). The new file "
+            "is without them: compile the model before it is trained again.",
+            stacklevel=2,
+        )
+        return model
 
 
 def _require_model(path):
