@@ -384,6 +384,13 @@ def test_errors_are_one_line_that_says_what_to_do(capsys, tmp_path, saved):
     assert "floaty" in fails(
         capsys, "recalibrate", saved, *out, "--data", records, "--features", tmp_path / "bad.json"
     )
+    (tmp_path / "other.json").write_text('{"pixels": {"dtype": "float32", "shape": [2]}}')
+    options = ["--features", tmp_path / "other.json", "--json"]
+    code, _, line = run(
+        capsys, "recalibrate", saved, *out, "--data", *as_records(tmp_path)[:1], *options
+    )
+    assert code == 1 and line.count("\n") == 1
+    assert "other.json" in line and "x.tfrecord" in line and "{{" not in line
     frozen = keras.models.load_model(saved)
     frozen.trainable = False
     frozen.save(tmp_path / "frozen.keras")

@@ -190,8 +190,10 @@ def fuzz(capsys, files, argument, seeds):
 def another_place(files, good):
     """A path to a file that is not there yet, in a form that must be repeated as it is."""
     (files / "a  folder").mkdir()
-    yield f"./a  folder//other{pathlib.Path(good).suffix}"
-    shutil.rmtree(files / "a  folder")
+    try:
+        yield f"./a  folder//other{pathlib.Path(good).suffix}"
+    finally:
+        shutil.rmtree(files / "a  folder")
 
 
 @pytest.mark.parametrize("argument", ARGUMENTS)

@@ -46,7 +46,8 @@ def recalibrate(args: argparse.Namespace) -> int:
     model = keras_files.load(args.model, args.unsafe, compiled=True)
     _require_unfrozen(model, args)
     x, batch_size = read(args.data, model, options)
-    with _naming_images(args.data), naming(args.data, args.model):
+    files = [path for path in (args.data, args.features, args.model) if path is not None]
+    with _naming_images(args.data), naming(*files):
         stats = tfbn.update_population_stats(
             model,
             x,

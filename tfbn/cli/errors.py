@@ -7,7 +7,7 @@ from collections.abc import Iterator
 # Characters of an error's text: Keras prints whole configs, and terminals have an end.
 _LONGEST, _LONGEST_OF_OTHERS = 800, 300
 # Names of graph nodes, operations and colors, in the texts of TensorFlow and Keras.
-_NOISE = re.compile(r"\{\{[^}]*\}\}|\[Op:\w+\]( name: ?)?|\x1b\[\d*m")
+_NOISE = re.compile(r"\{\{[^}]*\}\}|\[\[[^]]*\]\]|\[Op:\w+\]( name: ?)?|\x1b\[\d*m")
 
 
 class FileError(ValueError):
