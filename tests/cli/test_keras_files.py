@@ -130,7 +130,7 @@ def test_other_things_are_refused_with_a_way_out(home):
 
 
 def test_weights_that_are_damaged_are_noticed(home):
-    """Keras reads weights without their checksum."""
+    """Whether Keras compares their checksum depends on how it reads them."""
     saved()
     content = bytearray(pathlib.Path("out.keras").read_bytes())
     mean = np.float32(1.0).tobytes() * 2  # The moving mean of both channels.
@@ -138,7 +138,6 @@ def test_weights_that_are_damaged_are_noticed(home):
     assert place > 0
     content[place] ^= 1
     pathlib.Path("out.keras").write_bytes(content)
-    keras.models.load_model("out.keras")
     assert "checksum of model.weights.h5" in refused("out.keras")
 
 

@@ -217,7 +217,7 @@ def _require_model(path):
 
 
 def _check_archive(path):
-    """Compare checksums, which Keras does not: it jumps about in the weights."""
+    """Compare checksums. A reader that jumps about, as that of weights does, may miss them."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
         if damaged is not None:
