@@ -94,10 +94,9 @@ def normalize(
     if not (_fusable(x) and _fusion_pays_in_inference(x, axis)):
         return composite.normalize(x, mean, variance, gamma, beta, axis=axis, epsilon=epsilon)
     if _from_convolution(x, axis):
-        return fused.inference(x, mean, variance, gamma, beta, epsilon, "NHWC")
-    image, data_format = fused.as_image(x, axis, device_unknown=_gpu_visible())
-    y = fused.inference(image, mean, variance, gamma, beta, epsilon, data_format)
-    return tf.reshape(y, tf.shape(x))
+        return fused.normalize_image(x, mean, variance, gamma, beta, epsilon)
+    form = {"axis": axis, "epsilon": epsilon, "one_image": _gpu_visible()}
+    return fused.normalize(x, mean, variance, gamma, beta, **form)
 
 
 def train(
@@ -134,8 +133,7 @@ def train(
     """
     form = {"axis": axis, "epsilon": epsilon}
     if _fusable(x) and mask is None and not synchronized and renorm is None:
-        train = fused.train_on_any_device if _gpu_visible() else fused.train
-        return train(x, gamma, beta, **form)
+        return fused.train(x, gamma, beta, **form)
     return composite.train(
         x,
         gamma,
