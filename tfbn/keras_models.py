@@ -209,7 +209,7 @@ def _bookkeeping():
 
 
 @contextlib.contextmanager
-def observed_calls(layers, observe):
+def observed_calls(layers, observe, outermost=False):
     """Within the context this thread's calls of some batch norm layers run `observe`.
 
     The call is replaced in the two classes that define it, so that a subclass that adds to
@@ -219,7 +219,12 @@ def observed_calls(layers, observe):
         layers: Batch norm layers by path.
         observe: Called as `observe(path, layer, call, inputs, training, mask)`, gives the
             outputs. `call(inputs, training=..., mask=...)` is the layer's own.
+        outermost: Whether to observe what subclasses add too, in their own `call`.
     """
+    classes = {keras.layers.BatchNormalization, BatchNormalization}
+    if outermost:
+        for layer in layers.values():
+            classes.add(next(cls for cls in type(layer).__mro__ if "call" in cls.__dict__))
     paths = {id(layer): path for path, layer in layers.items()}
 
     def stand_in(original, layer, inputs, training=None, mask=None):
@@ -229,7 +234,7 @@ def observed_calls(layers, observe):
         return observe(paths[id(layer)], layer, call, inputs, training, mask)
 
     with contextlib.ExitStack() as stack:
-        for cls in (keras.layers.BatchNormalization, BatchNormalization):
+        for cls in classes:
             stack.enter_context(detour(cls, "call", stand_in))
         yield
 

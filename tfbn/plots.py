@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from tfbn.drift import by_channel
+
 # Told apart by people who do not see red and green, and in print.
 _WAYS = {
     "moving_average": ("moving averages", "tab:orange", "-", "o"),
@@ -55,7 +57,7 @@ def plot_drift(stats, other=None, ax=None):
     layers = list(stats)
     panels = left, right = _panels(ax, 2, (10, 1.9 + 0.24 * len(layers)), sharey=True)
     for place, layer in enumerate(layers):
-        shift, ratio = _by_channel(stats[layer], other[layer])
+        shift, ratio = by_channel(stats[layer], other[layer])
         for axes, values, dot in (
             (left, np.abs(shift), drift[layer]["mean_shift"]),
             (right, ratio, drift[layer]["std_ratio"]),
@@ -189,14 +191,6 @@ def _finished(panels, handles, whole):
     else:
         panels[0].legend(handles=handles, fontsize="small")
     return figure
-
-
-def _by_channel(stats, other):
-    # The smallest normal float32 keeps channels that never vary finite.
-    tiny = np.finfo(np.float32).tiny
-    std = np.sqrt(np.maximum(stats.variance, tiny))
-    other_std = np.sqrt(np.maximum(other.variance, tiny))
-    return (other.mean - stats.mean) / std, other_std / std
 
 
 def _drift_in_words(drift):

@@ -69,6 +69,12 @@ class PopulationStats(collections.abc.Mapping):
             if path in self._layers:
                 layer_stats.require_same_shape(path, self[path], previous[path])
 
+    def replace(self, **changes: Any) -> "PopulationStats":
+        """These statistics with some of the arguments of the class changed."""
+        same = ("method", "samples", "batches", "batch_size", "fingerprint", "previous", "levels")
+        kept = {"layers": self, **{name: getattr(self, name) for name in same}}
+        return PopulationStats(**{**kept, **changes})
+
     def __getitem__(self, path: str) -> LayerStats:
         return self._layers[path]
 
@@ -174,7 +180,7 @@ class PopulationStats(collections.abc.Mapping):
         if not self.fingerprint:
             return "it is not known with which weights the sweep was"
         # Last, because it reads all weights.
-        if self.fingerprint != keras_models.fingerprint(model):
+        if not keras_models.has_fingerprint(model, self.fingerprint):
             return "the weights have changed since the sweep"
         return None
 
@@ -385,13 +391,12 @@ def assigned(model: keras.Model) -> PopulationStats | None:
 @contextlib.contextmanager
 def _put_back_on_error(model, variables):
     """What some variables hold, and what was last assigned to the model, outlive an error."""
-    held = [(variable, layer_stats.value_of(variable)) for variable in variables]
+    held = keras_models.Snapshot(model, variables)
     before = _assigned.get(model)
     try:
         yield
     except BaseException:  # Ctrl-C too: all layers or none.
-        for variable, value in held:
-            variable.assign(value)
+        held.restore()
         if before is None:
             _assigned.pop(model, None)
         else:

@@ -1,12 +1,10 @@
 """The endpoint of a model: the graph that is served, and the SavedModel that holds it."""
 
 import contextlib
-import functools
 import os
 import pathlib
-import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import keras
 import tensorflow as tf
@@ -117,37 +115,11 @@ def _training_ops(model: keras.Model, ops: list[tuple[str, str]]) -> Iterator[No
         ops.extend((path, op.type) for op in graph.get_operations()[before:] if _is_of_training(op))
         return outputs
 
-    with _observed_calls(keras_models.batch_norm_layers(model), observe):
+    layers = keras_models.batch_norm_layers(model)
+    with keras_models.observed_calls(layers, observe, outermost=True):
         yield
 
 
 def _is_of_training(op):
     fused = op.type.startswith("FusedBatchNorm") and op.get_attr("is_training")
     return op.type in _TRAINING_OPS or fused
-
-
-_observing = threading.Lock()
-
-
-@contextlib.contextmanager
-def _observed_calls(layers: dict[str, keras.layers.Layer], observe: Callable) -> Iterator[None]:
-    """Let `observe(path, layer, call, inputs, training, mask)` answer the calls of layers."""
-
-    def observed(path, layer, original):
-        @functools.wraps(original)  # Keras looks at the arguments of a layer's call.
-        def replaced(inputs, *args, **kwargs):
-            def call(inputs: Any, training=None, mask=None):
-                return original(inputs, *args, **kwargs)
-
-            return observe(path, layer, call, inputs, kwargs.get("training"), kwargs.get("mask"))
-
-        return replaced
-
-    with _observing:
-        for path, layer in layers.items():
-            layer.call = observed(path, layer, layer.call)
-        try:
-            yield
-        finally:
-            for layer in layers.values():
-                del layer.call
