@@ -57,7 +57,7 @@ class PopulationStats(collections.abc.Mapping):
             raise ValueError(f"Expected one of the methods {_METHODS}. Received: {method!r}.")
         if not isinstance(fingerprint, str):
             raise ValueError(f"Expected fingerprint to be a string. Received: {fingerprint!r}.")
-        self._layers = _checked(layers)
+        self._layers = layer_stats.checked(layers)
         self.method = method
         self.samples = _whole("samples", samples)
         self.batches = _whole("batches", batches)
@@ -147,13 +147,13 @@ class PopulationStats(collections.abc.Mapping):
         previous = PopulationStats(
             {path: layer_stats.of_layer(layers[path]) for path in self}, method="assigned"
         )
-        with _put_back_on_error(model, [variable for variable, _ in writes]):
+        with _put_back_on_error([variable for variable, _ in writes]):
             for variable, value in writes:
                 variable.assign(value)
-            if self.method == "assigned":
-                _assigned.pop(model, None)
-            else:
-                _assigned[model] = self
+        if self.method == "assigned":
+            _assigned.pop(model, None)
+        else:
+            _assigned[model] = self
         return previous
 
     def mismatch(self, model: keras.Model) -> str | None:
@@ -383,30 +383,15 @@ def assigned(model: keras.Model) -> PopulationStats | None:
 
 
 @contextlib.contextmanager
-def _put_back_on_error(model, variables):
-    """What some variables hold, and what was last assigned to the model, outlive an error."""
+def _put_back_on_error(variables):
+    """A stretch after which some variables hold what they did, if it ends with an error."""
     held = [(variable, layer_stats.value_of(variable)) for variable in variables]
-    before = _assigned.get(model)
     try:
         yield
     except BaseException:  # Ctrl-C too: all layers or none.
         for variable, value in held:
             variable.assign(value)
-        if before is None:
-            _assigned.pop(model, None)
-        else:
-            _assigned[model] = before
         raise
-
-
-def _checked(layers):
-    layers = dict(layers)
-    for path, stats in layers.items():
-        if not isinstance(path, str) or not isinstance(stats, LayerStats):
-            raise ValueError(
-                f"Expected LayerStats by layer path. Received: {type(stats)} under {path!r}."
-            )
-    return layers
 
 
 def _whole(name, value):
