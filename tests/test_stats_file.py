@@ -364,7 +364,7 @@ IMPOSSIBLE = [
     {"layers": None},
     {"previous": ["bn_0", "bn_1", "bn_2"]},
     {"previous": {"layers": ["bn_0", "bn_1"]}},
-    {"previous": "bn"},
+    {"previous": "bn" * 5000},
     {"format": None},
     {"format": 1},
 ]
@@ -377,7 +377,9 @@ def test_what_no_data_has_does_not_load(tmp_path, which, changes):
     path = tmp_path / "stats.npz"
     path.write_bytes(changed(content))
     tfbn.PopulationStats.load(path)
-    path.write_bytes(changed(content, **changes))
+    bad = changed(content, **changes)
+    assert load(bad) is None
+    path.write_bytes(bad)
     with pytest.raises(ValueError, match=r"(?s)^Expected .* Received: '.*stats\.npz', which is "):
         tfbn.PopulationStats.load(path)
 
@@ -407,10 +409,10 @@ def fuzz(seed):
         use(loaded, model)
 
 
-@pytest.mark.parametrize("seed", range(0, 500, 100))
+@pytest.mark.parametrize("seed", range(0, 240, 60))
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_any_file_loads_as_it_was_or_is_refused(seed):
-    for i in range(seed, seed + 100):
+    for i in range(seed, seed + 60):
         fuzz(i)
 
 

@@ -10,6 +10,7 @@ import pathlib
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -206,6 +207,22 @@ def test_a_directory_of_many_members_is_refused_unread():
     assert most < SLACK
 
 
+def test_a_second_directory_is_refused_unread():
+    # The last record of the archive says that the directory is short, one before it says more.
+    many = archive({"header.npy": HEADER, **{f"{i:0500}": b"" for i in range(8000)}})
+    end, start = len(many) - 22 - 29 - 64, many.index(b"PK\1\2")
+    numbers = (44, 45, 45, 0, 0, 8001, 8001, end - start, start)
+    record = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", *numbers)
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, end, 1)
+    short = many[end : end + 12] + (100).to_bytes(4, "little") + many[end + 16 :]
+    content = sealed(many[:end] + record + locator + short)
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        assert len(file.infolist()) == 8001
+    most, error = peak(lambda: storage.unpack(content))
+    assert isinstance(error, ValueError) and "too many members" in str(error)
+    assert most < SLACK
+
+
 def test_the_costliest_header_takes_25_times_its_bytes():
     # Brackets cost most: JSON of 3 bytes becomes an object of 56, and 8 in the list.
     text = b'{"a":[' + b"[]," * 50_000 + b"[]]}"
@@ -370,8 +387,10 @@ def test_a_link_to_nowhere_says_so_with_the_name_given(tmp_path):
     assert names(tmp_path) == ["link", "loop"]
 
 
+@contextlib.contextmanager
 def special(path, kind):
-    """Something under a name that is no file."""
+    """Something under a name that is no file, and a device that cannot come to harm."""
+    ends = os.openpty()
     if kind == "a folder":
         path.mkdir()
     elif kind == "a named pipe":
@@ -380,7 +399,14 @@ def special(path, kind):
         with socket.socket(socket.AF_UNIX) as made:
             made.bind(os.path.relpath(path))
     else:
-        path.symlink_to("/dev/null")
+        path.symlink_to(os.ttyname(ends[1]))
+    signal.setitimer(signal.ITIMER_REAL, 20)  # Reading one of them may never end.
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for end in ends:
+            os.close(end)
 
 
 @pytest.mark.parametrize("linked", [False, True])
@@ -388,19 +414,20 @@ def special(path, kind):
 def test_what_is_no_file_is_refused_and_stays(tmp_path, monkeypatch, kind, linked):
     monkeypatch.chdir(tmp_path)  # The name of a socket has to be short.
     path = tmp_path / "a"
-    special(path, kind)
-    if linked:
-        (tmp_path / "link").symlink_to("a")
-        path = tmp_path / "link"
 
     def look():
         return os.lstat(path).st_ino, os.stat(path).st_ino, os.stat(path).st_mode, names(tmp_path)
 
-    before = look()
-    for f in (storage.read, lambda p: storage.write(p, b"1")):
-        with pytest.raises(ValueError, match=f"^Expected .* Received: '{path}', which is {kind}"):
-            f(path)
-    assert look() == before
+    with special(path, kind):
+        if linked:
+            (tmp_path / "link").symlink_to("a")
+            path = tmp_path / "link"
+        before = look()
+        says = rf"^Expected .* Received: '{path}', which is {kind}\. Give another name"
+        for f in (storage.read, lambda p: storage.write(p, b"1")):
+            with pytest.raises(ValueError, match=says):
+                f(path)
+        assert look() == before
 
 
 @pytest.mark.skipif(not hasattr(os, "fork") or os.geteuid() != 0, reason="only root can be another")

@@ -57,7 +57,7 @@ class PopulationStats(collections.abc.Mapping):
             raise ValueError(f"Expected one of the methods {_METHODS}. Received: {method!r}.")
         if not isinstance(fingerprint, str):
             raise ValueError(f"Expected fingerprint to be a string. Received: {fingerprint!r}.")
-        self._layers = _checked(layers)
+        self._layers = layer_stats.checked(layers)
         self.method = method
         self.samples = _whole("samples", samples)
         self.batches = _whole("batches", batches)
@@ -156,10 +156,10 @@ class PopulationStats(collections.abc.Mapping):
         with _put_back_on_error(model, [variable for variable, _ in writes]):
             for variable, value in writes:
                 variable.assign(value)
-            if self.method == "assigned":
-                _assigned.pop(model, None)
-            else:
-                _assigned[model] = self
+        if self.method == "assigned":
+            _assigned.pop(model, None)
+        else:
+            _assigned[model] = self
         return previous
 
     def mismatch(self, model: keras.Model) -> str | None:
@@ -390,28 +390,13 @@ def assigned(model: keras.Model) -> PopulationStats | None:
 
 @contextlib.contextmanager
 def _put_back_on_error(model, variables):
-    """What some variables hold, and what was last assigned to the model, outlive an error."""
+    """A stretch after which some variables hold what they did, if it ends with an error."""
     held = keras_models.Snapshot(model, variables)
-    before = _assigned.get(model)
     try:
         yield
     except BaseException:  # Ctrl-C too: all layers or none.
         held.restore()
-        if before is None:
-            _assigned.pop(model, None)
-        else:
-            _assigned[model] = before
         raise
-
-
-def _checked(layers):
-    layers = dict(layers)
-    for path, stats in layers.items():
-        if not isinstance(path, str) or not isinstance(stats, LayerStats):
-            raise ValueError(
-                f"Expected LayerStats by layer path. Received: {type(stats)} under {path!r}."
-            )
-    return layers
 
 
 def _whole(name, value):

@@ -7,7 +7,7 @@ import tensorflow as tf
 from exported_models import conv_model, functional, serve
 from keras import layers
 
-from tfbn.serving import endpoint, export
+from tfbn.serving import export
 
 
 def test_an_empty_batch_is_answered_with_one_clear_error(tmp_path):
@@ -40,15 +40,3 @@ def test_a_batch_of_a_fixed_size_has_no_check(tmp_path):
     export(model, tmp_path, input_signature=specs)
     graph = tf.saved_model.load(str(tmp_path / "1")).serve.concrete_functions[0].graph
     assert "Assert" not in {op.type for op in graph.get_operations()}
-
-
-def test_layers_are_as_they_were_whatever_happens_in_a_trace():
-    model = conv_model()
-    layers_ = {"bn": model.layers[1]}
-    with (
-        pytest.raises(RuntimeError, match="in a trace"),
-        endpoint._observed_calls(layers_, lambda *args: None),
-    ):
-        assert "call" in vars(model.layers[1])
-        raise RuntimeError("in a trace")
-    assert "call" not in vars(model.layers[1])
