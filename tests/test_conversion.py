@@ -255,10 +255,15 @@ def randomize_batch_norm(model):
     return model
 
 
-def test_a_layer_that_keras_has_an_operation_of_the_same_name_as():
+class Own(keras.Model):
+    """A Functional model of a class of its own."""
+
+
+@pytest.mark.parametrize("cls", [keras.Model, Own])
+def test_a_layer_that_keras_has_an_operation_of_the_same_name_as(cls):
     """`x + 3` is an operation Add: in MobileNetV3 it was taken for the layer Add."""
     inputs = keras.Input((3,))
-    model = randomize(keras.Model(inputs, KERAS()(keras.layers.Add()([inputs + 3.0, inputs]))))
+    model = randomize(cls(inputs, KERAS()(keras.layers.Add()([inputs + 3.0, inputs]))))
     assert_converted(convert(model), model, np.ones((2, 3)))
 
 
