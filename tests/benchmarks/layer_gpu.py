@@ -1,5 +1,12 @@
 """Time of the layer's step under XLA on an accelerator, beside what memory allows.
 
+    python tests/benchmarks/layer_gpu.py count
+
+counts, without an accelerator, how often one training step reads and writes a tensor of the size
+of the activation: from the traced graph, operation by operation, and from what XLA makes of it,
+kernel by kernel. That is how it fuses for the CPU at hand, where it writes out what enters a
+reduction; for a GPU it need not. The floor is 8.
+
 TensorFlow need not run where the accelerator is. In two steps:
 
     python tests/benchmarks/layer_gpu.py export DIRECTORY    # with TensorFlow and tfbn
@@ -13,12 +20,16 @@ backward; in inference x and y) over the bandwidth of a copy, measured in the sa
 
 import argparse
 import functools
+import math
 import pathlib
+import re
 import statistics
 import time
 
 SHAPES = [(32, 56, 56, 64), (256, 56, 56, 64), (32, 14, 14, 256), (4096, 256), (65536, 1024)]
 DTYPES = ["float32", "mixed_bfloat16"]
+# Bytes of the dtypes that HLO names.
+SIZES = {"f64": 8, "s64": 8, "f32": 4, "s32": 4, "bf16": 2, "f16": 2, "pred": 1, "u8": 1}
 TENSORS_MOVED = {"train": 8, "infer": 2}
 
 
@@ -60,6 +71,64 @@ def train(layer, x, dy):
 
 def infer(layer, x):
     return layer(x, training=False)
+
+
+def count():
+    import keras
+    import tensorflow as tf
+
+    import tfbn
+
+    layers = {"keras": keras.layers.BatchNormalization, "tfbn": tfbn.BatchNormalization}
+    shape = SHAPES[0]
+    for dtype in DTYPES:
+        for name, make in layers.items():
+            layer = make(dtype=dtype)
+            layer.build((None, *shape[1:]))
+            x = tf.zeros(shape, layer.compute_dtype)
+            step = functools.partial(train, layer)
+            whole = x.dtype.size * math.prod(shape)
+            compiled = tf.function(step, jit_compile=True, autograph=False)
+            hlo = compiled.experimental_get_compiler_ir(x, x)("optimized_hlo")
+            passes = {"compiled by XLA": passes_of_hlo(hlo, whole)}
+            if name == "keras":
+                graph = tf.function(step, autograph=False).get_concrete_function(x, x).graph
+                passes["operation by operation"] = passes_of_graph(graph, whole)
+            for way, number in passes.items():
+                print(f"{'x'.join(map(str, shape))} {dtype:14} {name:5} {way}: {number:.1f}")
+
+
+def passes_of_graph(graph, whole):
+    """Bytes that the operations of a graph read and write, over those of the activation."""
+    free = {"Reshape", "Identity", "IdentityN", "StopGradient", "Shape", "Placeholder", "NoOp"}
+    total = 0
+    for operation in graph.get_operations():
+        if operation.type not in free:
+            for tensor in [*operation.inputs, *operation.outputs]:
+                total += tensor.dtype.size * (tensor.shape.num_elements() or 0)
+    return total / whole
+
+
+def passes_of_hlo(text, whole):
+    """Bytes that the kernels of a compiled module read and write, over those of the activation."""
+    free = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
+    entry = text[text.index("\nENTRY") :]
+    entry = entry[: entry.index("\n}")]
+    sizes, total = {}, 0
+    for line in entry.splitlines():
+        if " = " not in line:
+            continue
+        name, right = line.replace("ROOT ", "").strip().lstrip("%").split(" = ", 1)
+        kind, operands = re.search(r" ([a-z][a-z-]*)\(([^)]*)\)", right).groups()
+        made = right[: right.index(f" {kind}(")]
+        sizes[name] = sum(
+            SIZES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n)
+            for dtype, shape in re.findall(r"([a-z0-9]+)\[([0-9,]*)\]", made)
+        )
+        if kind not in free:
+            names = re.findall(r"%?([\w.-]+)(?:,|$)", operands)
+            total += sizes[name] + sum(sizes.get(operand, 0) for operand in names)
+    return total / whole
 
 
 def run(directory, repeats):
@@ -136,15 +205,18 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=["export", "run"])
-    parser.add_argument("directory", type=pathlib.Path)
+    parser.add_argument("action", choices=["count", "export", "run"])
+    parser.add_argument("directory", type=pathlib.Path, nargs="?")
     parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args()
+    if arguments.action == "count":
+        return count()
+    if arguments.directory is None:
+        parser.error(f"{arguments.action} needs a directory")
     arguments.directory.mkdir(parents=True, exist_ok=True)
     if arguments.action == "export":
-        export(arguments.directory)
-    else:
-        run(arguments.directory, arguments.repeats)
+        return export(arguments.directory)
+    return run(arguments.directory, arguments.repeats)
 
 
 if __name__ == "__main__":

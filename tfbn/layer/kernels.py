@@ -10,7 +10,7 @@ Two ways compute a training step; which one runs is decided while a function is 
   statistics shared across replicas; and where a GPU is visible. There the fused operation's
   gradient takes other things on a GPU than on a CPU, and the device that will run it is not
   known. The plain operations are compiled by XLA for themselves, if TensorFlow is built for such
-  GPUs: one by one they read and write the activation 32 times a step, compiled 8.
+  GPUs, so that the activation is not read and written by each of them.
 
 In inference, where there are no statistics to compute, the fused operation is used only where
 it is the faster one:
