@@ -288,6 +288,14 @@ def test_compare_says_when_weights_are_others(capsys, tmp_path, saved):
     assert "layers of" in fails(capsys, "compare", saved, saved, tmp_path / "two.keras")
 
 
+def test_compare_refuses_statistics_of_other_shapes(capsys, tmp_path, saved):
+    stats = tfbn.PopulationStats.read(keras.models.load_model(saved))
+    wide = {path: tfbn.LayerStats(1, np.zeros(9), np.ones(9)) for path in stats}
+    tfbn.PopulationStats(wide, method="assigned").save(tmp_path / "wide.npz")
+    line = fails(capsys, "compare", saved, saved, tmp_path / "wide.npz")
+    assert "wide.npz" in line and "(9,)" in line
+
+
 def test_export_passes_the_sweep_on(capsys, tmp_path, saved):
     swept = tmp_path / "swept.keras"
     run_for_json(capsys, "recalibrate", saved, "--data", *as_npy(tmp_path), "--out", swept)
