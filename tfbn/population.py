@@ -408,13 +408,3 @@ def _whole(name, value):
     if not 0 <= number <= 2**53:
         raise ValueError(f"Expected {name} to be a whole number, at least 0. Received: {value!r}.")
     return number
-
-
-# The engine that is about to go still imports these two.
-write_whole = storage.write
-
-
-def latest(calls):
-    """By site the highest level at which it was swept, and its moments there."""
-    items = sorted(calls.items(), key=lambda item: item[0][0])
-    return {site: (level, found) for (level, site), found in items}
