@@ -14,7 +14,8 @@ def convert(model):
     wherever they are: in nested models, in layers that are shared, inside wrappers such as
     `TimeDistributed`, and in layers and models whose class makes them, such as those of KerasHub.
     Subclasses of Keras's layer keep their class, since what they override is not known. The copy
-    is not compiled, and the state of the optimizer stays behind: compile it before training.
+    is not compiled, unless its class does that as KerasHub's tasks do, and the state of the
+    optimizer stays behind: compile it before training.
 
     Before layers are exchanged, the copy is run beside `model` on made-up inputs, and refused if
     it predicts anything else. A warning says so where `model` takes none of these inputs.
