@@ -53,9 +53,9 @@ class Batches:
         static: Whether all are of one size, which `fit` would make a part of the model's trace.
     """
 
-    def __init__(self, elements, total, *, check, repeatable=True, static=False, steps=None):
+    def __init__(self, elements, total, *, prepare, repeatable=True, static=False, steps=None):
         self._elements = elements
-        self._check = check
+        self._prepare = prepare
         self._steps = steps
         self._begun = None
         self.total = total
@@ -100,7 +100,7 @@ class Batches:
                     f"memory_limit={limit} bytes. Pass arrays, a tf.data.Dataset or a PyDataset, "
                     "or raise memory_limit."
                 )
-        return Batches(lambda: iter(held), len(held), check=self._check)
+        return Batches(lambda: iter(held), len(held), prepare=lambda inputs: inputs)
 
     def _read(self):
         """Yield each `Batch`.
@@ -114,15 +114,16 @@ class Batches:
         number = 0
         while number != self._steps:
             try:
-                inputs = to_tensors(next(iterator))
+                inputs = self._prepare(to_tensors(next(iterator)))
             except StopIteration:
                 break
+            except _NotABatchError:
+                raise
             except Exception as error:
                 raise RuntimeError(
                     f"Expected batch {number} (counting from 0) of the data. Received: "
                     f"{type(error).__name__}: {error}. Nothing was changed."
                 ) from error
-            self._check(inputs)
             yield _numbered(number, inputs, seen)
             number += 1
         if self._steps is not None and number < self._steps:
@@ -214,7 +215,8 @@ def batches(x, batch_size=None, steps=None, may_be_empty=False, model=None):
         raise empty()
     if None not in (length, steps) and length < steps:
         raise _too_short(steps, length)
-    options = {"check": functools.partial(_check_batch, specs), "repeatable": repeatable}
+    prepare = functools.partial(_prepared, getattr(model, "preprocess_samples", None), specs)
+    options = {"prepare": prepare, "repeatable": repeatable}
     if isinstance(x, tf.distribute.DistributedDataset):  # Each of its batches comes as several.
         return Batches(elements, None, **options)
     total = length if steps is None else int(steps)
@@ -223,7 +225,7 @@ def batches(x, batch_size=None, steps=None, may_be_empty=False, model=None):
 
 def none():
     """No batches."""
-    return Batches(lambda: iter(()), 0, check=lambda inputs: None)
+    return Batches(lambda: iter(()), 0, prepare=lambda inputs: inputs)
 
 
 def check_positive(**values):
@@ -346,8 +348,20 @@ def _refuse_list_of_batches(x, spec):
         )
 
 
+class _NotABatchError(ValueError):
+    """A sample where a batch belongs."""
+
+
+def _prepared(preprocess, spec, inputs):
+    """The inputs as `fit` feeds them to the network: preprocessed, where the model does that."""
+    if preprocess is not None:  # KerasHub's tasks do it in `fit`, not in their call.
+        inputs = to_tensors(_inputs(preprocess(inputs)))
+    _check_batch(spec, inputs)
+    return inputs
+
+
 def _check_batch(spec, inputs):
-    """Raise `ValueError` for a sample where a batch belongs.
+    """Raise an error for a sample where a batch belongs.
 
     Keras adds a last axis of 1 to inputs that lack one, which makes a batch of such a sample.
     """
@@ -358,7 +372,7 @@ def _check_batch(spec, inputs):
     lacks_last = wanted[-1] == 1 and wanted[:-1].is_compatible_with(shape)
     is_sample = wanted[1:].is_compatible_with(shape)
     if shape.rank == wanted.rank - 1 and (not lacks_last or (is_sample and wanted.rank > 2)):
-        raise ValueError(
+        raise _NotABatchError(
             f"Expected batches of shape {tuple(wanted)}. Received: an element of shape "
             f"{tuple(shape)}, which has no batch axis. Give the data in batches, for example with "
             "`dataset.batch(32)`."

@@ -78,7 +78,8 @@ def collect(
             dict), `tf.data.Dataset`, `keras.utils.PyDataset`, generator, or the
             `tf.distribute.DistributedDataset` of a strategy. Targets and sample weights are
             ignored: a dataset of pairs is x and y, so give several inputs as ((x1, x2), y) or as
-            a dict. Masked positions do not count.
+            a dict. Masked positions do not count. A model that preprocesses its data inside
+            `fit`, as KerasHub's tasks do, is swept on the preprocessed data.
         method: See above.
         batch_size: For arrays; 32 by default. One-pass methods want it large.
         steps: Number of batches that make the data; endless data needs it.
