@@ -134,7 +134,7 @@ class ShardSweep:
                 f"{state.fingerprint[:12]} where the sweep began and "
                 f"{self.begin.fingerprint[:12]} here. Give all the same file."
             )
-        if state.level == 1 and not state.whole:  # The data tells which layers are frozen by call.
+        if state.level == 1:  # The data tells which layers are frozen by call.
             state = dataclasses.replace(state, paths=self.begin.paths)
         return self.sweep_level(state)
 
