@@ -124,8 +124,9 @@ def report(results):
     lines = [
         "# Averaged weights need statistics of their own",
         "",
-        f"Digits, {seeds} trainings of {results['epochs']} epochs, weights averaged with momentum "
-        f"{results['ema_momentum']:g}; mean ± standard error over the trainings.",
+        f"Digits, {seeds} training{'s' * (seeds > 1)} of {results['epochs']} epochs, weights "
+        f"averaged with momentum {results['ema_momentum']:g}"
+        + ("; mean ± standard error over the trainings." if seeds > 1 else "."),
         "",
         "## `use_ema=True`, after training",
         "",
@@ -136,20 +137,16 @@ def report(results):
         for statistics in (MOVING, POPULATION):
             found = [run[weights][statistics] for run in results["use_ema"]]
             loss = mean_and_error([values["loss"] for values in found])
-            accuracy = mean_and_error([100 * values["accuracy"] for values in found])
-            lines.append(
-                f"| {weights} | {statistics} | {loss[0]:.4f} ± {loss[1]:.4f} | "
-                f"{accuracy[0]:.2f} ± {accuracy[1]:.2f} |"
-            )
+            accuracy = mean_and_error([100 * values["accuracy"] for values in found], digits=2)
+            lines.append(f"| {weights} | {statistics} | {loss} | {accuracy} |")
     lines.append("")
     for weights in (LAST, AVERAGED):
         change = mean_and_error(
             [run[weights][POPULATION]["loss"] - run[weights][MOVING]["loss"]
-             for run in results["use_ema"]]
+             for run in results["use_ema"]],
+            sign="+",
         )  # fmt: skip
-        lines.append(
-            f"- For the {weights} a sweep changes the loss by {change[0]:+.4f} ± {change[1]:.4f}."
-        )
+        lines.append(f"- For the {weights} a sweep changes the loss by {change}.")
     averaged, last = (
         np.mean([run[weights][POPULATION]["loss"] for run in results["use_ema"]])
         for weights in (AVERAGED, LAST)
@@ -174,18 +171,18 @@ def report(results):
         for statistics in (MOVING, POPULATION)
     )
     for epoch, (before, after) in enumerate(zip(moving.T, population.T, strict=True), start=1):
-        change = mean_and_error(after - before)
-        lines.append(
-            f"| {epoch} | {before.mean():.4f} | {after.mean():.4f} | "
-            f"{change[0]:+.4f} ± {change[1]:.4f} |"
-        )
+        change = mean_and_error(after - before, sign="+")
+        lines.append(f"| {epoch} | {before.mean():.4f} | {after.mean():.4f} | {change} |")
     return "\n".join([*lines, ""])
 
 
-def mean_and_error(values):
-    """Mean, and its standard error; of one value it is not known."""
+def mean_and_error(values, digits=4, sign=""):
+    """The mean and its standard error, as text; of one value the error is not known."""
     values = np.asarray(values)
-    return values.mean(), values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    mean = f"{values.mean():{sign}.{digits}f}"
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {values.std(ddof=1) / np.sqrt(len(values)):.{digits}f}"
 
 
 if __name__ == "__main__":

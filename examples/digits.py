@@ -64,7 +64,9 @@ def main():
     stats.summary()
     steps = args.epochs * -(-len(x_train) // args.batch_size)
     report(with_moving_average, with_population, steps, len(x_train))
-    draw(stats, steps, args.out / "moving_average_vs_population.png")
+    figure = args.out / "moving_average_vs_population.png"
+    draw(stats, steps, figure)
+    print(f"Every channel of every layer, before and after the sweep: {figure}")
 
     model.save(args.out / "model.keras")
     exported = tfbn.export(model, args.out / "saved_model")

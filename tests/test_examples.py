@@ -27,10 +27,11 @@ def examples_importable(monkeypatch):
 
 
 def run(name, out, *options):
-    """What an example writes into results.json."""
+    """What an example writes into results.json. Prints what it prints."""
     command = [sys.executable, EXAMPLES / name, "--out", out, *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=out.parent)
     assert done.returncode == 0, done.stderr[-2000:]
+    print(done.stdout)
     return json.loads((out / "results.json").read_text())
 
 
@@ -57,7 +58,7 @@ def is_png(path):
     return path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_digits(tmp_path):
+def test_digits(tmp_path, capsys):
     from digits import load
 
     results = run("digits.py", tmp_path / "out", "--epochs", 2, "--method", "exact")
@@ -68,11 +69,14 @@ def test_digits(tmp_path):
     # Two epochs leave most of the start in the moving averages: they predict far worse.
     assert results["moving_average"]["loss"] > 2 * results["population"]["loss"]
     assert results["saved_model_max_abs_difference"] < 1e-5
-    assert is_png(tmp_path / "out" / "moving_average_vs_population.png")
+    figure = tmp_path / "out" / "moving_average_vs_population.png"
+    assert is_png(figure)
+    assert f": {figure}\n" in capsys.readouterr().out
 
 
 def test_averaged_weights(tmp_path):
     from averaged_weights import fresh, parse_arguments
+    from averaged_weights import report as write
 
     out = tmp_path / "out"
     results = run("averaged_weights.py", out, "--epochs", 2, "--seeds", 2, "--ema-momentum", 0.9)
@@ -110,6 +114,11 @@ def test_averaged_weights(tmp_path):
     losses = [run["averaged weights"]["moving averages"]["loss"] for run in results["use_ema"]]
     cell = f"{np.mean(losses):.4f} ± {stats.sem(losses):.4f}"
     assert f"| averaged weights | moving averages | {cell} |" in report
+    # One training has no standard error.
+    one = {way: results[way][:1] for way in ("use_ema", "SwapEMAWeights")}
+    report = write(results | one)
+    assert "1 training of 2 epochs" in report and "nan" not in report and "±" not in report
+    assert f"| averaged weights | moving averages | {losses[0]:.4f} |" in report
 
 
 def test_beam_sweep(tmp_path):

@@ -2,6 +2,7 @@
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,3 +77,36 @@ def test_merging_keeps_precision_far_from_zero():
     values = np.random.default_rng(0).normal(size=(3000, 3)) + 1e6
     total = merged(np.split(values, 100), "pooled")
     np.testing.assert_allclose(moments.variance(total), values.var(0), rtol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["pooled", "exact", "algorithm2"])
+@pytest.mark.parametrize("held", [np.nan, np.inf, -1.0, 1e300])
+@pytest.mark.filterwarnings("error")
+def test_a_part_of_no_values_changes_nothing_whatever_it_holds(method, held):
+    values = np.random.default_rng(0).normal(size=(5, 3))
+    part = of(values, "pooled" if method == "exact" else method)
+    # Channel 1 has no values in the one part, channel 2 none in the other.
+    part = moments.Moments(part.count * [1, 1, 0], *(part[i] * [1, 1, np.nan] for i in (1, 2)))
+    empty = moments.Moments(np.zeros(3), np.full(3, held), np.full(3, held))
+    some = moments.Moments(
+        np.array([0.0, 0, 7]), np.array([held, held, 2]), np.array([held, held, 3])
+    )
+    for total in (
+        moments.merge(part, empty, method=method),
+        moments.merge(empty, part, method=method),
+    ):
+        for found, expected in zip(total, part, strict=True):
+            np.testing.assert_array_equal(found[:2], expected[:2])
+        assert total.count[2] == 0
+    for total in (
+        moments.merge(part, some, method=method),
+        moments.merge(some, part, method=method),
+    ):
+        np.testing.assert_array_equal(total.count, [5, 5, 7])
+        np.testing.assert_array_equal(total.mean, [*part.mean[:2], 2])
+        np.testing.assert_array_equal(total.m2, [*part.m2[:2], 3])
+
+
+def test_nothing_seen_has_variance_0():
+    held = moments.Moments(np.array([0.0, 2]), np.array([np.nan, 1]), np.array([np.nan, 6]))
+    np.testing.assert_array_equal(moments.variance(held), [0, 3])

@@ -1,7 +1,15 @@
 """Tests of what `import tfbn` needs and says."""
 
+import ast
+import importlib
+import pathlib
 import subprocess
 import sys
+
+import keras
+import pytest
+
+import tfbn
 
 HIDE = """
 import importlib.machinery, sys
@@ -57,5 +65,63 @@ def test_under_keras_2_one_error_says_what_to_do():
 
 def test_importing_does_not_need_the_extras():
     blocked = ("matplotlib", "sklearn", "tensorflow_serving", "apache_beam", "hypothesis")
-    code, error = run(f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import tfbn")
+    code, error = run(
+        f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); from tfbn import *"
+    )
     assert code == 0, error
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    """A file with a model whose last layer is ours."""
+    path = tmp_path_factory.mktemp("model") / "model.keras"
+    keras.Sequential([keras.Input((3,)), tfbn.BatchNormalization()]).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "imports", ["import keras, tfbn", "import tfbn, tensorflow; keras = tensorflow.keras"]
+)
+def test_after_a_bare_import_keras_loads_models_with_our_layer(model_file, imports):
+    code, error = run(f"{imports}; keras.models.load_model({model_file!r})")
+    assert code == 0, error
+
+
+def test_nothing_heavy_is_imported_before_it_is_used():
+    heavy = ("tensorflow", "keras", "numpy", "h5py")
+    code, error = run(
+        f"import sys, tfbn; names = dir(tfbn); assert not {{*sys.modules}} & {{*{heavy!r}}}\n"
+        "assert {*tfbn.__all__} <= {*names} and tfbn.__version__\n"
+        "try: tfbn.no_such_name\n"
+        "except AttributeError as error: assert 'no_such_name' in str(error)\n"
+        f"assert not {{*sys.modules}} & {{*{heavy!r}}}"
+    )
+    assert code == 0, error
+
+
+def test_type_checkers_see_the_names_that_are_imported_when_used():
+    tree = ast.parse(pathlib.Path(tfbn.__file__).read_text())
+    [block] = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {name.name: node.module for node in block.body for name in node.names}
+    assert seen == tfbn._MODULES
+    assert {*seen, "__version__"} == {*tfbn.__all__}
+    for name, module in seen.items():
+        assert getattr(tfbn, name) is getattr(importlib.import_module(module), name)
+
+
+def test_a_backend_chosen_in_the_environment_is_seen_before_keras_is_imported():
+    code, error = run("import tfbn", KERAS_BACKEND="jax")
+    assert code == 1
+    assert error.startswith("ImportError: tfbn needs Keras to run on TensorFlow.")
+
+
+def test_a_backend_that_only_keras_knows_is_told_at_the_first_use(tmp_path):
+    """And Keras still imports, for those in the same process that use it without tfbn."""
+    (tmp_path / "keras.py").write_text(
+        "import types; __version__ = '3.99'\n"
+        "backend = types.SimpleNamespace(backend=lambda: 'numpy')"
+    )
+    code, error = run("import tfbn, keras; keras.backend; tfbn.collect", PYTHONPATH=str(tmp_path))
+    assert code == 1
+    assert error.startswith("ImportError: tfbn needs Keras to run on TensorFlow.")
+    assert "'numpy'" in error

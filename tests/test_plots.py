@@ -4,12 +4,22 @@ import os
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from tfbn import LayerStats, PopulationStats
 from tfbn.plots import plot_drift, plot_history
+
+
+@pytest.fixture(autouse=True)
+def no_windows():
+    """No window is opened, and no figure of one test is the current one of the next."""
+    plt.switch_backend("Agg")
+    yield
+    plt.close("all")
 
 
 def statistics(seed, samples=100, layers=("first", "block/second")):
@@ -49,6 +59,22 @@ def test_drift_is_drawn_in_the_order_of_the_layers():
     np.testing.assert_allclose(spans(right), [(r.min(), r.max()) for r in ratios])
     [error] = [line for line in left.lines if line.get_linestyle() == ":"]
     np.testing.assert_allclose(error.get_xdata(), 0.1)
+
+
+@pytest.mark.parametrize("spread", [1.1, 1.7, 4, 6, 100, 1e4])
+def test_a_logarithmic_axis_has_plain_numbers(spread):
+    population = statistics(0)
+    scaled = {
+        path: LayerStats(0, s.mean, s.variance * np.linspace(1, spread, 5) ** 2)
+        for path, s in population.items()
+    }
+    figure = plot_drift(population, PopulationStats(scaled, method="assigned"))
+    figure.draw_without_rendering()
+    axis = figure.axes[1].xaxis
+    low, high = axis.get_view_interval()
+    seen = [label.get_text() for label in axis.get_ticklabels()]
+    seen = [text for text in seen if low <= float(text) <= high]
+    assert 3 <= len(seen) <= 15 and "1" in seen and not any("e" in text for text in seen)
 
 
 def test_drift_title_states_the_finding():
@@ -118,9 +144,94 @@ def test_history_has_a_panel_for_each_metric():
     ]
 
 
-def test_history_without_three_ways_is_refused():
-    with pytest.raises(ValueError, match=r"StatsTracker .* Received: metrics \['loss'\]"):
-        plot_history({"loss": [1.0]})
+def drawn(path):
+    """Whether a picture has more than its background."""
+    return len(np.unique(plt.imread(path)[..., :3])) > 10
+
+
+FIGURES = {
+    "drift": (lambda ax=None: plot_drift(statistics(0), statistics(1), ax=ax), 2),
+    "history": (lambda ax=None: plot_history(history(), ax=ax), 2),
+    "one metric": (
+        lambda ax=None: plot_history(
+            {name: v for name, v in history().items() if "accuracy" not in name}, ax=ax
+        ),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_pyplot_knows_the_figure(name, tmp_path):
+    draw, panels = FIGURES[name]
+    plt.figure()
+    figure = draw()
+    assert plt.gcf() is figure and len(figure.axes) == panels
+    plt.savefig(tmp_path / "figure.png")
+    assert drawn(tmp_path / "figure.png")
+
+
+@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("sharey", [False, True])
+def test_axes_that_are_given_are_drawn_in(name, sharey, tmp_path):
+    draw, panels = FIGURES[name]
+    figure, axes = plt.subplots(2, panels, squeeze=False, sharey=sharey)
+    untouched = axes[0, 0]
+    own = axes[1] if panels > 1 else axes[1, 0]
+    lines = untouched.lines[:]
+    assert draw(ax=own) is figure
+    assert len(plt.get_fignums()) == 1
+    assert list(untouched.lines) == list(lines) and untouched.spines["top"].get_visible()
+    # All that the function adds belongs to its axes, none to the figure of others.
+    assert not figure.legends and not figure.get_suptitle()
+    assert axes[1, 0].get_legend() and axes[1, 0].get_title()
+    alone = draw()
+    for mine, theirs in zip(axes[1], alone.axes, strict=True):
+        assert len(mine.lines) == len(theirs.lines)
+        for a, b in zip(mine.lines, theirs.lines, strict=True):
+            np.testing.assert_array_equal(a.get_xydata(), b.get_xydata())
+        assert mine.get_ylim() == theirs.get_ylim() or (sharey and name == "history")
+    figure.savefig(tmp_path / "figure.png")
+    assert drawn(tmp_path / "figure.png")
+
+
+def test_a_part_of_a_figure_is_drawn_in():
+    figure = plt.figure(layout="constrained")
+    top, bottom = figure.subfigures(2, 1)
+    assert plot_drift(statistics(0), statistics(1), ax=top.subplots(1, 2)) is top
+    assert plot_history(history(), ax=bottom.subplots(1, 2)) is bottom
+    figure.savefig(os.devnull, format="png")
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_other_axes_are_refused(name):
+    draw, panels = FIGURES[name]
+    three = plt.subplots(1, 3)[1]
+    for wrong in (three, plt.gcf(), "left", [None] * panels):
+        with pytest.raises(ValueError, match=rf"{panels} for this figure. Received: ax=.*subplots"):
+            draw(ax=wrong)
+
+
+class Fitted:
+    """As `keras.callbacks.History` is."""
+
+    history = {"loss": [1.0]}  # noqa: RUF012
+
+
+def test_wrong_arguments_are_told_what_to_do():
+    stats = statistics(0)
+    for wrong in (Fitted(), history(), keras.Sequential(), None, [stats]):
+        with pytest.raises(ValueError, match=r"stats to be tfbn\.PopulationStats.*plot_history"):
+            plot_drift(wrong)
+    with pytest.raises(ValueError, match=r"other to be .* Received: other=<.*Fitted.*plot_history"):
+        plot_drift(stats, Fitted())
+    partial = {name: v for name, v in history().items() if name != "val_loss_population"}
+    none = {name: [] for name in history()}
+    for wrong in (Fitted(), Fitted.history, stats, keras.Sequential(), None, partial, none):
+        with pytest.raises(ValueError, match=r"StatsTracker .* Received: history .*plot_drift"):
+            plot_history(wrong)
+    # An error leaves no empty figure behind.
+    assert not plt.get_fignums()
 
 
 def test_no_display_is_needed(tmp_path):

@@ -265,6 +265,16 @@ def test_an_empty_part_changes_nothing_whatever_it_holds(method, mean, variance)
     assert empty.merge(empty)["bn"].count == 0
 
 
+@pytest.mark.parametrize("method", ["pooled", "algorithm2"])
+def test_an_empty_part_changes_no_bit(method):
+    rng = np.random.default_rng(0)
+    held = tfbn.LayerStats(7, rng.normal(size=1000), rng.uniform(size=1000))
+    part = tfbn.PopulationStats({"bn": held}, method=method)
+    empty = tfbn.LayerStats(0, np.zeros(1000), np.zeros(1000))
+    empty = tfbn.PopulationStats({"bn": empty}, method=method)
+    assert part.merge(empty) == empty.merge(part) == part
+
+
 def test_counts_that_differ_between_channels_are_merged():
     # A mask can tell channels apart, where they are not on the last axis.
     rng = np.random.default_rng(0)

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import pathlib
-import re
 import time
 import tracemalloc
 import zipfile
@@ -16,6 +15,7 @@ from random import Random
 import keras
 import numpy as np
 import pytest
+from damage import damaged
 from keras import layers
 
 import tfbn
@@ -200,32 +200,6 @@ def as_format_2(stats):
     return content.getvalue()
 
 
-def damaged(content, random):
-    """Content with a stretch of it changed, half of the time where an archive has its headers."""
-    content = bytearray(content)
-    at, n = random.randrange(len(content)), random.randrange(1, 40)
-    if random.random() < 0.5:
-        marks = [m.start() for m in re.finditer(b"PK|NUMPY|SHA", content)]
-        at = min(random.choice(marks) + random.randrange(160), len(content) - 1)
-    kind = random.choice(["bit", "bit", "bit", "byte", "cut", "drop", "zero", "copy", "append"])
-    if kind == "bit":
-        content[at] ^= 1 << random.randrange(8)
-    elif kind == "byte":
-        content[at] = random.randrange(256)
-    elif kind == "cut":
-        del content[at:]
-    elif kind == "drop":
-        del content[at : at + n]
-    elif kind == "zero":
-        content[at : at + n] = bytes(len(content[at : at + n]))
-    elif kind == "copy":
-        to = random.randrange(len(content))
-        content[to : to + n] = content[at : at + n]
-    else:
-        content += random.randbytes(n)
-    return bytes(content)
-
-
 VALUES = [np.nan, np.inf, -np.inf, -1.0, -1e-300, 1e300, 0.0, -0.0, 1e39, 2.0**60]
 JUNK = [None, True, -1, 0, 1, 2, 3, 4, 1.5, 1e300, 2**70, "", "bn_0", "magic", "assigned", "exact"]
 JUNK += ["pooled", [], ["bn_0"], ["bn_0", "bn_0"], [["bn_0"]], [3], {}, {"layers": []}, "x" * 9999]
@@ -284,7 +258,14 @@ def network():
 
 
 def use(stats, model):
-    """All that one does with loaded statistics either works or is a ValueError."""
+    """Loaded statistics are such as data has, and all that one does works or is a ValueError."""
+    assert stats.method in ("exact", "pooled", "algorithm2", "assigned")
+    for layer in stats.values():
+        assert layer.mean.shape == layer.variance.shape == layer.counts.shape == (len(layer.mean),)
+        assert 0 <= layer.counts.min() == layer.count
+        if stats.method != "assigned":
+            assert np.isfinite(layer.mean).all() and np.isfinite(layer.variance).all()
+            assert (layer.variance >= 0).all()
     stats.summary(print_fn=len)
     stats._repr_html_()
     json.dumps(stats.to_dict())
@@ -336,26 +317,102 @@ def samples():
     return [(stats, stats.to_bytes()), (old, as_format_2(old))], network()
 
 
+def changed(content, **changes):
+    """A file with some attributes or arrays changed, and a checksum that is right."""
+    header, arrays = storage.unpack(content, unsealed=(2,))
+    for name, value in changes.items():
+        held = arrays if name in arrays or isinstance(value, np.ndarray) else header
+        held[name] = value
+    held = {name: value for name, value in arrays.items() if value is not None}
+    return archive(header, held, zipfile.ZIP_STORED, seal=header["format"] != 2)
+
+
+IMPOSSIBLE = [
+    {"variance_0": np.array([1.0, -1.0, 1.0])},
+    {"variance_0": np.array([1.0, np.nan, 1.0])},
+    {"variance_0": np.array([1.0, np.inf, 1.0])},
+    {"variance_0": np.array([1.0, 1.0])},
+    {"variance_0": np.array(1.0)},
+    {"variance_0": np.array([True, True, True])},
+    {"mean_0": np.array([0.0, np.nan, 0.0])},
+    {"mean_0": np.array([0.0, -np.inf, 0.0])},
+    {"mean_0": np.array([[0.0, 1.0, 0.0]])},
+    {"mean_0": np.array([])},
+    {"mean_0": None},
+    {"mean_9": np.zeros(3)},
+    {"count_0": np.array(-1)},
+    {"count_0": np.array([1, 2, -3])},
+    {"count_0": np.array([1, 2])},
+    {"count_0": np.array(1.5)},
+    {"count_0": np.array(2**60)},
+    {"previous_mean_0": np.zeros(2)},
+    {"previous_variance_1": None},
+    {"method": "magic"},
+    {"method": None},
+    {"method": ["pooled"]},
+    {"samples": -1},
+    {"samples": 1.5},
+    {"samples": "ten"},
+    {"batches": None},
+    {"batch_size": 2**64},
+    {"levels": {}},
+    {"fingerprint": 3},
+    {"layers": ["bn_0"]},
+    {"layers": ["bn_0", "bn_0"]},
+    {"layers": ["bn_0", 1]},
+    {"layers": {"bn_0": 0, "bn_1": 1}},
+    {"layers": None},
+    {"previous": ["bn_0", "bn_1", "bn_2"]},
+    {"previous": {"layers": ["bn_0", "bn_1"]}},
+    {"previous": "bn" * 5000},
+    {"format": None},
+    {"format": 1},
+]
+
+
+@pytest.mark.parametrize("changes", IMPOSSIBLE, ids=lambda changes: "-".join(changes))
+@pytest.mark.parametrize("which", [0, 1], ids=["format 3", "format 2"])
+def test_what_no_data_has_does_not_load(tmp_path, which, changes):
+    content = samples()[0][which][1]
+    path = tmp_path / "stats.npz"
+    path.write_bytes(changed(content))
+    tfbn.PopulationStats.load(path)
+    bad = changed(content, **changes)
+    assert load(bad) is None
+    path.write_bytes(bad)
+    with pytest.raises(ValueError, match=r"(?s)^Expected .* Received: '.*stats\.npz', which is "):
+        tfbn.PopulationStats.load(path)
+
+
+def test_what_a_broken_model_held_loads(tmp_path):
+    held = tfbn.PopulationStats(
+        {"bn": tfbn.LayerStats(0, [np.nan, 1], [-1, np.inf])}, method="assigned"
+    )
+    assert_equal(tfbn.PopulationStats.from_bytes(held.to_bytes()), held)
+    fixed = {"bn": tfbn.LayerStats(3, [0, 1], [1, 2])}
+    stats = tfbn.PopulationStats(fixed, method="exact", previous=held)
+    assert_equal(tfbn.PopulationStats.from_bytes(stats.to_bytes()), stats)
+
+
 def fuzz(seed):
-    """One file."""
+    """A file that is damaged in four ways, and one that somebody made."""
     random = Random(seed)
     files, model = samples()
     stats, content = random.choice(files)
     assert_equal(tfbn.PopulationStats.from_bytes(content), stats)
-    if random.random() < 0.5:
+    for _ in range(4):
         loaded = load(damaged(content, random))
         if loaded is not None:
             assert_equal(loaded, stats)
-    else:
-        loaded = load(crafted(*storage.unpack(content, unsealed=(2,)), random))
-        if loaded is not None:
-            use(loaded, model)
+    loaded = load(crafted(*storage.unpack(content, unsealed=(2,)), random))
+    if loaded is not None:
+        use(loaded, model)
 
 
-@pytest.mark.parametrize("seed", range(0, 500, 100))
+@pytest.mark.parametrize("seed", range(0, 240, 60))
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_any_file_loads_as_it_was_or_is_refused(seed):
-    for i in range(seed, seed + 100):
+    for i in range(seed, seed + 60):
         fuzz(i)
 
 

@@ -17,28 +17,31 @@ validation metrics with moving-average, population and mini-batch statistics sid
 models in files.
 
 A sweep uses all devices and workers of the strategy that a model was built for. Data that lies
-in several places is swept in parts: `tfbn.PopulationStats.merge` joins them, `tfbn.collect_level`
-is one level of an exact sweep, and `tfbn.beam.Collect` (to be imported by itself) an Apache Beam
-transform.
+in many places is swept by `tfbn.collect_shards`, on any engine that has a map, and by
+`tfbn.beam.Collect` (to be imported by itself), an Apache Beam transform.
 
 Every function says what it computes, in which shapes and units, what it raises, and where the
 method comes from: `help(tfbn.collect)` is the place to begin.
 """
 
-from tfbn._requirements import check as _check
+import importlib
+from typing import TYPE_CHECKING, Any
 
-_check()
+from tfbn import _requirements
+from tfbn._version import __version__
 
-from tfbn._version import __version__  # noqa: E402
-from tfbn.callback import PopulationStatsCallback  # noqa: E402
-from tfbn.conversion import convert  # noqa: E402
-from tfbn.layer import BatchNormalization  # noqa: E402
-from tfbn.plots import plot_drift, plot_history  # noqa: E402
-from tfbn.population import LayerStats, PopulationStats  # noqa: E402
-from tfbn.serving.exporting import describe, export  # noqa: E402
-from tfbn.serving.folding import fold  # noqa: E402
-from tfbn.sweep import collect, collect_shards, update_population_stats  # noqa: E402
-from tfbn.tracker import StatsTracker  # noqa: E402
+if TYPE_CHECKING:
+    from tfbn.callback import PopulationStatsCallback
+    from tfbn.conversion import convert
+    from tfbn.layer import BatchNormalization
+    from tfbn.plots import plot_drift, plot_history
+    from tfbn.population import LayerStats, PopulationStats
+    from tfbn.serving.exporting import export
+    from tfbn.serving.folding import fold
+    from tfbn.serving.provenance import describe
+    from tfbn.sweep.run import collect, update_population_stats
+    from tfbn.sweep.shards import collect_shards
+    from tfbn.tracker import StatsTracker
 
 __all__ = [
     "BatchNormalization",
@@ -57,3 +60,40 @@ __all__ = [
     "plot_history",
     "update_population_stats",
 ]
+
+# The modules of the names above, which are imported when a name is first used. `TYPE_CHECKING`
+# says the same to type checkers and editors.
+_MODULES = {
+    "BatchNormalization": "tfbn.layer",
+    "LayerStats": "tfbn.population",
+    "PopulationStats": "tfbn.population",
+    "PopulationStatsCallback": "tfbn.callback",
+    "StatsTracker": "tfbn.tracker",
+    "collect": "tfbn.sweep.run",
+    "collect_shards": "tfbn.sweep.shards",
+    "convert": "tfbn.conversion",
+    "describe": "tfbn.serving.provenance",
+    "export": "tfbn.serving.exporting",
+    "fold": "tfbn.serving.folding",
+    "plot_drift": "tfbn.plots",
+    "plot_history": "tfbn.plots",
+    "update_population_stats": "tfbn.sweep.run",
+}
+
+_requirements.check()
+_requirements.register_with_keras()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import keras  # noqa: F401 - so that Keras itself is asked for its backend
+
+    _requirements.check()
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,84 +2,51 @@
 
 import keras
 
-from tfbn.layer import BatchNormalization
+from tfbn import copying, keras_models
 
 
 def convert(model):
     """A copy of `model` with `tfbn.BatchNormalization` in place of Keras's layer.
 
-    The copy has the weights, names, dtype policies and `trainable` flags of `model`, which is left
-    as it was and shares no variable with the copy. Layers are found wherever the model's config
-    mentions them: also in nested models, in layers that are shared, and inside wrappers such as
-    `TimeDistributed`. Subclasses of Keras's layer keep their class, since what they override is
-    not known. The copy is not compiled, and the state of the optimizer stays behind: compile it
-    before training.
+    The copy has the class, names, dtype policies and `trainable` flags of `model` and all of its
+    state: weights, the constants and vocabularies of adapted layers, whatever saving and loading
+    carry. `model` is left as it was and shares no variable with the copy. Layers are found
+    wherever they are: in nested models, in layers that are shared, inside wrappers such as
+    `TimeDistributed`, and in layers and models whose class makes them, such as those of KerasHub.
+    Subclasses of Keras's layer keep their class, since what they override is not known. The copy
+    is not compiled, and the state of the optimizer stays behind: compile it before training.
+
+    Before layers are exchanged, the copy is run beside `model` on made-up inputs, and refused if
+    it predicts anything else. A warning says so where `model` takes none of these inputs.
+
+    `save` and `load_model` work as for `model`. A process that loads the file must `import tfbn`
+    first. Batch norm that a class makes in its own code (KerasHub's backbones, a subclassed
+    model) is not in the file's config and so is loaded as Keras's layer, with the same weights
+    and predictions; `convert` the loaded model again to train it on.
 
     Example:
         >>> model = tfbn.convert(keras.applications.ResNet50())
 
     Args:
-        model: A Functional or Sequential `keras.Model`, built or not.
+        model: A `keras.Model`, built or not, that can be made again from its config: Functional,
+            Sequential, or of a class with `get_config()`.
 
     Returns:
         A model of the same class.
 
     Raises:
-        ValueError: `model`, or a part of it that holds batch normalization, is written as a class
-            with a `call` of its own. Only its code says how its layers are made.
+        ValueError: `model` is none, cannot be made again from its config, or its copy would not
+            predict the same.
     """
-    if not isinstance(model, keras.Sequential | keras.Function):
+    if not isinstance(model, keras.Model):
         raise ValueError(
-            "Only Functional and Sequential models can be converted. "
-            f"Received: {model!r} of class {type(model).__name__}. {_INSTEAD}"
+            f"Expected a keras.Model. Received: {model!r} of class {type(model).__name__}. Load a "
+            "file with keras.models.load_model first."
         )
-    config = keras.saving.serialize_keras_object(model)
-    # Classes that were never registered can be found by nobody else.
-    classes = {type(layer).__name__: type(layer) for layer in _layers(model)}
-    # Safe mode is about files of unknown origin. This config is of a model that already runs.
-    converted = keras.saving.deserialize_keras_object(
-        _with_tfbn_layers(config), custom_objects=classes, safe_mode=False
-    )
-    owners = [
-        f"{layer.name} ({type(layer).__name__})"
-        for layer in _layers(converted)
-        if any(_is_stock(part) for part in _layers(layer, include_self=False, recursive=False))
-    ]
-    if owners:
-        raise ValueError(
-            "A part of this model makes its batch normalization in code of its own. "
-            f"Received: {model!r} with {', '.join(owners)}. {_INSTEAD}"
-        )
-    converted.set_weights(model.get_weights())
-    # Setting the flag of a model sets those of its layers, so the config alone would lose a layer
-    # that was set free in a frozen model. Models come before their layers here.
-    for layer, original in zip(_layers(converted), _layers(model), strict=True):
-        layer.trainable = original.trainable
+    converted = copying.copy(model)
+    if model.built:
+        copying.verify(model, converted)
+    for layer in keras_models.batch_norm_layers(converted).values():
+        if type(layer) is keras.layers.BatchNormalization:
+            copying.make_ours(layer)
     return converted
-
-
-_INSTEAD = (
-    "Write tfbn.BatchNormalization for keras.layers.BatchNormalization where the class makes its "
-    "layers: arguments and weights are the same, so load_weights() still reads its old files."
-)
-
-
-def _with_tfbn_layers(config):
-    if isinstance(config, list | tuple):
-        return type(config)(_with_tfbn_layers(item) for item in config)
-    if not isinstance(config, dict):
-        return config
-    config = {key: _with_tfbn_layers(value) for key, value in config.items()}
-    if config.get("class_name") == "BatchNormalization" and config.get("module") == "keras.layers":
-        ours = keras.saving.get_registered_name(BatchNormalization)
-        config |= {"module": BatchNormalization.__module__, "registered_name": ours}
-    return config
-
-
-def _is_stock(layer):
-    return type(layer) is keras.layers.BatchNormalization
-
-
-def _layers(layer, **options):
-    # `layers` is the public list, but only models have it: it does not show what wrappers hold.
-    return list(layer._flatten_layers(**options))

@@ -144,10 +144,14 @@ def structure(model):
 
 
 def _structure_of(layer):
+    # Keras's own layers keep caches under private names: the dropout mask of an RNN's cell.
+    private = type(layer).__module__.partition(".")[0] == "keras"
     attributes = [
         (name, _comparable(value))
         for name, value in sorted(vars(layer).items())
-        if name not in _bookkeeping() and not isinstance(value, keras.Layer)
+        if name not in _bookkeeping()
+        and not isinstance(value, keras.Layer)
+        and not (private and name.startswith("_"))
     ]
     return (
         _Same(layer),
@@ -200,11 +204,12 @@ def _bookkeeping():
     model.compile(loss="mse")
     books = {*vars(layer), *(vars(model)), *vars(keras.Model())}
     # These come with `fit`, `evaluate` and `predict`.
-    return frozenset(books | {"history", "stop_training", "_eval_epoch_iterator", "optimizer"})
+    later = {"history", "stop_training", "stop_evaluating", "stop_predicting", "optimizer"}
+    return frozenset(books | later | {"_eval_epoch_iterator"})
 
 
 @contextlib.contextmanager
-def observed_calls(layers, observe):
+def observed_calls(layers, observe, outermost=False):
     """Within the context this thread's calls of some batch norm layers run `observe`.
 
     The call is replaced in the two classes that define it, so that a subclass that adds to
@@ -214,7 +219,12 @@ def observed_calls(layers, observe):
         layers: Batch norm layers by path.
         observe: Called as `observe(path, layer, call, inputs, training, mask)`, gives the
             outputs. `call(inputs, training=..., mask=...)` is the layer's own.
+        outermost: Whether to observe what subclasses add too, in their own `call`.
     """
+    classes = {keras.layers.BatchNormalization, BatchNormalization}
+    if outermost:
+        for layer in layers.values():
+            classes.add(next(cls for cls in type(layer).__mro__ if "call" in cls.__dict__))
     paths = {id(layer): path for path, layer in layers.items()}
 
     def stand_in(original, layer, inputs, training=None, mask=None):
@@ -224,7 +234,7 @@ def observed_calls(layers, observe):
         return observe(paths[id(layer)], layer, call, inputs, training, mask)
 
     with contextlib.ExitStack() as stack:
-        for cls in (keras.layers.BatchNormalization, BatchNormalization):
+        for cls in classes:
             stack.enter_context(detour(cls, "call", stand_in))
         yield
 

@@ -178,6 +178,17 @@ def layers_of(model: keras.Model, paths: Iterable[str]) -> dict[str, keras.Layer
     return {path: layers[path] for path in wanted}
 
 
+def checked(layers: Mapping[str, LayerStats]) -> dict[str, LayerStats]:
+    """A copy of a mapping from path to `LayerStats`; `ValueError` if it is anything else."""
+    layers = dict(layers)
+    for path, stats in layers.items():
+        if not isinstance(path, str) or not isinstance(stats, LayerStats):
+            raise ValueError(
+                f"Expected LayerStats by layer path. Received: {type(stats)} under {path!r}."
+            )
+    return layers
+
+
 def require_same_layers(a: Mapping[str, LayerStats], b: Mapping[str, LayerStats]) -> None:
     """Raise `ValueError` unless the two have the same layers, in order, of the same shapes."""
     for ours, theirs in zip(a, b, strict=False):

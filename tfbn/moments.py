@@ -45,7 +45,8 @@ def merge(a: Moments, b: Moments, *, method: str) -> Moments:
     """
     count = a.count + b.count
     share = b.count / np.maximum(count, 1)
-    with np.errstate(invalid="ignore"):  # Of parts of count 0, which are left out below.
+    # Parts of count 0 may hold anything, and are left out below.
+    with np.errstate(invalid="ignore", over="ignore"):
         delta = b.mean - a.mean
         m2 = a.m2 + b.m2
         if method != "algorithm2":

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from tfbn.drift import by_channel
+
 # Told apart by people who do not see red and green, and in print.
 _WAYS = {
     "moving_average": ("moving averages", "tab:orange", "-", "o"),
@@ -10,7 +12,7 @@ _WAYS = {
 }
 
 
-def plot_drift(stats, other=None):
+def plot_drift(stats, other=None, ax=None):
     """Draw how far each layer's moving averages are from its population statistics.
 
     With mu and sigma the population's mean and standard deviation of a channel, and mu', sigma'
@@ -20,22 +22,30 @@ def plot_drift(stats, other=None):
     line is 1 / sqrt(samples), an upper bound of the standard error of mu: what is left of it
     is no more than chance in the choice of samples.
 
-    No display is needed. In a notebook the figure shows itself; to keep it:
-    `tfbn.plot_drift(stats).savefig("drift.png")`.
+    The figure is pyplot's current one, so `plt.savefig` and `plt.show` work as usual; no display
+    is needed to save it. In a notebook end the line with a semicolon, or it is shown twice.
+
+    Example:
+        >>> tfbn.plot_drift(stats).savefig("drift.png")
 
     Args:
         stats: `tfbn.PopulationStats`.
         other: The `PopulationStats` that are compared with it. By default what the model held
             when it was swept, `stats.previous`.
+        ax: Two matplotlib axes to draw in, as `plt.subplots(1, 2)` gives them. By default those
+            of a new figure.
 
     Returns:
-        A `matplotlib.figure.Figure`.
+        The `matplotlib.figure.Figure`.
 
     Raises:
-        ValueError: If there is nothing to compare with, or if layers or shapes differ.
+        ValueError: If these are no statistics, if there is nothing to compare with, if layers or
+            shapes differ, or if `ax` is not two axes.
         ImportError: If matplotlib is not installed.
     """
-    figure_class = _figure_class()
+    for name, given in (("stats", stats), ("other", other)):
+        if given is not None or name == "stats":
+            _require_statistics(name, given)
     other = stats.previous if other is None else other
     if other is None:
         raise ValueError(
@@ -45,65 +55,62 @@ def plot_drift(stats, other=None):
         )
     drift = stats.compare(other)
     layers = list(stats)
-    figure = figure_class(figsize=(10, 1.9 + 0.24 * len(layers)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    panels = left, right = _panels(ax, 2, (10, 1.9 + 0.24 * len(layers)), sharey=True)
     for place, layer in enumerate(layers):
-        shift, ratio = _by_channel(stats[layer], other[layer])
+        shift, ratio = by_channel(stats[layer], other[layer])
         for axes, values, dot in (
             (left, np.abs(shift), drift[layer]["mean_shift"]),
             (right, ratio, drift[layer]["std_ratio"]),
         ):
             axes.plot([values.min(), values.max()], [place, place], color="0.75", label="channels")
             axes.plot([dot], [place], "o", ms=5, color="tab:orange", label="layer")
-    handles = left.lines[:2]
+    handles = left.lines[-2:]
     if stats.samples:
         handles.append(left.axvline(stats.samples**-0.5, color="0.4", linestyle=":", linewidth=1))
         handles[-1].set_label(f"sampling error of {stats.samples} samples")
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     left.set_xlim(left=0)
-    left.set_yticks(range(len(layers)), layers)
-    left.set_ylim(len(layers) - 0.5, -0.5)
+    for axes in panels:
+        axes.set_yticks(range(len(layers)), layers)
+        axes.set_ylim(len(layers) - 0.5, -0.5)
+    right.tick_params(labelleft=False)
     left.set_xlabel("mean off by, in standard deviations of the population")
     right.axvline(1, color="0.4", linewidth=1)
     right.set_xscale("log")
     _plain_numbers(right.xaxis)
     right.set_xlabel("standard deviation, as a multiple of the population's")
-    figure.suptitle(_drift_in_words(drift), fontsize=11)
-    _undecorate(figure)
-    return figure
+    if ax is None:
+        left.figure.suptitle(_drift_in_words(drift), fontsize=11)
+    else:
+        left.set_title(_drift_in_words(drift), fontsize=10)
+    return _finished(panels, handles, whole=ax is None)
 
 
-def plot_history(history):
+def plot_history(history, ax=None):
     """Draw validation metrics over epochs with each kind of statistics.
 
-    No display is needed. In a notebook the figure shows itself; to keep it:
-    `tfbn.plot_history(history).savefig("history.png")`.
+    The figure is pyplot's current one, so `plt.savefig` and `plt.show` work as usual; no display
+    is needed to save it. In a notebook end the line with a semicolon, or it is shown twice.
+
+    Example:
+        >>> tfbn.plot_history(history).savefig("history.png")
 
     Args:
         history: What `fit` returned with `tfbn.StatsTracker` among its callbacks, or its
             `history` dict: lists by `val_<metric>_<way>`. A metric whose values are all
             positive and spread over more than a factor of 10 has a logarithmic axis.
+        ax: A matplotlib axes for each metric to draw in, as `plt.subplots` gives them. By
+            default those of a new figure.
 
     Returns:
-        A `matplotlib.figure.Figure` with a panel for each metric.
+        The `matplotlib.figure.Figure`, with a panel for each metric.
 
     Raises:
-        ValueError: If there are no such metrics.
+        ValueError: If there are no such metrics, or if `ax` is not an axes for each.
         ImportError: If matplotlib is not installed.
     """
-    figure_class = _figure_class()
-    lists = getattr(history, "history", history)
-    suffix = "_moving_average"
-    metrics = [name[: -len(suffix)] for name in lists if name.endswith(suffix)]
-    if not metrics:
-        raise ValueError(
-            "Expected the history of a fit with tfbn.StatsTracker among its callbacks. Received: "
-            f"metrics {list(lists)}."
-        )
-    figure = figure_class(figsize=(5.5 * len(metrics), 4), layout="constrained")
-    for axes, metric in zip(
-        figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True
-    ):
+    lists, metrics = _tracked(history)
+    panels = _panels(ax, len(metrics), (5.5 * len(metrics), 4))
+    for axes, metric in zip(panels, metrics, strict=True):
         curves = {way: np.asarray(lists[f"{metric}_{way}"], float) for way in _WAYS}
         for way, (label, color, style, marker) in _WAYS.items():
             epochs = np.arange(1, len(curves[way]) + 1)
@@ -116,30 +123,74 @@ def plot_history(history):
         axes.set_xlabel("epochs")
         axes.set_ylabel(metric.removeprefix("val_") + ", validation")
         axes.set_title(_ending_in_words(metric.removeprefix("val_"), curves), fontsize=10)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(_WAYS), frameon=False)
-    _undecorate(figure)
-    return figure
+    return _finished(panels, panels[0].lines[-len(_WAYS) :], whole=ax is None)
 
 
-def _figure_class():
-    """matplotlib's `Figure`. Used without pyplot, it needs no display and no global state."""
+def _require_statistics(name, given):
+    if not hasattr(given, "compare"):
+        raise ValueError(
+            f"Expected {name} to be tfbn.PopulationStats, as tfbn.collect returns them. Received: "
+            f"{name}={given!r} of class {type(given).__name__}. For the history of a fit there is "
+            "tfbn.plot_history."
+        )
+
+
+def _tracked(history):
+    """The lists of a history, and the names of the metrics that it has all ways."""
+    lists = getattr(history, "history", history)
+    names = list(lists) if isinstance(lists, dict) else []
+    suffix = "_moving_average"
+    metrics = [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
+    needed = [f"{metric}_{way}" for metric in metrics for way in _WAYS]
+    if not metrics or not all(len(lists.get(name, ())) for name in needed):
+        raise ValueError(
+            "Expected the history of a fit with tfbn.StatsTracker among its callbacks. Received: "
+            f"history of class {type(history).__name__} with metrics {names}. For "
+            "tfbn.PopulationStats there is tfbn.plot_drift."
+        )
+    return lists, metrics
+
+
+def _panels(ax, count, figsize, sharey=False):
+    """The axes to draw in: those that were given, or those of a new figure."""
     try:
+        from matplotlib import pyplot
+        from matplotlib.axes import Axes
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
             "Expected matplotlib, to draw with. Received: an environment without it. Run "
             "`pip install 'tfbn[plot]'`."
         ) from error
-    return Figure
+    if ax is not None:
+        panels = list(np.ravel(ax))
+        if len(panels) != count or not all(isinstance(axes, Axes) for axes in panels):
+            raise ValueError(
+                f"Expected ax to be matplotlib axes, {count} for this figure. Received: ax={ax!r}. "
+                f"Make them with plt.subplots(1, {count})."
+            )
+        return panels
+    try:
+        figure = pyplot.figure(figsize=figsize, layout="constrained")
+    except ImportError:
+        # A backend for windows was asked for, and there is no display. A figure of its own can
+        # still be saved.
+        figure = Figure(figsize=figsize, layout="constrained")
+    return list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
 
 
-def _by_channel(stats, other):
-    # The smallest normal float32 keeps channels that never vary finite.
-    tiny = np.finfo(np.float32).tiny
-    std = np.sqrt(np.maximum(stats.variance, tiny))
-    other_std = np.sqrt(np.maximum(other.variance, tiny))
-    return (other.mean - stats.mean) / std, other_std / std
+def _finished(panels, handles, whole):
+    """The figure, with a legend: below the panels where they are the whole of it."""
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure = panels[0].figure
+    if whole:
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=len(handles), frameon=False
+        )
+    else:
+        panels[0].legend(handles=handles, fontsize="small")
+    return figure
 
 
 def _drift_in_words(drift):
@@ -165,14 +216,11 @@ def _ending_in_words(metric, curves):
 
 
 def _plain_numbers(axis):
-    """0.5, 2 and 10 on a logarithmic axis, not powers."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    """0.5, 2 and 10 on a logarithmic axis, not powers; on a short one also 0.8 and 1.2."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    locator = LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(5, steps=[1, 2, 5, 10])
+    axis.set_major_locator(locator)
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
-
-
-def _undecorate(figure):
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)

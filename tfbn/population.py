@@ -57,7 +57,7 @@ class PopulationStats(collections.abc.Mapping):
             raise ValueError(f"Expected one of the methods {_METHODS}. Received: {method!r}.")
         if not isinstance(fingerprint, str):
             raise ValueError(f"Expected fingerprint to be a string. Received: {fingerprint!r}.")
-        self._layers = _checked(layers)
+        self._layers = layer_stats.checked(layers)
         self.method = method
         self.samples = _whole("samples", samples)
         self.batches = _whole("batches", batches)
@@ -68,6 +68,12 @@ class PopulationStats(collections.abc.Mapping):
         for path in () if previous is None else previous:
             if path in self._layers:
                 layer_stats.require_same_shape(path, self[path], previous[path])
+
+    def replace(self, **changes: Any) -> "PopulationStats":
+        """These statistics with some of the arguments of the class changed."""
+        same = ("method", "samples", "batches", "batch_size", "fingerprint", "previous", "levels")
+        kept = {"layers": self, **{name: getattr(self, name) for name in same}}
+        return PopulationStats(**{**kept, **changes})
 
     def __getitem__(self, path: str) -> LayerStats:
         return self._layers[path]
@@ -150,10 +156,10 @@ class PopulationStats(collections.abc.Mapping):
         with _put_back_on_error(model, [variable for variable, _ in writes]):
             for variable, value in writes:
                 variable.assign(value)
-            if self.method == "assigned":
-                _assigned.pop(model, None)
-            else:
-                _assigned[model] = self
+        if self.method == "assigned":
+            _assigned.pop(model, None)
+        else:
+            _assigned[model] = self
         return previous
 
     def mismatch(self, model: keras.Model) -> str | None:
@@ -174,7 +180,7 @@ class PopulationStats(collections.abc.Mapping):
         if not self.fingerprint:
             return "it is not known with which weights the sweep was"
         # Last, because it reads all weights.
-        if self.fingerprint != keras_models.fingerprint(model):
+        if not keras_models.has_fingerprint(model, self.fingerprint):
             return "the weights have changed since the sweep"
         return None
 
@@ -384,29 +390,13 @@ def assigned(model: keras.Model) -> PopulationStats | None:
 
 @contextlib.contextmanager
 def _put_back_on_error(model, variables):
-    """What some variables hold, and what was last assigned to the model, outlive an error."""
-    held = [(variable, layer_stats.value_of(variable)) for variable in variables]
-    before = _assigned.get(model)
+    """A stretch after which some variables hold what they did, if it ends with an error."""
+    held = keras_models.Snapshot(model, variables)
     try:
         yield
     except BaseException:  # Ctrl-C too: all layers or none.
-        for variable, value in held:
-            variable.assign(value)
-        if before is None:
-            _assigned.pop(model, None)
-        else:
-            _assigned[model] = before
+        held.restore()
         raise
-
-
-def _checked(layers):
-    layers = dict(layers)
-    for path, stats in layers.items():
-        if not isinstance(path, str) or not isinstance(stats, LayerStats):
-            raise ValueError(
-                f"Expected LayerStats by layer path. Received: {type(stats)} under {path!r}."
-            )
-    return layers
 
 
 def _whole(name, value):

@@ -95,10 +95,7 @@ def _renew(header, arrays):
     paths = header["previous"]
     if paths is not None:
         numbers = {"samples": 0, "batches": 0, "batch_size": 0, "levels": 1}
-        header["previous"] = {
-            "method": "assigned",
-            "fingerprint": "",
-            **numbers,
-            "layers": paths,
-        }
-        arrays.update({f"previous_count_{i}": np.int64(0) for i in range(len(paths))})
+        header["previous"] = {"method": "assigned", "fingerprint": "", "layers": paths, **numbers}
+        for name in list(arrays):
+            if name.startswith("previous_mean_"):
+                arrays[name.replace("mean", "count")] = np.int64(0)

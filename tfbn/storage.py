@@ -27,7 +27,7 @@ except ImportError:  # Windows, where no file can be deleted that another proces
 
 _SEAL = b"SHA-256 of all bytes before: "
 _DIGITS = 64
-_END = struct.Struct("<4s6xHII2x")  # Of a ZIP archive: signature, members, their directory.
+_END = struct.Struct("<4s8xI6x")  # Of a ZIP archive: a signature, the length of its directory.
 # JSON and a ZIP directory take up to 25 times their bytes when they are read.
 _LIMIT = 4 << 20
 _HOST = "".join(c if c.isalnum() else "-" for c in socket.gethostname())[:64]
@@ -149,11 +149,11 @@ def remove_abandoned(folder: str | os.PathLike) -> None:
 def _arrays(content: bytes, comment: int) -> dict[str, np.ndarray]:
     """The members of an archive whose comment has that many bytes."""
     end = len(content) - comment - _END.size
-    signature, _, length, start = _END.unpack_from(content, end)
-    # The directory is read as a whole, so no other one (of a ZIP64 archive) may be in its place.
-    if signature != b"PK\5\6" or start + length != end or content[end - 20 : end - 16] == b"PK\6\7":
+    signature, length = _END.unpack_from(content, end)
+    if signature != b"PK\5\6":
         raise ValueError("not the end of a ZIP archive")
-    if length > _LIMIT:
+    # The directory is read as a whole. A ZIP64 archive would have its length in another place.
+    if length > _LIMIT or content[end - 20 : end - 16] == b"PK\6\7":
         raise ValueError("too many members")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = archive.infolist()
@@ -162,8 +162,6 @@ def _arrays(content: bytes, comment: int) -> dict[str, np.ndarray]:
             raise ValueError("two members of one name")
         if any(m.compress_type != zipfile.ZIP_STORED for m in members):
             raise ValueError("compressed members")
-        if any(m.compress_size != m.file_size for m in members):
-            raise ValueError("members of another size")
         # Each is read to its end, for only there its own checksum is compared.
         return {m.filename.removesuffix(".npy"): _array(archive.read(m)) for m in members}
 

@@ -18,7 +18,8 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
-from tfbn.cli import RECORD, main
+from tfbn.cli import main
+from tfbn.cli.keras_files import RECORD
 
 rng = np.random.default_rng(0)
 PIXELS = rng.integers(0, 256, (30, 6, 5, 1), dtype=np.uint8)
@@ -203,12 +204,11 @@ def test_one_pass_sweep_is_of_batches_of_the_size_asked_for(capsys, tmp_path, sa
     """With batches of 10, the second layer's mean is that of three batches in training mode."""
     out = tmp_path / "out.keras"
     data = as_npy(tmp_path)
-    run_for_json(capsys, "recalibrate", saved, "--data", *data, "--out", out, "--batch-size", 30)
+    arguments = ["recalibrate", saved, "--method", "pooled", "--data", *data]
+    run_for_json(capsys, *arguments, "--out", out, "--batch-size", 30)
     assert_equal(held(out), whole_batch(saved, IMAGES))
-    code, _, err = run(
-        capsys, "recalibrate", saved, "--data", *data, "--out", tmp_path / "b.keras",
-        "--batch-size", 10, "--json",
-    )  # fmt: skip
+    arguments += ["--out", tmp_path / "b.keras", "--batch-size", 10, "--json"]
+    code, _, err = run(capsys, *arguments)
     assert code == 0 and err.startswith("tfbn: warning: A one-pass sweep") and err.count("\n") == 1
     parts = [whole_batch(saved, IMAGES[start : start + 10]) for start in (0, 10, 20)]
     mean = np.mean([part[1][0] for part in parts], axis=0)
@@ -226,13 +226,14 @@ def test_arrays_of_several_inputs_go_by_name(capsys, tmp_path):
     assert_equal(held(tmp_path / "out.keras"), whole_batch(tmp_path / "model.keras", x))
 
 
-def test_inspect_says_never_swept_then_swept_then_stale(capsys, tmp_path, saved):
+def test_inspect_says_not_known_then_swept_then_stale(capsys, tmp_path, saved):
     code, out, _ = run(capsys, "inspect", saved)
-    assert code == 3 and "never swept" in out
+    assert code == 0 and "statistics: not known" in out and "never" not in out
+    assert run(capsys, "inspect", saved, "--check")[0] == 3
     swept = tmp_path / "swept.keras"
     arguments = ["--data", *as_npy(tmp_path), "--method", "exact", "--out", swept]
     run_for_json(capsys, "recalibrate", saved, *arguments)
-    code, out, _ = run(capsys, "inspect", swept)
+    code, out, _ = run(capsys, "inspect", swept, "--check")
     assert code == 0
     assert "swept, method='exact', 30 samples in 1 batches of at most 30" in out
     assert len(re.findall(r"^batch_normalization\S* +[34] +0.99 +0.001 +yes", out, re.M)) == 2
@@ -246,10 +247,11 @@ def test_inspect_says_never_swept_then_swept_then_stale(capsys, tmp_path, saved)
     ):
         assert RECORD not in target.namelist()
         target.writestr(RECORD, source.read(RECORD))
-    code, out, _ = run(capsys, "inspect", tmp_path / "changed.keras")
+    assert run(capsys, "inspect", tmp_path / "changed.keras")[0] == 0
+    code, out, _ = run(capsys, "inspect", tmp_path / "changed.keras", "--check")
     assert code == 3 and "stale: the weights have changed since the sweep" in out
     keras.Sequential([keras.Input((2,)), layers.Dense(1)]).save(tmp_path / "none.keras")
-    code, out, _ = run(capsys, "inspect", tmp_path / "none.keras")
+    code, out, _ = run(capsys, "inspect", tmp_path / "none.keras", "--check")
     assert code == 0 and "no batch norm layers" in out
 
 
@@ -351,7 +353,7 @@ def test_code_in_files_is_refused(capsys, tmp_path):
     model.save(tmp_path / "lambda.keras")
     assert "--unsafe" in fails(capsys, "inspect", tmp_path / "lambda.keras")
     code, out, _ = run(capsys, "inspect", tmp_path / "lambda.keras", "--unsafe")
-    assert code == 3 and "1 batch norm layers" in out
+    assert code == 0 and "1 batch norm layers" in out
     array = np.array([Touch(tmp_path / "pwned")], object)
     np.save(tmp_path / "hostile.npy", array, allow_pickle=True)
     np.savez(tmp_path / "hostile.npz", x=array)
@@ -382,6 +384,13 @@ def test_errors_are_one_line_that_says_what_to_do(capsys, tmp_path, saved):
     assert "floaty" in fails(
         capsys, "recalibrate", saved, *out, "--data", records, "--features", tmp_path / "bad.json"
     )
+    (tmp_path / "other.json").write_text('{"pixels": {"dtype": "float32", "shape": [2]}}')
+    options = ["--features", tmp_path / "other.json", "--json"]
+    code, _, line = run(
+        capsys, "recalibrate", saved, *out, "--data", *as_records(tmp_path)[:1], *options
+    )
+    assert code == 1 and line.count("\n") == 1
+    assert "other.json" in line and "x.tfrecord" in line and "{{" not in line
     frozen = keras.models.load_model(saved)
     frozen.trainable = False
     frozen.save(tmp_path / "frozen.keras")

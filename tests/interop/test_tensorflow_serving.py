@@ -51,7 +51,7 @@ def free_port():
 class Server:
     """A running server of all versions in a model's directory."""
 
-    def __init__(self, directory, log):
+    def __init__(self, directory, log, *flags):
         config = log.with_suffix(".config")
         config.write_text(
             f'model_config_list {{ config {{ name: "m" base_path: "{directory}" '
@@ -66,6 +66,7 @@ class Server:
                 f"--rest_api_port={self.rest_port}",
                 f"--model_config_file={config}",
                 "--file_system_poll_wait_seconds=1",
+                *flags,
             ],
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
@@ -174,3 +175,22 @@ def test_warmup_requests_are_taken(tmp_path):
         server.process.terminate()
         server.process.wait(30)
     assert "warmup" in server.log.read_text().lower()
+
+
+def test_warmup_requests_fit_a_server_that_batches(tmp_path):
+    pytest.importorskip("tensorflow_serving", reason="needs the extra `serving`")
+    x = np.random.default_rng(3).random((70, 8, 8, 3), "float32")
+    tfbn.export(network(), tmp_path / "m", warmup=x)
+    parameters = tmp_path / "batching.config"
+    parameters.write_text("max_batch_size { value: 32 }\nbatch_timeout_micros { value: 1000 }\n")
+    server = Server(
+        tmp_path / "m",
+        tmp_path / "server.log",
+        "--enable_batching=true",
+        f"--batching_parameters_file={parameters}",
+    )
+    try:
+        server.wait_for(1)
+    finally:
+        server.process.terminate()
+        server.process.wait(30)

@@ -234,6 +234,46 @@ def test_integers_are_normalized_too():
     np.testing.assert_allclose(y, (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-3), rtol=1e-5)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "float64"])
+def test_whole_numbers_keep_what_their_normalized_values_need(policy, training):
+    """They may be larger than half precision holds."""
+    x = np.random.default_rng(0).integers(0, 200000, (300, 3))
+    layer = OURS(momentum=0.0, dtype=policy)
+    layer(tf.constant(x), training=True)
+    y = layer(tf.constant(x), training=training)
+    assert y.dtype == layer.compute_dtype
+    np.testing.assert_allclose(layer.moving_variance, x.var(0), rtol=1e-6)
+    right = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-3)
+    np.testing.assert_allclose(y, right, atol=2e-3 if "16" in policy else 2e-6)
+
+
+@pytest.mark.parametrize("jit_compile", [None, True])
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize("options", [{}, {"scale": False}, {"renorm": True}])
+@pytest.mark.parametrize("training", [False, True])
+def test_number_of_channels_unknown_while_tracing(axis, options, training, jit_compile):
+    if not HAS_RENORM and "renorm" in options:
+        pytest.skip("this version of Keras has no renorm")
+    rng = np.random.default_rng(0)
+    x, dy = (tf.constant(rng.normal(3, 2, (8, 5, 5)), tf.float32) for _ in range(2))
+    unknown = tf.function(input_signature=[tf.TensorSpec([None] * 3)] * 2, jit_compile=jit_compile)
+    results = []
+    # Keras's layer takes it with the channels last alone, so here it knows the shape.
+    for layer, compiled in zip(pair(x.shape, axis=axis, **options), (None, unknown), strict=True):
+
+        def run(x, dy, layer=layer):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x, training=training)
+            return y, tape.gradient(y, x, dy)
+
+        run = compiled(run) if compiled else run
+        results.append([*run(x, dy), *layer.get_weights()])
+    for theirs, mine in zip(*results, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_config_and_weights_are_those_of_keras():
     given_options = {
         "axis": 1,

@@ -172,6 +172,7 @@ def run(request, monkeypatch):
     """How a function is run: each mode, and the path for GPUs, which is right on any device."""
     if request.param == "GPU visible":
         monkeypatch.setattr(kernels, "_gpu_visible", lambda: True)
+        monkeypatch.setattr(kernels, "_xla_runs_on_gpu", lambda: True)
         return tf.function
     return MODES[request.param]
 
@@ -216,6 +217,161 @@ def test_batch_variance_of_a_training_step(dtype, ratio, run):
     np.testing.assert_allclose(
         variance, right, rtol=1e-5 if dtype == "float32" else 1e-4, atol=1e-9
     )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_half_precision_with_one_channel_far_from_zero(dtype, axis, run):
+    """And another with values so far from its mean that the dtype does not hold the distance."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(30, 1, (400, 3))
+    x[:, 1] = -6e4
+    x[::40, 1] = 6.5e4
+    x[:, 2] = rng.normal(size=400)
+    x = np.asarray(tf.cast(x, dtype))
+    x = np.ascontiguousarray(np.moveaxis(x.reshape(20, 20, 3), -1, axis))
+    dy = np.asarray(tf.cast(data(x.shape, 1, axis, seed=1), dtype))
+    gamma, beta = parameters(3)
+    step = run(lambda *args: train_with_gradients(*args, axis=axis, epsilon=1e-3))
+    y, dx, dgamma, dbeta = step(tf.constant(x), gamma, beta, tf.constant(dy))
+    right = reference_train(x, gamma, beta, dy, axis, 1e-3)
+    rounding = 2.0**-8 if dtype == "bfloat16" else 2.0**-11
+    for actual, expected in zip((y, dx), right[:2], strict=True):
+        actual = np.asarray(tf.cast(actual, tf.float64))
+        np.testing.assert_allclose(actual, expected, rtol=rounding, atol=rounding * 1e-2)
+    # They are not rounded to the dtype, so they must be nearer than it would allow.
+    np.testing.assert_allclose(dgamma, right[2], rtol=0, atol=1e-6 * np.sum(np.abs(dy)))
+    np.testing.assert_allclose(dbeta, right[3], rtol=0, atol=1e-6 * np.sum(np.abs(dy)))
+
+
+def formula(x, gamma, axis):
+    """The training step in float64, of operations that TensorFlow differentiates rightly."""
+    axes = axes_but(axis, len(x.shape))
+    mean = tf.reduce_mean(x, axes, keepdims=True)
+    variance = tf.reduce_mean(tf.square(x - mean), axes, keepdims=True)
+    shape = [1] * len(x.shape)
+    shape[axis] = -1
+    return (x - mean) / tf.sqrt(variance + 0.1) * tf.reshape(gamma, shape)
+
+
+def forward_derivative(step, x, gamma, dx, dgamma):
+    with tf.autodiff.ForwardAccumulator([x, gamma], [dx, dgamma]) as accumulator:
+        y = step(x, gamma)
+    return accumulator.jvp(y)
+
+
+@pytest.mark.parametrize("where", ["inside", "around"])
+@pytest.mark.parametrize(("shape", "axis"), [((6, 7, 3), -1), ((6, 3, 5, 2), 1)])
+@pytest.mark.parametrize("ratio", [0, 1e3])
+@pytest.mark.parametrize("mask", [None, True])
+def test_forward_mode(shape, axis, ratio, mask, where, run):
+    """The derivative of a step is followed in a function, and a function is differentiated."""
+    x, dx = data(shape, ratio, axis), data(shape, 0.5, axis, seed=1)
+    gamma, dgamma = parameters(shape[axis])
+    options = {"axis": axis, "epsilon": 0.1}
+    if mask:
+        options["mask"] = np.ones(shape[:-1], bool)
+
+    def step(x, gamma):
+        return kernels.train(x, gamma, None, **options)[0]
+
+    if where == "around":
+        actual = forward_derivative(run(step), x, gamma, dx, dgamma)
+    else:
+        actual = run(lambda *v: forward_derivative(step, *v))(x, gamma, dx, dgamma)
+    wide = [tf.cast(v, tf.float64) for v in (x, gamma, dx, dgamma)]
+    right = forward_derivative(lambda x, gamma: formula(x, gamma, axis), *wide)
+    assert np.abs(right).max() > 0.1
+    assert_near(actual, right, 2e-5)
+
+
+@pytest.mark.parametrize("where", ["inside", "around"])
+def test_forward_mode_in_inference(where, run):
+    x, dx = data((6, 7, 3), 2, -1), data((6, 7, 3), 0.5, -1, seed=1)
+    gamma, dgamma = parameters(3)
+    mean, variance = tf.constant([1.0, 2.0, 3.0]), tf.constant([0.5, 1.0, 2.0])
+
+    def step(x, gamma):
+        return kernels.normalize(x, mean, variance, gamma, None, axis=-1, epsilon=1e-3)
+
+    if where == "around":
+        function = run(step)
+        actual = forward_derivative(function, x, gamma, dx, dgamma)
+        if actual is None:
+            # TensorFlow has no such derivative of its fused operation; at least it is no number.
+            graph = function.get_concrete_function(x, gamma).graph
+            assert FUSED in operations(graph)
+            return
+    else:
+        actual = run(lambda *v: forward_derivative(step, *v))(x, gamma, dx, dgamma)
+    scale = 1 / np.sqrt(variance + 1e-3)
+    assert_near(actual, dx * scale * gamma + (x - mean) * scale * dgamma, 1e-5)
+
+
+def test_second_order_gradient_of_a_step_in_a_branch():
+    """There TensorFlow's own derivative of its operation is 0, in silence."""
+    x, dy = data((6, 7, 3), 0, -1), data((6, 7, 3), 0.5, -1, seed=1)
+    gamma, _ = parameters(3)
+
+    @tf.function
+    def second(x, far):
+        def step():
+            return kernels.train(x, gamma, None, axis=-1, epsilon=0.1)[0]
+
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                y = tf.cond(far, step, lambda: x)
+            first = inner.gradient(y, x, dy)
+        return outer.gradient(first, x, tf.sin(dy))
+
+    def right(x):
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                y = formula(x, tf.cast(gamma, tf.float64), -1)
+            first = inner.gradient(y, x, tf.cast(dy, tf.float64))
+        return outer.gradient(first, x, tf.cast(tf.sin(dy), tf.float64))
+
+    assert_near(second(x, tf.constant(True)), right(tf.cast(x, tf.float64)), 2e-5)
+
+
+def test_tracing_a_network_traces_the_step_once():
+    """And registers its gradients once: what is registered stays for as long as the process."""
+    x, dy = data((6, 7, 3), 0, -1), data((6, 7, 3), 1, -1, seed=1)
+
+    def network(x, dy, layers):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = x
+            for _ in range(layers):
+                y = kernels.train(y, None, None, axis=-1, epsilon=0.012345)[0]
+        return tape.gradient(y, x, dy)
+
+    def traced(layers):
+        graph = tf.function(network).get_concrete_function(x, dy, layers).graph.as_graph_def()
+        return len(graph.library.function), len(graph.node)
+
+    (functions, nodes), (more_functions, more_nodes) = traced(1), traced(5)
+    assert more_functions == functions
+    assert more_nodes - nodes <= 4 * 30
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "int64"])
+def test_whole_numbers_are_not_cut_to_whole_numbers(dtype, run):
+    x = tf.cast(np.random.default_rng(0).integers(0, 200, (50, 3)), dtype)
+    expected = reference_train(x, np.ones(3), np.zeros(3), np.zeros((50, 3)), -1, 1e-3)[0]
+    y, count, mean, variance = run(lambda x: kernels.train(x, None, None, axis=-1, epsilon=1e-3))(x)
+    assert y.dtype == tf.float32
+    assert_near(y, expected, 1e-6)
+    for actual in ((count, mean, variance), run(lambda x: kernels.moments(x, -1))(x)):
+        for one, right in zip(actual, reference_moments(x, -1), strict=True):
+            np.testing.assert_allclose(np.broadcast_to(one, 3), right, rtol=1e-6)
+    _, mean, variance = reference_moments(x, -1)
+    infer = run(lambda x: kernels.normalize(x, mean, variance, None, None, axis=-1, epsilon=1e-3))
+    assert_near(infer(x), expected, 1e-6)
 
 
 @pytest.mark.parametrize("samples", [0, 1, 16])

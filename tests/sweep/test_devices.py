@@ -116,7 +116,7 @@ def test_a_distributed_dataset_that_does_not_end(two_devices):
 
 @pytest.mark.parametrize("eager", [False, True])
 def test_two_devices_where_the_graph_cannot_be_cut(eager, two_devices):
-    from test_sweep import Looped
+    from test_run import Looped
 
     with two_devices.scope():
         model = Looped()

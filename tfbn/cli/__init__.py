@@ -1,5 +1,5 @@
 """The command line, `tfbn` or `python -m tfbn`."""
 
-from tfbn.cli.commands import RECORD, main
+from tfbn.cli.process import main
 
-__all__ = ["RECORD", "main"]
+__all__ = ["main"]

@@ -1,294 +1,111 @@
-"""The command line: batch norm statistics of models that are trained already."""
+"""The commands of the command line. Each takes what was parsed and returns the exit code."""
 
 import argparse
 import contextlib
-import fractions
 import io
 import json
-import os
-import pathlib
-import sys
-import tempfile
-import warnings
-import zipfile
+from collections.abc import Callable
 
-OK, FAILED, USAGE, NOT_SWEPT, INTERRUPTED = 0, 1, 2, 3, 130
+import tfbn
+from tfbn import drift, keras_models, storage
+from tfbn.cli import formats, keras_files
+from tfbn.cli.errors import FileError, naming, reading
+from tfbn.layer_stats import require_same_shape
 
-# The member of a .keras file in which `recalibrate` writes down its sweep. Keras ignores it,
-# and leaves it out when it saves the model again after more training.
-RECORD = "tfbn_population_stats.npz"
-
-_DESCRIPTION = """\
-Batch norm statistics of trained Keras models.
-
-In training, batch norm keeps moving averages of mean and variance, and a model infers with
-them. They may lag behind or be noisy. These commands replace them with the statistics of the
-training data itself (recalibrate), show what a model has (inspect, compare), and write it for
-TensorFlow Serving (export, describe)."""
-
-_EPILOG = """\
-exit codes: 0 done; 1 failed, with one line on stderr that says why; 2 wrong usage;
-3 from inspect: the statistics are not those of a sweep; 130 interrupted.
-
-example:
-  tfbn inspect model.keras
-  tfbn recalibrate model.keras --data train.npz --out recalibrated.keras
-  tfbn compare model.keras model.keras recalibrated.keras
-  tfbn export recalibrated.keras serving/model"""
-
-_DATA_HELP = """\
-data, already preprocessed as for model.fit:
-  train.npy       one array, a sample for each entry of the first axis
-  train.npz       arrays named after the model's inputs; for one input also "x", "x_train" or
-                  whatever the only array is called. Other arrays are ignored.
-  images/         a folder with images, also in folders in it; they are resized to the model's
-                  input. Pixels are 0 to 255: give --scale 1/255 if training had them in [0, 1].
-  train.tfrecord  tf.train.Examples, with --features features.json:
-                  {"x": {"shape": [28, 28, 1], "dtype": "float32"}}
-                  "dtype" is float32, int64, or image for encoded images, which have no shape."""
+DONE, NOT_SWEPT = 0, 3
 
 
-def main(arguments=None):
-    """Run the command line.
-
-    Args:
-        arguments: A list of strings; those of the process by default.
-
-    Returns:
-        The exit code: 0 if done, 1 if it failed, 3 if `inspect` found statistics that are not
-        those of a sweep, 130 if it was interrupted. Wrong usage exits with 2.
-    """
-    args = _parser().parse_args(arguments)
-    try:
-        with _warnings_of_one_line():
-            return args.run(args)
-    except KeyboardInterrupt:
-        return _say(INTERRUPTED, "interrupted")
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        return _say(FAILED, str(error))
-    except Exception as error:  # Whatever Keras raises on a model that it cannot read.
-        return _say(FAILED, f"{type(error).__name__}: {error}")
-
-
-def _parser():
-    parser = argparse.ArgumentParser(
-        prog="tfbn",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def command(run, text, *, loads=True, **options):
-        added = commands.add_parser(
-            run.__name__.strip("_"),
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            **options,
-        )
-        added.set_defaults(run=run, unsafe=False)
-        added.add_argument("--json", action="store_true", help="print JSON")
-        if loads:
-            added.add_argument(
-                "--unsafe",
-                action="store_true",
-                help="load code that is stored in the model file (Lambda layers). It can do "
-                "anything you can: only for files that you trust",
-            )
-            added.add_argument("model", metavar="MODEL", help="a .keras file")
-        return added
-
-    command(_inspect, "list a model's batch norm layers, and say whether a sweep was made")
-
-    added = command(
-        _recalibrate,
-        "sweep the training data through a model and write it with the statistics found",
-        epilog=_DATA_HELP,
-    )
-    added.add_argument("--data", required=True, metavar="FILE", help="the training data, see below")
-    added.add_argument(
-        "--out", required=True, metavar="MODEL2", type=pathlib.Path, help="a new .keras file"
-    )
-    added.add_argument(
-        "--method",
-        choices=["pooled", "algorithm2", "exact"],
-        default="pooled",
-        help="pooled: one pass, which wants large batches (default). algorithm2: one pass, the "
-        "paper to the letter. exact: the same for any batch size, for more time",
-    )
-    added.add_argument("--batch-size", type=_positive, metavar="N", help="in samples (default: 32)")
-    added.add_argument("--features", metavar="JSON", help="for a TFRecord file, see below")
-    added.add_argument(
-        "--scale",
-        type=_fraction,
-        metavar="FACTOR",
-        help="what the pixels of images are multiplied by, for example 1/255 (default: 1)",
-    )
-    added.add_argument(
-        "--include-frozen",
-        action="store_true",
-        help="sweep layers with trainable=False too, which are left alone otherwise",
-    )
-
-    added = command(
-        _compare,
-        "show how far statistics B are from statistics A, layer by layer",
-        epilog="A and B: a .keras file, for what its layers hold, or a file that "
-        "PopulationStats.save wrote.\nBoth must fit MODEL. Differences are in standard deviations "
-        "of A.",
-    )
-    added.add_argument("a", metavar="A", type=pathlib.Path)
-    added.add_argument("b", metavar="B", type=pathlib.Path)
-
-    added = command(_export, "write a model as a SavedModel, the way TensorFlow Serving wants it")
-    added.add_argument(
-        "path", metavar="PATH", help="the model's directory; a new version is made in it"
-    )
-
-    added = command(_describe, "say where a SavedModel that export wrote comes from", loads=False)
-    added.add_argument("path", metavar="SAVED_MODEL", help="its directory, or that of a version")
-    return parser
-
-
-def _positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return value
-
-
-def _fraction(text):
-    try:
-        return float(fractions.Fraction(text))
-    except (ValueError, ZeroDivisionError) as error:
-        raise argparse.ArgumentTypeError(f"{text} is not a number or fraction") from error
-
-
-# The commands.
-
-
-def _inspect(args):
-    from tfbn import keras_models
-
-    model = _load_model(args.model, args.unsafe)
-    recorded = _recorded(args.model)
+def inspect(args: argparse.Namespace) -> int:
+    """List a model's batch norm layers, and say whether a sweep is recorded in its file."""
+    model = keras_files.load(args.model, args.unsafe)
+    recorded = keras_files.recorded_sweep(args.model)
     state, text = _state(model, recorded)
-    drift = recorded.compare(recorded.previous) if recorded and recorded.previous else {}
-    layers = {
-        path: {
-            "class": type(layer).__name__,
-            "channels": int(layer.moving_mean.shape[0]),
-            "momentum": layer.momentum,
-            "epsilon": layer.epsilon,
-            "trainable": layer.trainable,
-            **drift.get(path, {}),
-        }
-        for path, layer in keras_models.batch_norm_layers(model).items()
-    }
+    off = recorded.compare(recorded.previous) if recorded and recorded.previous else {}
+    layers = keras_models.batch_norm_layers(model)
     if args.json:
-        _print_json({"model": model.name, "layers": layers, "state": state, "why": text})
+        described = {path: _layer(layer) | off.get(path, {}) for path, layer in layers.items()}
+        _print_json({"model": model.name, "layers": described, "state": state, "why": text})
     else:
         print(f"{args.model}: model {model.name!r}, {len(layers)} batch norm layers")
-        _print_table(
-            ["layer", "channels", "momentum", "epsilon", "trainable", *_DRIFT_COLUMNS],
-            [
-                [
-                    path,
-                    layer["channels"],
-                    f"{layer['momentum']:g}",
-                    f"{layer['epsilon']:g}",
-                    "yes" if layer["trainable"] else "no",
-                    *_drift_cells(layer),
-                ]
-                for path, layer in layers.items()
-            ],
-        )
-        if drift:
-            print("off by: what was there before the sweep, against what it found")
+        head = ["layer", "channels", "momentum", "epsilon", "trainable", *drift.COLUMNS]
+        rows = [
+            [path, *_cells(layer), *drift.cells(off.get(path))] for path, layer in layers.items()
+        ]
+        _print_lines(drift.table(head, rows))
+        if off:
+            print("off by: the statistics before the sweep, against those that it found")
         print(f"population statistics: {text}")
-    return OK if state in ("swept", "none to sweep") else NOT_SWEPT
+    return NOT_SWEPT if args.check and state not in ("swept", "none to sweep") else DONE
 
 
-def _recalibrate(args):
-    import tfbn
-    from tfbn import keras_models
-    from tfbn.cli import formats as files
-
-    _refuse_existing(args.out)
-    if args.out.suffix != ".keras":
-        raise ValueError(f"Expected a name for --out that ends in .keras. Received: {args.out}.")
-    model = _load_model(args.model, args.unsafe, compiled=True)
-    layers = keras_models.batch_norm_layers(model).values()
-    if layers and not args.include_frozen and not any(layer.trainable for layer in layers):
-        raise ValueError(
-            "Expected a model with batch norm layers that are not frozen. Received: "
-            f"{args.model}, all of whose {len(layers)} have trainable=False. Give "
-            "--include-frozen to sweep them all the same."
+def recalibrate(args: argparse.Namespace) -> int:
+    """Sweep data through a model and write it with the statistics found."""
+    keras_files.require_free(args.out)
+    options = formats.Options(args.batch_size, args.features, args.scale)
+    read = formats.find_reader(args.data, options)
+    model = keras_files.load(args.model, args.unsafe, compiled=True)
+    _require_unfrozen(model, args)
+    x, batch_size = read(args.data, model, options)
+    files = [path for path in (args.data, args.features, args.model) if path is not None]
+    with _naming_images(args.data), naming(*files):
+        stats = tfbn.update_population_stats(
+            model,
+            x,
+            method=args.method,
+            batch_size=batch_size,
+            include_frozen=args.include_frozen,
+            verbose=0 if args.json else "auto",
         )
-    x, batch_size = files.read(args.data, model, args.batch_size, args.features, args.scale)
-    stats = tfbn.update_population_stats(
-        model,
-        x,
-        method=args.method,
-        batch_size=batch_size,
-        include_frozen=args.include_frozen,
-        verbose=0 if args.json else "auto",
-    )
-    _save(model, stats, args.out)
+    keras_files.save(model, stats, args.out)
     if args.json:
         found = stats.to_dict()
         for path, off in stats.compare(stats.previous).items():
             found["layers"][path] = {"count": stats[path].count, **off}
-        _print_json({"out": str(args.out), **found})
+        _print_json({"out": args.out, **found})
     else:
         stats.summary()
         print(f"Wrote {args.out}. {args.model} is as it was.")
-    return OK
+    return DONE
 
 
-def _compare(args):
-    import tfbn
-    from tfbn import keras_models
-
-    model = _load_model(args.model, args.unsafe)
+def compare(args: argparse.Namespace) -> int:
+    """Show how far statistics B are from statistics A."""
+    model = keras_files.load(args.model, args.unsafe)
     held = tfbn.PopulationStats.read(model)
     a, b = (_statistics(path, args.unsafe) for path in (args.a, args.b))
-    # Sweeps leave frozen layers out, and what a file's layers hold has them.
+    # Sweeps leave frozen layers out, and a model file has them.
     shared = [path for path in a if path in b]
     for stats, name in ((a, args.a), (b, args.b)):
         strange = [path for path in stats if path not in held]
         if strange or not shared:
-            raise ValueError(
+            raise FileError(
                 f"Expected statistics of the layers of {args.model}. Received: {name}, with layer "
                 f"{(strange or list(stats) or [None])[0]!r}."
             )
-    a, b, held = (_only(stats, shared) for stats in (a, b, held))
-    held.compare(a)  # An error if the shapes are others.
-    drift = a.compare(b)
-    fingerprint = keras_models.fingerprint(model)
-    others = [str(p) for p, s in ((args.a, a), (args.b, b)) if s.fingerprint != fingerprint]
+        with naming(name, args.model):
+            for path in stats:
+                require_same_shape(path, held[path], stats[path])
+    off = drift.of_layers(a, b)
+    others = [name for name, s in ((args.a, a), (args.b, b)) if s.fingerprint != held.fingerprint]
     if args.json:
-        _print_json({"layers": drift, "of_other_weights": others})
-        return OK
+        _print_json({"layers": off, "of_other_weights": others})
+        return DONE
     print(f"{args.b} against {args.a}, layers that differ most first:")
-    _print_table(
-        ["layer", *_DRIFT_COLUMNS],
-        [[path, *_drift_cells(off)] for path, off in drift.items()],
-    )
+    rows = [[path, *drift.cells(of_layer)] for path, of_layer in off.items()]
+    _print_lines(drift.table(["layer", *drift.COLUMNS], rows))
     for name in others:
         print(f"Note that {name} is of other weights than those of {args.model}.")
-    return OK
+    return DONE
 
 
-def _export(args):
-    import tfbn
-
-    model = _load_model(args.model, args.unsafe)
-    recorded = _recorded(args.model)
-    if recorded is not None and recorded.mismatch(model) is None:
-        recorded.assign(model)  # What is there already; it lets `export` know of the sweep.
-    exported = tfbn.export(model, args.path)
+def export(args: argparse.Namespace) -> int:
+    """Write a model as a SavedModel, as TensorFlow Serving wants it."""
+    model = keras_files.load(args.model, args.unsafe)
+    recorded = keras_files.recorded_sweep(args.model)
+    with naming(args.model, args.path):
+        if recorded is not None and recorded.mismatch(model) is None:
+            recorded.assign(model)  # Its own values; it lets `export` know of the sweep.
+        exported = tfbn.export(model, args.path)
     if args.json:
         _print_json(
             {
@@ -302,64 +119,33 @@ def _export(args):
             f"Wrote {exported.path}. It predicts what the model does, within "
             f"{exported.max_abs_difference:.1e}."
         )
-    return OK
+    return DONE
 
 
-def _describe(args):
-    import tfbn
-
-    with contextlib.redirect_stdout(io.StringIO() if args.json else sys.stdout):
+def describe(args: argparse.Namespace) -> int:
+    """Say where a SavedModel that `export` wrote comes from."""
+    text = io.StringIO()
+    expected = "a model's directory, or a version's, that tfbn.export wrote"
+    with reading(args.path, expected, "Export it again."), contextlib.redirect_stdout(text):
         found = tfbn.describe(args.path)
     if args.json:
         _print_json(found)
-    return OK
+    else:
+        print(text.getvalue(), end="")
+    return DONE
 
 
-# Model files.
-
-
-def _load_model(path, unsafe, compiled=False):
-    import keras
-
-    if not zipfile.is_zipfile(path) or pathlib.Path(path).suffix != ".keras":
-        raise ValueError(
-            f"Expected a .keras file, as model.save writes it. Received: {path}"
-            + (", no such file." if not os.path.exists(path) else ".")
-        )
-    try:
-        return keras.models.load_model(path, compile=compiled, safe_mode=not unsafe)
-    except ValueError as error:
-        if unsafe or "safe_mode" not in str(error):
-            raise
-        raise ValueError(
-            f"Expected a model without code in it. Received: {path}, with a Lambda layer or "
-            "another function that would run whatever its author wrote. If you trust the file, "
-            "give --unsafe."
-        ) from error
-
-
-def _recorded(path):
-    """The sweep that is written down in a .keras file, or `None`."""
-    import tfbn
-
-    with zipfile.ZipFile(path) as archive:
-        if RECORD not in archive.namelist():
-            return None
-        content = archive.read(RECORD)
-    with tempfile.TemporaryDirectory() as directory:
-        file = pathlib.Path(directory) / RECORD
-        file.write_bytes(content)
-        return tfbn.PopulationStats.load(file)
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    command.__name__: command for command in (inspect, recalibrate, compare, export, describe)
+}
 
 
 def _state(model, recorded):
     """A word, and a sentence for people, on where a model's statistics are from."""
-    from tfbn import keras_models
-
     if not keras_models.batch_norm_layers(model):
         return "none to sweep", "the model has no batch norm layers"
     if recorded is None:
-        return "never", "never swept, or not by `tfbn recalibrate`: no sweep is written in the file"
+        return "not known", "not known: no sweep by `tfbn recalibrate` is recorded in the file"
     why = recorded.mismatch(model)
     if why is not None:
         return "stale", f"stale: {why}"
@@ -370,89 +156,61 @@ def _state(model, recorded):
     )
 
 
-def _statistics(path, unsafe):
-    import tfbn
-
-    if path.suffix == ".keras":
-        return tfbn.PopulationStats.read(_load_model(path, unsafe))
-    return tfbn.PopulationStats.load(path)
-
-
-def _only(stats, paths):
-    import tfbn
-
-    return tfbn.PopulationStats(
-        {path: stats[path] for path in paths}, method=stats.method, fingerprint=stats.fingerprint
-    )
-
-
-def _save(model, stats, path):
-    """Write a .keras file with its sweep, whole or not at all, where there is none yet."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tfbn-") as hidden:
-        partial = pathlib.Path(hidden) / "model.keras"
-        record = pathlib.Path(hidden) / RECORD
-        model.save(partial)
-        stats.save(record)
-        with zipfile.ZipFile(partial, "a") as archive:
-            archive.write(record, RECORD)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        # Takes the name or fails, unlike a rename, so another process's file is safe too.
-        try:
-            path.open("x").close()
-        except FileExistsError:
-            _refuse_existing(path)
-        os.replace(partial, path)
-
-
-def _refuse_existing(path):
-    if path.exists():
-        raise FileExistsError(
-            f"Expected a name that is free. Received: {path}, which exists. Nothing is ever "
-            "overwritten: give another name, or move it away."
+def _require_unfrozen(model, args):
+    layers = keras_models.batch_norm_layers(model).values()
+    if layers and not args.include_frozen and not any(layer.trainable for layer in layers):
+        raise FileError(
+            "Expected a model with batch norm layers that are not frozen. Received: "
+            f"{args.model}, all of whose {len(layers)} have trainable=False. Give "
+            "--include-frozen to sweep them all the same."
         )
 
 
-# What is printed.
+@contextlib.contextmanager
+def _naming_images(folder):
+    try:
+        yield
+    except FileError as error:
+        file = formats.damaged_image(folder)
+        if file is None:
+            raise
+        raise FileError(
+            f"Expected images in {folder} that can be decoded. Received: {file}, which cannot. "
+            "Mend it, or move it away."
+        ) from error
 
-_DRIFT_COLUMNS = ["mean off by", "largest", "std ratio", "largest"]
+
+def _statistics(path, unsafe):
+    if keras_files.is_model(path):
+        return tfbn.PopulationStats.read(keras_files.load(path, unsafe))
+    kind = "a model file, or one that PopulationStats.save wrote"
+    with reading(path, kind, "Collect the statistics again."):
+        return keras_files.unpack(storage.read(path), path, kind)
 
 
-def _drift_cells(off):
-    if "mean_shift" not in off:
-        return ["-"] * 4
+def _layer(layer):
+    return {
+        "class": type(layer).__name__,
+        "channels": int(layer.moving_mean.shape[0]),
+        "momentum": layer.momentum,
+        "epsilon": layer.epsilon,
+        "trainable": layer.trainable,
+    }
+
+
+def _cells(layer):
     return [
-        f"{off['mean_shift']:.3f} std",
-        f"{off['mean_shift_max']:.3f} std",
-        f"{off['std_ratio']:.3f}",
-        f"x {off['std_ratio_max']:.3f}",
+        int(layer.moving_mean.shape[0]),
+        f"{layer.momentum:g}",
+        f"{layer.epsilon:g}",
+        "yes" if layer.trainable else "no",
     ]
 
 
-def _print_table(head, rows):
-    rows = [head, *([str(cell) for cell in row] for row in rows)]
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    for first, *rest in rows:
-        cells = [first.ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        print("  ".join(cells))
+def _print_json(content):
+    print(json.dumps(content, indent=1))
 
 
-def _print_json(found):
-    print(json.dumps(found, indent=1))
-
-
-def _say(code, text):
-    print("tfbn: " + " ".join(text.split()), file=sys.stderr)
-    return code
-
-
-@contextlib.contextmanager
-def _warnings_of_one_line():
-    def show(message, category, filename, lineno, file=None, line=None):
-        print("tfbn: warning: " + " ".join(str(message).split()), file=sys.stderr)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.showwarning = show
-        yield
+def _print_lines(lines):
+    for line in lines:
+        print(line)

@@ -1,147 +1,249 @@
-"""The data of a sweep from files, for the command line."""
+"""The data of a sweep from files: one reader for each format, in a table by suffix."""
 
 import json
+import os
 import pathlib
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-_IMAGE = "image"  # A feature that holds an encoded image.
+from tfbn import storage
+from tfbn.cli.errors import FileError, reading
+
+_BATCH_SIZE = 32
 _COLORS = {1: "grayscale", 3: "rgb", 4: "rgba"}
+_ENCODED_IMAGE = "image"  # The dtype of a feature that holds one.
+_FEATURE_DTYPES = ("float32", "int64", _ENCODED_IMAGE)
 
 
-def read(path, model, batch_size=None, features=None, scale=None):
-    """What `tfbn.collect` takes as `x` and `batch_size`, from a file or folder.
+class Options(NamedTuple):
+    """The options of the command line for data.
 
-    Args:
-        path: A `.npy` or `.npz` file, a folder of images, or with `features` a TFRecord file
-            of `tf.train.Example`s.
-        model: The Keras model that it is for. Its inputs say which arrays or features are
-            wanted, and the size of images.
+    Attributes:
         batch_size: In samples; 32 by default.
-        features: A JSON file with the features to read, by name: `{"x": {"shape": [28, 28, 1],
-            "dtype": "float32"}}`. `"dtype": "image"` is for encoded images (JPEG, PNG, GIF, BMP),
-            which have no `shape`: they are resized to the model's input.
+        features: A JSON file with the features to read of TFRecords, by name: `{"x": {"shape":
+            [28, 28, 1], "dtype": "float32"}}`. `"dtype": "image"` is for encoded images (JPEG,
+            PNG, GIF, BMP), which have no `shape`: they are resized to the model's input.
         scale: What the pixels of images, 0 to 255, are multiplied by.
+    """
+
+    batch_size: int | None = None
+    features: str | None = None
+    scale: float | None = None
+
+
+# Takes the path, the model and the options, and returns `x` and `batch_size` of `tfbn.collect`.
+Reader = Callable[[str, keras.Model, Options], tuple[Any, int | None]]
+
+
+def find_reader(path: str, options: Options) -> Reader:
+    """The reader of a file by its suffix, or that of folders. It reads nothing yet.
 
     Raises:
-        ValueError: If it is nothing of these, or if what a model's input needs is not in it.
+        FileError: There is no such file, no reader is for it, or an option is for other readers.
     """
-    path = pathlib.Path(path)
-    if not path.exists():
-        raise ValueError(f"Expected a file or folder with data. Received: {str(path)!r}, no such.")
-    images = path.is_dir()
-    if features is not None:
-        spec = _feature_spec(features)
-        images = any(feature["dtype"] == _IMAGE for feature in spec.values())
-    if scale is not None and not images:
-        raise ValueError(
-            f"Expected a scale only for images. Received: {str(path)!r}. Scale the data in it."
+    if os.path.isdir(path):
+        reader = read_images
+    elif os.path.isfile(path):
+        # Data sets in many files have suffixes like `.tfrecord-00000-of-00010`.
+        by_suffix = READERS.get(pathlib.Path(path).suffix.lower())
+        reader = read_records if options.features is not None else by_suffix
+    else:  # A pipe can be read only once, and a device has no end.
+        received = "neither a file nor a folder" if os.path.exists(path) else "no such file"
+        raise FileError(f"Expected a file or folder with data. Received: {path}, {received}.")
+    if reader is None or (reader is read_records) != (options.features is not None):
+        raise FileError(
+            "Expected a .npy or .npz file, a folder of images, or a TFRecord file together with "
+            f"--features. Received: {path}"
+            + ("." if options.features is None else f" with --features {options.features}.")
         )
-    scale = 1.0 if scale is None else float(scale)
-    if features is not None:
-        return _records(path, spec, model, batch_size or 32, scale), None
-    if path.is_dir():
-        return _folder(path, model, batch_size or 32, scale), None
-    if path.suffix == ".npy":
-        return np.load(path, mmap_mode="r", allow_pickle=False), batch_size
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
-            # Read only what is wanted: the targets may be in there too.
-            return _for_inputs(model, archive, path), batch_size
-    raise ValueError(
-        "Expected a .npy or .npz file, a folder of images, or a TFRecord file together with its "
-        f"features. Received: {str(path)!r}."
-    )
+    if options.scale is not None and reader in (read_array, read_archive):
+        raise _scale_without_images(path)
+    return reader
 
 
-def _for_inputs(model, held, where):
-    """What the model's inputs need of a mapping, in the structure of these inputs."""
-    names = list(held)
-    inputs = getattr(model, "inputs", None) or []
-    if len(inputs) <= 1:
-        wanted = [tensor.name for tensor in inputs] + ["x", "x_train"]
-        chosen = [name for name in wanted if name in names] or (names if len(names) == 1 else [])
-        if not chosen:
-            raise ValueError(
-                f"Expected one array, or one that is named {' or '.join(map(repr, wanted))}. "
-                f"Received: {names} in {str(where)!r}."
-            )
-        return held[chosen[0]]
-    missing = [tensor.name for tensor in inputs if tensor.name not in names]
-    if missing:
-        raise ValueError(
-            f"Expected something named {missing[0]!r}, an input of model {model.name!r}. "
-            f"Received: {names} in {str(where)!r}."
+def read_array(path: str, model: keras.Model, options: Options) -> tuple[Any, int | None]:
+    """A .npy file with one array, which stays on disk."""
+    with reading(path, "a .npy file with one array", "Write it with numpy.save."):
+        # Unlike numpy.load it takes no file for a pickle.
+        return _real(np.lib.format.open_memmap(path, mode="r"), path), options.batch_size
+
+
+def read_archive(path: str, model: keras.Model, options: Options) -> tuple[Any, int | None]:
+    """A .npz file with an array for each of the model's inputs, and perhaps others."""
+    with (
+        reading(path, "a .npz file with arrays", "Write it with numpy.savez."),
+        zipfile.ZipFile(path) as archive,
+    ):
+        return _for_inputs(model, _Arrays(archive, path), path), options.batch_size
+
+
+def read_images(path: str, model: keras.Model, options: Options) -> tuple[Any, int | None]:
+    """A folder of images, also in folders in it, resized to the model's input."""
+    height, width, channels = _image_shape(model.inputs[0] if model.inputs else None, path)
+    with reading(path, "a folder of images", "Put JPEG, PNG, GIF or BMP files into it."):
+        images = keras.utils.image_dataset_from_directory(
+            path,
+            labels=None,
+            label_mode=None,
+            color_mode=_COLORS[channels],
+            batch_size=None,
+            image_size=(height, width),
+            shuffle=False,
+            verbose=False,
         )
-    return keras.tree.map_structure(lambda tensor: held[tensor.name], model.input)
+    scale = 1.0 if options.scale is None else options.scale
+    # TensorFlow prepares places for a whole batch, however few images there are.
+    batch_size = min(options.batch_size or _BATCH_SIZE, len(images.file_paths))
+    return images.map(lambda image: image * scale).batch(batch_size), None
 
 
-def _folder(path, model, batch_size, scale):
-    height, width, channels = _image_shape(model.inputs[0] if model.inputs else None)
-    images = keras.utils.image_dataset_from_directory(
-        str(path),
-        labels=None,
-        label_mode=None,
-        color_mode=_COLORS[channels],
-        batch_size=batch_size,
-        image_size=(height, width),
-        shuffle=False,
-        verbose=False,
-    )
-    return images.map(lambda batch: batch * scale)
-
-
-def _image_shape(tensor):
-    shape = () if tensor is None else tuple(tensor.shape)
-    if len(shape) != 4 or None in shape[1:] or shape[3] not in _COLORS:
-        raise ValueError(
-            "Expected a model that takes images of a known size, of shape (batch, height, width, "
-            f"channels) with 1, 3 or 4 channels. Received: an input of shape {shape}. Put the data "
-            "into a .npz file."
-        )
-    return shape[1:]
-
-
-def _feature_spec(path):
-    try:
-        spec = json.loads(pathlib.Path(path).read_text())
-        for feature in spec.values():
-            if feature["dtype"] != _IMAGE:
-                tf.io.FixedLenFeature(feature["shape"], tf.as_dtype(feature["dtype"]))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            'Expected features as {"name": {"shape": [28, 28, 1], "dtype": "float32"}} in JSON, '
-            f'dtype one of "float32", "int64", "image". Received: {str(path)!r} '
-            f"({type(error).__name__}: {error})."
-        ) from error
-    return spec
-
-
-def _records(path, spec, model, batch_size, scale):
-    parsed = {
-        name: tf.io.FixedLenFeature([], tf.string)
-        if feature["dtype"] == _IMAGE
-        else tf.io.FixedLenFeature(feature["shape"], tf.as_dtype(feature["dtype"]))
-        for name, feature in spec.items()
-    }
-    by_name = {tensor.name: tensor for tensor in model.inputs or []}
-    only = model.inputs[0] if len(by_name) == 1 else None
-    shapes = {
-        name: _image_shape(by_name.get(name, only))
-        for name, feature in spec.items()
-        if feature["dtype"] == _IMAGE
-    }
+def read_records(path: str, model: keras.Model, options: Options) -> tuple[Any, int | None]:
+    """A TFRecord file of `tf.train.Example`s with the features that `options.features` names."""
+    features = _features(options.features)
+    images = [name for name, feature in features.items() if feature.dtype == tf.string]
+    if options.scale is not None and not images:
+        raise _scale_without_images(path)
+    scale = 1.0 if options.scale is None else options.scale
+    inputs = {tensor.name: tensor for tensor in model.inputs or []}
+    only = model.inputs[0] if len(inputs) == 1 else None
+    shapes = {name: _image_shape(inputs.get(name, only), path) for name in images}
 
     def decode(encoded, shape):
         image = tf.io.decode_image(encoded, channels=shape[2], expand_animations=False)
         return tf.ensure_shape(tf.image.resize(image, shape[:2]) * scale, shape)
 
+    @tf.autograph.experimental.do_not_convert  # It rewrites the text of errors.
     def parse(record):
-        example = tf.io.parse_single_example(record, parsed)
+        example = tf.io.parse_single_example(record, features)
         for name, shape in shapes.items():
             example[name] = decode(example[name], shape)
         return _for_inputs(model, example, path)
 
-    return tf.data.TFRecordDataset(str(path)).map(parse).batch(batch_size)
+    records = tf.data.TFRecordDataset(path).map(parse)
+    return records.batch(options.batch_size or _BATCH_SIZE), None
+
+
+# By suffix. Folders of images have none.
+READERS: dict[str, Reader] = {
+    ".npy": read_array,
+    ".npz": read_archive,
+    ".tfrecord": read_records,
+    ".tfrecords": read_records,
+}
+
+
+def damaged_image(folder: str) -> str | None:
+    """The first image of a folder that cannot be decoded. TensorFlow's own error names none."""
+    for directory, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            file = os.path.join(directory, name)
+            if not name.lower().endswith((".bmp", ".gif", ".jpeg", ".jpg", ".png")):
+                continue
+            try:
+                tf.io.decode_image(tf.io.read_file(file))
+            except tf.errors.OpError:
+                return file
+    return None
+
+
+class _Arrays(Mapping):
+    """The arrays of a .npz file by name. Each is read when it is asked for, with its checksum."""
+
+    def __init__(self, archive, path):
+        self._archive = archive
+        self._path = path
+
+    def __iter__(self):
+        return (name.removesuffix(".npy") for name in self._archive.namelist())
+
+    def __len__(self):
+        return len(self._archive.namelist())
+
+    def __getitem__(self, name):
+        member = f"{name}.npy"
+        with self._archive.open(member) as file:
+            try:
+                array = np.lib.format.read_array(file, allow_pickle=False)
+            except ValueError as error:
+                if "pickle" not in str(error):
+                    raise
+                raise ValueError(f"{member} has Python objects, which may run code") from error
+            # zipfile compares the checksum at the end of a member, which a damaged header hides.
+            if file.read():
+                raise ValueError(f"{member} has more bytes than its header says")
+        return _real(array, f"{self._path}, whose array {name!r}")
+
+
+def _for_inputs(model, arrays, path):
+    """The arrays of the model's inputs, by name, in the structure of these inputs."""
+    names = list(arrays)
+    inputs = getattr(model, "inputs", None) or []
+    if len(inputs) <= 1:
+        wanted = list(dict.fromkeys([*(tensor.name for tensor in inputs), "x", "x_train"]))
+        chosen = [name for name in wanted if name in names] or (names if len(names) == 1 else [])
+        if not chosen:
+            raise FileError(
+                f"Expected one array, or one that is named {' or '.join(map(repr, wanted))}. "
+                f"Received: {names} in {path}."
+            )
+        return arrays[chosen[0]]
+    missing = [tensor.name for tensor in inputs if tensor.name not in names]
+    if missing:
+        raise FileError(
+            f"Expected something named {missing[0]!r}, an input of model {model.name!r}. "
+            f"Received: {names} in {path}."
+        )
+    return keras.tree.map_structure(lambda tensor: arrays[tensor.name], model.input)
+
+
+def _real(array, where):
+    if array.dtype.kind not in "biufSU":
+        raise FileError(
+            f"Expected real numbers. Received: {where} of dtype {array.dtype}. Write complex "
+            "numbers as two channels, and anything else as numbers."
+        )
+    return array
+
+
+def _image_shape(tensor, path):
+    shape = () if tensor is None else tuple(tensor.shape)
+    if len(shape) != 4 or None in shape[1:] or shape[3] not in _COLORS:
+        raise FileError(
+            "Expected a model that takes images of a known size, of shape (batch, height, width, "
+            f"channels) with 1, 3 or 4 channels. Received: images in {path} for an input of shape "
+            f"{shape}. Put the data into a .npz file."
+        )
+    return shape[1:]
+
+
+def _features(path):
+    """What TensorFlow reads of an Example, by name. Encoded images are strings."""
+    with reading(
+        path,
+        'features as {"name": {"shape": [28, 28, 1], "dtype": "float32"}} in JSON',
+        f"A dtype is one of {_FEATURE_DTYPES}, and images have no shape.",
+    ):
+        features = {}
+        described = json.loads(storage.read(path))
+        if not isinstance(described, dict) or not described:
+            raise ValueError("no features by name")
+        for name, feature in described.items():
+            dtype = feature["dtype"]
+            if dtype not in _FEATURE_DTYPES:
+                raise ValueError(f"dtype {dtype!r} of {name!r}")
+            encoded = dtype == _ENCODED_IMAGE
+            shape = tf.TensorShape([] if encoded else feature["shape"])
+            if not shape.is_fully_defined():
+                raise ValueError(f"shape {feature['shape']} of {name!r}")
+            features[name] = tf.io.FixedLenFeature(shape, tf.string if encoded else dtype)
+        return features
+
+
+def _scale_without_images(path):
+    return FileError(f"Expected a scale only for images. Received: {path}. Scale the data in it.")

@@ -31,7 +31,13 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def call(self, inputs, training=None, mask=None):
         x = tf.convert_to_tensor(inputs)
         if not x.dtype.is_floating:
-            x = tf.cast(x, self.compute_dtype)
+            # Whole numbers as large as they may be, which half precision would not hold.
+            x = tf.cast(x, "float64" if self.compute_dtype == "float64" else "float32")
+        if x.shape[self.axis] is None:
+            # Unknown while a function is traced, but for the variables.
+            shape = [None] * x.shape.rank
+            shape[self.axis] = self.moving_mean.shape[0]
+            x = tf.ensure_shape(x, shape)
         if mask is not None and len(mask.shape) != x.shape.rank - 1:
             raise ValueError(
                 "The mask must have one dimension less than the inputs: a value per position, "

@@ -1,4 +1,6 @@
-"""Batch normalization of plain operations: for XLA, float64, masks, renorm, and many replicas."""
+"""Batch normalization of plain operations, right on every device and under XLA."""
+
+import functools
 
 import tensorflow as tf
 
@@ -12,7 +14,31 @@ def train(x, gamma, beta, *, axis, epsilon, mask, sampled, synchronized, renorm)
         count, mean, variance = _merge_replicas(count, mean, variance)
     corrections = None if renorm is None else renorm(mean, variance)
     y = scale_centred(centred, mean - shift, variance, gamma, beta, axis, epsilon, corrections)
-    return tf.cast(y, x.dtype), count, mean, variance
+    return tf.cast(y, x.dtype), *(tf.stop_gradient(v) for v in (count, mean, variance))
+
+
+def train_compiled(x, gamma, beta, *, axis, epsilon):
+    """As `kernels.train`, compiled by XLA for itself, so that its operations become few kernels."""
+    channels = sums.number_of_channels(x, axis)
+    gamma = tf.ones([channels]) if gamma is None else tf.cast(gamma, tf.float32)
+    beta = tf.zeros([channels]) if beta is None else tf.cast(beta, tf.float32)
+    step = _compiled_step(3 - sums.within_stretches(x, axis), x.dtype, epsilon)
+    y, *moments = step(sums.stretched(x, axis), gamma, beta)
+    return tf.reshape(y, tf.shape(x)), *moments
+
+
+@functools.cache
+def _compiled_step(axis, dtype, epsilon):
+    """From (x, gamma, beta) to the results, for `x` from `sums.stretched`; for all layers."""
+    options = {"mask": None, "sampled": True, "synchronized": False, "renorm": None}
+
+    def step(x, gamma, beta):
+        return train(x, gamma, beta, axis=axis, epsilon=epsilon, **options)
+
+    signature = [tf.TensorSpec([None] * 3, dtype), *[tf.TensorSpec([None])] * 2]
+    with tf.init_scope(), tf.device(None):
+        function = tf.function(step, autograph=False, jit_compile=True)
+        return function.get_concrete_function(*signature)
 
 
 def normalize(x, mean, variance, gamma, beta, *, axis, epsilon):

@@ -1,104 +1,32 @@
 """Batch normalization by TensorFlow's fused operation."""
 
+import functools
+
 import tensorflow as tf
 
 from tfbn.layer import sums
 
 
 def train(x, gamma, beta, *, axis, epsilon):
-    """As `kernels.train`, where the operation is known to run on a CPU."""
-    count = sums.values_per_channel(x, axis)
-    x_near_zero, shift, mean, variance = _recentre(x, axis, count)
-    gamma, beta = _scale_and_offset(gamma, beta, mean)
-    image, data_format = as_image(x_near_zero, axis)
-
-    @tf.custom_gradient
-    def standardize(image, gamma, beta, mean, variance):
-        def gradient(dy):
-            # The gradient of the training step, although the forward op is that of inference.
-            dx, dgamma, dbeta, *_ = tf.raw_ops.FusedBatchNormGradV3(
-                y_backprop=dy,
-                x=image,
-                scale=gamma,
-                reserve_space_1=mean,
-                reserve_space_2=variance,
-                reserve_space_3=mean,
-                epsilon=epsilon,
-                data_format=data_format,
-                is_training=True,
-            )
-            return dx, dgamma, dbeta, None, None
-
-        y = inference(image, mean, variance, gamma, beta, epsilon, data_format)
-        return y, gradient
-
-    y = standardize(image, gamma, beta, tf.cast(mean, tf.float32), tf.cast(variance, tf.float32))
-    return tf.reshape(y, tf.shape(x)), count, shift + mean, variance
+    """As `kernels.train`, on a CPU."""
+    gamma, beta = _scale_and_offset(gamma, beta, sums.number_of_channels(x, axis))
+    step = _training_step(sums.within_stretches(x, axis), x.dtype, epsilon)
+    y, *moments = step(sums.stretched(x, axis), gamma, beta)
+    return tf.reshape(y, tf.shape(x)), *moments
 
 
-def _recentre(x, axis, count):
-    """`(x - shift, shift, mean, variance)`, the moments those of x - shift.
-
-    `shift` is 0, and `x` not even copied, unless the mean of some channel is so far from zero
-    that a second look is needed.
-    """
-
-    @tf.custom_gradient
-    def recentre(x):
-        wide = tf.cast(x, tf.float32)
-        mean, variance = _moments(wide, axis, count)
-
-        def as_it_is():
-            return x, tf.zeros_like(mean), mean, variance
-
-        def shifted():
-            shift = tf.cast(mean, tf.float32)
-            centred = wide - sums.along(axis, shift, x)
-            moments = _moments(centred, axis, count)
-            return tf.cast(centred, x.dtype), tf.cast(shift, tf.float64), *moments
-
-        near = sums.near_zero(mean, variance, sums.SAFE_RATIO)
-        return tf.cond(near, as_it_is, shifted), lambda dx, *_: dx
-
-    return recentre(x)
+def normalize(x, mean, variance, gamma, beta, *, axis, epsilon, one_image):
+    """As `kernels.normalize`; `one_image` where a GPU may run it."""
+    image, data_format = _as_image(x, axis, one_image=one_image)
+    y = normalize_image(image, mean, variance, gamma, beta, epsilon, data_format)
+    return tf.reshape(y, tf.shape(x))
 
 
-def _moments(x, axis, count):
-    stretches = sums.stretched(x, axis)
-    return sums.moments_of_sums(*sums.sums(stretches, sums.within_stretches(x, axis)), count)
-
-
-def train_on_any_device(x, gamma, beta, *, axis, epsilon):
-    """As `kernels.train`, by nothing but what the fused operation means on every device."""
-    count = sums.values_per_channel(x, axis)
-    # Not in the half precision that `x` may have: the shifted values would be rounded once more.
-    wide = tf.cast(x, tf.float32)
-    shift = tf.stop_gradient(sums.sampled_mean(wide, axis))
-    image, data_format = as_image(wide - sums.along(axis, shift, x), axis, device_unknown=True)
-    gamma, beta = _scale_and_offset(gamma, beta, shift)
-    y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
-        x=image,
-        scale=gamma,
-        offset=beta,
-        mean=tf.zeros_like(shift),
-        variance=tf.zeros_like(shift),
-        epsilon=epsilon,
-        data_format=data_format,
-        is_training=True,
-    )
-    # The operation divides by count - 1: for one value that may be 0 / 0, for none it is.
-    mean = tf.where(count > 0, tf.cast(mean, tf.float64), 0)
-    biased = tf.cast(variance, tf.float64) * ((count - 1) / tf.maximum(count, 1))
-    variance = tf.where(count > 1, biased, 0)
-    y = tf.cast(tf.reshape(y, tf.shape(x)), x.dtype)
-    return y, count, tf.cast(shift, tf.float64) + mean, variance
-
-
-def inference(image, mean, variance, gamma, beta, epsilon, data_format):
-    """Normalize by statistics that are given."""
-    gamma, beta = _scale_and_offset(gamma, beta, mean)
+def normalize_image(x, mean, variance, gamma, beta, epsilon, data_format="NHWC"):
+    """As `kernels.normalize`, for `x` of rank 4."""
+    gamma, beta = _scale_and_offset(gamma, beta, tf.shape(mean)[0])
     y, *_ = tf.raw_ops.FusedBatchNormV3(
-        x=image,
+        x=x,
         scale=gamma,
         offset=beta,
         mean=tf.cast(mean, tf.float32),
@@ -110,23 +38,143 @@ def inference(image, mean, variance, gamma, beta, epsilon, data_format):
     return y
 
 
-def as_image(x, axis, *, device_unknown=False):
+@functools.cache
+def _training_step(within, dtype, epsilon):
+    """From (x, gamma, beta) to (y, count, mean, variance), for `x` from `sums.stretched`.
+
+    It is traced once, for all layers and shapes, because tracing it anew for every layer would
+    take most of the time of a network's first step. It is a function for another reason too:
+    forward-mode differentiation ignores a custom gradient in the operations that it follows, but
+    takes the gradient of a function as it is.
+    """
+
+    @tf.custom_gradient
+    def step(x, gamma, beta):
+        shape = tf.shape(x, tf.int64)
+        count = tf.cast(shape[0] * shape[within], tf.float64)
+
+        def moments(x):
+            return sums.moments_of_sums(*sums.sums(x, within), count)
+
+        def normalized(x, mean, variance):
+            image, data_format = _as_image(x, 3 - within)
+            y = normalize_image(image, mean, variance, gamma, beta, epsilon, data_format)
+            return tf.cast(tf.reshape(y, shape), dtype)
+
+        mean, variance = moments(tf.cast(x, tf.float32))
+        near = sums.near_zero(mean, variance, sums.SAFE_RATIO)
+
+        def as_it_is():
+            return normalized(x, mean, variance), tf.zeros_like(mean), mean, variance
+
+        def shifted():
+            # Not in the half precision that `x` may have: a shifted value may be too large for
+            # it, and is rounded once more.
+            shift = tf.cast(mean, tf.float32)
+            centred = _shifted(x, shift, within)
+            rest, variance = moments(centred)
+            return normalized(centred, rest, variance), tf.cast(shift, tf.float64), rest, variance
+
+        y, shift, mean, variance = tf.cond(near, as_it_is, shifted)
+
+        def gradient(dy, *_):
+            def of(x, dy):
+                return _gradient(x, dy, gamma, mean, variance, within, epsilon)
+
+            def of_shifted():
+                centred = _shifted(x, tf.cast(shift, tf.float32), within)
+                dx, *others = of(centred, tf.cast(dy, tf.float32))
+                return tf.cast(dx, dtype), *others
+
+            return tf.cond(near, lambda: of(x, dy), of_shifted)
+
+        return (y, count, shift + mean, variance), gradient
+
+    signature = [tf.TensorSpec([None] * 3, dtype), *[tf.TensorSpec([None])] * 2]
+    # Of the caller's device, tape and control flow nothing may get into what others call, too.
+    with tf.init_scope(), tf.device(None):
+        return tf.function(step, autograph=False).get_concrete_function(*signature)
+
+
+def _gradient(x, dy, gamma, mean, variance, within, epsilon):
+    """The gradient of the training step by x, gamma and beta.
+
+    Its own gradient is given here, because the one that TensorFlow has for the operation is 0,
+    in silence, inside of a `tf.cond` and in forward-mode differentiation of a function.
+    """
+
+    @tf.custom_gradient
+    def gradient(x, dy, gamma):
+        image, data_format = _as_image(x, 3 - within)
+        dx, dgamma, dbeta, *_ = tf.raw_ops.FusedBatchNormGradV3(
+            y_backprop=tf.reshape(dy, tf.shape(image)),
+            x=image,
+            scale=gamma,
+            reserve_space_1=tf.cast(mean, tf.float32),
+            reserve_space_2=tf.cast(variance, tf.float32),
+            reserve_space_3=tf.cast(mean, tf.float32),
+            epsilon=epsilon,
+            data_format=data_format,
+            is_training=True,
+        )
+        outputs = tf.reshape(dx, tf.shape(x)), dgamma, dbeta
+        return outputs, lambda *d: _second_gradient(x, dy, gamma, *d, within, epsilon)
+
+    # Tensors of the branch that this is in, if it is in one: its gradient may use no others.
+    return gradient(*(tf.identity(v) for v in (x, dy, gamma)))
+
+
+def _second_gradient(x, dy, gamma, d_dx, d_dgamma, d_dbeta, within, epsilon):
+    """The gradient of `_gradient` by x, dy and gamma.
+
+    With v = (x - mean(x)) * s, s = 1 / sqrt(variance + epsilon) and the linear map
+    P(a) = a - mean(a) - v * mean(v * a), the gradient of the training step is
+    dx = gamma * s * P(dy), dgamma = sum(dy * v), dbeta = sum(dy); and that of sum(a * v) by x is
+    s * P(a). The rest is the product rule.
+    """
+    dtype, axes = x.dtype, [0, within]
+    x, dy, d_dx = (tf.cast(v, tf.float32) for v in (x, dy, d_dx))
+
+    def mean(v):
+        return tf.reduce_mean(v, axes, keepdims=True)
+
+    def along(v):
+        return tf.expand_dims(v, -1) if within == 2 else v
+
+    centred = x - mean(x)
+    s = tf.math.rsqrt(mean(tf.square(centred)) + epsilon)
+    v = centred * s
+
+    def p(a):
+        return a - mean(a) - v * mean(v * a)
+
+    scale = along(gamma) * s
+    by_dy = scale * p(d_dx) + along(d_dgamma) * v + along(d_dbeta)
+    by_v = along(d_dgamma) * dy - scale * (d_dx * mean(dy * v) + dy * mean(d_dx * v))
+    by_x = s * p(by_v) - scale * s * mean(d_dx * p(dy)) * v
+    by_gamma = tf.reduce_sum(d_dx * s * p(dy), axes)
+    return tf.cast(by_x, dtype), tf.cast(by_dy, dtype), by_gamma
+
+
+def _shifted(x, shift, within):
+    shift = tf.stop_gradient(shift)
+    return tf.cast(x, tf.float32) - (tf.expand_dims(shift, -1) if within == 2 else shift)
+
+
+def _as_image(x, axis, *, one_image=False):
     """`x` with rank 4 for the fused operation, and its data format.
 
     Where a position lies is nothing to normalization. To oneDNN it is: it shares out the first
     axis among the cores, and takes twice as long where the positions lie along the others.
     """
-    x = sums.channels_second(x, axis)
-    if x.shape[2] != 1:
-        return tf.expand_dims(x, -1), "NCHW"
-    if device_unknown:
-        # cuDNN takes no more than 65535 images at once.
-        return tf.reshape(x, [1, -1, 1, x.shape[1]]), "NHWC"
-    return tf.reshape(x, [-1, 1, 1, x.shape[1]]), "NHWC"
+    if not sums.channels_last(x, axis):
+        return tf.expand_dims(sums.channels_second(x, axis), -1), "NCHW"
+    channels = sums.number_of_channels(x, axis)
+    # cuDNN takes no more than 65535 images at once.
+    return tf.reshape(x, [1, -1, 1, channels] if one_image else [-1, 1, 1, channels]), "NHWC"
 
 
-def _scale_and_offset(gamma, beta, mean):
-    ones = tf.ones_like(mean, tf.float32)
-    gamma = ones if gamma is None else tf.cast(gamma, tf.float32)
-    beta = tf.zeros_like(ones) if beta is None else tf.cast(beta, tf.float32)
+def _scale_and_offset(gamma, beta, channels):
+    gamma = tf.ones([channels]) if gamma is None else tf.cast(gamma, tf.float32)
+    beta = tf.zeros([channels]) if beta is None else tf.cast(beta, tf.float32)
     return gamma, beta

@@ -30,6 +30,11 @@ def channels_last(x: tf.Tensor, axis: int) -> bool:
     return axis % x.shape.rank == x.shape.rank - 1
 
 
+def number_of_channels(x: tf.Tensor, axis: int) -> int | tf.Tensor:
+    """It, or the tensor that will hold it where it is unknown while a function is traced."""
+    return tf.shape(x)[axis] if x.shape[axis] is None else x.shape[axis]
+
+
 def within_stretches(x: tf.Tensor, axis: int) -> int:
     """The axis of `stretched(x, axis)` that is within stretches; 0 is the one over them."""
     return 1 if channels_last(x, axis) else 2
@@ -51,14 +56,14 @@ def stretched(x: tf.Tensor, axis: int) -> tf.Tensor:
     """
     if not channels_last(x, axis):
         return channels_second(x, axis)
-    channels = tf.shape(x, tf.int64)[-1] if x.shape[-1] is None else x.shape[-1]
+    channels = number_of_channels(x, axis)
     # A number of positions that is fixed needs no operation to find the length, and the same
     # data has the same stretches in eager and in graph mode.
     positions = x.shape[1:-1].num_elements()
     stretch = 1 if positions is None else _length_of_stretch(positions)
     if stretch < 8:
         size = x.shape[:-1].num_elements()
-        size = tf.size(x, tf.int64) // channels if size is None else size
+        size = tf.size(x, tf.int64) // tf.cast(channels, tf.int64) if size is None else size
         stretch = _length_of_stretch(size)
     return tf.reshape(x, [-1, stretch, channels])
 
@@ -144,7 +149,8 @@ def sampled_mean(x: tf.Tensor, axis: int) -> tf.Tensor:
 def values_per_channel(x: tf.Tensor, axis: int, mask: tf.Tensor | None = None) -> tf.Tensor:
     """Values per channel, float64; a scalar, or per channel where a mask may differ by it."""
     if mask is None:
-        return tf.cast(tf.size(x, tf.int64), tf.float64) / x.shape[axis]
+        channels = tf.cast(number_of_channels(x, axis), tf.float64)
+        return tf.cast(tf.size(x, tf.int64), tf.float64) / channels
     if channels_last(x, axis):
         return tf.math.count_nonzero(mask, dtype=tf.float64)
     axes = [a for a in range(x.shape.rank) if a != axis % x.shape.rank]
@@ -163,7 +169,7 @@ def along(axis: int, per_channel: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
 def channels_second(x: tf.Tensor, axis: int) -> tf.Tensor:
     """`x` as [before, channels, after]; `after` is 1 where that leaves the order as it is."""
     axis %= x.shape.rank
-    channels = tf.shape(x)[axis] if x.shape[axis] is None else x.shape[axis]
+    channels = number_of_channels(x, axis)
     if channels_last(x, axis):
         return tf.reshape(x, [-1, channels, 1])
     before, after = x.shape[:axis].num_elements(), x.shape[axis + 1 :].num_elements()
@@ -182,4 +188,4 @@ def _length_of_stretch(positions):
     if isinstance(positions, int):
         return max(n for n in range(1, _STRETCH + 1) if positions % n == 0)
     lengths = tf.constant([*range(1, _STRETCH + 1)], tf.int64)
-    return tf.reduce_max(tf.where(positions % lengths == 0, lengths, 1))
+    return tf.cast(tf.reduce_max(tf.where(positions % lengths == 0, lengths, 1)), tf.int32)

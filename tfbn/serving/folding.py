@@ -1,7 +1,6 @@
 """`fold`: the same inference network without batch norm layers."""
 
 import collections
-import tempfile
 import warnings
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from tfbn import keras_models
+from tfbn import copying, keras_models
 from tfbn.layer import BatchNormalization
 
 # The axes of a layer's last kernel that are its output channels, counted from the end, which
@@ -57,7 +56,8 @@ def fold(model):
         batch statistics back.
 
     Raises:
-        ValueError: If the model is subclassed, so that its graph is not known, or not built.
+        ValueError: If the model is subclassed, so that its graph is not known, or not built; or
+            if a custom layer in it has state that saving and loading would lose.
     """
     if not _is_graph(model):
         raise ValueError(
@@ -70,7 +70,12 @@ def fold(model):
             f"Expected a built model. Received: model {model.name!r}, which has no weights yet. "
             "Call it on a batch first."
         )
-    folded = _rebuilt(model, _planned(model), {})
+    plan = _planned(model)
+    if copying.custom_classes(model):
+        # A folded network rounds differently. One that is only copied does not, and so shows
+        # whether a layer has state that cannot be copied.
+        copying.verify(model, _rebuilt(model, _Plan(plan.graphs, {}, set(), set()), {}))
+    folded = _rebuilt(model, plan, {})
     left = list(keras_models.batch_norm_layers(folded))
     if left:
         warnings.warn(
@@ -208,7 +213,7 @@ def _rebuilt(model, plan, copies):
         return copies[id(operation)]
 
     graph = plan.graphs[id(model)].model
-    rebuilt = keras.models.clone_model(graph, clone_function=copy)
+    rebuilt = copying.graph_again(graph, copy)
     for operation in graph.operations:
         if id(operation) in plan.into:
             weights = _with_batch_norm(operation, plan.into[id(operation)])
@@ -216,7 +221,7 @@ def _rebuilt(model, plan, copies):
         elif isinstance(copies.get(id(operation)), layers.Layer) and (
             id(operation) not in plan.graphs and id(operation) not in plan.rescaled
         ):
-            _copy_state(operation, copies[id(operation)])
+            copying.copy_state(operation, copies[id(operation)])
     return rebuilt
 
 
@@ -228,10 +233,9 @@ def _copy(operation, plan, copies):
     if id(operation) in plan.rescaled:
         rescaling = _rescaling(operation)
         return lambda inputs, **_: rescaling(inputs)
-    config = operation.get_config()
     if id(operation) in plan.into:
-        config["use_bias"] = True
-    return type(operation).from_config(config)
+        return type(operation).from_config(operation.get_config() | {"use_bias": True})
+    return copying.made_again(operation)
 
 
 def _affine(batch_norm):
@@ -264,17 +268,3 @@ def _rescaling(batch_norm):
         v.reshape(shape[1:]).astype(batch_norm.variable_dtype) for v in _affine(batch_norm)
     )
     return layers.Rescaling(scale, offset, name=batch_norm.name, dtype=batch_norm.dtype_policy)
-
-
-def _copy_state(source, target):
-    """Variables, and assets such as vocabularies, as saving and loading would take them over."""
-    for a, b in zip(
-        keras_models.layers(source).values(), keras_models.layers(target).values(), strict=True
-    ):
-        store = {}
-        a.save_own_variables(store)
-        b.load_own_variables(store)
-        if hasattr(a, "save_assets"):
-            with tempfile.TemporaryDirectory() as directory:
-                a.save_assets(directory)
-                b.load_assets(directory)

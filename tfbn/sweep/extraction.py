@@ -59,7 +59,7 @@ class Extraction:
         given = [*feeds, *needed]
         names = {tensor.name: i for i, tensor in enumerate([*given, *captured])}
         wanted = [tensor.name for tensor in fetches if tensor.name not in names]
-        kept_apart = [tensor.name for tensor in _before_hiding(body) if tensor.name not in names]
+        seen = [tensor.name for tensor in _before_hiding(body) if tensor.name not in names]
         graph_def = self._copied(body)
         used = {tensor.name for op in body for tensor in op.inputs}
         outer = [self._captured[id(tensor)][1] for tensor in captured]
@@ -70,16 +70,15 @@ class Extraction:
             made = tf.graph_util.import_graph_def(
                 graph_def,
                 input_map={name: values[i] for name, i in names.items() if name in used},
-                return_elements=wanted + kept_apart,
+                return_elements=wanted + seen,
                 name="",
             )
-            made, seen = iter(made[: len(wanted)]), made[len(wanted) :]
+            made, hidden = iter(made[: len(wanted)]), made[len(wanted) :]
             outputs = [
                 tf.identity(values[names[tensor.name]]) if tensor.name in names else next(made)
                 for tensor in fetches
             ]
-            # Another reader of the tensor in between keeps the two operations apart.
-            return outputs, [tensor[:0] for tensor in seen]
+            return outputs, [tensor[:0] for tensor in hidden]
 
         function = tf.compat.v1.wrap_function(
             run, [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in given]
@@ -120,6 +119,14 @@ class Extraction:
                 node.input.extend(inputs)
         graph_def.library.CopyFrom(self._graph_def.library)
         return graph_def
+
+
+def kept_apart(operations):
+    """Tensors to fetch so that no kernel hides NaN, each without values.
+
+    Another reader of the tensor between a contraction and its activation keeps the two apart.
+    """
+    return [tensor[:0] for tensor in _before_hiding(operations)]
 
 
 def _before_hiding(body):

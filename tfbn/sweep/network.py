@@ -13,7 +13,7 @@ import weakref
 import tensorflow as tf
 
 from tfbn import keras_models
-from tfbn.sweep.extraction import Extraction, ancestors
+from tfbn.sweep.extraction import Extraction, ancestors, kept_apart
 from tfbn.sweep.observation import Observer
 
 # Traces that a model keeps: a few signatures for each of two methods.
@@ -22,6 +22,8 @@ _KEPT_TRACES = 8
 _LOOKS_FOR_NAN = {"IsNan", "IsInf", "IsFinite", "MulNoNan"}
 # Of the values that go into these, NaN does not come out.
 _WITHOUT_NAN = {"Bucketize", "Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"}
+
+_HARMLESS = {"Placeholder", "ReadVariableOp", "VarHandleOp"}
 
 _building = threading.RLock()
 _traces = weakref.WeakKeyDictionary()  # By model: its structure, and traces by key.
@@ -44,7 +46,9 @@ class Trace:
         specs: The specs of the dense tensors of a batch, which may leave dimensions open.
         graph: The `tf.Graph`.
         inputs: The placeholders of the batch's dense tensors, and that of its number.
-        outputs: The model's outputs.
+        measured: The tensors that the moments of a batch follow from: the fetches of all calls,
+            and the model's outputs where calls are in loops or branches.
+        function: The function from `inputs` to `measured`, and more.
         populations: By site the placeholder of the population that it normalises with.
         calls: The calls of observed layers in their order.
         random: Whether the network draws random numbers.
@@ -78,22 +82,31 @@ class Trace:
             outputs, self.calls, draws, updated = observer.run(inputs, number, population)
             self.random = draws > 0
             updates.update(updated)
-            return [v for v in tf.nest.flatten(outputs, expand_composites=True) if tf.is_tensor(v)]
+            self.measured = [tensor for call in self.calls for tensor in call.fetches or ()]
+            if not self.cuttable:
+                flat = tf.nest.flatten(outputs, expand_composites=True)
+                self.measured += [tensor for tensor in flat if tf.is_tensor(tensor)]
+            guards = [] if settled else kept_apart(graph.get_operations())
+            return [*self.measured, *guards]
 
         # A wrapped function has no automatic control dependencies, which would tie the calls to
         # everything else in the model that has an effect.
-        self._function = tf.compat.v1.wrap_function(run, [*specs, tf.TensorSpec([], tf.int64)])
-        self.graph = self._function.graph
-        self.inputs = self._function.inputs[: len(specs) + 1]
-        self.outputs = self._function.outputs
-        self.extraction = Extraction(self.graph)
+        self.function = tf.compat.v1.wrap_function(run, [*specs, tf.TensorSpec([], tf.int64)])
+        self.graph = self.function.graph
+        self.inputs = self.function.inputs[: len(specs) + 1]
         _refuse_memory(self, observer, updates)
 
+    @functools.cached_property
+    def extraction(self):
+        """The functions that can be taken out of the graph."""
+        return Extraction(self.graph)
+
     @property
-    def measured(self):
-        """The tensors that the moments of a batch follow from."""
-        fetched = [tensor for call in self.calls for tensor in call.fetches or ()]
-        return fetched if self.cuttable else [*fetched, *self.outputs]
+    def has_effects(self):
+        """Whether the graph has operations that change anything, which a function would run."""
+        return any(
+            op.op_def.is_stateful and op.type not in _HARMLESS for op in self.graph.get_operations()
+        )
 
     @property
     def cuttable(self):

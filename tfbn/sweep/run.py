@@ -39,26 +39,37 @@ def collect(
     only its batch norm layers observed. With m_b the count, mu_b the mean and sigma2_b the
     biased variance per channel of the values that enter a layer in batch b:
 
-    - `"pooled"`: mean = sum(m_b mu_b) / N and variance = sum(m_b (sigma2_b +
-      (mu_b - mean)^2)) / N with N = sum(m_b): those of all values together. One pass;
-      layers below normalise with the batch's own statistics, as in training.
+    - `"exact"`: mean = sum(m_b mu_b) / N and variance = sum(m_b (sigma2_b + (mu_b - mean)^2)) / N
+      with N = sum(m_b), while all layers before the layer normalise with their population
+      statistics. So inference with these statistics finds the same ones: a second sweep changes
+      nothing. Equal to one pass in training mode over the whole data as a single batch ("B = N"
+      of Wu & Johnson 2021, Table 2, https://arxiv.org/abs/2105.07576), whatever the batch size
+      and order of the sweep. One pass over a part of the network for every level of batch norm
+      layers; with room for `memory_limit` bytes these add up to about one pass in all.
+    - `"pooled"`: the same formulas in one pass, in which layers normalise with the batch's own
+      statistics, as in training.
     - `"algorithm2"`: mean = E[mu_b] and variance = E[m_b / (m_b - 1) sigma2_b], batches
       weighted by their count: Algorithm 2, step 10, of Ioffe & Szegedy 2015
       (https://arxiv.org/abs/1502.03167). One pass, like `"pooled"`.
-    - `"exact"`: as `"pooled"`, but every layer is observed while all layers below it
-      normalise with their population statistics. Equal to one pass in training mode over
-      the whole data as a single batch ("B = N" of Wu & Johnson 2021, Table 2,
-      https://arxiv.org/abs/2105.07576), whatever the batch size and order of the sweep.
-      One pass over a part of the network for every level of batch norm layers; with room
-      for `memory_limit` bytes these add up to about one pass in all.
 
-    Nothing is changed: no weight, no other state of the model, no random seed.
+    A layer that is called several times gets the mean and variance of all its calls together. For
+    `"exact"`, layers behind it are measured as inference runs it, with that one mean and variance
+    for all calls. Only where a layer feeds itself (a cell that is called at every step) does each
+    of its calls normalise by its own population, because repeated inference passes need not
+    converge there. A warning says so where the calls' populations differ.
+
+    Layers that `fit` does not train, because they are frozen or called with `training=False`, are
+    left alone. Layers that draw random numbers in inference too draw anew for every batch, and
+    the same in every pass and in every sweep.
+
+    Nothing is changed: no weight, no other state of the model, no random seed. The network is
+    traced once for all sweeps of a model.
 
     A model built under `tf.distribute.MirroredStrategy` is swept on all of its devices, which
     take the batches in turn. One built under `tf.distribute.MultiWorkerMirroredStrategy` is swept
     by all workers together: each calls `collect` with the data that it is to sweep, its shard,
-    which may be empty, and all get the statistics of all the data. What they exchange is three
-    numbers per channel.
+    which may be empty, and all get the statistics of all the data. They exchange three numbers
+    per channel.
 
     Args:
         model: A built Keras model. Its batch norm layers may be tfbn's or Keras's, nested,
@@ -66,29 +77,32 @@ def collect(
         x: The training data, as `model.fit` takes it: arrays or tensors (one, a list or a
             dict), `tf.data.Dataset`, `keras.utils.PyDataset`, generator, or the
             `tf.distribute.DistributedDataset` of a strategy. Targets and sample weights are
-            ignored. Masked positions do not count.
+            ignored: a dataset of pairs is x and y, so give several inputs as ((x1, x2), y) or as
+            a dict. Masked positions do not count.
         method: See above.
         batch_size: For arrays; 32 by default. One-pass methods want it large.
         steps: Number of batches that make the data; endless data needs it.
-        include_frozen: Whether to sweep layers with `trainable=False` too. They run in
-            inference mode already and are left alone by default.
+        include_frozen: Whether to sweep layers too that `fit` does not train.
         verbose: 0 for silence, 1 for a progress bar, 2 for one line per pass. `"auto"` is 1.
         memory_limit: For `"exact"`: bytes of main memory for the tensors that one level hands
-            to the next; a quarter of what is free by default. Those that do not fit are
-            computed again.
-        checkpoint: Name of a file in which a long sweep saves what it has found, so often that
-            it takes 2 % of the time. After a crash the same call goes on where that file ends, to
-            the same result; a sweep that is done deletes the file. The data must come in the
-            same order every time, which is checked. With several workers, each adds its number
-            to the name.
+            to the next; by default a quarter of the free memory of the host or container. Those
+            that do not fit are computed again, for which the data is read again: in any order,
+            but it must be the same data.
+        checkpoint: Name of a file in which a long sweep saves its state, so often that it takes
+            2 % of the time. After a crash the same call goes on where that file ends, to the
+            same result; a sweep that is done deletes the file. The data must come in the same
+            order every time, which is checked. With several workers, each adds its number to the
+            name.
 
     Returns:
         `tfbn.PopulationStats`; its `assign(model)` puts the statistics into the model.
 
     Raises:
         ValueError: If the model is not built, has no batch norm layer to sweep, or cannot
-            run on a batch; if the data is empty, endless without `steps`, or shorter than
-            `steps`; if what enters a layer is not finite (layer and batch are named); for
+            run on a batch; if its inference on one batch depends on the batch before (a stateful
+            RNN); if the data is empty, endless without `steps`, shorter than `steps`, without a
+            batch axis, or other data when it is read again; if the data holds NaN, or if the
+            values that enter a layer are not finite (layer and batch are named); for
             `"algorithm2"`, if a batch has only one value per channel; if the data cannot be
             resumed, or the checkpoint is of another sweep.
         RuntimeError: If the data itself fails, from the error that it raised; on all workers,

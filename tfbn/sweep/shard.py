@@ -220,16 +220,15 @@ class ShardSweep:
         level = state.level
         place = batch.index % len(self._networks)
         passes = self._passes[place]
-        with _naming(self._model, batch), self._networks[place].placed():
-            frontier = start = self._frontiers.get(batch) or passes.start(batch)
-            levels = passes.levels(frontier)
-            if levels is None:
-                return _Swept(batch, frontier, [], None, False)
-            populations = {path: tensor for path, (_, tensor) in self._populations[place].items()}
-            recurrent = frozenset()
-            if state.whole:
-                recurrent = passes.recurrent(frontier)
-            called, frontier, random = passes.advance(frontier, level, populations)
+        with self._networks[place].placed():
+            with _naming(self._model, batch):
+                frontier = start = self._frontiers.get(batch) or passes.start(batch)
+                levels = passes.levels(frontier)
+                if levels is None:
+                    return _Swept(batch, frontier, [], None, False)
+                recurrent = passes.recurrent(frontier) if state.whole else frozenset()
+                populations = {path: value for path, (_, value) in self._populations[place].items()}
+                called, frontier, random = passes.advance(frontier, level, populations)
             found = [
                 (site, self._checked(batch, site, *map(np.asarray, values)))
                 for site, entered in called
@@ -246,13 +245,13 @@ class ShardSweep:
         if finite.all():
             return found
         if self._method == "algorithm2" and np.isfinite(variance).all() and count.min() == 1:
-            raise UnobservableError(
+            raise ValueError(
                 "Expected at least two values per channel in every batch, because "
                 "method='algorithm2' divides by m - 1. Received: m = 1 for layer "
                 f"{site.path!r}, in {batch.name}. Use another batch size, or method='pooled'."
             )
         channel = int(np.argmin(finite))
-        raise UnobservableError(
+        raise ValueError(
             f"Expected finite values to enter layer {site.path!r}. Received: in {batch.name}, "
             f"channel {channel}, values with mean {mean[channel]} and variance "
             f"{variance[channel]}. {_reason(batch)}"
@@ -279,9 +278,7 @@ def _frozen_by_call(model, layers, batches):
 def _refuse_nan(batch, places):
     flat = flatten(batch.inputs)
     if any(tf.reduce_any(tf.math.is_nan(flat[place])) for place in places):
-        raise UnobservableError(
-            f"Expected finite data. Received: NaN in {batch.name}. Clean the data."
-        )
+        raise ValueError(f"Expected finite data. Received: NaN in {batch.name}. Clean the data.")
 
 
 def _reason(batch):
@@ -301,8 +298,8 @@ def _naming(model, batch):
     """Turn whatever a model raises on a batch into a `ValueError` that names the batch."""
     try:
         yield
-    except UnobservableError:
-        raise
+    except UnobservableError as error:
+        raise ValueError(str(error)) from None
     except Exception as error:
         shapes = keras.tree.map_structure(
             lambda value: f"{value.dtype.name}{value.shape}", batch.inputs

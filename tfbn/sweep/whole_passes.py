@@ -120,13 +120,20 @@ def _population(trace, populations, site):
 
 
 def _function_of(trace):
-    """From a batch and populations to the fetches of all calls, made once."""
+    """The function from a batch and populations to the fetches of all calls, made once.
+
+    Returns:
+        The function, the sites whose populations it takes, and how many fetches there are.
+    """
     with trace.lock:
         if "whole" not in trace.pieces:
-            sites = {id(placeholder): site for site, placeholder in trace.populations.items()}
             fetches = sum(len(call.fetches or ()) for call in trace.calls)
-            function, needed = trace.extraction.function(
-                trace.inputs, list(trace.populations.values()), trace.measured
-            )
+            if not trace.populations and not trace.has_effects:
+                function, needed = trace.function, []
+            else:
+                function, needed = trace.extraction.function(
+                    trace.inputs, list(trace.populations.values()), trace.measured
+                )
+            sites = {id(placeholder): site for site, placeholder in trace.populations.items()}
             trace.pieces["whole"] = function, [sites[id(t)] for t in needed], fetches
         return trace.pieces["whole"]

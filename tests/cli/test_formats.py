@@ -1,0 +1,231 @@
+"""Readers of data: what they give, and what they refuse."""
+
+import json
+import os
+import pathlib
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from tfbn.cli import formats
+from tfbn.cli.errors import FileError
+from tfbn.cli.formats import Options
+
+X = np.random.default_rng(0).normal(size=(7, 4, 5, 1)).astype("float32")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """Every test has an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+def network(shape=(4, 5, 1)):
+    """A model with one input."""
+    return keras.Sequential([keras.Input(shape, name="image"), layers.Flatten()])
+
+
+def read(path, options=None, model=None):
+    """What the command line gives to the sweep."""
+    options = options or Options()
+    return formats.find_reader(path, options)(path, model or network(), options)
+
+
+def refused(path, options=None, model=None):
+    """The text of the error that data is refused with."""
+    with pytest.raises(FileError) as error:
+        read(path, options, model)
+    text = str(error.value)
+    assert text.startswith("Expected ") and "Received: " in text
+    assert path in text and "allow_pickle" not in text
+    return text
+
+
+def test_arrays_stay_on_disk():
+    np.save("x.npy", X)
+    x, batch_size = read("x.npy", Options(batch_size=3))
+    assert isinstance(x, np.memmap) and batch_size == 3
+    np.testing.assert_array_equal(x, X)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_arrays_are_chosen_by_the_name_of_the_input(save):
+    save("x.npz", x=np.zeros(3), y=np.zeros(3), image=X)
+    np.testing.assert_array_equal(read("x.npz")[0], X)
+    save("x.npz", y=np.zeros(3), x_train=X)
+    np.testing.assert_array_equal(read("x.npz")[0], X)
+    save("x.npz", pictures=X)
+    np.testing.assert_array_equal(read("x.npz")[0], X)
+    save("x.npz", a=X, b=X)
+    assert "named 'image' or 'x' or 'x_train'" in refused("x.npz")
+
+
+def test_only_the_arrays_that_are_needed_are_read():
+    np.savez("x.npz", image=X, y=np.array([{}], object))
+    np.testing.assert_array_equal(read("x.npz")[0], X)
+
+
+def test_several_inputs_have_their_structure():
+    a, b = keras.Input((2,), name="a"), keras.Input((3,), name="b")
+    model = keras.Model([a, [b]], layers.Concatenate()([a, b]))
+    np.savez("x.npz", a=np.ones((5, 2)), b=np.ones((5, 3)))
+    x, _ = read("x.npz", model=model)
+    assert keras.tree.map_structure(np.shape, x) == [(5, 2), [(5, 3)]]
+    np.savez("x.npz", a=np.ones((5, 2)))
+    assert "named 'b', an input" in refused("x.npz", model=model)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex128", "datetime64[s]", "f4,f4", "O"])
+@pytest.mark.parametrize("save", ["npy", "npz"])
+def test_arrays_of_anything_but_real_numbers_are_refused(dtype, save):
+    """Complex numbers must not lose their imaginary part without a word."""
+    x = np.zeros((4, 5), dtype)
+    if save == "npy":
+        np.save("x.npy", x)
+    else:
+        np.savez("x.npz", x=x)
+    text = refused(f"x.{save}")
+    assert dtype in text or "Python objects" in text or "float32" in text or "f4" in text
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int64", "float16", "float64", "U3"])
+def test_arrays_of_numbers_and_of_strings_are_taken(dtype):
+    np.save("x.npy", np.zeros((4, 5), dtype))
+    assert read("x.npy")[0].dtype == np.dtype(dtype)
+
+
+def test_a_damaged_header_is_noticed_in_an_archive():
+    """NumPy stops reading where the header says, before the checksum is compared."""
+    np.savez("x.npz", x=np.arange(100000.0).reshape(1000, 100))
+    content = pathlib.Path("x.npz").read_bytes()
+    assert content.count(b"(1000, 100)") == 1
+    pathlib.Path("x.npz").write_bytes(content.replace(b"(1000, 100)", b"(1000, 10) "))
+    with np.load("x.npz") as archive:
+        assert archive["x"].shape == (1000, 10)  # Other numbers, and no error.
+    refused("x.npz")
+
+
+def test_a_member_with_bytes_left_over_is_refused():
+    np.save("x.npy", X)
+    with zipfile.ZipFile("x.npz", "w") as archive:
+        archive.writestr("x.npy", pathlib.Path("x.npy").read_bytes() + b"more")
+    assert "more bytes" in refused("x.npz")
+
+
+def test_images_are_resized_and_scaled():
+    for number in range(3):
+        pixels = np.full((8, 10, 3), 50 * number, "uint8")
+        folder = pathlib.Path("images", str(number))
+        folder.mkdir(parents=True)
+        (folder / "image.png").write_bytes(tf.io.encode_png(pixels).numpy())
+    x, batch_size = read("images", Options(batch_size=2, scale=0.5), network((4, 5, 3)))
+    assert batch_size is None
+    first, second = list(x)
+    assert first.shape == (2, 4, 5, 3) and second.shape == (1, 4, 5, 3)
+    np.testing.assert_allclose(np.concatenate([first, second])[:, 0, 0, 0], [0, 25, 50])
+    assert "images in images for an input of shape (None, 9)" in refused(
+        "images", model=network((9,))
+    )
+
+
+def test_a_batch_of_images_is_no_larger_than_there_are_images(monkeypatch):
+    """TensorFlow loops over all places in a batch, and would be at it for years."""
+    pathlib.Path("images").mkdir()
+    png = tf.io.encode_png(np.zeros((4, 5, 1), "uint8")).numpy()
+    for number in range(3):
+        pathlib.Path("images", f"{number}.png").write_bytes(png)
+    sizes = []
+    monkeypatch.setattr(tf.data.Dataset, "batch", lambda self, size: sizes.append(size))
+    read("images", Options(batch_size=10**18))
+    assert sizes == [3]
+
+
+def test_the_image_that_is_damaged_is_named():
+    pathlib.Path("images").mkdir()
+    png = tf.io.encode_png(np.zeros((4, 4, 1), "uint8")).numpy()
+    for name in ("a.png", "b.jpg", "c.PNG"):
+        pathlib.Path("images", name).write_bytes(png)
+    pathlib.Path("images", "notes.txt").write_text("text")
+    assert formats.damaged_image("images") is None
+    pathlib.Path("images", "b.jpg").write_bytes(png[:40])
+    assert formats.damaged_image("images") == "images/b.jpg"
+    pathlib.Path("empty").mkdir()
+    assert "No images" in refused("empty")
+
+
+def records(**features):
+    """A TFRecord file with a feature of three floats, and options that read it."""
+    with tf.io.TFRecordWriter("x.tfrecord") as file:
+        for number in range(5):
+            values = tf.train.Feature(float_list=tf.train.FloatList(value=[number] * 3))
+            example = tf.train.Example(features=tf.train.Features(feature={"x": values}))
+            file.write(example.SerializeToString())
+    pathlib.Path("spec.json").write_text(json.dumps(features))
+    return Options(features="spec.json", batch_size=2)
+
+
+@pytest.mark.parametrize("name", ["x.tfrecord", "x.tfrecord-00000-of-00001", "data"])
+def test_records(name):
+    options = records(x={"shape": [3], "dtype": "float32"})
+    os.replace("x.tfrecord", name)
+    x, batch_size = read(name, options, network((3,)))
+    assert batch_size is None
+    np.testing.assert_array_equal(np.concatenate(list(x)), np.arange(5.0)[:, None] * np.ones(3))
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        {},
+        {"x": {"shape": [3]}},
+        {"x": {"dtype": "float32"}},
+        {"x": {"shape": [3], "dtype": "complex64"}},
+        {"x": {"shape": [3], "dtype": ["float32"]}},
+        {"x": {"shape": "three", "dtype": "float32"}},
+        {"x": {"shape": [-3], "dtype": "float32"}},
+        {"x": {"shape": [3.5], "dtype": "float32"}},
+        {"x": {"shape": [None], "dtype": "float32"}},
+        {"x": 3},
+    ],
+)
+def test_features_that_are_none_are_refused(features):
+    options = records(**features)
+    with pytest.raises(FileError, match=r"Received: spec\.json") as error:
+        read("x.tfrecord", options, network((3,)))
+    assert "in user code" not in str(error.value)
+
+
+def test_files_of_features_that_are_none_are_refused():
+    records()
+    os.mkfifo("pipe")
+    pathlib.Path("list.json").write_text("[]")
+    pathlib.Path("text.json").write_text("{")
+    for path in ("missing", "pipe", ".", "list.json", "text.json"):
+        with pytest.raises(FileError, match=f"{path}"):
+            read("x.tfrecord", Options(features=path), network((3,)))
+
+
+def test_features_that_fit_no_input_are_told_without_a_stack():
+    p, q = keras.Input((1,), name="p"), keras.Input((1,), name="q")
+    model = keras.Model([p, q], layers.Add()([p, q]))
+    text = refused("x.tfrecord", records(x={"shape": [3], "dtype": "float32"}), model)
+    assert text.startswith("Expected something named 'p'")
+
+
+def test_other_things_are_refused():
+    np.save("x.npy", X)
+    os.mkfifo("pipe.npy")
+    pathlib.Path("x.csv").touch()
+    pathlib.Path("folder").mkdir()
+    assert "no such file" in refused("missing.npy")
+    assert "neither a file nor a folder" in refused("pipe.npy")
+    assert ".npy or .npz file" in refused("x.csv")
+    assert "only for images" in refused("x.npy", Options(scale=2.0))
+    assert "together with --features" in refused("folder", Options(features="spec.json"))
+    options = records(x={"shape": [3], "dtype": "float32"})
+    assert "together with --features" in refused("x.tfrecord")
+    assert "only for images" in refused("x.tfrecord", options._replace(scale=2.0))

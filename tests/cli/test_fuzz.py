@@ -1,0 +1,280 @@
+"""Damaged and wrong files for every argument of every command, and command lines of any kind.
+
+Whatever is given, a command either does its work, right, or fails with one line that names the
+file as it was given; it leaves nothing behind, and it never takes long.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import resource
+import shutil
+import time
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfbn
+from tfbn.cli import main
+
+# Words of other libraries' advice that means nothing on a command line, and names of ours that
+# nobody gave.
+FORBIDDEN = (
+    "allow_pickle",
+    "safe_mode",
+    "custom_object",
+    "Traceback",
+    "/tmp",
+    ".tfbn-",
+    "to_bytes",
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a good file of every kind that a command reads."""
+    folder = tmp_path_factory.mktemp("files")
+    x = np.random.default_rng(0).uniform(0, 255, (12, 4, 4, 1)).astype("float32")
+    model = keras.Sequential([keras.Input((4, 4, 1), name="x"), tfbn.BatchNormalization()])
+    model.save(folder / "model.keras")
+    model.save(folder / "model.h5")
+    np.save(folder / "x.npy", x)
+    np.savez(folder / "x.npz", x=x, y=np.zeros(12))
+    (folder / "images").mkdir()
+    (folder / "features.json").write_text('{"x": {"shape": [4, 4, 1], "dtype": "float32"}}')
+    with tf.io.TFRecordWriter(str(folder / "x.tfrecord")) as records:
+        for number, image in enumerate(x):
+            png = tf.io.encode_png(image.astype("uint8")).numpy()
+            (folder / "images" / f"{number}.png").write_bytes(png)
+            pixels = tf.train.Feature(float_list=tf.train.FloatList(value=image.ravel()))
+            example = tf.train.Example(features=tf.train.Features(feature={"x": pixels}))
+            records.write(example.SerializeToString())
+    given = [folder / "model.keras", "--data", folder / "x.npy", "--out", folder / "swept.keras"]
+    assert main(["recalibrate", *map(str, given), "--json"]) == 0
+    tfbn.PopulationStats.read(model).save(folder / "stats.npz")
+    assert main(["export", str(folder / "swept.keras"), str(folder / "exported")]) == 0
+    return folder
+
+
+# For every argument that names something to read: the command with `{}` in its place, the good
+# file for it, and whether damage to it is always noticed, or harmless.
+ARGUMENTS = {
+    "inspect MODEL": ("inspect {} --json", "swept.keras", True),
+    "inspect HDF5": ("inspect {} --json", "model.h5", False),
+    "recalibrate MODEL": (
+        "recalibrate {} --data x.npy --out new.keras --json",
+        "model.keras",
+        True,
+    ),
+    "recalibrate .npy": (
+        "recalibrate model.keras --data {} --out new.keras --json",
+        "x.npy",
+        False,
+    ),
+    "recalibrate .npz": ("recalibrate model.keras --data {} --out new.keras --json", "x.npz", True),
+    "recalibrate TFRecord": (
+        "recalibrate model.keras --data {} --features features.json --out new.keras --json",
+        "x.tfrecord",
+        False,
+    ),
+    "recalibrate JSON": (
+        "recalibrate model.keras --data x.tfrecord --features {} --out new.keras --json",
+        "features.json",
+        False,
+    ),
+    "compare A": ("compare model.keras {} model.keras --json", "stats.npz", True),
+    "compare B": ("compare model.keras model.keras {} --json", "swept.keras", True),
+    "export MODEL": ("export {} new --json", "swept.keras", False),
+}
+
+
+def nothing(content, rng):
+    """An empty file."""
+    return b""
+
+
+def text(content, rng):
+    """Another kind of file."""
+    return b"This is a letter and no file of numbers.\n" * 9
+
+
+def cut(content, rng):
+    """A file whose end is missing."""
+    return content[: rng.integers(1, len(content))]
+
+
+def flipped(content, rng):
+    """One wrong bit."""
+    content = bytearray(content)
+    content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+    return bytes(content)
+
+
+def overwritten(content, rng):
+    """A stretch of other bytes."""
+    start, length = rng.integers(len(content)), rng.integers(1, 200)
+    return content[:start] + rng.bytes(length) + content[start + length :]
+
+
+def noise(content, rng):
+    """Bytes without a meaning."""
+    return rng.bytes(len(content))
+
+
+def twice(content, rng):
+    """The file written behind itself."""
+    return content + content
+
+
+DAMAGES = (nothing, text, cut, flipped, overwritten, noise, twice)
+
+
+def run(capsys, command, *given):
+    """Exit code, stdout and the lines on stderr of a command, in which `{}` stands for a file."""
+    capsys.readouterr()
+    code = main([given[0] if word == "{}" else word for word in command.split()])
+    out, err = capsys.readouterr()
+    return code, out, err.splitlines()
+
+
+def check(capsys, folder, command, given):
+    """The output of a command that did its work, or `None` if it failed as it should."""
+    before = snapshot(folder)
+    started = time.monotonic()
+    code, out, lines = run(capsys, command, given)
+    assert time.monotonic() - started < 60
+    *warnings, last = lines or [""]
+    assert all(line.startswith("tfbn: warning: ") for line in warnings)
+    if code == 0:
+        assert not last or last.startswith("tfbn: warning: ")
+        clean(folder)
+        return json.loads(out)
+    assert code == 1 and out == ""
+    assert last.startswith("tfbn: ") and len(last) < 1200
+    assert given in last, f"{last!r} does not name {given!r}"
+    assert not [word for word in FORBIDDEN if word in last], last
+    assert snapshot(folder) == before
+    return None
+
+
+def snapshot(folder):
+    """Everything in a folder, with sizes."""
+    return {(str(file), file.lstat().st_size) for file in sorted(folder.rglob("*"))}
+
+
+def clean(folder):
+    """Remove what a command wrote."""
+    (folder / "new.keras").unlink(missing_ok=True)
+    shutil.rmtree(folder / "new", ignore_errors=True)
+
+
+def fuzz(capsys, files, argument, seeds):
+    """Damage an argument's file in every way, with these seeds."""
+    command, good, noticed = ARGUMENTS[argument]
+    content = (files / good).read_bytes()
+    right = check(capsys, files, command, good)
+    assert right is not None
+    with another_place(files, good) as given:
+        for damage in DAMAGES:
+            for seed in seeds:
+                pathlib.Path(given).write_bytes(damage(content, np.random.default_rng(seed)))
+                found = check(capsys, files, command, given)
+                if noticed and found is not None:
+                    assert found == right, (damage, seed)
+
+
+@contextlib.contextmanager
+def another_place(files, good):
+    """A path to a file that is not there yet, in a form that must be repeated as it is."""
+    (files / "a  folder").mkdir()
+    try:
+        yield f"./a  folder//other{pathlib.Path(good).suffix}"
+    finally:
+        shutil.rmtree(files / "a  folder")
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_damaged_files(capsys, monkeypatch, files, argument):
+    monkeypatch.chdir(files)
+    fuzz(capsys, files, argument, range(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_many_damaged_files(capsys, monkeypatch, files, argument):
+    monkeypatch.chdir(files)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    fuzz(capsys, files, argument, range(2, 60))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 1 << 20, "more than 1 GiB"
+
+
+def missing(path):
+    """No such file."""
+
+
+def link_to_nowhere(path):
+    """A link whose file is gone."""
+    os.symlink("nowhere", path)
+
+
+def link_to_itself(path):
+    """A link that never ends."""
+    os.symlink(os.path.basename(path), path)
+
+
+@pytest.mark.parametrize("make", [missing, link_to_nowhere, link_to_itself, os.mkdir, os.mkfifo])
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_what_is_no_file(capsys, monkeypatch, files, argument, make):
+    monkeypatch.chdir(files)
+    command, good, _ = ARGUMENTS[argument]
+    with another_place(files, good) as given:
+        make(given)
+        assert check(capsys, files, command, given) is None
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_good_files_of_another_kind(capsys, monkeypatch, files, argument):
+    monkeypatch.chdir(files)
+    command, good, _ = ARGUMENTS[argument]
+    for other in {name for _, name, _ in ARGUMENTS.values()} - {good, "model.keras", "swept.keras"}:
+        if command.startswith("compare") or pathlib.Path(other).suffix != pathlib.Path(good).suffix:
+            check(capsys, files, command, other)
+        with another_place(files, good) as given:
+            shutil.copy(other, given)
+            assert check(capsys, files, command, given) is None, other
+
+
+def test_damaged_descriptions(capsys, monkeypatch, files):
+    monkeypatch.chdir(files)
+    command = "describe {} --json"
+    assert check(capsys, files, command, "exported")["statistics"]["samples"] == 12
+    with another_place(files, "exported") as given:
+        shutil.copytree("exported", given)
+        [file] = pathlib.Path(given).glob("*/assets.extra/tfbn.json")
+        content = file.read_bytes()
+        for damage in DAMAGES:
+            file.write_bytes(damage(content, np.random.default_rng(0)))
+            check(capsys, files, command, given)
+        for wrong in ("[]", "3", "{}", '{"tfbn": 1}', "null", '{"statistics": 3}'):
+            file.write_text(wrong)
+            assert check(capsys, files, command, given) is None
+
+
+def test_an_image_that_is_damaged(capsys, monkeypatch, files):
+    monkeypatch.chdir(files)
+    command = "recalibrate model.keras --data {} --out new.keras --json"
+    assert check(capsys, files, command, "images") is not None
+    with another_place(files, "images") as given:
+        shutil.copytree("images", given)
+        image = pathlib.Path(given, "7.png")
+        content = image.read_bytes()
+        for damage in DAMAGES:
+            image.write_bytes(damage(content, np.random.default_rng(0)))
+            check(capsys, files, command, given)
+        image.write_text("text")
+        code, _, [line] = run(capsys, command, given)
+        assert code == 1 and f"{given}/7.png" in line

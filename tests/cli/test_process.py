@@ -1,0 +1,172 @@
+"""The process: what it imports, its exit code, and what it writes to stderr."""
+
+import contextlib
+import io
+import logging
+import os
+import subprocess
+import sys
+import warnings
+
+import keras
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tfbn
+from tfbn.cli import main, parser
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["recalibrate", "--help"], ["--version"]])
+def test_help_imports_nothing_but_the_parser(arguments):
+    code = f"""
+import runpy, sys
+sys.argv = ["tfbn", *{arguments}]
+try:
+    runpy.run_module("tfbn", run_name="__main__", alter_sys=True)
+except SystemExit as exited:
+    loaded = {{name.partition(".")[0] for name in sys.modules}}
+    heavy = loaded & {{"tensorflow", "keras", "numpy", "h5py", "absl"}}
+    sys.exit(f"imported {{heavy}}" if heavy else exited.code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "usage: tfbn" in done.stdout or done.stdout == f"tfbn {tfbn.__version__}\n"
+
+
+def test_the_methods_are_those_of_the_sweep():
+    model = network()
+    with pytest.raises(ValueError, match="Expected method") as error:
+        tfbn.collect(model, [[1.0, 2.0]], method="no such method")
+    listed = str(error.value).partition("Received")[0]
+    assert {word.strip("'\",.()[]") for word in listed.split()} >= {*parser.METHODS}
+    assert listed.count("'") == 2 * len(parser.METHODS)
+    line = ["recalibrate", "m.keras", "--data", "x.npy", "--out", "o.keras"]
+    assert parser.build().parse_args(line).method == "exact"
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--batch-size", "abc"], "'abc' is not a positive whole number"),
+        (["--batch-size", "0"], "'0' is not a positive whole number"),
+        (["--batch-size", "-1"], "'-1' is not a positive whole number"),
+        (["--batch-size", "1.5"], "'1.5' is not a positive whole number"),
+        (["--batch-size", "9" * 5000], "is not a positive whole number"),
+        (["--scale", "1/0"], "'1/0' is not a finite number or fraction"),
+        (["--scale", "inf"], "'inf' is not a finite number or fraction"),
+        (["--scale", "1e999999999"], "'1e999999999' is not a finite number or fraction"),
+        (["--scale", "half"], "'half' is not a finite number or fraction"),
+        (["--method", "precise"], "choose from"),
+    ],
+)
+def test_wrong_values_are_told_in_english(capsys, arguments, says):
+    with pytest.raises(SystemExit) as exited:
+        main(["recalibrate", "m.keras", "--data", "x.npy", "--out", "o.keras", *arguments])
+    err = capsys.readouterr().err
+    assert exited.value.code == 2
+    assert says in err and "invalid _" not in err
+
+
+@pytest.mark.parametrize("text, value", [("1/255", 1 / 255), ("0.5", 0.5), ("2", 2.0)])
+def test_fractions(text, value):
+    line = f"recalibrate m --data d --out o --scale {text} --batch-size 64".split()
+    args = parser.build().parse_args(line)
+    assert (args.scale, args.batch_size) == (value, 64)
+
+
+def test_stderr_has_nothing_but_our_lines(tmp_path):
+    """TensorFlow and Keras write notes to it, in C++ and in Python."""
+    model = network()
+    model.compile("sgd", "mse")  # Keras says of each such HDF5 file that it compiled the model.
+    model.save(tmp_path / "model.h5")
+    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tfbn", "export", tmp_path / "model.h5", tmp_path / "out"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("tfbn: warning: The batch norm statistics")
+    assert done.stdout.startswith("Wrote ")
+
+
+def test_settings_of_the_process_are_as_before(capsys):
+    levels = [logging.getLogger(name).level for name in ("absl", "tensorflow")]
+    show = warnings.showwarning
+    assert main(["inspect", "missing.keras"]) == 1
+    assert [logging.getLogger(name).level for name in ("absl", "tensorflow")] == levels
+    assert warnings.showwarning is show
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(capfd, monkeypatch, tmp_path):
+    network().save(tmp_path / "model.keras")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["inspect", str(tmp_path / "model.keras")]) == 1
+        print("flushed at the end of the process")
+    assert capfd.readouterr().err == ""
+
+
+def test_names_that_a_terminal_cannot_show(monkeypatch, tmp_path):
+    path = os.path.join(os.fsencode(tmp_path), b"m\xff\xc3\xa4.keras")
+    network().save(tmp_path / "model.keras")
+    os.replace(tmp_path / "model.keras", path)
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "ascii"))
+    assert main(["inspect", os.fsdecode(path)]) == 0
+    assert rb"m\udcff\xe4.keras" in out.getvalue()
+
+
+def network():
+    """A model with batch norm."""
+    return keras.Sequential([keras.Input((2,)), keras.layers.BatchNormalization()])
+
+
+WORDS = [
+    *parser.METHODS,
+    *("inspect", "recalibrate", "compare", "export", "describe", "m.keras", "x.npy", "no/o.keras"),
+    *("--data", "--out", "--out=o.keras", "--method", "--batch-size", "--features", "--scale"),
+    *("--include-frozen", "--unsafe", "--json", "--check", "--help", "--version", "-h", "--"),
+    *("32", "0", "-1", "1/255", "nan", "-", "="),
+]
+LINES = st.lists(st.sampled_from(WORDS) | st.text(max_size=5), max_size=9)
+
+
+@settings(deadline=None, max_examples=150)
+@given(LINES)
+def test_any_command_line(line):
+    """It is wrong usage with the usage and one error, or names a file that does not exist."""
+    check_line(line)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=5000)
+@given(LINES)
+def test_very_many_command_lines(line):
+    check_line(line)
+
+
+def check_line(line):
+    """Exit code and stderr of a line that can do nothing, as its files do not exist."""
+    line = [word.replace("\0", "") for word in line]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(line)
+        except SystemExit as exited:
+            code = exited.code
+    lines = err.getvalue().splitlines()
+    if code == 0:
+        assert lines == [] and out.getvalue().startswith(("usage: tfbn", "tfbn "))
+    elif code == 2:
+        assert lines[0].startswith("usage: tfbn") and ": error: " in err.getvalue()
+        assert "invalid _" not in err.getvalue()
+    else:
+        assert code == 1 and out.getvalue() == ""
+        assert len(lines) == 1 and lines[0].startswith("tfbn: Expected ")
+        assert any(word.split("=")[-1] in lines[0] for word in line)

@@ -1,0 +1,256 @@
+"""Where a version came from: fresh or stale, written, read and printed."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from exported_models import dense_model, everything_under, sweep
+from keras import layers
+
+import tfbn
+from tfbn.serving import describe, export, provenance
+
+
+def test_never_swept_is_a_warning_or_an_error(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), layers.BatchNormalization()])
+    with pytest.raises(ValueError, match="never swept"):
+        export(model, tmp_path, require_population=True)
+    assert everything_under(tmp_path) == []
+    with pytest.warns(UserWarning, match="never swept") as caught:
+        export(model, tmp_path)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("what", ["kernel", "moving_mean"])
+def test_changed_since_the_sweep_is_a_warning_or_an_error(tmp_path, what):
+    model = dense_model()
+    layer = model.layers[0] if what == "kernel" else model.get_layer("bn")
+    variable = getattr(layer, what)
+    variable.assign(variable + 1e-3)
+    with pytest.raises(ValueError, match="changed since the sweep"):
+        export(model, tmp_path, require_population=True)
+    assert everything_under(tmp_path) == []
+    with pytest.warns(UserWarning, match="changed since the sweep"):
+        export(model, tmp_path)
+    assert "changed since the sweep" in describe(tmp_path)["stale"]
+
+
+@pytest.mark.filterwarnings("error::UserWarning:tests")
+@pytest.mark.filterwarnings("error:The batch norm statistics")
+def test_a_fresh_sweep_and_no_batch_norm_are_silent(tmp_path):
+    model = dense_model()
+    model.trainable = False  # As Algorithm 2 leaves it.
+    export(model, tmp_path, require_population=True)
+    plain = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    export(plain, tmp_path, require_population=True)
+
+
+def test_provenance_travels_with_the_model(tmp_path, capsys):
+    model = dense_model()
+    exported = export(model, tmp_path)
+    model.get_layer("bn").gamma.assign([1.0, 1.0, 1.0])
+    with pytest.warns(UserWarning, match="changed"):
+        export(model, tmp_path)
+    written = json.loads((exported.path / "assets.extra" / "tfbn.json").read_text())
+    capsys.readouterr()
+    assert describe(exported.path) == written
+    printed = capsys.readouterr().out
+    assert "method='pooled' over 20 samples in 2 batches of at most 10" in printed
+    assert "bn: 3 channels, 320 values each" in printed
+    assert "changed" not in printed
+    assert describe(str(tmp_path))["stale"] is not None  # The latest.
+    assert written["stale"] is None
+    assert written["statistics"]["fingerprint"] == written["fingerprint"]
+    assert written["fingerprint"] != describe(tmp_path)["fingerprint"]
+    assert (written["tfbn"], written["keras"]) == (tfbn.__version__, keras.__version__)
+    assert written["tensorflow"] == tf.__version__
+    # The moving averages before the sweep were 0 and 1.
+    bn = model.get_layer("bn")
+    shift = bn.moving_mean.numpy() / np.sqrt(bn.moving_variance.numpy())
+    layer = written["statistics"]["layers"]["bn"]
+    np.testing.assert_allclose(layer["mean_shift"], np.sqrt(np.mean(shift**2)), rtol=1e-5)
+    assert (layer["channels"], layer["count"]) == (3, 320)
+
+
+def test_describe_says_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match=r"tfbn\.export wrote"):
+        describe(tmp_path / "nothing")
+    dense_model().export(tmp_path / "1", verbose=False)
+    with pytest.raises(ValueError, match=r"1/assets\.extra"):
+        describe(tmp_path)
+
+
+# Damage.
+
+
+def file_of(tmp_path):
+    return tmp_path / "1" / "assets.extra" / "tfbn.json"
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory):
+    """The provenance of a swept model, as it is written."""
+    directory = tmp_path_factory.mktemp("whole")
+    export(dense_model(), directory)
+    return file_of(directory).read_bytes()
+
+
+def read_back(directory, content):
+    """What `read` gives for other content, `None` for its one error, which names the file."""
+    file = file_of(directory)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+    try:
+        return provenance.read(directory)
+    except ValueError as error:
+        assert str(file) in str(error)
+        assert str(error).startswith("Expected ")
+        return None
+
+
+DAMAGED = [
+    b"",
+    b"null",
+    b"3",
+    b"[]",
+    b"{}",
+    b'"text"',
+    b"\xff\xfe\x00",
+    b"[" * 100_000,
+    b"1" * 10_000,
+    b'{"tfbn": 1}',
+    b'{"checksum": "0"}',
+]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED)
+def test_a_damaged_file_is_one_error_that_names_it(tmp_path, capsys, damaged):
+    assert read_back(tmp_path, damaged) is None
+    with pytest.raises(ValueError, match=r"tfbn\.json.*damaged or another kind of file"):
+        describe(tmp_path)
+    assert capsys.readouterr().out == ""
+    # A server does not mind, and the next export finds the clients of that version all the same.
+    assert export(dense_model(), tmp_path).version == 2
+
+
+def test_values_of_other_types_are_an_error(tmp_path, content):
+    whole = json.loads(content)
+    # As the first format was: without a checksum.
+    for name in ("inputs", "outputs", "checksum"):
+        del whole[name]
+    assert read_back(tmp_path, json.dumps(whole).encode()) == whole
+    for name, value in (
+        ("statistics", 3),
+        ("statistics", {}),
+        ("statistics", {**whole["statistics"], "layers": [1]}),
+        ("statistics", {**whole["statistics"], "layers": {"bn": 3}}),
+        ("statistics", {**whole["statistics"], "layers": {"bn": {"mean_shift": "far"}}}),
+        ("max_abs_difference", "small"),
+        ("max_abs_difference", None),
+        ("max_abs_difference", 10**400),
+    ):
+        assert read_back(tmp_path, json.dumps({**whole, name: value}).encode()) is None
+
+
+def damage(content, rng):
+    """A copy with a bit flipped, a stretch cut out, doubled, overwritten, or the end cut off."""
+    content = bytearray(content)
+    at, to = sorted(rng.integers(0, len(content), 2))
+    kind = rng.integers(0, 5)
+    if kind == 0:
+        content[at] ^= 1 << int(rng.integers(0, 8))
+    elif kind == 1:
+        del content[at:to]
+    elif kind == 2:
+        content[at:at] = content[at:to]
+    elif kind == 3:
+        content[at : at + 8] = rng.bytes(8)
+    else:
+        del content[at:]
+    return bytes(content)
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(30_000, marks=pytest.mark.slow)])
+def test_damage_is_seen_or_harmless(tmp_path, content, count):
+    whole = json.loads(content)
+    rng = np.random.default_rng(0)
+    seen = 0
+    for _ in range(count):
+        found = read_back(tmp_path, damage(content, rng))
+        assert found is None or found == whole
+        seen += found is None
+    assert seen > 0.8 * count  # Blanks between entries may go.
+
+
+# Parts of a model that was swept.
+
+
+def siamese():
+    """An encoder with two batch norm layers, and a model that calls it twice."""
+    encoder = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(3),
+            layers.BatchNormalization(name="first"),
+            layers.Dense(2),
+            layers.BatchNormalization(name="second"),
+        ],
+        name="encoder",
+    )
+    a, b = keras.Input((4,)), keras.Input((4,))
+    distance = layers.Dense(1)(layers.Subtract()([encoder(a), encoder(b)]))
+    return encoder, sweep(keras.Model([a, b], distance))
+
+
+def test_the_encoder_of_a_swept_network_is_swept(tmp_path):
+    encoder, network = siamese()
+    written = json.loads(
+        (export(encoder, tmp_path, require_population=True).path / provenance.FILE).read_text()
+    )
+    assert written["stale"] is None
+    assert list(written["statistics"]["layers"]) == ["first", "second"]
+    swept = provenance.sweep_of(network).stats
+    for path, layer in written["statistics"]["layers"].items():
+        off = swept.compare(swept.previous)[f"encoder/{path}"]
+        assert layer == {"channels": 3 if path == "first" else 2, "count": 320, **off}
+
+
+def test_a_swept_backbone_under_a_new_head_is_swept(tmp_path):
+    encoder, _network = siamese()
+    headed = keras.Sequential([encoder, layers.Dense(3), layers.Dense(2)])
+    headed.build((None, 4))
+    export(headed, tmp_path, require_population=True)
+    x = keras.Input((4,))
+    functional = keras.Model(x, layers.Dense(2)(encoder(x)))
+    assert provenance.sweep_of(functional).stale is None
+
+
+@pytest.mark.parametrize("change", ["kernel", "moving_mean"])
+def test_a_changed_part_is_stale(change):
+    encoder, _network = siamese()
+    layer = encoder.layers[0 if change == "kernel" else 1]
+    variable = getattr(layer, change)
+    variable.assign(variable + 1e-3)
+    assert "changed since the sweep" in provenance.sweep_of(encoder).stale
+
+
+def test_what_the_swept_model_did_not_have_is_stale():
+    encoder, _network = siamese()
+    x = keras.Input((6,))
+    adapted = keras.Model(x, encoder(layers.Dense(4, name="adapter")(x)))
+    assert "layer 'adapter' was not part" in provenance.sweep_of(adapted).stale
+    x = keras.Input((4,))
+    normalised = keras.Model(x, layers.BatchNormalization(name="new")(encoder(x)))
+    assert "layer 'new' was not part" in provenance.sweep_of(normalised).stale
+    stranger = keras.Sequential([keras.Input((4,)), layers.BatchNormalization()])
+    assert provenance.sweep_of(stranger) == (None, "they were never swept")
+
+
+def test_a_part_with_a_sweep_of_its_own_is_judged_by_that():
+    encoder, _network = siamese()
+    sweep(encoder)
+    encoder.layers[0].bias.assign_add([1.0, 0.0, 0.0])
+    found = provenance.sweep_of(encoder)
+    assert list(found.stats) == ["first", "second"] and "weights have changed" in found.stale

@@ -1,0 +1,297 @@
+"""The directory of a model: numbers, and whole versions or none."""
+
+import concurrent.futures
+import contextlib
+import errno
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+
+import pytest
+import tensorflow as tf
+from exported_models import dense_model, everything_under
+
+from tfbn.serving import export, versions
+
+fcntl = pytest.importorskip("fcntl")
+
+
+def test_versions_count_up_and_are_never_overwritten(tmp_path):
+    model = dense_model()
+    assert export(model, tmp_path / "m").path == tmp_path / "m" / "1"
+    assert export(model, str(tmp_path / "m")).version == 2
+    assert export(model, tmp_path / "m", version=9).version == 9
+    # To a server `012` is version 12, and `notes` and `-1` are none.
+    for name in ("012", "notes", "-1", "1.5"):
+        (tmp_path / "m" / name).mkdir()
+    assert export(model, tmp_path / "m").version == 13
+    before = everything_under(tmp_path)
+    for taken in (9, 12):
+        with pytest.raises(FileExistsError, match=f"Received: {taken}"):
+            export(model, tmp_path / "m", version=taken)
+    assert everything_under(tmp_path) == before
+
+
+@pytest.mark.parametrize("version", [-1, 1.0, "1", True])
+def test_a_version_is_a_whole_number(tmp_path, version):
+    with pytest.raises(ValueError, match="whole number"):
+        export(dense_model(), tmp_path / "m", version=version)
+    assert everything_under(tmp_path) == []
+
+
+def test_a_server_of_another_user_may_read_it(tmp_path):
+    (tmp_path / "plain").mkdir()
+    version = export(dense_model(), tmp_path / "m").path
+    assert os.stat(version).st_mode == os.stat(tmp_path / "plain").st_mode
+
+
+def test_a_poll_never_sees_a_part(tmp_path, monkeypatch):
+    seen = []
+    load = tf.saved_model.load
+
+    def polled(*args, **kwargs):
+        seen.append([name for name in os.listdir(tmp_path) if name.isdigit()])
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(tf.saved_model, "load", polled)
+    export(dense_model(), tmp_path)
+    assert seen == [[]]
+    assert os.listdir(tmp_path) == ["1"]
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
+@pytest.mark.parametrize("when", ["saving", "saved", "verifying", "renaming"])
+def test_a_failed_export_leaves_nothing_behind(tmp_path, monkeypatch, when, error):
+    model = dense_model()
+    export(model, tmp_path / "once")  # After this every module of TensorFlow is in its place.
+    shutil.rmtree(tmp_path / "once")
+
+    def fail(*args, **kwargs):
+        if when == "saved":
+            save(*args, **kwargs)
+        raise error
+
+    save = tf.saved_model.save
+    module, name = {
+        "saving": (tf.saved_model, "save"),
+        "saved": (tf.saved_model, "save"),
+        "verifying": (tf.saved_model, "load"),
+        "renaming": (os, "rename"),
+    }[when]
+    monkeypatch.setattr(module, name, fail)
+    with pytest.raises(type(error), match=str(error)):
+        export(model, tmp_path / "new" / "m")
+    assert everything_under(tmp_path) == []
+    monkeypatch.undo()
+    (tmp_path / "old" / "1").mkdir(parents=True)
+    monkeypatch.setattr(module, name, fail)
+    with pytest.raises(type(error)):
+        export(model, tmp_path / "old")
+    assert everything_under(tmp_path) == ["old", "old/1"]
+
+
+def test_of_two_exporters_of_a_version_one_is_told(tmp_path, monkeypatch):
+    load = tf.saved_model.load
+
+    def other_exporter(*args, **kwargs):
+        (tmp_path / "1").mkdir()
+        (tmp_path / "1" / "saved_model.pb").write_text("the other's")
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(tf.saved_model, "load", other_exporter)
+    with pytest.raises(FileExistsError):
+        export(dense_model(), tmp_path, version=1)
+    assert everything_under(tmp_path) == ["1", "1/saved_model.pb"]
+    assert (tmp_path / "1" / "saved_model.pb").read_text() == "the other's"
+
+
+def test_an_exporter_without_a_version_takes_the_next_number(tmp_path, monkeypatch):
+    load = tf.saved_model.load
+
+    def other_exporter(*args, **kwargs):
+        for number in ("1", "2"):
+            (tmp_path / number).mkdir()
+            (tmp_path / number / "saved_model.pb").write_text("the other's")
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(tf.saved_model, "load", other_exporter)
+    exported = export(dense_model(), tmp_path)
+    assert exported.version == 3
+    assert exported.path == tmp_path / "3"
+    assert tf.saved_model.contains_saved_model(exported.path)
+
+
+def test_of_many_exporters_at_once_each_gets_a_number(tmp_path, monkeypatch):
+    count = 12
+    barrier = threading.Barrier(count)
+    rename = os.rename
+
+    def together(*args):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            barrier.wait(5)  # Everybody has made up their mind about the same number.
+        rename(*args)
+
+    monkeypatch.setattr(os, "rename", together)
+
+    def put(i):
+        written = tmp_path / f".written-{i}"
+        written.mkdir()
+        (written / "content").write_text(str(i))
+        number = versions.put_in_place(written, tmp_path, None)
+        barrier.abort()  # Once all have tried, there is nobody to wait for.
+        return number, i
+
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        numbers = dict(pool.map(put, range(count)))
+    assert sorted(numbers) == list(range(1, count + 1))
+    for number, i in numbers.items():
+        assert (tmp_path / str(number) / "content").read_text() == str(i)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_numbers_that_no_server_can_read(tmp_path):
+    with pytest.raises(ValueError, match=r"2\*\*63 - 1.*Received: 9223372036854775808"):
+        export(dense_model(), tmp_path / "m", version=2**63)
+    assert everything_under(tmp_path) == []
+    # To a server that is no version, so it is none to count on from.
+    (tmp_path / "m" / str(2**63)).mkdir(parents=True)
+    (tmp_path / "m" / ("9" * 5000)[:200]).mkdir()
+    assert versions.checked(tmp_path / "m", None) is None
+    assert versions.numbered(tmp_path / "m") == {}
+    (tmp_path / "m" / f"0{2**63 - 1}").mkdir()
+    with pytest.raises(ValueError, match="number left"):
+        export(dense_model(), tmp_path / "m")
+    assert export(dense_model(), tmp_path / "m", version=5).version == 5
+
+
+def test_everything_is_on_the_disk_before_a_version_has_its_name(tmp_path, monkeypatch):
+    events = []
+    fsync, rename = os.fsync, os.rename
+
+    def flush(descriptor):
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def place(source, target):
+        events.append(("rename", os.fspath(source)))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "rename", place)
+    version = export(dense_model(), tmp_path / "new" / "m").path
+    [(at, source)] = [(i, e[1]) for i, e in enumerate(events) if isinstance(e, tuple)]
+    contents = [version, *version.rglob("*")]
+    flushed = {source + event[len(source) :] for event in events[:at]}
+    assert {source + str(p)[len(str(version)) :] for p in contents} <= flushed
+    # The new name is in the directory's list, and the directories that were made in theirs.
+    after = events[at + 1 :]
+    assert {str(tmp_path / "new" / "m"), str(tmp_path / "new"), str(tmp_path)} <= set(after)
+
+
+WRITE_FOR_EVER = """
+import pathlib, sys, time
+from tfbn.serving import versions
+with versions.unfinished(pathlib.Path(sys.argv[1])) as partial:
+    partial.mkdir()
+    (partial / "saved_model.pb").write_text("half of it")
+    print("writing", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """A process that writes a version and does not end."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITE_FOR_EVER, tmp_path], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "writing\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_an_export_clears_what_a_killed_one_left(tmp_path, writer):
+    [left] = tmp_path.iterdir()
+    assert left.name.startswith(f".tfbn-export-{writer.pid}-{socket.gethostname()}-")
+    with versions.unfinished(tmp_path):
+        assert (left / "version" / "saved_model.pb").exists()  # Its owner lives.
+    assert list(tmp_path.iterdir()) == [left]
+    os.kill(writer.pid, signal.SIGSTOP)  # Asleep is not dead.
+    with versions.unfinished(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == [left]
+    writer.kill()
+    writer.wait()
+    export(dense_model(), tmp_path)
+    assert os.listdir(tmp_path) == ["1"]
+
+
+def test_only_hidden_directories_of_exports_of_this_host_are_cleared(tmp_path):
+    host = socket.gethostname()
+    kept = [
+        ".tfbn-export-1-elsewhere-abcdefgh",
+        f".tfbn-export-1-x{host}-abcdefgh",
+        f".tfbn-export-{host}-abcdefgh",
+        ".git",
+        "notes",
+    ]
+    for name in (*kept, f".tfbn-export-1-{host}-abcdefgh"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "owner").write_text("")
+    with versions.unfinished(tmp_path):
+        pass
+    assert sorted(os.listdir(tmp_path)) == sorted(kept)
+
+
+def test_two_exports_of_one_process_leave_each_other_alone(tmp_path):
+    with versions.unfinished(tmp_path) as first:
+        first.mkdir()
+        with versions.unfinished(tmp_path) as second:
+            second.mkdir()
+            assert first.is_dir() and first != second
+        assert first.is_dir() and not second.exists()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_directory_that_is_being_cleared_is_nobodys(tmp_path, monkeypatch):
+    make = tempfile.TemporaryDirectory
+    locks = []
+
+    def made_and_locked(*args, **kwargs):
+        directory = make(*args, **kwargs)
+        if not locks:
+            locks.append(open(os.path.join(directory.name, "owner"), "w"))  # noqa: SIM115
+            fcntl.flock(locks[0], fcntl.LOCK_EX)
+        return directory
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", made_and_locked)
+    with versions.unfinished(tmp_path):
+        assert not os.path.exists(locks[0].name)
+        assert len(os.listdir(tmp_path)) == 1
+    locks[0].close()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_system_without_locks_is_served_and_not_cleared(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    left = tmp_path / f".tfbn-export-1-{socket.gethostname()}-abcdefgh"
+    left.mkdir()
+    (left / "owner").write_text("")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with versions.unfinished(tmp_path) as partial:
+        partial.mkdir()
+    assert list(tmp_path.iterdir()) == [left]
+
+
+def test_object_stores_are_refused():
+    with pytest.raises(ValueError, match="local directory"):
+        export(dense_model(), "gs://bucket/model")

@@ -1,0 +1,254 @@
+"""Model files: read with the sweep that is recorded in them, written whole or not at all."""
+
+import contextlib
+import glob
+import json
+import os
+import pathlib
+import re
+import shutil
+import socket
+import tempfile
+import time
+import warnings
+import zipfile
+
+import h5py
+import keras
+
+import tfbn
+from tfbn.cli.errors import FileError, describe, naming, reading
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: nothing is removed there.
+    fcntl = None
+
+# The member of a .keras file in which `recalibrate` writes down its sweep. Keras ignores it,
+# and leaves it out when it saves the model again after more training.
+RECORD = "tfbn_population_stats.npz"
+
+_HDF5 = (".h5", ".hdf5")
+_KIND = "a .keras file (or .h5, .hdf5), as model.save writes it"
+# How Keras names a class that it does not know, in both formats.
+_UNKNOWN = re.compile(r"(?:Could not locate \w+|Unknown \w+:) '([^']+)'")
+
+
+def is_model(path: str) -> bool:
+    """Whether a path has the suffix of a model file."""
+    return _suffix(path) in (".keras", *_HDF5)
+
+
+def load(path: str, unsafe: bool = False, compiled: bool = False) -> keras.Model:
+    """The model in a file.
+
+    Args:
+        path: A .keras, .h5 or .hdf5 file.
+        unsafe: Whether code in the file may run, as Lambda layers hold it.
+        compiled: Whether the optimizer and its state are wanted too.
+
+    Raises:
+        FileError: It is no such file, is damaged, or holds code or classes that Keras does not
+            know.
+    """
+    _require_model(path)
+    with reading(path, _KIND, "Save the model again."):
+        if _suffix(path) == ".keras":
+            _check_archive(path)
+            return _load(path, compiled, unsafe)
+        _check_hdf5(path, unsafe)
+        model = _load(path, False, unsafe)
+        return _compiled(model, path, unsafe) if compiled else model
+
+
+def recorded_sweep(path: str) -> tfbn.PopulationStats | None:
+    """The sweep that `save` recorded in a file, or `None` where none is recorded."""
+    if _suffix(path) in _HDF5:
+        return None
+    with zipfile.ZipFile(path) as archive:
+        if RECORD not in archive.namelist():
+            return None
+        content = archive.read(RECORD)
+    return unpack(content, path, "a .keras file with the sweep that `tfbn recalibrate` recorded")
+
+
+def unpack(content: bytes, path: str, kind: str) -> tfbn.PopulationStats:
+    """`PopulationStats.from_bytes`, whose error names the file that the bytes are from."""
+    try:
+        return tfbn.PopulationStats.from_bytes(content)
+    except ValueError as error:
+        raise FileError(
+            f"Expected {kind}. Received: {path}, whose statistics are damaged, or which is another "
+            "kind of file. Make the sweep again."
+        ) from error
+
+
+def require_free(path: str) -> None:
+    """Raise `FileError` unless `save` can write a new file of this name."""
+    folder = os.path.dirname(path) or "."
+    if _suffix(path) != ".keras":
+        raise FileError(f"Expected a name for --out that ends in .keras. Received: {path}.")
+    if os.path.lexists(path):
+        raise FileError(
+            f"Expected a name that is free. Received: {path}, which exists. Nothing is ever "
+            "overwritten: give another name, or move it away."
+        )
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        raise FileError(
+            f"Expected a folder that can be written to. Received: --out {path}, whose folder "
+            f"{folder} {'is read-only' if os.path.isdir(folder) else 'does not exist'}."
+        )
+
+
+def save(model: keras.Model, stats: tfbn.PopulationStats, path: str) -> None:
+    """Write a .keras file with the sweep that it had, whole or not at all.
+
+    The name appears once the content is on disk. A file that has come to it in the meantime
+    stays, and is an error.
+    """
+    with naming(path), _hidden_folder(os.path.dirname(path) or ".") as hidden:
+        partial = os.path.join(hidden, "model.keras")
+        model.save(partial)
+        with zipfile.ZipFile(partial, "a") as archive:
+            archive.writestr(RECORD, stats.to_bytes())
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        try:
+            _publish(partial, path)
+        except FileExistsError:
+            require_free(path)
+
+
+@contextlib.contextmanager
+def _hidden_folder(parent):
+    """A new folder in `parent` that goes with this process, or with the next that comes here.
+
+    A process holds a lock on its folder for as long as it lives, however it ends.
+    """
+    # A network's file system may keep the locks of each host to itself.
+    prefix = f".tfbn-{socket.gethostname()}-model-"
+    for folder in pathlib.Path(parent).glob(f"{glob.escape(prefix)}*"):
+        with contextlib.suppress(OSError):
+            new = time.time() - folder.stat().st_mtime < 60  # It may not be locked yet.
+            descriptor = None if new else _lock(folder)
+            if descriptor is not None:
+                shutil.rmtree(folder)
+                os.close(descriptor)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as name:
+        descriptor = _lock(name)
+        try:
+            yield name
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+def _lock(folder):
+    """The descriptor that locks a folder, or `None` if it is locked or cannot be."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _publish(finished, path):
+    """Give a finished file its name, which another process's file may have taken."""
+    try:
+        os.link(finished, path)
+    except FileExistsError:
+        raise
+    except OSError:  # File systems without hard links: the name has to be taken first.
+        open(path, "x").close()
+        try:
+            os.replace(finished, path)
+        except BaseException:
+            os.unlink(path)
+            raise
+
+
+def _load(path, compiled, unsafe):
+    try:
+        return keras.models.load_model(path, compile=compiled, safe_mode=not unsafe)
+    except Exception as error:
+        if not unsafe and "safe_mode" in str(error):
+            raise _code_inside(path) from error
+        unknown = _UNKNOWN.search(str(error))
+        if unknown:
+            raise FileError(
+                f"Expected a model of classes that Keras knows. Received: {path}, with "
+                f"{unknown[1]!r}. Load it in Python, where its code is, and call "
+                "tfbn.update_population_stats or tfbn.export there."
+            ) from error
+        raise
+
+
+def _compiled(model, path, unsafe):
+    """The model of an HDF5 file with its optimizer, if Keras can read that: not with loss="mse"."""
+    try:
+        return _load(path, True, unsafe)
+    except Exception as error:
+        warnings.warn(
+            f"The loss or optimizer in {path} cannot be read ({describe(error)}). The new file "
+            "is without them: compile the model before it is trained again.",
+            stacklevel=2,
+        )
+        return model
+
+
+def _require_model(path):
+    if os.path.isfile(path) and is_model(path):
+        return
+    if not os.path.exists(path):
+        raise FileError(f"Expected {_KIND}. Received: {path}, no such file.")
+    folder = pathlib.Path(path)
+    if any(next(folder.glob(name), None) for name in ("saved_model.pb", "*/saved_model.pb")):
+        raise FileError(
+            f"Expected {_KIND}. Received: {path}, a SavedModel, which is a graph without layers. "
+            "Give the model file that it was exported from."
+        )
+    # A pipe or device would keep the process waiting for ever.
+    what = "a directory" if folder.is_dir() else "another kind of file"
+    raise FileError(f"Expected {_KIND}. Received: {path}, {what}.")
+
+
+def _check_archive(path):
+    """Compare checksums. A reader that jumps about, as that of weights does, may miss them."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+
+
+def _check_hdf5(path, unsafe):
+    with h5py.File(path) as file:
+        config = file.attrs.get("model_config")
+    if config is None:
+        raise FileError(
+            f"Expected {_KIND}. Received: {path}, with weights alone. Build the model in Python, "
+            "load them into it with model.load_weights, and save it with model.save."
+        )
+    # Keras before 3.11.3 runs such code whatever `safe_mode` says.
+    if not unsafe and _has_lambda(json.loads(config)):
+        raise _code_inside(path)
+
+
+def _has_lambda(config):
+    if isinstance(config, dict):
+        return config.get("class_name") == "Lambda" or any(map(_has_lambda, config.values()))
+    return isinstance(config, list) and any(map(_has_lambda, config))
+
+
+def _code_inside(path):
+    return FileError(
+        f"Expected a model without code in it. Received: {path}, with a Lambda layer or another "
+        "function that would run whatever its author wrote. If you trust the file, give --unsafe."
+    )
+
+
+def _suffix(path):
+    return pathlib.Path(path).suffix.lower()

@@ -1,0 +1,178 @@
+"""The grammar of the command line. It imports nothing but argparse, so that help is instant."""
+
+import argparse
+import math
+
+from tfbn._version import __version__
+
+# The sweep's methods. A test compares them with those that `tfbn.collect` takes.
+METHODS = ("exact", "pooled", "algorithm2")
+
+_DESCRIPTION = """\
+Batch norm statistics of trained Keras models.
+
+In training, batch norm keeps moving averages of mean and variance, and a model infers with
+them. They may lag behind or be noisy. These commands replace them with the statistics of the
+training data itself (recalibrate), show what a model has (inspect, compare), and write it for
+TensorFlow Serving (export, describe)."""
+
+_EPILOG = """\
+exit codes: 0 done; 1 failed, with one line on stderr that says why; 2 wrong usage;
+3 from inspect --check: the statistics are not known to be those of a sweep; 130 interrupted.
+
+example:
+  tfbn inspect model.keras
+  tfbn recalibrate model.keras --data train.npz --out recalibrated.keras
+  tfbn compare model.keras model.keras recalibrated.keras
+  tfbn export recalibrated.keras serving/model"""
+
+_DATA_HELP = """\
+data, already preprocessed as for model.fit:
+  train.npy       one array, a sample for each entry of the first axis
+  train.npz       arrays named after the model's inputs; for one input also "x", "x_train" or
+                  whatever the only array is called. Other arrays are ignored.
+  images/         a folder with images, also in folders in it; they are resized to the model's
+                  input. Pixels are 0 to 255: give --scale 1/255 if training had them in [0, 1].
+  train.tfrecord  tf.train.Examples, with --features features.json:
+                  {"x": {"shape": [28, 28, 1], "dtype": "float32"}}
+                  "dtype" is float32, int64, or image for encoded images, which have no shape."""
+
+_COMPARE_HELP = """\
+A and B: a model file, for what its layers hold, or a file that PopulationStats.save wrote.
+Both must fit MODEL. Differences are in standard deviations of A."""
+
+
+def build() -> argparse.ArgumentParser:
+    """The parser. What it parses has the name of its command as `command`."""
+    parser = argparse.ArgumentParser(
+        prog="tfbn",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"tfbn {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+    _add_inspect(commands)
+    _add_recalibrate(commands)
+    _add_compare(commands)
+    _add_export(commands)
+    _add_describe(commands)
+    return parser
+
+
+def _add_inspect(commands):
+    added = _add(
+        commands, "inspect", "list a model's batch norm layers and where their stats are from"
+    )
+    _add_model(added)
+    added.add_argument(
+        "--check",
+        action="store_true",
+        help="exit with 3 unless the statistics are known to be those of a sweep",
+    )
+
+
+def _add_recalibrate(commands):
+    added = _add(
+        commands,
+        "recalibrate",
+        "sweep the training data through a model and write it with the statistics found",
+        epilog=_DATA_HELP,
+    )
+    _add_model(added)
+    added.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="the training data, see below",
+    )
+    added.add_argument("--out", required=True, metavar="MODEL2", help="a new .keras file")
+    added.add_argument(
+        "--method",
+        choices=METHODS,
+        default="exact",
+        help="exact: the same for any batch size (default). pooled: one pass, which takes less "
+        "time and wants large batches. algorithm2: one pass, the paper to the letter",
+    )
+    added.add_argument("--batch-size", type=_size, metavar="N", help="in samples (default: 32)")
+    added.add_argument("--features", metavar="JSON", help="for a TFRecord file, see below")
+    added.add_argument(
+        "--scale",
+        type=_factor,
+        metavar="FACTOR",
+        help="what the pixels of images are multiplied by, for example 1/255 (default: 1)",
+    )
+    added.add_argument(
+        "--include-frozen",
+        action="store_true",
+        help="sweep layers with trainable=False too, which are left alone otherwise",
+    )
+
+
+def _add_compare(commands):
+    added = _add(
+        commands,
+        "compare",
+        "show how far statistics B are from statistics A, layer by layer",
+        epilog=_COMPARE_HELP,
+    )
+    _add_model(added)
+    added.add_argument("a", metavar="A")
+    added.add_argument("b", metavar="B")
+
+
+def _add_export(commands):
+    added = _add(
+        commands, "export", "write a model as a SavedModel, as TensorFlow Serving wants it"
+    )
+    _add_model(added)
+    added.add_argument(
+        "path",
+        metavar="PATH",
+        help="the model's directory; a new version is made in it",
+    )
+
+
+def _add_describe(commands):
+    added = _add(commands, "describe", "say where a SavedModel that export wrote comes from")
+    added.add_argument("path", metavar="SAVED_MODEL", help="its directory, or a version's")
+
+
+def _add(commands, name, text, epilog=None):
+    added = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    added.add_argument("--json", action="store_true", help="print JSON")
+    return added
+
+
+def _add_model(command):
+    command.add_argument(
+        "--unsafe",
+        action="store_true",
+        help="load code that is stored in the model file (Lambda layers). It can do "
+        "anything you can: only for files that you trust",
+    )
+    command.add_argument("model", metavar="MODEL", help="a .keras, .h5 or .hdf5 file")
+
+
+def _size(text):
+    # TensorFlow counts samples in 64 bits.
+    if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _factor(text):
+    numerator, _, denominator = text.partition("/")
+    try:
+        value = float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number or fraction")
+    return value
