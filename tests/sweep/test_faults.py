@@ -115,7 +115,7 @@ def last_bit(x, number):
 
 
 @pytest.mark.parametrize("change", [swap_columns, repeat_a_sample, last_bit])
-@pytest.mark.parametrize("memory_limit", [0, 6_000])
+@pytest.mark.parametrize("memory_limit", [0, 1_000])
 def test_other_data_in_a_later_pass_is_an_error_that_names_the_ways_out(change, memory_limit):
     model, x = three_levels(), varied(100)
     before = model.get_weights()
