@@ -76,6 +76,7 @@ PARTS = (
     "frozen by call",
     "static",
     "noise",
+    "carrying",
 )
 ROOTS = ("vector", "integers", "sequence", "masked", "two", "ragged", "graph")
 SOURCES = ("arrays", "shuffled samples", "shuffled batches", "dataset", "generator", "pydataset")
@@ -101,6 +102,8 @@ def plans(draw):
     if draw(st.booleans()) and source in ("shards", "arrays", "dataset", "pydataset"):
         fault = draw(st.integers(1, 3)) if engine == "shards" else draw(st.integers(0, 8))
     parts = draw(st.lists(st.sampled_from(PARTS), min_size=1, max_size=4))
+    if draw(st.integers(0, 3)):  # Such networks are only refused.
+        parts = ["dense" if part == "carrying" else part for part in parts]
     if uneven:  # The size of a batch behind such a root is not known, by `fit` either.
         parts = ["bare" if part == "static" else part for part in parts]
     return Plan(
@@ -167,6 +170,21 @@ class Static(layers.Layer):
     def call(self, x):
         """The inputs, by way of a shape without unknowns."""
         return tf.reshape(x, [x.shape[0], *x.shape[1:]])
+
+
+class Carrying(layers.Layer):
+    """Adds what it has seen in the batches before."""
+
+    def build(self, shape):
+        """The state, in a list, as Keras's recurrent layers have it."""
+        self.states = [keras.Variable(np.zeros(shape[-1]), dtype=self.variable_dtype)]
+
+    def call(self, x):
+        """The inputs and the state."""
+        [state] = self.states
+        y = x + state
+        state.assign(tf.reduce_mean(tf.reshape(x, [-1, x.shape[-1]]), 0))
+        return y
 
 
 class Noise(layers.Layer):
@@ -283,6 +301,8 @@ def add_part(part, x, norm, outputs, plan):
         return Inferring(norm())(layers.Dense(4, "tanh")(x))
     if part == "static":
         return norm()(Static()(layers.Dense(4, "relu")(x)))
+    if part == "carrying":
+        return norm()(Carrying()(layers.Dense(4)(x)))
     if part == "noise":
         first, second = (norm(center=False, scale=False) for _ in range(2))
         first.is_noise = second.is_noise = True
@@ -556,7 +576,10 @@ def check(plan, strategy):
         try:
             stats = swept(plan, model, x)
         except (ValueError, RuntimeError) as error:
-            # Both are refusals that say why; nothing is refused that is well defined.
+            # These are refusals that say why; nothing is refused that is well defined.
+            if "carrying" in plan.parts:
+                assert "does not depend on the batch before" in str(error), error
+                return
             trained = oracle(plan, model, batches_of(plan, x))
             noise = "noise" in plan.parts
             assert (not trained and not noise) or (
@@ -569,6 +592,7 @@ def check(plan, strategy):
         np.testing.assert_array_equal(one, two)
     if stats is None:  # A shard was lost, and that was said.
         return
+    assert "carrying" not in plan.parts
     compare(plan, model, stats, oracle(plan, model, batches_of(plan, x)))
 
 
@@ -576,11 +600,8 @@ def compare(plan, model, stats, expected):
     """Raise `AssertionError` unless statistics are those of the oracle."""
     tolerance = 2e-4 if plan.policy == "float32" else 2e-6
     found = {path.split("/")[-1]: layer for path, layer in stats.items()}
-    noisy = [
-        layer.name
-        for layer in model._flatten_layers()
-        if hasattr(layer, "is_noise") and layer.name in found
-    ]
+    noisy = [layer.name for layer in model._flatten_layers() if hasattr(layer, "is_noise")]
+    noisy.sort(key=lambda name: int(name.removeprefix("bn_")))
     assert found.keys() == expected.keys() | set(noisy)
     for name, (count, mean, variance) in expected.items():
         assert found[name].count == count, name
