@@ -441,6 +441,8 @@ def test_control_c_ends_the_process_at_once(tmp_path, saved):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background job, and what it starts, ignores Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     process.stdout.readline()  # The sweep has begun.
     time.sleep(2)

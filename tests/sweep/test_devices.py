@@ -333,6 +333,8 @@ def test_a_worker_that_dies_is_an_error_of_the_others(tmp_path):
 
 INTERRUPT = """
 if me == 0:
+    # A shell's background job, and what it starts, ignores Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # While the other is away.
     threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
     start = time.monotonic()

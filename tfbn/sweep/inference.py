@@ -14,6 +14,8 @@ import tensorflow as tf
 # the traced function globally and for good. A sweep needs no gradient.
 # Private. The four operations behind `tf.random.normal`, `uniform`, `truncated_normal` and the
 # dropout of `tf.nn`. TensorFlow has no hook for the seeds of a graph's operations.
+# Private. Without a graph, an operation without a seed takes the next one of the process.
+from tensorflow.python.framework import random_seed
 from tensorflow.python.ops import custom_gradient, gen_random_ops
 
 from tfbn.detours import detour
@@ -44,7 +46,7 @@ class Draws:
     def seed(self, base):
         """The seed of the next draw, of shape (2,), from the generator's own."""
         folded = tf.random.fold_in(tf.cast(base, tf.int64), self._number)
-        folded = tf.random.fold_in(folded, self.made)
+        folded = tf.random.fold_in(folded, tf.constant(self.made, tf.int64))
         self.made += 1
         return folded
 
@@ -70,6 +72,14 @@ def inference(layers, observe, draws):
     def next_seed(call, generator, *args, **kwargs):
         return tf.cast(draws.seed(generator.state.value), generator.state.dtype)
 
+    def seeds_of(call, seed):
+        return call(draws.made if seed is None else seed)
+
+    def skipped(call, generator, delta):
+        # The state is a counter and a key, and `skip` gives what it was before.
+        state = generator.state.read_value()
+        return tf.concat([draws.seed(state[:2] + state[-1]), state[2:]], 0)
+
     def forward_only(call, function, args, kwargs):
         outputs, _ = function(*args, **kwargs)
         return outputs
@@ -82,6 +92,9 @@ def inference(layers, observe, draws):
         for owner, name, stand_in in (
             (_Function, "__call__", inlined),
             (keras.random.SeedGenerator, "next", next_seed),
+            # Every method of a generator takes its numbers from here.
+            (tf.random.Generator, "skip", skipped),
+            (random_seed, "get_seed", seeds_of),
             (custom_gradient, "_graph_mode_decorator", forward_only),
             # Private. The outermost call of a model forgets the losses of the call before.
             (keras.Layer, "_clear_losses", nothing),

@@ -20,6 +20,8 @@ from tfbn.sweep.observation import Observer
 _KEPT_TRACES = 8
 
 _LOOKS_FOR_NAN = {"IsNan", "IsInf", "IsFinite", "MulNoNan"}
+# Of the values that go into these, NaN does not come out.
+_WITHOUT_NAN = {"Bucketize", "Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"}
 
 _HARMLESS = {"Placeholder", "ReadVariableOp", "VarHandleOp"}
 
@@ -118,14 +120,13 @@ class Trace:
         A batch norm layer does not show every NaN: pooling and fused kernels hide some. A
         network that looks for NaN by itself may take it.
         """
-        read = ancestors(self.measured)
-        if any(op.type in _LOOKS_FOR_NAN for op in read):
+        if any(map(_looks_for_nan, ancestors(self.measured))):
             return []
-        ids = set(map(id, read))
+        read = _carrying_nan(self.measured)
         return [
             place
             for place, tensor in enumerate(self.inputs)
-            if tensor.dtype.is_floating and id(tensor.op) in ids
+            if tensor.dtype.is_floating and id(tensor) in read
         ]
 
     @property
@@ -137,6 +138,23 @@ class Trace:
         """
         entered = [tensor for call in self.calls for tensor in call.inputs]
         return any(op.type == "PlaceholderWithDefault" for op in ancestors(entered))
+
+
+def _looks_for_nan(op):
+    unequal_to_itself = op.type in ("Equal", "NotEqual") and op.inputs[0] is op.inputs[1]
+    return op.type in _LOOKS_FOR_NAN or unequal_to_itself
+
+
+def _carrying_nan(tensors):
+    """The ids of the tensors from which NaN could come to others: not through a comparison."""
+    seen, pending = set(), list(tensors)
+    while pending:
+        tensor = pending.pop()
+        if id(tensor) not in seen and tensor.dtype != tf.bool:
+            seen.add(id(tensor))
+            if tensor.op.type not in _WITHOUT_NAN:
+                pending += tensor.op.inputs
+    return seen
 
 
 def _refuse_memory(trace, observer, updates):

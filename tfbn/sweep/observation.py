@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -86,25 +87,35 @@ class Observer:
         model, draws = self._model(), Draws(number)
         with inference(dict(self._layers), observe, draws) as scope:
             outputs = model(inputs, training=False)
-        updates = {id(v): scope.get_current_value(v) for v in model.variables}
+        updates = {key: scope.get_current_value(v) for key, (_, v) in self._variables().items()}
         updates = {key: value for key, value in updates.items() if value is not None}
         return outputs, calls, draws.made, updates
 
     def owner(self, variable_id):
         """The path of the innermost layer that has a variable."""
-        owners = [
-            path
-            for path, layer in keras_models.layers(self._model()).items()
-            if variable_id in map(id, layer.variables)
-        ]
-        return owners[-1]
+        path, _ = self._variables()[variable_id]
+        return path
 
     def handles(self, variable_id):
         """The ids of the tensors by which graphs refer to a variable, on every replica."""
-        model = self._model()
-        [variable] = [v for v in model.variables if id(v) == variable_id]
-        local = model.distribute_strategy.experimental_local_results(variable.value)
+        _, variable = self._variables()[variable_id]
+        strategy = self._model().distribute_strategy
+        local = strategy.experimental_local_results(variable.value)
         return {id(value.handle) for value in local}
+
+    def _variables(self):
+        """By its id each Keras variable of the model, with the path of its innermost layer.
+
+        A recurrent layer keeps its state in a list, and Keras does not count it among the layer's
+        variables.
+        """
+        found = {}
+        for path, layer in keras_models.layers(self._model()).items():
+            held = [v for v in vars(layer).values() if isinstance(v, keras.Variable | list | tuple)]
+            for variable in [*layer.variables, *keras.tree.flatten(held)]:
+                if isinstance(variable, keras.Variable):
+                    found[id(variable)] = path, variable
+        return found
 
     def _waiting(self, call, channels):
         """A call in the body of a loop or branch, of which only the outputs' needs are run."""

@@ -59,7 +59,8 @@ class ShardSweep:
         batches: The `tfbn.sweep.batches.Batches` of this process.
         method: The name of the method.
         include_frozen: Whether to sweep layers too that `fit` does not train.
-        memory_limit: See `collect`.
+        memory_limit: See `collect`; `None` where this process sweeps one level only, so that
+            nothing is read or computed again.
         checkpoint: See `collect`.
         verbose: See `collect`.
 
@@ -75,7 +76,7 @@ class ShardSweep:
         method,
         *,
         include_frozen=False,
-        memory_limit=0,
+        memory_limit=None,
         checkpoint=None,
         verbose=0,
     ):
@@ -83,7 +84,8 @@ class ShardSweep:
         self._report = Report(method, verbose, batches.total)
         self._report.begin()
         self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint, batches)
-        if METHODS[method].by_level and not batches.repeatable:
+        one_level = memory_limit is None or not METHODS[method].by_level
+        if not one_level and not batches.repeatable:
             batches = batches.in_memory(memory_limit)
             memory_limit -= sum(nbytes(batch.inputs) for batch in batches)
         self._batches = batches
@@ -100,7 +102,7 @@ class ShardSweep:
         self.begin = SweepState(method, held.fingerprint, tuple(layers), whole)
         self._networks = [Network(model, layers, ignored, device) for device in devices(model)]
         self._populations = [{} for _ in self._networks]  # By path: moments, and their tensor.
-        self._memory_limit = memory_limit
+        self._memory_limit = memory_limit or 0
         self.forget_frontiers()
         self._saved = self._checkpoint and self._checkpoint.read(self.begin)
         if self._saved is not None:
@@ -132,7 +134,7 @@ class ShardSweep:
                 f"{state.fingerprint[:12]} where the sweep began and "
                 f"{self.begin.fingerprint[:12]} here. Give all the same file."
             )
-        if state.level == 1 and not state.whole:  # The data tells which layers are frozen by call.
+        if state.level == 1:  # The data tells which layers are frozen by call.
             state = dataclasses.replace(state, paths=self.begin.paths)
         return self.sweep_level(state)
 

@@ -25,6 +25,7 @@ class WholePasses:
         self._network = network
         self._static = static
         self._eager = eager
+        self._tells_nothing = False
         self._latest = None
 
     @property
@@ -43,19 +44,13 @@ class WholePasses:
     def recurrent(self, frontier):
         """The paths of the layers whose calls depend on their own output."""
         inputs, _ = frontier.values
-        try:
-            trace = self._network.trace(inputs, settled=True, static=self._static)
-        except UnobservableError:
-            raise
-        except Exception:
-            if self._eager:  # A model that only runs eagerly does not tell.
-                return frozenset()
-            raise
-        return recurrent(trace)
+        trace = self._told_by(inputs, settled=True)
+        return frozenset() if trace is None else recurrent(trace)
 
     def not_nan(self, frontier):
         """The places of the inputs in which NaN would be an error."""
-        return [] if self._eager else self._trace(frontier.values[0], {}).not_nan
+        trace = self._told_by(frontier.values[0], settled=False)
+        return [] if trace is None else trace.not_nan
 
     def advance(self, frontier, level, populations):
         """Run a batch through the network.
@@ -74,6 +69,20 @@ class WholePasses:
         run = self._run_eagerly if self._eager else self._run_graph
         called, random = run(*frontier.values, populations)
         return called, frontier, random
+
+    def _told_by(self, inputs, settled):
+        """The trace, or `None` for a model that only runs eagerly, which tells nothing."""
+        if self._tells_nothing:
+            return None
+        try:
+            return self._network.trace(inputs, settled=settled, static=self._static)
+        except UnobservableError:
+            raise
+        except Exception:
+            if not self._eager:
+                raise
+            self._tells_nothing = True
+            return None
 
     def _trace(self, inputs, populations):
         self._latest = self._network.trace(inputs, settled=bool(populations), static=self._static)

@@ -1,0 +1,649 @@
+"""Networks and data that nobody chose, swept in every way, against Keras's own layers in float64.
+
+Hypothesis draws a plan: how the network is built, what its data is, and how it is swept. The
+oracle is a copy of the network whose batch norm layers are Keras's own and note down what enters.
+It is run until every layer infers with the statistics of what enters it, and shares no code with
+the sweep.
+"""
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+import warnings
+
+import keras
+import networks
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from keras import layers
+
+import tfbn
+
+NOISE = 16  # Channels of noise.
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A network, its data, and a sweep of it.
+
+    Attributes:
+        root: What a sample is, and how it comes to the body of the network.
+        parts: The parts of the body, one after the other.
+        stock: Whether the batch norm layers are Keras's and not tfbn's.
+        policy: The dtype policy.
+        eager: Whether the model runs without a graph.
+        source: As what the data is given.
+        samples, batch_size: Its size, and that of its batches.
+        method, memory_limit: See `tfbn.collect`.
+        engine: What runs the sweep: this process, two devices, or a map over shards.
+        fault: The number of a batch at which the data fails, where the sweep has a checkpoint;
+            or the level at which the map over shards loses one.
+        seed: Of weights and data.
+    """
+
+    root: str
+    parts: tuple
+    stock: bool
+    policy: str
+    eager: bool
+    source: str
+    samples: int
+    batch_size: int
+    method: str
+    memory_limit: int
+    engine: str
+    fault: int | None
+    seed: int
+
+
+PARTS = (
+    "dense",
+    "bare",
+    "bare",
+    "residual",
+    "concatenated",
+    "shared",
+    "shared apart",
+    "nested",
+    "custom",
+    "compiled",
+    "wrapped",
+    "frozen",
+    "frozen by call",
+    "static",
+    "noise",
+    "carrying",
+)
+ROOTS = ("vector", "integers", "sequence", "masked", "two", "ragged", "graph")
+SOURCES = ("arrays", "shuffled samples", "shuffled batches", "dataset", "generator", "pydataset")
+
+
+@st.composite
+def plans(draw):
+    """A `Plan` that makes sense."""
+    root = draw(st.sampled_from(ROOTS))
+    uneven = root in ("ragged", "graph")
+    engine = draw(st.sampled_from(["one", "one", "one", "shards", "devices"]))
+    source = draw(st.sampled_from(SOURCES))
+    if root == "graph":
+        source = "iterable"
+    elif root == "ragged":
+        source = draw(st.sampled_from(["dataset", "iterable"]))
+    if engine == "shards":
+        source = "shards"
+    method = draw(st.sampled_from(["exact", "exact", "exact", "pooled"]))
+    if method == "pooled" and source == "shuffled samples":  # Its batches are not known.
+        source = "shuffled batches"
+    fault = None
+    if draw(st.booleans()) and source in ("shards", "arrays", "dataset", "pydataset"):
+        fault = draw(st.integers(1, 3)) if engine == "shards" else draw(st.integers(0, 8))
+    parts = draw(st.lists(st.sampled_from(PARTS), min_size=1, max_size=4))
+    if draw(st.integers(0, 3)):  # Such networks are only refused.
+        parts = ["dense" if part == "carrying" else part for part in parts]
+    if uneven:  # The size of a batch behind such a root is not known, by `fit` either.
+        parts = ["bare" if part == "static" else part for part in parts]
+    return Plan(
+        root=root,
+        parts=tuple(parts),
+        stock=draw(st.booleans()),
+        policy=draw(st.sampled_from(["float32", "float32", "float64"])),
+        eager=draw(st.integers(0, 9)) == 0 and engine == "one" and not uneven,
+        source=source,
+        samples=draw(st.integers(24, 60)),
+        batch_size=draw(st.integers(2, 12)),
+        method=method,
+        memory_limit=draw(st.sampled_from([0, 1_000, 4_000, 16_000, 10**9])),
+        engine=engine,
+        fault=fault,
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+# The network.
+
+
+class Holding(layers.Layer):
+    """A batch norm layer inside a layer that is no model."""
+
+    def __init__(self, bn):
+        super().__init__()
+        self.bn = bn
+        self.supports_masking = True
+
+    def build(self, shape):
+        """The inner layer."""
+        self.bn.build(shape)
+
+    def call(self, x, training=None):
+        """Batch norm."""
+        return self.bn(x, training=training)
+
+
+class Compiled(Holding):
+    """The same in a function that is compiled by itself."""
+
+    @tf.function
+    def call(self, x, training=None):
+        """Batch norm."""
+        return self.bn(x, training=training)
+
+
+class Inferring(Holding):
+    """A batch norm layer that never trains, whatever its flag says."""
+
+    def call(self, x, training=None):
+        """Batch norm in inference."""
+        return self.bn(x, training=False)
+
+
+class Static(layers.Layer):
+    """Needs to know the size of its batch when it is traced."""
+
+    def compute_output_spec(self, x):
+        """The inputs."""
+        return keras.KerasTensor(x.shape, x.dtype)
+
+    def call(self, x):
+        """The inputs, by way of a shape without unknowns."""
+        return tf.reshape(x, [x.shape[0], *x.shape[1:]])
+
+
+class Carrying(layers.Layer):
+    """Adds what it has seen in the batches before."""
+
+    def build(self, shape):
+        """The state, in a list, as Keras's recurrent layers have it."""
+        self.states = [keras.Variable(np.zeros(shape[-1]), dtype=self.variable_dtype)]
+
+    def call(self, x):
+        """The inputs and the state."""
+        [state] = self.states
+        y = x + state
+        state.assign(tf.reduce_mean(tf.reshape(x, [-1, x.shape[-1]]), 0))
+        return y
+
+
+class Noise(layers.Layer):
+    """Noise of variance 1, a row for every sample."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.seeds = keras.random.SeedGenerator(seed)
+
+    def call(self, x):
+        """Noise in `NOISE` channels."""
+        return keras.random.normal((tf.shape(x)[0], NOISE), seed=self.seeds, dtype=x.dtype)
+
+    def compute_output_spec(self, x):
+        """One row a sample."""
+        return keras.KerasTensor((x.shape[0], NOISE), x.dtype)
+
+
+class Rooted(keras.Model):
+    """A body over what a root makes of a batch."""
+
+    def __init__(self, root, body):
+        super().__init__()
+        self.root, self.body = root, body
+
+    def call(self, inputs, training=None):
+        """The body over the values of a ragged tensor, or over the messages of a graph."""
+        if self.root == "ragged":
+            x = inputs.flat_values[:, None]
+        else:
+            x = tf.gather(inputs["nodes"], inputs["edges"][:, 0]) * inputs["scale"]
+        return self.body(tf.cast(x, self.body.compute_dtype), training=training)
+
+
+def build(plan, bn):
+    """The network of a plan, of some batch norm layer; weights and names follow from the plan."""
+    keras.utils.set_random_seed(plan.seed)
+    numbers = iter(range(100))
+
+    def norm(**options):
+        return bn(name=f"bn_{next(numbers)}", **options)
+
+    body = body_of(plan, norm)
+    rng = np.random.default_rng(plan.seed)
+    model = Rooted(plan.root, body) if plan.root in ("ragged", "graph") else body
+    if model is not body:
+        model(to_tensors(batches_of(plan, data_of(plan))[0]))
+    for weight in model.weights:  # No two networks alike, and no weight at its initial value.
+        if not keras.backend.is_int_dtype(weight.dtype):
+            value = rng.normal(0, 0.7, weight.shape)
+            positive = "variance" in weight.path or "gamma" in weight.path
+            weight.assign(np.abs(value) + 0.5 if positive else value)
+    return model
+
+
+def body_of(plan, norm):
+    """The Functional part of a network."""
+    if plan.root == "two":
+        inputs = {name: keras.Input((4,), name=name) for name in "ab"}
+        x = layers.Concatenate()(
+            [norm()(inputs["a"]), layers.Dense(3, "tanh")(layers.Add()([*inputs.values()]))]
+        )
+    else:
+        shape, dtype = {
+            "vector": ((4,), None),
+            "integers": ((4,), "uint8"),
+            "sequence": ((5, 3), None),
+            "masked": ((5, 3), None),
+            "ragged": ((1,), None),
+            "graph": ((3,), None),
+        }[plan.root]
+        x = inputs = keras.Input(shape, dtype=dtype)
+        if plan.root == "masked":
+            x = layers.Masking()(x)
+        if plan.root == "integers":
+            x = norm()(x)
+    outputs = []
+    for part in plan.parts:
+        x = add_part(part, x, norm, outputs, plan)
+    return keras.Model(inputs, [x, *outputs])
+
+
+def add_part(part, x, norm, outputs, plan):
+    """The tensor after one part of the body."""
+    width = x.shape[-1]
+    if part == "dense":
+        return norm()(layers.Dense(5, "tanh")(x))
+    if part == "bare":
+        return norm()(x)
+    if part == "residual":
+        return layers.Add()([norm()(layers.Dense(width, "relu")(x)), layers.Dense(width)(x)])
+    if part == "concatenated":
+        return layers.Concatenate()([x, norm()(layers.Dense(3, "tanh")(norm()(x)))])
+    if part == "shared":
+        shared = norm()
+        other = layers.Dense(width, "tanh")(x)
+        return norm()(layers.Multiply()([shared(x), shared(other)]))
+    if part == "shared apart":
+        shared, dense = norm(), layers.Dense(width, "tanh")
+        first = norm()(dense(shared(x)))
+        return layers.Add()([first, shared(layers.Dense(width, "relu")(x))])
+    if part == "nested":
+        inner = keras.Input(x.shape[1:])
+        return keras.Model(inner, layers.ReLU()(norm()(layers.Dense(4)(inner))))(x)
+    if part == "custom":
+        return Holding(norm())(layers.Dense(4, "relu")(x))
+    if part == "compiled":
+        return Compiled(norm())(layers.Dense(4, "relu")(x))
+    if part == "wrapped":
+        return layers.TimeDistributed(norm())(x) if len(x.shape) == 3 else norm()(x)
+    if part == "frozen":
+        return norm(trainable=False)(layers.Dense(4, "tanh")(x))
+    if part == "frozen by call":
+        return Inferring(norm())(layers.Dense(4, "tanh")(x))
+    if part == "static":
+        return norm()(Static()(layers.Dense(4, "relu")(x)))
+    if part == "carrying":
+        return norm()(Carrying()(layers.Dense(4)(x)))
+    if part == "noise":
+        first, second = (norm(center=False, scale=False) for _ in range(2))
+        first.is_noise = second.is_noise = True
+        outputs.append(second(first(Noise(plan.seed)(x))))
+        return x
+    raise ValueError(part)
+
+
+# The data.
+
+
+def data_of(plan):
+    """All samples: arrays, or the list of batches where these cannot be made of samples."""
+    rng = np.random.default_rng(plan.seed)
+    n = plan.samples
+
+    def values(*shape):
+        spread = rng.uniform(0.2, 3, (n, *[1] * len(shape)))
+        return (spread * rng.normal(size=(n, *shape)) + spread).astype("f")
+
+    if plan.root == "integers":
+        return rng.integers(0, 200, (n, 4)).astype("uint8")
+    if plan.root == "two":
+        return {"a": values(4), "b": values(4)}
+    if plan.root in ("sequence", "masked"):
+        x = values(5, 3)
+        if plan.root == "masked":
+            x[np.arange(5) >= rng.integers(1, 6, n)[:, None]] = 0
+        return x
+    if plan.root == "ragged":
+        return [rng.normal(1, 2, rng.integers(1, 6)).astype("f") for _ in range(n)]
+    if plan.root == "graph":
+        return [graph(rng, plan.batch_size) for _ in range(max(2, n // 12))]
+    return values(4)
+
+
+def graph(rng, nodes):
+    """A graph with another number of nodes and of edges."""
+    nodes = int(rng.integers(nodes, nodes + 4))
+    return {
+        "nodes": rng.normal(rng.uniform(-2, 2), 1, (nodes, 3)).astype("f"),
+        "edges": rng.integers(0, nodes, (int(rng.integers(8, 25)), 2)).astype("int32"),
+        "scale": np.float32(rng.uniform(0.5, 2)),
+    }
+
+
+def batches_of(plan, x):
+    """The data in batches."""
+    if plan.root == "graph":
+        return x
+    starts = range(0, plan.samples, plan.batch_size)
+    if plan.root == "ragged":
+        return [tf.ragged.constant(x[s : s + plan.batch_size], dtype="float32") for s in starts]
+    return [keras.tree.map_structure(lambda a, s=s: a[s : s + plan.batch_size], x) for s in starts]
+
+
+def to_tensors(batch):
+    """A batch of tensors."""
+    return keras.tree.map_structure(tf.convert_to_tensor, batch) if is_dense(batch) else batch
+
+
+def is_dense(batch):
+    """Whether a batch is made of arrays."""
+    return not isinstance(batch, tf.RaggedTensor)
+
+
+class Batches(keras.utils.PyDataset):
+    """Batches as a PyDataset, which may fail once."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, i):
+        return self.batches[i], np.zeros(1)
+
+
+class Iterable:
+    """Batches as something that can be iterated over again."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def source_of(plan, x):
+    """The data as the sweep gets it, and options that go with it."""
+    batches = batches_of(plan, x)
+    if plan.source == "arrays":
+        return x, {"batch_size": plan.batch_size}
+    if plan.source == "generator":
+        return ((batch, None) for batch in batches), {}
+    if plan.source == "pydataset":
+        return Batches(batches), {}
+    if plan.source == "iterable":
+        return Iterable(batches), {}
+    if plan.root == "ragged":
+        rows = tf.data.Dataset.from_tensor_slices(tf.ragged.constant(x, dtype="float32"))
+        return rows.batch(plan.batch_size), {}
+    dataset = tf.data.Dataset.from_tensor_slices(x)
+    static = plan.samples % plan.batch_size == 0
+    if plan.source == "shuffled samples":
+        dataset = dataset.shuffle(plan.samples)
+    dataset = dataset.batch(plan.batch_size, drop_remainder=static)
+    if plan.source == "shuffled batches":
+        dataset = dataset.shuffle(plan.samples)
+    return dataset, {}
+
+
+# The oracle.
+
+
+class Noting(layers.BatchNormalization):
+    """Keras's layer, which notes what enters.
+
+    Attributes:
+        entered: The values that entered since it was last cleared, of shape (values, channels).
+        trains: Whether the last call was one that trains.
+        as_batch: Whether to normalise with the batch's own statistics, as in training.
+    """
+
+    def __init__(self, **options):
+        super().__init__(momentum=0.0, **options)
+        self.entered, self.trains, self.as_batch = [], False, False
+
+    def call(self, inputs, training=None, mask=None):
+        """Batch norm as Keras has it."""
+        if isinstance(inputs, keras.KerasTensor) or not tf.executing_eagerly():
+            return super().call(inputs, training=training, mask=mask)
+        inputs = tf.cast(inputs, self.compute_dtype)  # Keras computes with integers as they are.
+        values = np.asarray(inputs, np.float64)
+        kept = np.ones(values.shape[:-1], bool) if mask is None else np.asarray(mask)
+        self.trains = self.trains or bool(training)
+        self.entered.append(values[kept])
+        return super().call(inputs, training=bool(training) and self.as_batch, mask=mask)
+
+
+def oracle(plan, model, batches):
+    """By name of a layer the count, mean and variance of all that enters it."""
+    with networks.dtype_policy("float64"):
+        twin = build(plan, Noting)
+    twin.set_weights(model.get_weights())
+    noting = [layer for layer in twin._flatten_layers() if isinstance(layer, Noting)]
+    eager = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        for layer in noting:
+            layer.as_batch = plan.method == "pooled"
+        for _ in range(1 if plan.method == "pooled" else len(noting) + 1):
+            for layer in noting:
+                layer.entered.clear()
+            for batch in batches:
+                twin(double(batch), training=True)
+            if plan.method == "exact":
+                for layer in noting:
+                    if layer.trains and layer.trainable:
+                        values = np.concatenate(layer.entered)
+                        layer.moving_mean.assign(values.mean(0))
+                        layer.moving_variance.assign(values.var(0))
+    finally:
+        tf.config.run_functions_eagerly(eager)
+    found = {}
+    for layer in noting:
+        if layer.trains and layer.trainable and not hasattr(layer, "is_noise"):
+            values = np.concatenate(layer.entered)
+            found[layer.name] = len(values), values.mean(0), values.var(0)
+    return found
+
+
+def double(batch):
+    """A batch in float64, where it is floating."""
+
+    def cast(leaf):
+        leaf = leaf if tf.is_tensor(leaf) else tf.convert_to_tensor(leaf)
+        return tf.cast(leaf, tf.float64) if leaf.dtype.is_floating else leaf
+
+    if isinstance(batch, dict) or not is_dense(batch):
+        return keras.tree.map_structure(cast, batch) if is_dense(batch) else cast(batch)
+    return cast(batch)
+
+
+# The sweep.
+
+
+class Stop(Exception):
+    """The data fails."""
+
+
+@contextlib.contextmanager
+def failing(number):
+    """Within the context the sweep fails once, at its batch of that number over all levels."""
+    from tfbn.sweep.state import SweepState
+
+    original, calls = SweepState.add, []
+
+    def add(state, *args):
+        calls.append(1)
+        if len(calls) == number + 1:
+            raise Stop
+        return original(state, *args)
+
+    SweepState.add = add
+    try:
+        yield
+    finally:
+        SweepState.add = original
+
+
+def swept(plan, model, x):
+    """What the sweep of a plan finds."""
+    source, options = (None, {}) if plan.engine == "shards" else source_of(plan, x)
+    options |= {"method": plan.method, "verbose": 0}
+    if plan.engine == "shards":
+        return swept_in_shards(plan, model, x, options)
+    options["memory_limit"] = plan.memory_limit
+    if plan.source == "generator" and plan.method == "exact":
+        options["memory_limit"] = max(plan.memory_limit, 16_000)
+    if plan.fault is None:
+        return tfbn.collect(model, source, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        options["checkpoint"] = os.path.join(folder, "c")
+        with failing(plan.fault), contextlib.suppress(Stop):
+            tfbn.collect(model, source, **options)
+        stats = tfbn.collect(model, source, **options)
+        assert os.listdir(folder) == []
+        return stats
+
+
+def swept_in_shards(plan, model, x, options):
+    """What `collect_shards` finds, over shards that come back in another order and twice."""
+    batches = batches_of(plan, x)
+    shards = [batches[:1], batches[1:3], [], batches[3:]]
+    levels = []
+
+    def map_(function, items):
+        levels.append(1)
+        found = [function(item) for item in reversed(items)]
+        if len(levels) == plan.fault:
+            return found[1:]
+        return found + found[:2]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            stats = tfbn.collect_shards(model, shards, map=map_, load=iter, **options)
+        except ValueError as error:
+            if len(levels) != plan.fault:
+                raise
+            assert "result for every shard" in str(error), error
+            return None
+    assert plan.fault is None or len(levels) < plan.fault
+    return stats
+
+
+def check(plan, strategy):
+    """Sweep as planned, and compare with the oracle."""
+    bn = layers.BatchNormalization if plan.stock else tfbn.BatchNormalization
+    scope = strategy.scope() if plan.engine == "devices" else contextlib.nullcontext()
+    with networks.dtype_policy(plan.policy), scope:
+        model = build(plan, bn)
+    model.run_eagerly = plan.eager
+    x = data_of(plan)
+    before = [weight.copy() for weight in model.get_weights()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            stats = swept(plan, model, x)
+        except (ValueError, RuntimeError) as error:
+            # These are refusals that say why; nothing is refused that is well defined.
+            if "carrying" in plan.parts:
+                assert "does not depend on the batch before" in str(error), error
+                return
+            trained = oracle(plan, model, batches_of(plan, x))
+            noise = "noise" in plan.parts
+            assert (not trained and not noise) or (
+                noise
+                and plan.source == "shuffled samples"
+                and "same batches in every pass" in str(error)
+            ), error
+            return
+    for one, two in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+    if stats is None:  # A shard was lost, and that was said.
+        return
+    assert "carrying" not in plan.parts
+    compare(plan, model, stats, oracle(plan, model, batches_of(plan, x)))
+
+
+def compare(plan, model, stats, expected):
+    """Raise `AssertionError` unless statistics are those of the oracle."""
+    tolerance = 2e-4 if plan.policy == "float32" else 2e-6
+    found = {path.split("/")[-1]: layer for path, layer in stats.items()}
+    noisy = [layer.name for layer in model._flatten_layers() if hasattr(layer, "is_noise")]
+    noisy.sort(key=lambda name: int(name.removeprefix("bn_")))
+    assert found.keys() == expected.keys() | set(noisy)
+    for name, (count, mean, variance) in expected.items():
+        assert found[name].count == count, name
+        scale = variance + 1e-3  # Inference divides by its root.
+        np.testing.assert_array_less(
+            np.abs(found[name].mean - mean) / np.sqrt(scale), tolerance, name
+        )
+        np.testing.assert_array_less(np.abs(found[name].variance - variance) / scale, tolerance)
+    for first, second in zip(noisy[::2], noisy[1::2], strict=True):
+        rows = found[first].count * NOISE
+        spread = 6 * np.sqrt(2 / rows)
+        assert abs(found[first].variance.mean() - 1) < spread + 2 / found[first].count, first
+        if plan.method == "exact":  # The second layer has seen the draws of the first.
+            passed = found[first].variance / (found[first].variance + 1e-3)
+            np.testing.assert_allclose(found[second].mean, 0, atol=1e-4)
+            np.testing.assert_allclose(found[second].variance, passed, rtol=1e-4)
+
+
+QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+
+
+@settings(
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=QUIET,
+)
+@given(plan=plans())
+def test_any_sweep_of_any_network_over_any_data(plan, two_devices):
+    check(plan, two_devices)
+
+
+@pytest.mark.slow
+@settings(
+    max_examples=400,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=QUIET,
+)
+@given(plan=plans())
+def test_many_more(plan, two_devices):
+    check(plan, two_devices)

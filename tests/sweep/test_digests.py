@@ -1,0 +1,100 @@
+"""Tests of the digests by which data is known again."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tfbn.sweep import digests
+
+
+def total(inputs):
+    """The digest of some data."""
+    return digests.total(digests.of_samples(inputs))
+
+
+def samples(n, seed=0, dtype="float32"):
+    """Samples of two dimensions."""
+    return (np.random.default_rng(seed).normal(size=(n, 3, 2)) * 100).astype(dtype)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.permutations(range(12)), st.integers(1, 11))
+def test_order_and_batches_do_not_matter(order, cut):
+    x = {"a": samples(12), "b": samples(12, 1)[:, 0]}
+    moved = {name: tf.constant(value[list(order)]) for name, value in x.items()}
+    parts = [{k: v[:cut] for k, v in moved.items()}, {k: v[cut:] for k, v in moved.items()}]
+    whole = total({name: tf.constant(value) for name, value in x.items()})
+    assert sum(total(part) for part in parts) % 2**64 == whole == total(moved)
+
+
+def moved(x):
+    """Two values of two samples change places."""
+    x[0, 0, 0], x[1, 0, 0] = x[1, 0, 0], x[0, 0, 0]
+    return x
+
+
+CHANGES = {
+    "values move between samples": moved,
+    "a bit": lambda x: (
+        np.nextafter(x, np.float32(np.inf)) * (x == x[3, 1, 1]) + x * (x != x[3, 1, 1])
+    ),
+    "a sample twice": lambda x: np.concatenate([x[:-1], x[:1]]),
+    "another sample": lambda x: np.concatenate([x[:-1], samples(1, 9)]),
+    "one less": lambda x: x[:-1],
+    "values change places": lambda x: x[:, ::-1],
+    "the sign of zero": lambda x: x * np.float32(-0.0) + (x - x),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_other_data_has_another_digest(how):
+    x = samples(8)
+    changed = CHANGES[how](x.copy())
+    assert total(tf.constant(x)) != total(tf.constant(changed.astype("f")))
+
+
+def test_which_input_a_value_belongs_to_matters():
+    a, b = (tf.constant(samples(6, seed)) for seed in (0, 1))
+    assert total([a, b]) != total([b, a])
+    # And which values come together.
+    assert total([a, b]) != total([a, tf.reverse(b, [0])])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", "int8", "uint8", "int64", "bool"])
+def test_any_dtype(dtype):
+    x = samples(6, dtype=dtype)
+    assert len(digests.of_samples(tf.constant(x))) == 6
+    assert total(tf.constant(x)) == total(tf.constant(x[::-1].copy()))
+
+
+def test_strings_and_samples_without_features():
+    words = tf.constant(["a", "bb", ""])
+    assert len(digests.of_samples(words)) == 3
+    assert total(words) == total(words[::-1]) != total(tf.constant(["a", "b", "b"]))
+    assert len(digests.of_samples(tf.zeros([4, 0]))) == 4
+
+
+def test_what_has_no_samples_is_taken_as_one():
+    ragged = tf.ragged.constant([[1.0], [2.0, 3.0]])
+    other = tf.ragged.constant([[1.0, 2.0], [3.0]])
+    assert len(digests.of_samples(ragged)) == 1 and total(ragged) != total(other)
+    sparse = tf.sparse.from_dense([[0.0, 1.0], [2.0, 0.0]])
+    assert total(sparse) != total(tf.sparse.from_dense([[1.0, 0.0], [2.0, 0.0]]))
+    graph = {"nodes": tf.zeros([3, 2]), "edges": tf.zeros([5, 2], tf.int32), "t": tf.constant(1.0)}
+    assert total(graph) != total({**graph, "nodes": tf.zeros([2, 3])})
+    assert total(graph) != total({**graph, "t": tf.constant(2.0)})
+
+
+def test_equal_batches_have_keys_of_their_own():
+    found = digests.of_samples(tf.constant(samples(4)))
+    keys = {digests.of_batch(found, occurrence) for occurrence in range(5)}
+    keys |= {digests.of_batch(found[::-1].copy(), 0), digests.of_batch(found[:-1], 0)}
+    assert len(keys) == 7 and all(0 <= key < 2**64 for key in keys)
+
+
+def test_a_sequence_knows_its_order():
+    one, two = digests.of_sequence(b"", 1), digests.of_sequence(b"", 2)
+    assert digests.of_sequence(one, 2) != digests.of_sequence(two, 1)
+    assert one != two

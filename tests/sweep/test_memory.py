@@ -1,0 +1,87 @@
+"""Tests of the memory that a sweep takes by default, on file systems made up for the purpose."""
+
+import pytest
+
+from tfbn.sweep.memory import default_limit
+
+MIB = 2**20
+
+
+def system(root, files):
+    """Write files below a root."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(content))
+    return root
+
+
+def host(available):
+    """What `proc` says of a host's free memory."""
+    return {"proc/meminfo": f"MemTotal: 99999999 kB\nMemAvailable: {available // 1024} kB\n"}
+
+
+def version_2(folder, limit, used, inactive=0):
+    """A control group of version 2."""
+    return {
+        f"sys/fs/cgroup/{folder}memory.max": limit,
+        f"sys/fs/cgroup/{folder}memory.current": used,
+        f"sys/fs/cgroup/{folder}memory.stat": f"anon 1\ninactive_file {inactive}\n",
+    }
+
+
+def test_a_quarter_of_what_the_host_has_free(tmp_path):
+    assert default_limit(system(tmp_path, host(800 * MIB))) == 200 * MIB
+
+
+def test_one_gibibyte_where_nothing_is_known(tmp_path):
+    assert default_limit(tmp_path) == 1024 * MIB
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "inactive", "expected"),
+    [
+        (400 * MIB, 100 * MIB, 0, 75 * MIB),  # The container's is the smaller one.
+        (400 * MIB, 100 * MIB, 60 * MIB, 90 * MIB),  # Cached files make room.
+        (4000 * MIB, 100 * MIB, 0, 200 * MIB),  # The host's is.
+        ("max", 100 * MIB, 0, 200 * MIB),
+        (100 * MIB, 101 * MIB, 0, 0),  # Nothing left, and not less than nothing.
+    ],
+)
+@pytest.mark.parametrize("folder", ["", "system.slice/job/"])
+def test_the_smaller_of_host_and_container(tmp_path, folder, limit, used, inactive, expected):
+    files = host(800 * MIB) | version_2(folder, limit, used, inactive)
+    files["proc/self/cgroup"] = f"0::/{folder.rstrip('/')}\n"
+    assert default_limit(system(tmp_path, files)) == expected
+
+
+def test_a_group_further_up_may_be_the_smallest(tmp_path):
+    files = host(800 * MIB)
+    files |= version_2("a/b/", 400 * MIB, 0) | version_2("a/", 80 * MIB, 40 * MIB)
+    files |= {"proc/self/cgroup": "0::/a/b\n"}
+    assert default_limit(system(tmp_path, files)) == 10 * MIB
+
+
+def test_a_container_that_sees_its_own_group_as_the_root(tmp_path):
+    files = host(800 * MIB) | version_2("", 40 * MIB, 0)
+    files |= {"proc/self/cgroup": "0::/docker/0123456789abcdef\n"}
+    assert default_limit(system(tmp_path, files)) == 10 * MIB
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(40 * MIB, 10 * MIB), (9223372036854771712, 200 * MIB)]
+)
+def test_control_groups_of_version_1(tmp_path, limit, expected):
+    base = "sys/fs/cgroup/memory/job/"
+    files = host(800 * MIB) | {
+        "proc/self/cgroup": "12:cpu,cpuacct:/job\n4:memory:/job\n1:name=systemd:/job\n",
+        base + "memory.limit_in_bytes": limit,
+        base + "memory.usage_in_bytes": 10 * MIB,
+        base + "memory.stat": f"cache 5\ntotal_inactive_file {10 * MIB}\n",
+    }
+    assert default_limit(system(tmp_path, files)) == expected
+
+
+def test_groups_without_limits_of_their_own_are_no_error(tmp_path):
+    files = host(800 * MIB) | {"proc/self/cgroup": "0::/nowhere\n3:memory:/\n"}
+    assert default_limit(system(tmp_path, files)) == 200 * MIB

@@ -1,0 +1,171 @@
+"""Tests of traces: made once, dropped when the model changes, and gone with it."""
+
+import gc
+import weakref
+
+import keras
+import networks
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import tfbn
+from tfbn.keras_models import batch_norm_layers
+from tfbn.sweep import network
+from tfbn.sweep.network import Network, UnobservableError
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """A list with an entry for every trace that is made."""
+    made = []
+    original = network.Trace.__init__
+
+    def init(self, *args, **options):
+        original(self, *args, **options)
+        made.append(self.specs)
+
+    monkeypatch.setattr(network.Trace, "__init__", init)
+    return made
+
+
+def small(bn=layers.BatchNormalization):
+    """Two levels."""
+    return keras.Sequential(
+        [keras.Input((4,)), layers.Dense(4, name="d"), bn(), layers.GaussianDropout(0.0), bn()]
+    )
+
+
+def sweep(model, x, **options):
+    """A sweep in silence."""
+    return tfbn.collect(model, x, verbose=0, **options)
+
+
+def test_one_trace_serves_all_sweeps_and_reads_the_weights_live(traced):
+    model, x = small(), networks.data(small(), 40)
+    for batch_size in (40, 7, 16):
+        sweep(model, x, batch_size=batch_size, memory_limit=batch_size)
+    assert len(traced) == 1
+    sweep(model, x, method="pooled")
+    sweep(model, x, method="algorithm2", batch_size=8)
+    assert len(traced) == 2
+    model.get_layer("d").kernel.assign(tf.random.normal([4, 4], seed=1))
+    stats = sweep(model, x)
+    assert len(traced) == 2
+    [expected] = networks.in_training(small, model, x, [slice(None)])
+    for found, (mean, variance) in zip(stats.values(), expected, strict=True):
+        np.testing.assert_allclose(found.mean, mean, atol=1e-5)
+        np.testing.assert_allclose(found.variance, variance, rtol=1e-4)
+
+
+def test_training_and_prediction_keep_the_trace(traced):
+    model, x = small(), networks.data(small(), 40)
+    sweep(model, x)
+    model.compile("sgd", "mse")
+    model.fit(x, x, verbose=0)
+    model.evaluate(x, x, verbose=0)
+    model.predict(x, verbose=0)
+    model.set_weights([w * 1.5 for w in model.get_weights()])
+    sweep(model, x)
+    assert len(traced) == 1
+
+
+CHANGES = {
+    "epsilon": lambda m: setattr(m.layers[1], "epsilon", 0.5),
+    "activation": lambda m: setattr(m.layers[0], "activation", keras.activations.relu),
+    "frozen": lambda m: setattr(m.layers[1], "trainable", False),
+    "rate": lambda m: setattr(m.layers[2], "rate", 0.9),
+    "lora": lambda m: m.layers[0].enable_lora(1),
+    "added layer": lambda m: m.add(layers.Dense(2)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_is_traced_anew(change, traced):
+    model, x = small(), networks.data(small(), 40)
+    sweep(model, x)
+    CHANGES[change](model)
+    again = sweep(model, x)
+    assert len(traced) == 2
+    twin = keras.models.clone_model(model)
+    if change not in ("activation", "lora"):
+        twin.set_weights(model.get_weights())
+        for one, two in zip(again.values(), sweep(twin, x).values(), strict=True):
+            np.testing.assert_array_equal(one.variance, two.variance)
+
+
+def test_signatures_share_traces_where_they_can(traced):
+    model = keras.Sequential([keras.Input((None, 3)), layers.BatchNormalization()])
+    parts = [np.ones((4, steps, 3), "f") * steps for steps in (3, 5, 9, 4)]
+    sweep(model, iter(parts))
+    assert [spec[0].shape[1] for spec in traced] == [3, None]
+
+
+def test_only_a_few_traces_are_kept():
+    model = networks.Subclassed(layers.BatchNormalization)
+    held = Network(model, {}, None, None)  # Any key.
+    assert network._KEPT_TRACES >= 2 and held.model is model
+    static = keras.Sequential([keras.Input((4,)), layers.BatchNormalization()])
+    for size in range(1, 15):
+        dataset = tf.data.Dataset.from_tensor_slices(np.ones((size * 2, 4), "f"))
+        sweep(static, dataset.batch(size, drop_remainder=True))
+    _, traces = network._traces[static]
+    assert sum(map(len, traces.values())) <= network._KEPT_TRACES
+
+
+def test_nothing_stays_of_a_model_that_is_gone():
+    model, x = small(), networks.data(small(), 40)
+    sweep(model, x, memory_limit=0)
+    sweep(model, x, method="pooled")
+    _, traces = network._traces[model]
+    gone = [weakref.ref(model), weakref.ref(model.layers[0].kernel.value)]
+    gone += [weakref.ref(trace.graph) for several in traces.values() for trace in several]
+    assert len(gone) == 4
+    del model, traces, x
+    for _ in range(3):  # What has a finalizer goes in a later round.
+        gc.collect()
+    assert [reference() for reference in gone] == [None] * 4
+
+
+class Accumulating(layers.Layer):
+    """Adds up what it sees, from one batch to the next."""
+
+    def __init__(self, plain):
+        super().__init__()
+        self.total = tf.Variable(tf.zeros([3])) if plain else None
+
+    def build(self, _):
+        """The sum."""
+        if self.total is None:
+            self.total = self.add_weight(shape=(3,), initializer="zeros", trainable=False)
+
+    def call(self, x):
+        """The inputs and the sum so far."""
+        self.total.assign(self.total + tf.reduce_sum(x, 0))
+        return x + self.total
+
+
+@pytest.mark.parametrize("method", ["exact", "pooled"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_data_that_is_carried_from_batch_to_batch_is_refused(plain, method):
+    layer = Accumulating(plain)
+    model = keras.Sequential([keras.Input((3,)), layer, layers.BatchNormalization()])
+    before = layer.total.numpy()
+    with pytest.raises(ValueError, match="does not depend on the batch before"):
+        sweep(model, np.ones((20, 3), "f"), method=method)
+    np.testing.assert_array_equal(layer.total, before)
+    behind = keras.Sequential([keras.Input((3,)), layers.BatchNormalization(), Accumulating(False)])
+    sweep(behind, np.ones((20, 3), "f"), method=method)
+
+
+@pytest.mark.parametrize("kind", [layers.GRU, layers.LSTM, layers.SimpleRNN])
+def test_stateful_layers_are_found_wherever_they_are(kind):
+    inputs = keras.Input((3, 4), batch_size=5)
+    inner = keras.Sequential(
+        [keras.Input((3, 4), batch_size=5), kind(2, stateful=True, name="keeps")]
+    )
+    model = keras.Model(inputs, layers.BatchNormalization()(inner(inputs)))
+    found = Network(model, batch_norm_layers(model))
+    with pytest.raises(UnobservableError, match=r"layer '.*/keeps', which keeps a state"):
+        found.trace(tf.zeros([5, 3, 4]), settled=True)

@@ -1,0 +1,122 @@
+"""Hours of use in minutes: memory stays flat, and nothing stays of what is gone."""
+
+import gc
+import threading
+import weakref
+
+import keras
+import networks
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from tensorflow.python.framework import ops as framework_ops
+
+import tfbn
+
+pytestmark = pytest.mark.slow
+MIB = 2**20
+
+
+def resident():
+    """The memory that this process holds, in bytes."""
+    for _ in range(3):  # What has a finalizer goes in a later round.
+        gc.collect()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def gradients():
+    """How many gradients are registered in the process, for good."""
+    return len(framework_ops.gradient_registry._registry)  # Private: TensorFlow does not say.
+
+
+@pytest.fixture
+def others_at_work():
+    """A second thread that predicts with a model of its own all the time; its errors at the end."""
+    model = networks.plain(layers.BatchNormalization)
+    x = networks.data(model, 8)
+    expected = model.predict(x, verbose=0)
+    done, wrong = threading.Event(), []
+
+    def work():
+        try:
+            while not done.wait(0.05):
+                if not np.array_equal(model.predict(x, verbose=0), expected):
+                    wrong.append("another output")
+        except Exception as error:
+            wrong.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    yield
+    done.set()
+    thread.join(60)
+    assert not wrong
+
+
+def test_200_sweeps_of_one_model(others_at_work):
+    model = networks.residual(tfbn.BatchNormalization)
+    x = networks.data(model, 64)
+    shuffled = tf.data.Dataset.from_tensor_slices(x).shuffle(64).batch(16)
+    begun = []
+    for number in range(200):
+        method = ("exact", "pooled", "exact", "algorithm2")[number % 4]
+        limit = (None, 0, 20_000)[number % 3]
+        tfbn.collect(model, shuffled, method=method, memory_limit=limit, verbose=0)
+        if number == 4:
+            begun = resident(), gradients()
+    assert resident() - begun[0] < 20 * MIB
+    assert gradients() == begun[1]
+
+
+def test_20_models_made_swept_and_dropped():
+    gone, before = [], []
+
+    def graphs():
+        return sum(isinstance(thing, tf.Graph) for thing in gc.get_objects())
+
+    for number in range(25):
+        model = networks.residual(layers.BatchNormalization)
+        x = networks.data(model, 32)
+        for method in ("exact", "pooled"):
+            tfbn.collect(model, x, method=method, batch_size=16, verbose=0)
+        gone += [weakref.ref(model), weakref.ref(model.weights[0])]
+        del model, x
+        gc.collect()
+        if number == 4:
+            before = resident(), gradients(), graphs()
+    now = resident(), gradients(), graphs()
+    assert [reference() for reference in gone] == [None] * 50
+    assert now[0] - before[0] < 20 * MIB
+    assert now[1:] == before[1:]
+
+
+def test_a_long_fit_with_both_callbacks(others_at_work):
+    model = networks.residual(tfbn.BatchNormalization)
+    x = networks.data(model, 64)
+    y = np.arange(64) % 2
+    begun = []
+
+    def remember(epoch, logs):
+        if epoch == 9:
+            begun.append((resident(), gradients()))
+
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    sweeps = tfbn.PopulationStatsCallback(
+        x, every_n_epochs=1, before_validation=True, verbose=0, freeze=False
+    )
+    model.fit(
+        x,
+        y,
+        epochs=50,
+        validation_data=(x, y),
+        callbacks=[
+            sweeps,
+            tfbn.StatsTracker(x=x),
+            keras.callbacks.LambdaCallback(on_epoch_end=remember),
+        ],
+        verbose=0,
+    )
+    assert resident() - begun[0][0] < 20 * MIB
+    assert gradients() == begun[0][1]
