@@ -13,7 +13,7 @@ import networks
 import numpy as np
 import pytest
 from keras import layers
-from test_sweep import SAMPLES, Looped, assert_stats, pooled
+from sweep.test_run import SAMPLES, Looped, assert_stats, pooled
 
 import tfbn
 from tfbn.keras_models import batch_norm_layers

@@ -72,6 +72,7 @@ class Replica:
 
     Attributes:
         model: The model.
+        layers: The layers to sweep, by path.
         begin: The state that the sweep begins at.
     """
 
@@ -81,11 +82,11 @@ class Replica:
         # If it has other layers, its fingerprint is another too, which `sweep_level` refuses.
         if recipe.paths is not None and len(recipe.paths) == len(layers):
             layers = dict(zip(recipe.paths, layers.values(), strict=True))
+        self.layers = layers
         self._sweep = ShardSweep(
             self.model, layers, data.none(), recipe.method, include_frozen=recipe.include_frozen
         )
         self.begin = self._sweep.begin
-        self._process = os.getpid()
         self._lock = threading.Lock()
 
     def sweep_level(self, state, batches):
@@ -98,12 +99,6 @@ class Replica:
         Returns:
             The state after them, without the levels before, which all processes have.
         """
-        if self._process != os.getpid():
-            raise ValueError(
-                "Expected processes that start TensorFlow themselves. Received: one that was "
-                "forked from a process that runs TensorFlow, in which it would wait for ever. "
-                "Start processes with multiprocessing.get_context('spawn')."
-            )
         with self._lock:
             swept = self._sweep.continue_sweep(state, batches)
         return dataclasses.replace(swept, settled={})
@@ -118,10 +113,22 @@ class Replica:
 _replicas = weakref.WeakValueDictionary()
 _last = []
 _making = threading.Lock()
+_processes = set()  # This one, as soon as TensorFlow runs in it, and those that it was forked from.
 
 
 def replica(recipe):
-    """The `Replica` of a sweep in this process, made in the first call."""
+    """The `Replica` of a sweep in this process, made in the first call.
+
+    Raises:
+        ValueError: If the model cannot be loaded or swept, or the process cannot run TensorFlow.
+    """
+    _processes.add(os.getpid())
+    if len(_processes) > 1:
+        raise ValueError(
+            "Expected processes that start TensorFlow themselves. Received: one that was forked "
+            "from a process that runs TensorFlow, in which it may wait for ever. Start processes "
+            "with multiprocessing.get_context('spawn')."
+        )
     with _making:
         found = _replicas.get(recipe.sweep)
         if found is None:

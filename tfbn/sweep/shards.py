@@ -150,4 +150,5 @@ def _sweep_level(task, shards, map, seen, report):
 
 
 def _named(number, shard):
-    return f"shard {number} ({repr(shard)[:200]})"
+    # Of data itself only the beginning, on one line.
+    return f"shard {number} ({' '.join(repr(shard).split())[:100]})"
