@@ -1,4 +1,4 @@
-"""`tfbn.collect_shards` on real engines, two workers each, as `examples/cluster_sweep.py` starts them.
+"""`tfbn.collect_shards` on real engines, as `examples/cluster_sweep.py` starts them.
 
 Run them with `pytest -m engines`, with the extra `engines` installed.
 """
