@@ -2,6 +2,7 @@
 
 import glob
 import importlib
+import importlib.util
 import operator
 import os
 import signal
@@ -13,7 +14,7 @@ import networks
 import numpy as np
 import pytest
 from keras import layers
-from test_sweep import SAMPLES, Looped, assert_stats, pooled
+from sweep.test_run import SAMPLES, Looped, assert_stats, pooled
 
 import tfbn
 from tfbn.keras_models import batch_norm_layers
@@ -27,6 +28,7 @@ from apache_beam.runners.portability.portable_runner import PortableRunner  # no
 from apache_beam.transforms.window import FixedWindows, TimestampedValue  # noqa: E402
 
 import tfbn.beam  # noqa: E402
+from tfbn.sweep.replicas import Replica  # noqa: E402
 
 PROCESSES = {"direct_num_workers": 2, "direct_running_mode": "multi_processing"}
 THREADS = {"direct_num_workers": 4, "direct_running_mode": "multi_threading"}
@@ -151,21 +153,30 @@ def test_pooled_over_examples_pools_the_batches_that_they_fill(run):
     assert stats.samples == SAMPLES and stats.batch_size <= 5
 
 
-def test_layers_go_by_their_paths_where_the_pipeline_was_built(run):
+@pytest.fixture
+def processes(monkeypatch):
+    """Every stage loads the model anew, as it does in a process of its own."""
+    monkeypatch.setattr(tfbn.beam, "replica", Replica)
+
+
+def test_layers_go_by_their_paths_where_the_pipeline_was_built(run, processes, tmp_path):
     build = networks.subclassed  # Its layers have no names of their own.
     model = build(layers.BatchNormalization)
-    weights, here = model.get_weights(), []
+    weights, log = model.get_weights(), tmp_path / "paths"
 
     def load():
         loaded = build(layers.BatchNormalization)
         loaded.set_weights(weights)
-        here.append(list(batch_norm_layers(loaded)))
+        with open(log, "a") as file:  # A list would be pickled, and another one filled.
+            print(*batch_norm_layers(loaded), file=file)
         return loaded
 
     x = networks.data(model, SAMPLES)
     stats = run(examples(x), tfbn.beam.Collect(load, "exact", batch_size=6))
-    assert [list(stats)] == [list(stats.previous)] == here
-    stats = stats.replace(layers=dict(zip(batch_norm_layers(model), stats.values(), strict=True)))
+    here, *elsewhere = map(str.split, log.read_text().splitlines())
+    assert list(stats) == list(stats.previous) == here
+    assert elsewhere and here not in elsewhere
+    stats = dict(zip(batch_norm_layers(model), stats.values(), strict=True))
     assert_stats(stats, model, *networks.in_training(build, model, x, [slice(None)]))
 
 
@@ -229,9 +240,8 @@ def test_workers_share_the_data_and_load_the_model_once(options, run, saved, tmp
     assert_stats(stats, model, *networks.in_training(networks.plain, model, x, [slice(None)]))
     assert stats.samples == SAMPLES
     loads = [os.path.basename(name).split("-")[1] for name in glob.glob(f"{tmp_path}/load-*")]
-    loads.remove(str(os.getpid()))  # To learn of the levels.
-    assert len(set(loads)) == len(loads) == (2 if options is PROCESSES else 1)
-    assert (str(os.getpid()) in loads) == (options is not PROCESSES)
+    assert loads.count(str(os.getpid())) == 1  # To learn of the levels.
+    assert len(set(loads)) == len(loads) == (3 if options is PROCESSES else 1)
 
 
 class Failing(beam.DoFn):
@@ -252,10 +262,10 @@ def test_a_bundle_that_is_tried_again_counts_once(method, run, saved, tmp_path, 
     model, path, x = saved()
     process, calls = tfbn.beam._Level.process, []
 
-    def failing(self, *args):
-        yield from process(self, *args)
-        calls.append(self._level)
-        if calls.count(self._level) == 2:
+    def failing(self, batch, state):
+        yield from process(self, batch, state)
+        calls.append(state.level)
+        if calls.count(state.level) == 2:
             raise RuntimeError("a worker is lost")
 
     monkeypatch.setattr(tfbn.beam._Level, "process", failing)
@@ -296,11 +306,11 @@ def bad_data():
     ragged = [np.zeros((8, 8, 3)), np.zeros((8, 9, 3))]
     takes = r"batches that model '.*' takes\. Received: a batch with inputs"
     return {
-        "NaN": ([nan], None, "layer 'batch_norm.* in a batch, channel .*Clean the data"),
-        "no batch axis": (list(x), None, takes),
+        "NaN": ([nan], None, "layer 'batch_norm.* in a batch, channel .*Clean it"),
+        "no batch axis": (list(x), None, "Expected batches of shape .*which has no batch axis"),
         "a batch axis twice": ([x, x], 2, takes),
         "other shapes": (ragged, 2, "one structure and one shape"),
-        "scalars": ([[1.0, 2.0]], None, "batch axis"),
+        "scalars": ([[1.0, 2.0]], None, takes),
     }
 
 
@@ -315,7 +325,7 @@ def test_bad_data_gets_one_clear_error(name, run, saved):
 def test_errors_reach_the_caller_from_other_processes(run, saved):
     _, path, x = saved()
     x[5, 0, 0] = np.inf
-    with pytest.raises(RuntimeError, match="ValueError: Expected finite values to enter layer"):
+    with pytest.raises(RuntimeError, match="Error: Expected finite values to enter layer"):
         run(examples(x), tfbn.beam.Collect(path, "exact", batch_size=4), **PROCESSES)
 
 
@@ -325,13 +335,45 @@ def test_one_value_per_channel(run):
         run([np.ones((1, 3))], tfbn.beam.Collect(lambda: model, "algorithm2"))
 
 
-def test_a_process_with_other_weights(run):
+def test_a_process_with_other_weights(run, processes):
     def load():  # Other ones each time.
         return networks.plain(layers.BatchNormalization)
 
     x = networks.data(load(), SAMPLES)
     with pytest.raises(ValueError, match="every process to load the same weights"):
         run([x], tfbn.beam.Collect(load))
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_runner_that_loses_or_repeats_an_element_of_a_level(times, run, saved, monkeypatch):
+    _, path, x = saved()
+    process, seen = tfbn.beam._Level.process, []
+
+    def unreliable(self, batch, state):
+        seen.append(state.level)
+        for _ in range(times if seen.count(2) == 1 and state.level == 2 else 1):
+            yield from process(self, batch, state)
+
+    monkeypatch.setattr(tfbn.beam._Level, "process", unreliable)
+    message = rf"same elements at every level.*{SAMPLES} samples at level 1, and at level 2 \d+, or"
+    with pytest.raises(ValueError, match=message):
+        run(batches(x, 4, 17, 16)[0], tfbn.beam.Collect(path, "exact"))
+
+
+def test_a_runner_that_is_known_to_lose_elements(saved):
+    _, path, x = saved()
+
+    class DaskRunner(FnApiRunner):
+        """Beam's own needs Dask; this one has its place."""
+
+    DaskRunner.__module__ = "apache_beam.runners.dask.dask_runner"
+    elements = beam.Pipeline(DaskRunner(), PipelineOptions([])) | beam.Create([x])
+    with pytest.raises(ValueError, match=r"delivers every element once.*DaskRunner"):
+        elements | tfbn.beam.Collect(path)
+
+
+def test_beams_runner_on_dask_is_where_it_was():
+    assert importlib.util.find_spec("apache_beam.runners.dask.dask_runner")
 
 
 class Deeper(keras.Model):

@@ -3,18 +3,16 @@
 Import it by its name: `import tfbn` leaves Apache Beam alone.
 """
 
+import dataclasses
 import functools
-import os
-import threading
+from typing import NamedTuple
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 try:
     import apache_beam as beam
     from apache_beam.transforms.window import GlobalWindows
-    from apache_beam.utils.shared import Shared
 except ImportError as error:
     raise ImportError(
         "Expected apache-beam, to run pipelines with. Received: an environment without it. Run "
@@ -22,14 +20,13 @@ except ImportError as error:
     ) from error
 
 from tfbn import keras_models
-from tfbn.population import PopulationStats, latest
 from tfbn.sweep import batches as data
-from tfbn.sweep import parts
-from tfbn.sweep import run as sweep
+from tfbn.sweep.graph_passes import depth, levels_of, recurrent
+from tfbn.sweep.methods import METHODS, check_method
 from tfbn.sweep.network import Network
-
-# Elements have no order in which they could be counted.
-_BATCH = "a batch"
+from tfbn.sweep.replicas import Recipe, replica
+from tfbn.sweep.sources import check_source
+from tfbn.sweep.state import SweepState
 
 
 class Collect(beam.PTransform):
@@ -91,20 +88,22 @@ class Collect(beam.PTransform):
 
     def __init__(self, model, method="pooled", batch_size=None, include_frozen=False):
         super().__init__()
-        sweep.check_method(method)
+        check_method(method)
         data.check_positive(batch_size=batch_size)
-        self._model = _checked_source(model)
+        self._source = check_source(model)
         self._method = method
         self._batch_size = None if batch_size is None else int(batch_size)
         self._include_frozen = include_frozen
 
     def expand(self, examples):
-        swept = functools.partial(_Swept, self._model, self._method, self._include_frozen)
-        here = swept()
-        levels = here.levels()
-        # One for all stages, as one process may run several of them.
-        known = here.begin.fingerprint, list(here.begin.previous)
-        acquire = functools.partial(Shared().acquire, functools.partial(swept, *known))
+        _refuse(examples.pipeline.runner)
+        recipe = Recipe(self._source, self._method, self._include_frozen)
+        here = replica(recipe)
+        stages = _stages(here, self._method)
+        recipe = dataclasses.replace(recipe, paths=here.begin.paths)
+        begin = here.begin
+        if stages.whole:
+            begin = begin.whole_passes()
         batches = (
             examples
             | "Join windows" >> beam.WindowInto(GlobalWindows())
@@ -116,122 +115,148 @@ class Collect(beam.PTransform):
                 | "Group" >> beam.BatchElements(self._batch_size, self._batch_size)
                 | "Stack" >> beam.Map(_stack)
             )
-        stats = None
-        for level in range(1, levels + 1):
-            below = [] if stats is None else [beam.pvalue.AsSingleton(stats)]
-            stats = (
+        state = examples.pipeline | "Begin" >> beam.Create([begin])
+        for level in range(1, stages.number + 1):
+            before = beam.pvalue.AsSingleton(state)
+            state = (
                 batches
-                | f"Level {level}" >> beam.ParDo(_Level(acquire, level, levels), *below)
+                | f"Level {level}" >> beam.ParDo(_Level(recipe), before)
                 | f"Merge {level}" >> beam.CombineGlobally(_Merge())
+                | f"Join {level}" >> beam.Map(_joined, before)
             )
-            if below:
-                stats |= f"Join {level}" >> beam.Map(_joined, *below)
-        return stats | "Finish" >> beam.Map(_finish, acquire)
+        return state | "Finish" >> beam.Map(_finish, recipe, stages.number)
 
 
-class _Swept:
-    """A model in one process, with what is made of it once for all batches."""
+class _Stages(NamedTuple):
+    """How many stages a sweep takes, and whether each is a pass over the whole network."""
 
-    def __init__(self, source, method, include_frozen, fingerprint=None, paths=None):
-        self.model = source() if callable(source) else _load(source)
-        layers = sweep.layers_to_sweep(self.model, include_frozen)
-        self.begin = parts.start(self.model, layers, method)
-        if fingerprint not in (None, self.begin.fingerprint):
-            raise ValueError(
-                "Expected every process to load the same weights. Received: fingerprints "
-                f"{fingerprint[:12]} where the pipeline was built and "
-                f"{self.begin.fingerprint[:12]} where it runs. Give all the same file."
-            )
-        if paths is not None:  # Unnamed layers have other numbers in every process.
-            layers, held = (
-                dict(zip(paths, found.values(), strict=True))
-                for found in (layers, self.begin.previous)
-            )
-            self.begin = self.begin.replace(previous=self.begin.previous.replace(layers=held))
-        self.network = Network(self.model, layers, method)
-        # The observed layers are patched while the model is called.
-        self.lock = threading.Lock()
+    number: int
+    whole: bool
 
-    def levels(self):
-        """How many stages the sweep takes."""
-        if self.begin.method != "exact":
-            return 1
-        specs = keras_models.input_specs(self.model)
-        if specs is None or self.model.run_eagerly:
-            why = "runs eagerly" if specs else "has no recorded input shape"
-            raise ValueError(
-                "Expected a model whose levels can be told before the data comes, for "
-                f"method='exact'. Received: {self.model.name!r}, which {why}. Use a functional "
-                "model, or method='pooled' with large batches."
-            )
-        self.network.enter(_BATCH, specs[0], 1)
-        return max(1, self.network.levels)
+
+def _stages(here, method):
+    """The `_Stages` of a sweep, from its model alone.
+
+    Raises:
+        ValueError: If only the data would tell.
+    """
+    if not METHODS[method].by_level:
+        return _Stages(1, False)
+    model = here.model
+    specs = keras_models.input_specs(model)
+    if specs is None or model.run_eagerly:
+        why = "runs eagerly" if specs else "has no recorded input shape"
+        raise ValueError(
+            "Expected a model whose levels can be told before the data comes, for "
+            f"method='exact'. Received: {model.name!r}, which {why}. Use a functional "
+            "model, or method='pooled' with large batches."
+        )
+    trace = Network(model, here.layers).trace(specs[0], settled=True)
+    if levels_of(trace).of_path is not None:
+        return _Stages(max(1, depth(trace)), False)
+    # Every pass settles one more call, and one more tells that nothing has moved; in a cell that
+    # is called on its own output first its calls settle, then the layers behind it.
+    calls = len(trace.calls) + 2
+    return _Stages(2 * calls if recurrent(trace) else calls, True)
 
 
 class _Level(beam.DoFn):
-    """From batches to the statistics of each at one level."""
+    """From batches to the state of each after one level."""
 
-    def __init__(self, acquire, level, levels):
-        self._acquire = acquire
-        self._level = level
-        self._levels = levels
+    def __init__(self, recipe):
+        self._recipe = recipe
 
     def setup(self):
-        self._swept = self._acquire()
-        self._below, self._populations = None, {}
+        self._replica = replica(self._recipe)
 
-    def process(self, batch, below=None):
-        swept = self._swept
-        inputs = data.to_tensors(batch)
-        samples = data.samples(inputs)
-        with swept.lock:
-            if below is not self._below:  # The same object for all of a bundle.
-                self._below = below
-                self._populations = swept.network.settle(latest(below.calls))
-            frontier = swept.network.enter(_BATCH, inputs, self._level)
-            found, _ = swept.network.advance(
-                _BATCH, frontier, self._level, self._populations, keep=False
-            )
-            levels = max(self._levels, swept.network.levels)
-        part = swept.begin.replace(level=self._level, previous=None)
-        yield parts.add(part, samples, found, levels)
+    def process(self, batch, state):
+        if state.complete:
+            return
+        yield self._replica.sweep_level(state, _Element(batch, self._replica.model))
+
+
+class _Element:
+    """The `Batches` of one element."""
+
+    static = False
+
+    def __init__(self, x, model):
+        # In a tuple of one, because it is x alone, which may be a tuple too.
+        [batch] = data.batches(iter([(x,)]), model=model)
+        self._batch = _Unnumbered(*batch)
+
+    def first(self):
+        return self._batch
+
+    def __iter__(self):
+        yield self._batch
+
+
+class _Unnumbered(data.Batch):
+    """A batch of a collection, whose elements have no order in which they could be counted."""
+
+    __slots__ = ()
+    name = "a batch"
 
 
 class _Merge(beam.CombineFn):
-    """The statistics of all data at one level."""
+    """The states of all data after one level, without the levels before."""
 
     def create_accumulator(self):
         return None
 
-    def add_input(self, accumulator, part):
-        return part if accumulator is None else accumulator.merge(part)
+    def add_input(self, accumulator, state):
+        return state if accumulator is None else accumulator.merge(state)
 
     def merge_accumulators(self, accumulators):
-        parts = [part for part in accumulators if part is not None]
-        return functools.reduce(PopulationStats.merge, parts) if parts else None
+        states = [state for state in accumulators if state is not None]
+        return functools.reduce(SweepState.merge, states) if states else None
 
     def extract_output(self, accumulator):
-        if accumulator is None:
-            raise data.empty()
         return accumulator
 
 
-def _joined(part, below):
-    stats = parts.above(below, part)
-    if stats.complete:
-        parts.check_settled(below, stats)
-    return stats
-
-
-def _finish(stats, acquire):
-    swept = acquire()
-    if not stats.complete:
+def _joined(swept, before):
+    """The state at the beginning of the next level."""
+    if before.complete:
+        return before
+    found = (0, 0) if swept is None else (swept.samples, swept.data)
+    if before.first is None and swept is None:
+        raise data.empty()
+    if before.first is not None and found != before.first[:2]:
         raise ValueError(
-            f"Expected data for which model {swept.model.name!r} has as many levels of batch norm "
-            f"layers as for its recorded input shape, {stats.level}. Received: a batch for which "
-            f"it has {stats.levels}. Give the data one shape."
+            "Expected the same elements at every level. Received: elements with "
+            f"{before.first[0]} samples at level 1, and at level {before.level} {found[0]}, or "
+            "other ones. Read and augment them in the same way every time, or use method='pooled', "
+            "which reads them once; if nothing is random, the runner is at fault."
         )
-    return parts.finish(stats, swept.model, swept.begin.previous)
+    if swept.whole and not before.whole:
+        raise ValueError(
+            "Expected data for which the network can be cut at its levels, as for its recorded "
+            "input shape. Received: a batch for which a layer is called in a loop or on its own "
+            "output. Give the data one shape."
+        )
+    return dataclasses.replace(swept, settled=before.settled).next_level()
+
+
+def _finish(state, recipe, stages):
+    here = replica(recipe)
+    if not state.complete:
+        raise ValueError(
+            f"Expected data for which model {here.model.name!r} has no more levels of batch norm "
+            f"layers than for its recorded input shape, {stages}. Received: a batch for which it "
+            f"has {max(state.levels.values(), default=stages + 1)}. Give the data one shape."
+        )
+    return here.finish(state)
+
+
+def _refuse(runner):
+    if type(runner).__module__.startswith("apache_beam.runners.dask"):
+        raise ValueError(
+            "Expected a runner that delivers every element once. Received: DaskRunner, which "
+            "delivers some several times and loses others without an error. Use another runner, "
+            "or tfbn.collect_shards on Dask."
+        )
 
 
 def _inputs(element):
@@ -245,28 +270,4 @@ def _stack(examples):
         raise ValueError(
             "Expected examples of one structure and one shape, to put them into batches. "
             f"Received: examples that differ ({error}). Pad them, or give batches."
-        ) from error
-
-
-def _checked_source(model):
-    known = isinstance(model, str | os.PathLike) and str(model).endswith(".keras")
-    if known and tf.io.gfile.exists(os.fspath(model)):
-        return os.fspath(model)
-    if callable(model) and not isinstance(model, keras.Model):
-        return model
-    raise ValueError(
-        "Expected `model` to be the path of a .keras file, or a function without arguments that "
-        f"returns the model. Received: model={model!r}"
-        + (", which does not exist" if known else "")
-        + ". Save the model where all workers can read it."
-    )
-
-
-def _load(path):
-    try:
-        return keras.models.load_model(path, compile=False)
-    except Exception as error:
-        raise ValueError(
-            f"Expected a .keras file that Keras can load. Received: model={path!r}, on which it "
-            f"raised {type(error).__name__}: {error} Give a function that returns the model."
         ) from error

@@ -89,19 +89,16 @@ class ShardSweep:
             batches = batches.in_memory(memory_limit)
             memory_limit -= sum(nbytes(batch.inputs) for batch in batches)
         self._batches = batches
-        frozen, ignored = frozenset(), frozenset()
-        if not include_frozen:
-            frozen, ignored = _frozen_by_call(model, layers, batches)
-        layers = {path: layer for path, layer in layers.items() if path not in frozen}
         held = PopulationStats.read(model)
         path_of = {id(layer): path for path, layer in keras_models.batch_norm_layers(model).items()}
         self._held = {path: held[path_of[id(layer)]] for path, layer in layers.items()}
         self._model = model
+        self._layers = layers
+        self._include_frozen = include_frozen
         self._eager = model.run_eagerly
         whole = METHODS[method].by_level and self._eager
         self.begin = SweepState(method, held.fingerprint, tuple(layers), whole)
-        self._networks = [Network(model, layers, ignored, device) for device in devices(model)]
-        self._populations = [{} for _ in self._networks]  # By path: moments, and their tensor.
+        self._choose_layers(batches)
         self._memory_limit = memory_limit or 0
         self.forget_frontiers()
         self._saved = self._checkpoint and self._checkpoint.read(self.begin)
@@ -122,8 +119,12 @@ class ShardSweep:
             fingerprint=self.begin.fingerprint,
         )
 
-    def continue_sweep(self, state):
+    def continue_sweep(self, state, batches):
         """The state after one level of a sweep that began in another process.
+
+        Args:
+            state: The state at the beginning of the level.
+            batches: The `tfbn.sweep.batches.Batches` to sweep, which are read once.
 
         Raises:
             ValueError: If the weights are others there.
@@ -134,8 +135,14 @@ class ShardSweep:
                 f"{state.fingerprint[:12]} where the sweep began and "
                 f"{self.begin.fingerprint[:12]} here. Give all the same file."
             )
+        if batches.first() is None:
+            return state
+        if not self._chosen:
+            self._choose_layers(batches)
         if state.level == 1:  # The data tells which layers are frozen by call.
             state = dataclasses.replace(state, paths=self.begin.paths)
+        self._batches = batches
+        self.forget_frontiers()  # They are of the batches before.
         return self.sweep_level(state)
 
     def forget_frontiers(self):
@@ -185,6 +192,21 @@ class ShardSweep:
         self._report.end()
         if self._checkpoint is not None:
             self._checkpoint.remove()
+
+    def _choose_layers(self, batches):
+        """Leave out the layers that, as the first batch of this process shows, do not train."""
+        layers, ignored = self._layers, frozenset()
+        self._chosen = True
+        if not (self._include_frozen or keras_models.always_passes_training_on(self._model)):
+            first = batches.first()
+            self._chosen = first is not None
+            if first is not None:
+                frozen, ignored = _frozen_by_call(self._model, layers, first.inputs)
+                layers = {path: layer for path, layer in layers.items() if path not in frozen}
+        self.begin = dataclasses.replace(self.begin, paths=tuple(layers))
+        places = devices(self._model)
+        self._networks = [Network(self._model, layers, ignored, device) for device in places]
+        self._populations = [{} for _ in self._networks]  # By path: moments, and their tensor.
 
     def _begin_passes(self, state):
         by_level = METHODS[self._method].by_level and not (state.whole or self._eager)
@@ -258,12 +280,9 @@ class ShardSweep:
         )
 
 
-def _frozen_by_call(model, layers, batches):
+def _frozen_by_call(model, layers, inputs):
     """The paths of layers that `fit` does not train although they may, and single such calls."""
-    first = None if keras_models.always_passes_training_on(model) else batches.first()
-    if first is None:
-        return frozenset(), frozenset()
-    untrained, trained = untrained_sites(model, layers, first.inputs)
+    untrained, trained = untrained_sites(model, layers, inputs)
     paths = {site.path for site in trained}
     frozen = frozenset(site.path for site in untrained if site.path not in paths)
     if frozen == layers.keys():

@@ -1,23 +1,13 @@
 """`collect_shards`: one sweep over data in many places, on any engine that has a map."""
 
 import dataclasses
-import functools
-import uuid
-from typing import Any, NamedTuple
-
-import keras
+from typing import Any
 
 from tfbn.sweep import batches as data
 from tfbn.sweep.methods import check_method
+from tfbn.sweep.replicas import Recipe, forget, merged, replica, source_of
 from tfbn.sweep.report import Report
-from tfbn.sweep.run import check, layers_to_sweep
-from tfbn.sweep.shard import ShardSweep
-from tfbn.sweep.sources import check_source
-from tfbn.sweep.sources import load as load_model
 from tfbn.sweep.state import SweepState
-
-# The model of the sweep that this process last worked for, by the sweep's name.
-_loaded = {}
 
 
 def collect_shards(
@@ -40,7 +30,8 @@ def collect_shards(
     engine runs twice counts once. Every process loads the model, and traces it, once a sweep.
 
     ```python
-    with concurrent.futures.ProcessPoolExecutor() as pool:
+    spawn = multiprocessing.get_context("spawn")  # TensorFlow does not survive a fork.
+    with concurrent.futures.ProcessPoolExecutor(mp_context=spawn) as pool:
         stats = tfbn.collect_shards("model.keras", files, map=pool.map, load=np.load)
     ```
 
@@ -69,75 +60,64 @@ def collect_shards(
     check_method(method)
     data.check_positive(batch_size=batch_size, steps=steps)
     shards = list(shards)
-    source = model if isinstance(model, keras.Model) else check_source(model)
-    here = source if isinstance(source, keras.Model) else load_model(source)
-    layers = layers_to_sweep(here, include_frozen)
-    begin = ShardSweep(here, layers, data.none(), method, include_frozen=include_frozen)
-    options = {"method": method, "include_frozen": include_frozen}
-    task = _Task(uuid.uuid4().hex, source, load, batch_size, steps, options, begin.begin)
-    report = Report(method, verbose, len(shards), unit="shard")
+    recipe = Recipe(source_of(model), method, include_frozen)
+    try:
+        return _collect(recipe, shards, map, load, batch_size, steps, verbose)
+    finally:
+        forget(recipe)
+
+
+def _collect(recipe, shards, map, load, batch_size, steps, verbose):
+    here = replica(recipe)
+    state, seen = here.begin, {}
+    recipe = dataclasses.replace(recipe, paths=state.paths)
+    report = Report(recipe.method, verbose, len(shards), unit="shard")
     report.begin()
-    state, seen = begin.begin, {}
     while not state.complete:
         report.begin_level(state.level)
-        merged = _sweep_level(task._replace(state=state), shards, map, seen, report)
-        if merged.whole and not state.whole:
-            state, seen = merged.whole_passes(), {}
+        task = _Task(recipe, state, load, batch_size, steps)
+        after = _sweep_level(task, shards, map, seen, report)
+        if after.whole and not state.whole:
+            state, seen = after.whole_passes(), {}
             continue
-        state = merged.next_level()
+        state = after.next_level()
     report.end()
-    return state.finish(here, begin.previous_of(state.paths))
+    return here.finish(state)
 
 
-class _Task(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Task:
     """The sweep of one shard at one level, to be sent to another process.
 
     Attributes:
-        sweep: The name of the sweep.
-        source: The model, or where to get it.
+        recipe: The `Recipe` of the sweep.
+        state: The state at the beginning of the level.
         load: From a shard to its data.
         batch_size, steps: See `collect_shards`.
-        options: Of `ShardSweep`.
-        state: The state at the beginning of the level.
     """
 
-    sweep: str
-    source: Any
+    recipe: Recipe
+    state: SweepState
     load: Any
     batch_size: int | None
     steps: int | None
-    options: dict
-    state: SweepState
 
     def __call__(self, numbered):
         """The number of a shard, and the bytes of its state after the level."""
         number, shard = numbered
         try:
-            state = self._sweep(shard)
+            here = replica(self.recipe)
+            x = shard if self.load is None else self.load(shard)
+            batches = data.batches(
+                x, self.batch_size, self.steps, may_be_empty=True, model=here.model
+            )
+            return number, here.sweep_level(self.state, batches).to_bytes()
         except Exception as error:
             # A string alone: the error itself may not survive the way back.
             raise RuntimeError(
                 f"Expected every shard to be swept. Received: from {_named(number, shard)}, "
                 f"{type(error).__name__}: {error}"
             ) from None
-        return number, dataclasses.replace(state, settled={}).to_bytes()
-
-    def _sweep(self, shard):
-        x = shard if self.load is None else self.load(shard)
-        if self.sweep not in _loaded:
-            _loaded.clear()
-            source = self.source
-            model = source if isinstance(source, keras.Model) else load_model(source)
-            _loaded[self.sweep] = model
-        model = _loaded[self.sweep]
-        layers, batches = check(
-            model, x, self.batch_size, self.steps, self.options["include_frozen"], may_be_empty=True
-        )
-        # Unnamed layers of a subclassed model have other numbers in every process.
-        paths = self.state.paths
-        if len(paths) == len(layers):
-            layers = dict(zip(paths, layers.values(), strict=True))
-        return ShardSweep(model, layers, batches, **self.options).continue_sweep(self.state)
 
 
 def _sweep_level(task, shards, map, seen, report):
@@ -146,14 +126,14 @@ def _sweep_level(task, shards, map, seen, report):
     for number, content in map(task, list(enumerate(shards))):
         if number in swept:
             continue
-        state = SweepState.from_bytes(content)
-        swept[number] = dataclasses.replace(state, settled=task.state.settled)
-        data_now = state.samples, state.data
-        if not state.whole and seen.setdefault(number, data_now) != data_now:
+        state = swept[number] = SweepState.from_bytes(content)
+        begins_anew = state.whole and not task.state.whole
+        found = state.samples, state.data
+        if not begins_anew and seen.setdefault(number, found) != found:
             raise ValueError(
                 f"Expected the same data at every level. Received: {_named(number, shards[number])}"
-                f", which had {seen[number][0]} samples at level 1 and now has {data_now[0]}, or "
-                "other ones. Give shards that do not change."
+                f", which had {seen[number][0]} samples at level 1 and at level {task.state.level} "
+                f"has {found[0]}, or other ones. Give shards that do not change."
             )
         report.batch(max(state.levels.values(), default=0))
     missing = [number for number in range(len(shards)) if number not in swept]
@@ -163,11 +143,12 @@ def _sweep_level(task, shards, map, seen, report):
             f"{_named(missing[0], shards[missing[0]])}. Look at the engine that `map` belongs to."
         )
     # In the order of the shards, so that rounding is the same for any order of results.
-    states = [swept[number] for number in range(len(shards)) if swept[number].batches]
-    if not states:
+    state = merged((swept[number] for number in range(len(shards))), task.state)
+    if state is None:
         raise data.empty()
-    return functools.reduce(SweepState.merge, states)
+    return state
 
 
 def _named(number, shard):
-    return f"shard {number} ({repr(shard)[:200]})"
+    # Of data itself only the beginning, on one line.
+    return f"shard {number} ({' '.join(repr(shard).split())[:100]})"

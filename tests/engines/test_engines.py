@@ -1,0 +1,109 @@
+"""`tfbn.collect_shards` on real engines, as `examples/cluster_sweep.py` starts them.
+
+Run them with `pytest -m engines`, with the extra `engines` installed.
+"""
+
+import os
+import pathlib
+import sys
+
+import keras
+import networks
+import numpy as np
+import pytest
+from keras import layers
+
+import tfbn
+
+TESTS = pathlib.Path(__file__).parents[1]
+FOLDERS = [TESTS.parent, TESTS.parent / "examples", TESTS, TESTS / "sweep"]
+sys.path[:0] = [str(TESTS.parent / "examples"), str(TESTS / "sweep")]
+
+import shard_workers as work  # noqa: E402
+from cluster_sweep import ENGINES  # noqa: E402
+
+pytestmark = pytest.mark.engines
+
+SAMPLES = 24
+
+
+@pytest.fixture(scope="module", params=["spark", "ray", "dask"])
+def any_map(request):
+    """The `map` of an engine whose workers can import what the tests do."""
+    with pytest.MonkeyPatch.context() as patch:
+        paths = [*map(str, FOLDERS), os.environ.get("PYTHONPATH", "")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        with ENGINES[request.param]() as any_map:
+            yield any_map
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A network in a file, data for it, and shards of that, of which two are empty."""
+    keras.utils.set_random_seed(0)
+    model = networks.plain(layers.BatchNormalization)
+    model.save(tmp_path / "model.keras")
+    x = networks.data(model, SAMPLES)
+    np.save(tmp_path / "x.npy", x)
+    bounds = [(0, 8), (8, 8), (8, 13), (13, 13), (13, SAMPLES)]
+    return model, tmp_path / "model.keras", x, [(str(tmp_path / "x.npy"), *b) for b in bounds]
+
+
+def assert_same(stats, expected, tolerance):
+    """Compare two statistics, the mean in units of the standard deviation."""
+    assert stats.samples == expected.samples == SAMPLES
+    for path, known in expected.items():
+        found, std = stats[path], np.sqrt(known.variance)
+        np.testing.assert_array_equal(found.count, known.count)
+        np.testing.assert_allclose(found.mean / std, known.mean / std, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(found.variance, known.variance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("method", ["exact", "pooled"])
+def test_the_same_as_in_one_process(method, any_map, saved):
+    model, path, x, shards = saved
+    stats = tfbn.collect_shards(
+        path,
+        shards,
+        map=any_map,
+        load=work.slice_of,
+        method=method,
+        batch_size=32,
+        verbose=0,
+    )
+    if method == "exact":
+        assert_same(stats, tfbn.collect(model, x, verbose=0), 1e-6)
+    else:
+        batches = (x[start:end] for _, start, end in shards if start < end)
+        assert_same(stats, tfbn.collect(model, batches, method=method, verbose=0), 1e-12)
+    assert stats.batches == 3
+
+
+def test_a_process_loads_the_model_once(any_map, saved, tmp_path):
+    _, path, _, shards = saved
+    log = tmp_path / "loads"
+
+    def load():  # Of a test, so that engines pickle it by value, anew for every task.
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        return keras.models.load_model(path)
+
+    tfbn.collect_shards(load, shards * 2, map=any_map, load=work.slice_of, verbose=0)
+    loads = log.read_text().split()
+    assert str(os.getpid()) in loads and 2 <= len(loads) <= 3  # And two workers at most.
+    assert len(set(loads)) == len(loads)
+
+
+def test_an_error_names_the_shard(any_map, saved, tmp_path):
+    _, path, _, shards = saved
+    shards.append((str(tmp_path / "none.npy"), 0, 3))
+    with pytest.raises(Exception, match=r"(?s)every shard to be swept.*shard 5 .*none\.npy"):
+        tfbn.collect_shards(path, shards, map=any_map, load=work.slice_of, verbose=0)
+
+
+def test_a_worker_that_is_killed_while_it_sweeps(any_map, saved, tmp_path):
+    model, path, x, shards = saved
+    deadly = work.Deadly(tmp_path / "log", 4, shards[-1])
+    stats = tfbn.collect_shards(path, shards, map=any_map, load=deadly, verbose=0)
+    assert len(deadly.log.read_text().split()) == 4  # Of three levels, the second twice.
+    assert_same(stats, tfbn.collect(model, x, verbose=0), 1e-6)

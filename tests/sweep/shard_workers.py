@@ -1,0 +1,90 @@
+"""Functions for the processes of the tests of `collect_shards`, which import them by name."""
+
+import os
+import pathlib
+import signal
+
+import keras
+import networks
+import numpy as np
+from keras import layers
+
+
+@keras.saving.register_keras_serializable("tests")
+class Called(layers.Layer):
+    """Writes down the process and the shape of every call in Python, of which a trace is one."""
+
+    def __init__(self, log, **options):
+        super().__init__(**options)
+        self.log = log
+
+    def call(self, inputs):
+        """The inputs."""
+        with open(self.log, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        return inputs
+
+    def get_config(self):
+        """For the file of a model."""
+        return super().get_config() | {"log": self.log}
+
+
+def counting(log):
+    """A network whose traces are counted in a file."""
+    return keras.Sequential(
+        [
+            keras.Input((3,)),
+            Called(log),
+            layers.BatchNormalization(),
+            layers.Dense(4, "relu"),
+            layers.BatchNormalization(),
+        ]
+    )
+
+
+class Source:
+    """Builds a subclassed model whose unnamed layers have other numbers in every process."""
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def __call__(self):
+        """The model, after one more of its kind in other processes than the first."""
+        for _ in range(1 + os.getpid() % 3):
+            networks.subclassed(layers.BatchNormalization)
+        keras.utils.set_random_seed(os.getpid() if self.seed is None else self.seed)
+        return networks.subclassed(layers.BatchNormalization)
+
+
+def slice_of(path_and_bounds):
+    """Some samples of an array in a file."""
+    path, start, end = path_and_bounds
+    return np.load(path)[start:end]
+
+
+class Deadly:
+    """Yields the batches of a shard, and kills its process when it sweeps one for the second time.
+
+    Args:
+        log: The name of a file to count in.
+        size: Of the batches, after the first of which it kills.
+        victim: The shard.
+    """
+
+    def __init__(self, log, size, victim):
+        self.log = pathlib.Path(log)
+        self.size = size
+        self.victim = victim
+
+    def __call__(self, shard):
+        """A generator of batches."""
+        deadly = False
+        if shard == self.victim:
+            with open(self.log, "a") as file:
+                file.write(f"{os.getpid()}\n")
+            deadly = len(self.log.read_text().splitlines()) == 2
+        x = slice_of(shard)
+        for first in range(0, len(x), self.size):
+            if first and deadly:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield x[first : first + self.size]

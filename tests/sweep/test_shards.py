@@ -1,0 +1,469 @@
+"""Tests of `tfbn.collect_shards`, in this process and in the standard library's process pool."""
+
+import builtins
+import concurrent.futures
+import itertools
+import multiprocessing
+import operator
+import pathlib
+import pickle
+import random
+
+import cloudpickle
+import keras
+import networks
+import numpy as np
+import pytest
+import shard_workers as work
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import layers
+
+import tfbn
+from tfbn.keras_models import batch_norm_layers
+
+SPAWN = multiprocessing.get_context("spawn")
+SAMPLES = 24
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Two processes. They import TensorFlow, so that all tests share them."""
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=SPAWN) as pool:
+        yield pool
+
+
+def cut(x, *ends):
+    """The shards of some data, which end at these samples."""
+    bounds = [0, *ends, len(keras.tree.flatten(x)[0])]
+    slices = itertools.starmap(slice, itertools.pairwise(bounds))
+    return [keras.tree.map_structure(operator.itemgetter(part), x) for part in slices]
+
+
+def in_file(tmp_path, x, *ends):
+    """Such shards as names and bounds, for `work.slice_of`."""
+    np.save(tmp_path / "x.npy", x)
+    bounds = [0, *ends, len(x)]
+    return [(str(tmp_path / "x.npy"), start, end) for start, end in itertools.pairwise(bounds)]
+
+
+def assert_same(stats, expected, tolerance):
+    """Compare two statistics, the mean in units of the standard deviation."""
+    assert len(stats) == len(expected)
+    for found, known in zip(stats.values(), expected.values(), strict=True):
+        np.testing.assert_array_equal(found.count, known.count)
+        std = np.sqrt(known.variance) + 1e-30
+        np.testing.assert_allclose(found.mean / std, known.mean / std, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(found.variance, known.variance, rtol=tolerance)
+
+
+# What comes out.
+
+
+@pytest.mark.parametrize(
+    "build",
+    [networks.residual, networks.branching, networks.late_input, networks.nested],
+)
+def test_exact_is_that_of_all_data_whatever_the_shards(build):
+    model = build(layers.BatchNormalization)
+    x = networks.data(model, SAMPLES)
+    stats = tfbn.collect_shards(model, cut(x, 0, 1, 9, 9), batch_size=4, verbose=0)
+    assert_same(stats, tfbn.collect(model, x, batch_size=8, verbose=0), 1e-6)
+    assert (stats.samples, stats.batches, stats.batch_size) == (SAMPLES, 7, 4)
+    paths = {id(layer): path for path, layer in batch_norm_layers(model).items()}
+    order = [paths[id(layer)] for layer in networks.batch_norms(model)]
+    [expected] = networks.in_training(build, model, x, [slice(None)])
+    for path, (mean, variance) in zip(order, expected, strict=True):
+        std = np.sqrt(variance)
+        np.testing.assert_allclose(stats[path].mean / std, mean / std, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(stats[path].variance, variance, rtol=1e-4)
+    # A complete result of this model, with what it held.
+    before = tfbn.PopulationStats.read(model)
+    assert all(stats.previous[name] == held for name, held in before.items())
+    stats.assign(model)
+    assert stats.mismatch(model) is None
+
+
+_small = networks.plain(layers.BatchNormalization)
+_x = networks.data(_small, SAMPLES)
+
+
+@settings(max_examples=8, deadline=None)
+@given(ends=st.lists(st.integers(0, SAMPLES), max_size=5), size=st.integers(2, 9))
+def test_any_cut_gives_the_same(ends, size):
+    stats = tfbn.collect_shards(_small, cut(_x, *sorted(ends)), batch_size=size, verbose=0)
+    assert_same(stats, tfbn.collect(_small, _x, verbose=0), 1e-6)
+    assert stats.samples == SAMPLES
+
+
+@pytest.mark.parametrize("method", ["pooled", "algorithm2"])
+def test_one_pass_methods_for_the_same_batches(method):
+    stats = tfbn.collect_shards(_small, cut(_x, 8, 8, 20), method=method, batch_size=4, verbose=0)
+    expected = tfbn.collect(_small, _x, method=method, batch_size=4, verbose=0)
+    assert_same(stats, expected, 1e-12)
+    assert (stats.samples, stats.batches) == (expected.samples, expected.batches)
+
+
+class Looped(keras.Model):
+    """Batch norm in the body of a while loop."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.bn = layers.BatchNormalization(), layers.BatchNormalization()
+
+    def call(self, inputs, training=None):
+        """Sum of bn(part) over three parts."""
+        x = self.first(inputs, training=training)
+
+        def body(i, total):
+            return i + 1, total + self.bn(x[:, i], training=training)
+
+        return tf.while_loop(lambda i, _: i < 3, body, [0, tf.zeros_like(x[:, 0])])[1]
+
+
+class Cell(keras.Model):
+    """Batch norm on its own output, three times, and another behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.dense = layers.BatchNormalization(), layers.Dense(4, "tanh")
+        self.behind = layers.BatchNormalization()
+
+    def call(self, inputs, training=None):
+        """Three steps."""
+        h = tf.zeros_like(inputs[:, 0])
+        for step in range(3):
+            h = self.bn(self.dense(h + inputs[:, step]), training=training)
+        return self.behind(h, training=training)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("kind", [Looped, Cell])
+def test_networks_that_need_whole_passes(kind, eager):
+    keras.utils.set_random_seed(0)
+    model = kind()
+    x = np.random.default_rng(0).normal(3, 2, size=(SAMPLES, 3, 4)).astype("float32")
+    model(x)
+    model.compile(run_eagerly=eager)
+    expected = tfbn.collect(model, x, verbose=0)
+    # The first shard is empty, and does not show that the network cannot be cut.
+    stats = tfbn.collect_shards(model, cut(x, 0, 10, 17), batch_size=5, verbose=0)
+    assert_same(stats, expected, 1e-5 if kind is Cell else 1e-6)
+    if kind is Looped:
+        np.testing.assert_allclose(stats[model.first.name].mean, x.mean((0, 1)), rtol=1e-5)
+
+
+class PartlyFrozen(keras.Model):
+    """Calls its second layer without training, whatever it is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = layers.BatchNormalization(), layers.BatchNormalization()
+        self.three = layers.BatchNormalization()
+
+    def call(self, inputs, training=None):
+        """One after the other."""
+        x = self.two(self.one(inputs, training=training), training=False)
+        return self.three(x, training=training)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_layers_that_are_frozen_by_call_are_left_alone(eager):
+    model = PartlyFrozen()
+    x = np.random.default_rng(0).normal(size=(SAMPLES, 4)).astype("float32")
+    model(x)
+    model.compile(run_eagerly=eager)
+    stats = tfbn.collect_shards(model, cut(x, 0, 10), verbose=0)
+    assert list(stats) == [model.one.name, model.three.name]
+    assert_same(stats, tfbn.collect(model, x, verbose=0), 1e-6)
+    every = tfbn.collect_shards(model, cut(x, 0, 10), include_frozen=True, verbose=0)
+    assert len(every) == 3
+
+
+@pytest.mark.parametrize("kind", ["generator", "dataset", "pairs"])
+def test_load_may_give_whatever_fit_takes(kind):
+    kinds = {
+        "generator": lambda x: (x[i : i + 5] for i in range(0, len(x), 5)),
+        "dataset": lambda x: tf.data.Dataset.from_tensor_slices(x).batch(5),
+        "pairs": lambda x: tf.data.Dataset.from_tensor_slices((x, range(len(x)))).batch(5),
+    }
+    stats = tfbn.collect_shards(_small, cut(_x, 10, 10), load=kinds[kind], verbose=0)
+    assert_same(stats, tfbn.collect(_small, _x, verbose=0), 1e-6)
+
+
+def test_steps_are_those_of_every_shard():
+    stats = tfbn.collect_shards(
+        _small,
+        [0, 1],
+        load=lambda seed: tf.data.Dataset.from_tensors(_x[seed : seed + 3]).repeat(),
+        steps=2,
+        method="pooled",
+        verbose=0,
+    )
+    assert (stats.samples, stats.batches) == (12, 4)
+
+
+# Where it runs.
+
+
+def shuffled(function, items):
+    """A map that gives its results in another order every time."""
+    results = list(builtins.map(function, items))
+    random.shuffle(results)
+    return results
+
+
+def twice(function, items):
+    """A map that runs some tasks twice."""
+    return builtins.map(function, [*items, *items[::2]])
+
+
+def in_threads(function, items):
+    """A map that works on several items at once, in this process."""
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        return list(threads.map(function, items))
+
+
+@pytest.mark.parametrize("method", ["exact", "pooled"])
+@pytest.mark.parametrize("any_map", [shuffled, twice, in_threads])
+def test_any_order_any_repetition_to_the_bit(any_map, method):
+    options = {"method": method, "batch_size": 4, "verbose": 0}
+    expected = tfbn.collect_shards(_small, cut(_x, 7, 13, 20), **options)
+    stats = tfbn.collect_shards(_small, cut(_x, 7, 13, 20), map=any_map, **options)
+    assert_same(stats, expected, 0)
+    assert (stats.samples, stats.batches) == (SAMPLES, expected.batches)
+
+
+def test_in_other_processes_layers_go_by_the_names_they_have_here(pool, tmp_path):
+    source = work.Source(0)
+    model = source()
+    x = networks.data(model, SAMPLES)
+    stats = tfbn.collect_shards(
+        source, in_file(tmp_path, x, 7, 7, 15), map=pool.map, load=work.slice_of, verbose=0
+    )
+    assert_same(stats, tfbn.collect(model, x, verbose=0), 1e-6)
+
+
+def loads_and_traces(pool, tmp_path, shards, by_value):
+    """By process how often the model was loaded, and called in Python."""
+    log = tmp_path / f"calls-{len(shards)}-{by_value}"
+    path = tmp_path / "counted.keras"
+    work.counting(str(log)).save(path)
+    loads = tmp_path / f"loads-{len(shards)}-{by_value}"
+    log.unlink()
+
+    def load():
+        import os
+
+        with open(loads, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        return keras.models.load_model(path)
+
+    def map_by_value(function, items):
+        packed = cloudpickle.dumps(function)
+        return pool.map(unpack, [(packed, item) for item in items])
+
+    source = load if by_value else str(path)
+    any_map = map_by_value if by_value else pool.map
+    tfbn.collect_shards(source, shards, map=any_map, load=work.slice_of, batch_size=2, verbose=0)
+    return [
+        sorted(pathlib.Path(file).read_text().split()) if pathlib.Path(file).exists() else []
+        for file in (loads, log)
+    ]
+
+
+def unpack(packed_and_item):
+    """Runs a function that was pickled by value."""
+    packed, item = packed_and_item
+    return pickle.loads(packed)(item)
+
+
+@pytest.mark.parametrize("by_value", [False, True])
+def test_a_process_loads_and_traces_the_model_once(by_value, pool, tmp_path):
+    x = np.random.default_rng(0).normal(size=(SAMPLES, 3)).astype("float32")
+    few = in_file(tmp_path, x, 8, 16)
+    many = in_file(tmp_path, x, *range(2, SAMPLES, 2))
+    counts = []  # For each sweep, how many calls there were in a process.
+    for shards in (few, many):
+        loads, calls = loads_and_traces(pool, tmp_path, shards, by_value)
+        if by_value:
+            assert len(set(loads)) == len(loads)
+        counts.append({calls.count(process) for process in calls})
+    # Keras calls the model when it loads it, and a trace adds to that; tasks add nothing.
+    assert counts[0] == counts[1] and max(counts[1]) <= 8
+
+
+def test_three_numbers_a_channel_come_back():
+    width, sizes = 3000, []
+    model = keras.Sequential(
+        [keras.Input((3,))]
+        + [
+            layer
+            for _ in range(3)
+            for layer in (layers.Dense(width), layers.BatchNormalization(), layers.Dense(3))
+        ]
+    )
+
+    def weighed(function, items):
+        for number, content in builtins.map(function, items):
+            sizes.append(len(content))
+            yield number, content
+
+    x = np.random.default_rng(0).normal(size=(SAMPLES, 3)).astype("float32")
+    tfbn.collect_shards(model, cut(x, 10), map=weighed, verbose=0)
+    assert len(sizes) == 6  # Two shards at three levels.
+    assert max(sizes) < 3 * 8 * width + 3000
+
+
+def test_one_progress_bar(capsys):
+    tfbn.collect_shards(_small, cut(_x, 8, 16))
+    out = capsys.readouterr().out
+    assert out.count("Population statistics, exact") == 1
+    assert out.count("\n") == 2 and "9/9" in out
+
+
+# What goes wrong.
+
+
+@pytest.fixture(autouse=True)
+def untouched():
+    """Whatever happens, the model is as it was."""
+    before = [weight.copy() for weight in _small.get_weights()]
+    yield
+    for held, now in zip(before, _small.get_weights(), strict=True):
+        np.testing.assert_array_equal(held, now)
+
+
+def test_a_lost_result_is_named():
+    def losing(function, items):
+        return list(builtins.map(function, items))[:-1]
+
+    with pytest.raises(ValueError, match=r"a result for every shard.*none for shard 2 \('c'\)"):
+        tfbn.collect_shards(
+            _small, "abc", map=losing, load=lambda name: _x["abc".index(name) :][:3], verbose=0
+        )
+
+
+@pytest.mark.parametrize("shape", ["levels", "whole passes"])
+def test_a_shard_that_changes_between_levels_is_named(shape):
+    calls = []
+    model, x = _small, _x
+    if shape == "whole passes":
+        model = Looped()
+        x = np.random.default_rng(0).normal(size=(SAMPLES, 3, 4)).astype("float32")
+        model(x)
+
+    def load(number):
+        calls.append(number)
+        part = x[number * 8 :][:8]
+        return part + (1 if number == 1 and calls.count(1) > 2 - (model is _small) else 0)
+
+    with pytest.raises(ValueError, match=r"same data at every level.*shard 1 \(1\), which had 8 s"):
+        tfbn.collect_shards(model, range(3), load=load, verbose=0)
+
+
+def test_what_two_shards_swap_between_levels_is_no_change_of_the_data_but_named_all_the_same():
+    order, calls = [0, 1], []
+
+    def load(number):
+        calls.append(number)
+        if len(calls) == 3:
+            order.reverse()
+        return _x[order[number] * 12 :][:12]
+
+    with pytest.raises(ValueError, match="shard 0"):
+        tfbn.collect_shards(_small, range(2), load=load, verbose=0)
+
+
+def test_a_missing_file_is_named(pool, tmp_path):
+    _small.save(tmp_path / "model.keras")
+    shards = in_file(tmp_path, _x, 10)
+    shards.append((str(tmp_path / "none.npy"), 0, 3))
+    with pytest.raises(RuntimeError, match=r"shard 2 .*FileNotFoundError.*none\.npy"):
+        tfbn.collect_shards(
+            tmp_path / "model.keras", shards, map=pool.map, load=work.slice_of, verbose=0
+        )
+
+
+def test_bad_data_names_the_shard():
+    bad = _x.copy()
+    bad[15, 2, 2] = np.nan
+    with pytest.raises(
+        RuntimeError, match=r"(?s)from shard 1 \(.*Error: Expected finite values .* in batch 1 \(c"
+    ):
+        tfbn.collect_shards(_small, cut(bad, 10), batch_size=4, verbose=0)
+
+
+def test_other_weights_in_a_worker(pool, tmp_path):
+    x = np.zeros((4, 8, 8, 3), "float32")
+    with pytest.raises(RuntimeError, match="every process to load the same weights"):
+        tfbn.collect_shards(
+            work.Source(None), in_file(tmp_path, x), map=pool.map, load=work.slice_of, verbose=0
+        )
+
+
+def test_a_model_is_not_sent_to_other_processes(pool):
+    with pytest.raises(ValueError, match=r"itself, and a map that sends .*path of a \.keras file"):
+        tfbn.collect_shards(_small, [_x], map=pool.map, verbose=0)
+
+
+def test_a_process_that_was_forked_is_told():
+    tfbn.collect_shards(_small, [_x], method="pooled", verbose=0)
+    with (
+        multiprocessing.get_context("fork").Pool(1) as forked,
+        pytest.raises(RuntimeError, match=r"forked from.*get_context\('spawn'\)"),
+    ):
+        tfbn.collect_shards(work.Source(0), [_x], map=forked.map, verbose=0)
+
+
+@pytest.mark.parametrize("shards", [[], [_x[:0]], [_x[:0]] * 3])
+@pytest.mark.parametrize("method", ["exact", "pooled"])
+def test_no_data(shards, method):
+    with pytest.raises(ValueError, match="at least one batch"):
+        tfbn.collect_shards(_small, shards, method=method, verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("missing.keras", {}, "'missing.keras', which does not exist"),
+        (3, {}, r"the path of a \.keras file, or a function"),
+        (lambda: 3, {}, "Expected a Keras model. Received: 3"),
+        (_small, {"method": "fast"}, "method to be one of"),
+        (_small, {"batch_size": 0}, "batch_size to be a positive integer"),
+        (_small, {"steps": -1}, "steps to be a positive integer"),
+    ],
+)
+def test_bad_arguments_get_one_clear_error(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        tfbn.collect_shards(model, [_x], verbose=0, **options)
+
+
+def test_a_worker_that_is_killed_while_it_sweeps(pool, tmp_path):  # The last, for it ends the pool.
+    _small.save(tmp_path / "model.keras")
+    shards = in_file(tmp_path, _x, 8, 8, 16)
+    deadly = work.Deadly(tmp_path / "log", 4, shards[-1])
+    deaths = []
+
+    def again(function, items):
+        """A pool does not outlive its workers, so the tasks that are left run in another."""
+        left = dict(items)
+        for one in itertools.cycle(pools):
+            try:
+                for number, content in one.map(function, left.items()):
+                    del left[number]
+                    yield number, content
+                return
+            except concurrent.futures.process.BrokenProcessPool:
+                deaths.append(len(left))
+
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=SPAWN) as fresh:
+        pools = [pool, fresh]
+        options = {"load": deadly, "verbose": 0}
+        stats = tfbn.collect_shards(tmp_path / "model.keras", shards, map=again, **options)
+        assert len(deaths) >= 1
+        assert_same(stats, tfbn.collect(_small, _x, verbose=0), 1e-6)
+        assert stats.samples == SAMPLES
+        with pytest.raises(concurrent.futures.process.BrokenProcessPool):
+            tfbn.collect_shards(tmp_path / "model.keras", shards, map=pool.map, **options)

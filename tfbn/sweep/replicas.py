@@ -1,0 +1,161 @@
+"""The model of a sweep in each of the processes that share it, loaded and traced once."""
+
+import dataclasses
+import os
+import threading
+import uuid
+import weakref
+from typing import Any
+
+import keras
+
+from tfbn.sweep import batches as data
+from tfbn.sweep.run import layers_to_sweep
+from tfbn.sweep.shard import ShardSweep
+from tfbn.sweep.sources import check_source, load
+from tfbn.sweep.state import SweepState
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """All that a process needs to take part in a sweep, sent with every task.
+
+    Attributes:
+        source: Where the model comes from, see `tfbn.sweep.sources`; or the model, see `OnlyHere`.
+        method: The name of the method.
+        include_frozen: Whether to sweep layers too that `fit` does not train.
+        paths: The layers to sweep, by the names that they have where the sweep began: unnamed
+            layers of a subclassed model have other numbers in every process.
+        sweep: The name of the sweep, other than that of any other.
+    """
+
+    source: Any
+    method: str
+    include_frozen: bool = False
+    paths: tuple | None = None
+    sweep: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+
+
+class OnlyHere:
+    """A model that tasks bring along as long as they stay in this process."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self):
+        """The model."""
+        return self.model
+
+    def __reduce__(self):
+        # Keras would pack the whole model into every task, and load it in every task.
+        raise ValueError(
+            "Expected a source of the model that other processes can load it from. Received: "
+            f"model {self.model.name!r} itself, and a map that sends tasks to other processes. "
+            "Give the path of a .keras file, or a function that returns the model."
+        )
+
+
+def source_of(model):
+    """The source of a model, from what the user gave as `model`.
+
+    Raises:
+        ValueError: See `tfbn.sweep.sources.check_source`.
+    """
+    return OnlyHere(model) if isinstance(model, keras.Model) else check_source(model)
+
+
+class Replica:
+    """The model of a sweep in this process, and what is made of it once for all tasks.
+
+    Args:
+        recipe: The `Recipe` of the sweep.
+
+    Attributes:
+        model: The model.
+        layers: The layers to sweep, by path.
+        begin: The state that the sweep begins at.
+    """
+
+    def __init__(self, recipe):
+        self.model = load(recipe.source)
+        layers = layers_to_sweep(self.model, recipe.include_frozen)
+        # If it has other layers, its fingerprint is another too, which `sweep_level` refuses.
+        if recipe.paths is not None and len(recipe.paths) == len(layers):
+            layers = dict(zip(recipe.paths, layers.values(), strict=True))
+        self.layers = layers
+        self._sweep = ShardSweep(
+            self.model, layers, data.none(), recipe.method, include_frozen=recipe.include_frozen
+        )
+        self.begin = self._sweep.begin
+        self._lock = threading.Lock()
+
+    def sweep_level(self, state, batches):
+        """One level over some batches.
+
+        Args:
+            state: The `SweepState` at the beginning of the level.
+            batches: The `tfbn.sweep.batches.Batches`, which are read once.
+
+        Returns:
+            The state after them, without the levels before, which all processes have.
+        """
+        with self._lock:
+            swept = self._sweep.continue_sweep(state, batches)
+        return dataclasses.replace(swept, settled={})
+
+    def finish(self, state):
+        """The `tfbn.PopulationStats` of a complete sweep."""
+        return state.finish(self.model, self._sweep.previous_of(state.paths))
+
+
+# Here rather than in the tasks, which are new objects every time that they are sent. As long as
+# somebody holds them, the replicas of several sweeps; else that of the last one.
+_replicas = weakref.WeakValueDictionary()
+_last = []
+_making = threading.Lock()
+_processes = set()  # This one, as soon as TensorFlow runs in it, and those that it was forked from.
+
+
+def replica(recipe):
+    """The `Replica` of a sweep in this process, made in the first call.
+
+    Raises:
+        ValueError: If the model cannot be loaded or swept, or the process cannot run TensorFlow.
+    """
+    _processes.add(os.getpid())
+    if len(_processes) > 1:
+        raise ValueError(
+            "Expected processes that start TensorFlow themselves. Received: one that was forked "
+            "from a process that runs TensorFlow, in which it may wait for ever. Start processes "
+            "with multiprocessing.get_context('spawn')."
+        )
+    with _making:
+        found = _replicas.get(recipe.sweep)
+        if found is None:
+            _last.clear()
+            found = _replicas[recipe.sweep] = Replica(recipe)
+        _last[:] = [found]
+        return found
+
+
+def forget(recipe):
+    """Let the model go, in this process."""
+    with _making:
+        if _replicas.get(recipe.sweep) in _last:
+            _last.clear()
+
+
+def merged(states, begin):
+    """The states of several shards after one level as one, or `None` if none has a batch.
+
+    Args:
+        states: Of `Replica.sweep_level`.
+        begin: The `SweepState` at the beginning of the level.
+    """
+    whole = None
+    for state in states:
+        # An empty shard does not show which layers are called in training.
+        if state.batches or (state.whole and not begin.whole):
+            state = dataclasses.replace(state, settled=begin.settled)
+            whole = state if whole is None else SweepState.merge(whole, state)
+    return whole
