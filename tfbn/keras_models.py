@@ -199,8 +199,10 @@ def _bookkeeping():
     layer, model = keras.Layer(), keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile(loss="mse")
     books = {*vars(layer), *(vars(model)), *vars(keras.Model())}
-    # These come with `fit`, `evaluate` and `predict`.
-    return frozenset(books | {"history", "stop_training", "_eval_epoch_iterator", "optimizer"})
+    # These come with `fit`, `evaluate` and `predict`, the last while a callback watches over it.
+    return frozenset(
+        books | {"history", "stop_training", "_eval_epoch_iterator", "optimizer", "evaluate"}
+    )
 
 
 @contextlib.contextmanager
@@ -227,6 +229,25 @@ def observed_calls(layers, observe):
         for cls in (keras.layers.BatchNormalization, BatchNormalization):
             stack.enter_context(detour(cls, "call", stand_in))
         yield
+
+
+@contextlib.contextmanager
+def inlined_functions():
+    """Within the context this thread runs what `tf.function` gave as part of its caller.
+
+    A trace from before would not have the changes of the context, and one from now must not be
+    found later.
+    """
+
+    def inlined(call, function, *args, **kwargs):
+        return function.python_function(*args, **kwargs)
+
+    with detour(_Function, "__call__", inlined):
+        yield
+
+
+# The type of what `tf.function` returns has no public name.
+_Function = type(tf.function(lambda: None))
 
 
 class Snapshot:

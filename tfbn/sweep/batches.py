@@ -48,6 +48,7 @@ class Batches:
     """The inputs of a model, a batch at a time, in the order in which the data has them.
 
     Attributes:
+        check: Raises `ValueError` for inputs that are a sample and no batch.
         total: The number of batches, or `None` where only counting them would tell.
         repeatable: Whether they can be iterated over again. A generator cannot.
         static: Whether all are of one size, which `fit` would make a part of the model's trace.
@@ -55,7 +56,7 @@ class Batches:
 
     def __init__(self, elements, total, *, check, repeatable=True, static=False, steps=None):
         self._elements = elements
-        self._check = check
+        self.check = check
         self._steps = steps
         self._begun = None
         self.total = total
@@ -100,7 +101,7 @@ class Batches:
                     f"memory_limit={limit} bytes. Pass arrays, a tf.data.Dataset or a PyDataset, "
                     "or raise memory_limit."
                 )
-        return Batches(lambda: iter(held), len(held), check=self._check)
+        return Batches(lambda: iter(held), len(held), check=self.check)
 
     def _read(self):
         """Yield each `Batch`.
@@ -122,7 +123,7 @@ class Batches:
                     f"Expected batch {number} (counting from 0) of the data. Received: "
                     f"{type(error).__name__}: {error}. Nothing was changed."
                 ) from error
-            self._check(inputs)
+            self.check(inputs)
             yield _numbered(number, inputs, seen)
             number += 1
         if self._steps is not None and number < self._steps:
