@@ -1,14 +1,15 @@
 """`PopulationStatsCallback`: when to sweep during `model.fit`."""
 
-import inspect
+import itertools
 
 import keras
+import numpy as np
 
-from tfbn import keras_models
-from tfbn.population import PopulationStats
+from tfbn import drift, keras_models, training_state
+from tfbn.callback_lists import enclosing, shared_copy
 from tfbn.sweep import batches as data
 from tfbn.sweep.methods import check_method
-from tfbn.sweep.run import check, collect
+from tfbn.sweep.run import check_batch, collect
 
 
 class PopulationStatsCallback(keras.callbacks.Callback):
@@ -27,8 +28,18 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     ```
 
     List it after callbacks that put other weights into the model: `EarlyStopping` with
-    `restore_best_weights=True`, and `SwapEMAWeights`. List it before `ModelCheckpoint`, so
-    that what is saved has the population statistics.
+    `restore_best_weights=True`, and `SwapEMAWeights`. Of several such callbacks the last one
+    listed has the last word.
+
+    While `fit` runs, population statistics are in the model only for validation
+    (`before_validation`) and for the callbacks after this one at the end of an epoch
+    (`every_n_epochs`). However `fit` ends, also by an error or Ctrl-C, the model holds the moving
+    averages of its last step, or after a regular end the population statistics.
+
+    To resume training exactly, keep what training had: `ModelCheckpoint("train.keras")` listed
+    before this callback saves at the end of every epoch the moving averages, the flags and the
+    optimizer, and `load_model("train.keras").fit(..., initial_epoch=...)` goes on to the bit. After
+    `fit`, `callback.unfreeze()` and `callback.stats.previous.assign(model)` bring them back.
 
     Under `tf.distribute.MirroredStrategy` all devices share the sweep and get the same
     statistics. In the middle of training each gets its own moving averages back.
@@ -38,144 +49,252 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             given to `fit`. A generator can be swept only once. A `tf.data.Dataset` that
             shuffles with a seed, and that `fit` reads too, would be in another order after
             every reading in the middle of training: give one that does not shuffle.
-        method: `"pooled"`, `"algorithm2"` or `"exact"`, see `tfbn.collect`.
+        method: `"exact"`, `"pooled"` or `"algorithm2"`, see `tfbn.collect`.
         batch_size: For arrays; 32 by default. One-pass methods want it large.
         steps: Number of batches that make the data; endless data needs it.
         every_n_epochs: Also at the end of every n-th epoch, after its validation: for
-            `ModelCheckpoint`. The next epoch goes on from the moving averages, as if no
-            sweep had been.
+            `ModelCheckpoint`, listed after this callback. The next epoch goes on from the moving
+            averages, as if no sweep had been.
         before_validation: Also before every validation inside `fit`, whose metrics are
             then those with population statistics. After it the moving averages are back.
         freeze: Whether to leave the model frozen (`trainable=False`) after the sweep at the
-            end of training, as in Algorithm 2. It keeps `model(x, training=True)` from
-            overwriting the statistics. `unfreeze()` undoes it, and so does another `fit`
-            with this callback.
+            end of training, as in Algorithm 2. It keeps training mode and `fit` from
+            overwriting the statistics. `unfreeze()` undoes it, and so does another `fit` with
+            such a callback.
         verbose: 0 for silence, 1 for a progress bar, 2 for one line per pass. `"auto"`
-            follows `fit`.
+            follows `fit`. Unless it is silent, a few lines at the end say what the sweep changed.
+        model: The network to sweep, where the model that is trained only holds it: the generator
+            of a GAN. It must have seen a batch before `fit`, or in its first step.
+        validation_data: As `model.fit` takes it. After the last sweep the trained model is
+            evaluated with the moving averages and with the population statistics.
 
     Attributes:
         stats: The `PopulationStats` of the latest sweep; `None` before the first.
+        validation: With `validation_data`, the metrics by name, each a tuple of the one before
+            the last sweep and the one after it; else `None`.
 
     Raises:
-        ValueError: At the beginning of training, if a callback listed after this one would
-            replace the weights that were swept; whatever `tfbn.collect` raises.
+        ValueError: At the beginning of training, if another callback is listed where it would
+            replace the weights that were swept, or save the wrong statistics; and whatever
+            `tfbn.collect` raises on the first batch.
     """
 
     def __init__(
         self,
         x,
-        method="pooled",
+        method="exact",
         batch_size=None,
         steps=None,
         every_n_epochs=None,
         before_validation=False,
         freeze=True,
         verbose="auto",
+        model=None,
+        validation_data=None,
     ):
         super().__init__()
         check_method(method)
         data.check_positive(every_n_epochs=every_n_epochs)
         self.stats = None
+        self.validation = None
         self._x = x
-        self._method = method
-        self._batch_size = batch_size
-        self._steps = steps
+        self._options = {"method": method, "batch_size": batch_size, "steps": steps}
         self._every_n_epochs = every_n_epochs
         self._before_validation = before_validation
         self._freeze = freeze
         self._verbose = verbose
+        self._inner = model
+        self._validation_data = validation_data
         self._training = False
-        self._replaced = None
-        self._flags = []
+        self._stepped = True  # Since the latest sweep.
+        self._checked = False
+        self._guarded = False
+
+    def __deepcopy__(self, memo):
+        """A copy that shares the data and the models."""
+        return shared_copy(self, memo, ("_x", "_validation_data", "_inner", "_model", "stats"))
 
     def unfreeze(self):
         """Put every layer's `trainable` flag back to what it was before the freeze.
 
         The statistics stay as they are.
         """
-        # Setting a layer's flag sets those of the layers inside it: outer layers come first.
-        for layer, trainable in self._flags:
-            layer.trainable = trainable
-        self._flags = []
+        if self.model is not None and training_state.unfreeze(self._network):
+            _trace_anew(self.model)
 
     def on_train_begin(self, logs=None):
         """Unfreeze what an earlier `fit` froze, and check all that can be checked by now."""
-        self.unfreeze()
-        self._check_order()
-        check(self.model, self._x, self._batch_size, self._steps)
-        self._training = True
+        network = self._network
+        training_state.put_back(
+            network
+        )  # If training ended by an error, out of reach of the guard.
+        lists = enclosing(self)
+        for _, before, after in lists:
+            self._check_order(before, after)
+        frozen = training_state.unfreeze(network)
+        try:
+            self._check(first=True)
+        except BaseException:
+            if frozen:
+                training_state.freeze(network)
+            raise
+        if frozen:
+            _trace_anew(self.model)
+            self._say("The model, which an earlier fit had left frozen, is trained further.")
+        self._guarded = bool(lists)
+        if lists:
+            training_state.guard(lists[-1].callbacks, network)
+        if self._before_validation:
+            training_state.guard_validation(self.model, network)
+        self._training = self._stepped = True
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Note that the weights will change, and check a model that the first step has built."""
+        self._stepped = True
+        if not self._checked:
+            self._check()
 
     def on_test_begin(self, logs=None):
         """Validate with population statistics, if asked to."""
         if self._training and self._before_validation:
-            self._assign(verbose=0)
+            self._sweep(verbose=0)
 
     def on_test_end(self, logs=None):
         """Go back to the moving averages."""
-        self._restore()
+        if self._training:
+            training_state.put_back(self._network)
 
     def on_epoch_begin(self, epoch, logs=None):
         """Train on from the moving averages."""
-        self._restore()
+        training_state.put_back(self._network)
 
     def on_epoch_end(self, epoch, logs=None):
         """Sweep for the callbacks after this one, if it is the epoch to."""
         if self._every_n_epochs and (epoch + 1) % self._every_n_epochs == 0:
-            self._assign(verbose=0)
+            self._sweep(verbose=0)
 
     def on_train_end(self, logs=None):
-        """Sweep, and freeze if asked to."""
+        """Sweep, say what it changed, and freeze if asked to."""
         self._training = False
-        self._restore()
-        self._assign(verbose=self.params.get("verbose", "auto"))
-        self._replaced = None
-        if self._freeze:
-            self._flags = [
-                (layer, layer.trainable) for layer in keras_models.layers(self.model).values()
-            ]
-            self.model.trainable = False
+        training_state.release(self.model)
+        # Another such callback may have come to its end before.
+        training_state.put_back(self._network)
+        frozen = training_state.unfreeze(self._network)
+        before = self._evaluate()
+        self._sweep(verbose=self._verbosity)
+        after = self._evaluate()
+        if before is not None:
+            self.validation = {name: (before[name], after[name]) for name in before}
+        if self._freeze or frozen:
+            training_state.freeze(self._network)
+            _trace_anew(self.model)
+        if not self._guarded:
+            training_state.keep(self._network)
+        for line in self._report():
+            self._say(line)
 
-    def _assign(self, verbose):
-        """Put population statistics in, and remember the moving averages."""
-        if self.stats is None or self.stats.fingerprint != keras_models.fingerprint(self.model):
-            self.stats = collect(
-                self.model,
-                self._x,
-                method=self._method,
-                batch_size=self._batch_size,
-                steps=self._steps,
-                verbose=verbose if self._verbose == "auto" else self._verbose,
-            )
-        held = keras_models.Snapshot(self.model, keras_models.all_statistics(self.model))
-        before = self.stats.assign(self.model)
-        self._replaced = before, held, PopulationStats.read(self.model)
+    @property
+    def _network(self):
+        return self.model if self._inner is None else self._inner
 
-    def _restore(self):
-        """Put the moving averages back, unless something else has replaced them since."""
-        if self._replaced is None:
+    @property
+    def _verbosity(self):
+        if self._verbose != "auto":
+            return self._verbose
+        return (self.params or {}).get("verbose", "auto")
+
+    def _say(self, line):
+        if self._verbosity:
+            print(line)
+
+    def _check(self, first=False):
+        """Trace one batch, once the model has weights, which `fit` may give it."""
+        layers = keras_models.layers(self._network).values()
+        self._checked = self._network.built and all(layer.built for layer in layers)
+        if not self._checked and first:
             return
-        before, held, put = self._replaced
-        self._replaced = None
-        if put == PopulationStats.read(self.model):
-            before.assign(self.model)
-            for variable, value in held:
-                variable.assign(value)
+        self._checked = True
+        x = self._x
+        if hasattr(x, "__next__"):  # What the check reads comes again.
+            self._x, x = itertools.tee(x)
+        check_batch(self._network, x, **self._options)
 
-    def _check_order(self):
-        # A callback is not told of the others, and Keras keeps their list in a local variable
-        # of `fit`. The list itself is what calls `on_train_begin`: find it among the callers.
-        frame = inspect.currentframe()
-        while frame and not isinstance(frame.f_locals.get("self"), keras.callbacks.CallbackList):
-            frame = frame.f_back
-        callbacks = frame.f_locals["self"].callbacks if frame else [self]
-        for other in callbacks[callbacks.index(self) + 1 :]:
-            restores = isinstance(other, keras.callbacks.EarlyStopping)
-            swaps = isinstance(other, keras.callbacks.SwapEMAWeights)
-            if (restores and other.restore_best_weights) or (
-                swaps and (self._before_validation or self._every_n_epochs)
-            ):
-                raise ValueError(
-                    f"Expected PopulationStatsCallback after {type(other).__name__}, which puts "
-                    "other weights into the model than those that would be swept. Received: "
-                    "callbacks in the other order. Swap the two in the list."
+    def _sweep(self, verbose):
+        """Put population statistics in, from a new sweep if the weights are others."""
+        training_state.put_back(self._network)
+        if self._stepped or not keras_models.has_fingerprint(self._network, self.stats.fingerprint):
+            self.stats = collect(self._network, self._x, verbose=verbose, **self._options)
+            self._stepped = False
+        training_state.put_in(self._network, self.stats)
+
+    def _evaluate(self):
+        """The metrics on the validation data, without a trace in the model."""
+        if self._validation_data is None:
+            return None
+        with training_state.unchanged(self.model):
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(self._validation_data)
+            return self.model.evaluate(
+                x, y, sample_weight=sample_weight, verbose=0, return_dict=True
+            )
+
+    def _report(self):
+        """What the last sweep has changed, a line each."""
+        found = drift.of_layers(self.stats, self.stats.previous)
+        if found:
+            shift, factor = _overall(found.values())
+            worst, off = next(iter(found.items()))
+            yield (
+                f"Population statistics of {len(found)} layers: the moving averages were off by "
+                f"{shift:.3f} std in the mean and a factor of {factor:.3f} in the std, most in "
+                f"{worst!r} ({off['mean_shift']:.3f} std, {off['std_ratio']:.3f})."
+            )
+        if self.validation is not None:
+            changes = (
+                f"{name} {old:.4g} -> {new:.4g}"
+                for name, (old, new) in self.validation.items()
+                if isinstance(old, float)  # A metric may give anything.
+            )
+            yield f"Validation before and after: {', '.join(changes)}."
+        if self._freeze:
+            yield (
+                "The model is now frozen. To train it further, call `unfreeze()` of the callback, "
+                "or pass it freeze=False."
+            )
+
+    def _check_order(self, before, after):
+        callbacks = keras.callbacks
+        saves = [cb for cb in before if isinstance(cb, callbacks.ModelCheckpoint)]
+        saves_after = any(isinstance(cb, callbacks.ModelCheckpoint) for cb in after)
+        if self._every_n_epochs and saves and not saves_after:
+            raise ValueError(
+                "Expected ModelCheckpoint after PopulationStatsCallback with every_n_epochs, so "
+                "that its files have the population statistics. Received: callbacks in the other "
+                "order. Swap the two in the list, or leave out every_n_epochs."
+            )
+        for other in after:
+            restores = isinstance(other, callbacks.EarlyStopping) and other.restore_best_weights
+            in_training = self._before_validation or self._every_n_epochs
+            swaps = isinstance(other, callbacks.SwapEMAWeights) and in_training
+            backs_up = isinstance(other, callbacks.BackupAndRestore) and self._every_n_epochs
+            if restores or swaps or backs_up:
+                why = (
+                    "which would save the population statistics for training to go on from"
+                    if backs_up
+                    else "which puts other weights into the model than those that would be swept"
                 )
+                raise ValueError(
+                    f"Expected PopulationStatsCallback after {type(other).__name__}, {why}. "
+                    "Received: callbacks in the other order. Swap the two in the list."
+                )
+
+
+def _overall(found):
+    """Over layers: the root mean square of the shifts, and exp of that of log(ratio)."""
+    shifts, ratios = zip(*((off["mean_shift"], off["std_ratio"]) for off in found), strict=True)
+    return np.sqrt(np.mean(np.square(shifts))), np.exp(np.sqrt(np.mean(np.log(ratios) ** 2)))
+
+
+def _trace_anew(model):
+    """Have `fit` trace its step again: Keras keeps the trace whatever becomes trainable."""
+    if model.train_function is not None:
+        model.make_train_function(force=True)

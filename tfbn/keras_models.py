@@ -203,9 +203,9 @@ def _bookkeeping():
     layer, model = keras.Layer(), keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile(loss="mse")
     books = {*vars(layer), *(vars(model)), *vars(keras.Model())}
-    # These come with `fit`, `evaluate` and `predict`.
+    # These come with `fit`, `evaluate` and `predict`; `evaluate` while a callback watches over it.
     later = {"history", "stop_training", "stop_evaluating", "stop_predicting", "optimizer"}
-    return frozenset(books | later | {"_eval_epoch_iterator"})
+    return frozenset(books | later | {"_eval_epoch_iterator", "evaluate"})
 
 
 @contextlib.contextmanager
@@ -237,6 +237,25 @@ def observed_calls(layers, observe, outermost=False):
         for cls in classes:
             stack.enter_context(detour(cls, "call", stand_in))
         yield
+
+
+@contextlib.contextmanager
+def inlined_functions():
+    """Within the context this thread runs what `tf.function` gave as part of its caller.
+
+    A trace from before would not have the changes of the context, and one from now must not be
+    found later.
+    """
+
+    def inlined(call, function, *args, **kwargs):
+        return function.python_function(*args, **kwargs)
+
+    with detour(_Function, "__call__", inlined):
+        yield
+
+
+# The type of what `tf.function` returns has no public name.
+_Function = type(tf.function(lambda: None))
 
 
 class Snapshot:

@@ -1,6 +1,6 @@
 """`StatsTracker`: validation metrics three ways while a model trains."""
 
-import contextlib
+import collections
 import functools
 import pathlib
 
@@ -8,10 +8,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn import keras_models
-from tfbn.population import PopulationStats, assigned
+from tfbn import keras_models, training_state
+from tfbn.callback_lists import enclosing, shared_copy
 from tfbn.sweep.methods import check_method
-from tfbn.sweep.run import check, collect
+from tfbn.sweep.run import check, check_batch, collect
 
 WAYS = ("moving_average", "population", "mini_batch")
 
@@ -54,7 +54,7 @@ class StatsTracker(keras.callbacks.Callback):
             that does not shuffle.
         validation_data: As `model.fit` takes it: `(x, y)`, `(x, y, sample_weight)`, a
             `tf.data.Dataset` or a `keras.utils.PyDataset`.
-        method: `"pooled"`, `"algorithm2"` or `"exact"`, see `tfbn.collect`.
+        method: `"exact"`, `"pooled"` or `"algorithm2"`, see `tfbn.collect`.
         batch_size: Of the sweep, for arrays; 32 by default. One-pass methods want it large.
         steps: Number of batches of the sweep; endless data needs it.
         validation_batch_size: For arrays; 32 by default. For mini-batch statistics as in
@@ -83,7 +83,7 @@ class StatsTracker(keras.callbacks.Callback):
         self,
         x,
         validation_data,
-        method="pooled",
+        method="exact",
         batch_size=None,
         steps=None,
         validation_batch_size=None,
@@ -102,23 +102,32 @@ class StatsTracker(keras.callbacks.Callback):
         self.stats = None
         self._x = x
         self._validation_data = validation_data
-        self._method = method
-        self._batch_size = batch_size
-        self._steps = steps
+        self._options = {"method": method, "batch_size": batch_size, "steps": steps}
         self._validation_batch_size = validation_batch_size
         self._log_dir = log_dir
         self._mini_batch_function = None
+        self._untrained = None
         self._writers = {}
+
+    def __deepcopy__(self, memo):
+        """A copy that shares the data and the model."""
+        return shared_copy(self, memo, ("_x", "_validation_data", "_model", "stats"))
+
+    def __getstate__(self):
+        """All but what belongs to a running `fit`."""
+        return {**vars(self), "_mini_batch_function": None, "_writers": {}}
 
     def on_train_begin(self, logs=None):
         """Check all that can be checked by now."""
-        _, batches = check(self.model, self._x, self._batch_size, self._steps)
+        _, batches = check(self.model, self._x, self._options["batch_size"], self._options["steps"])
         if not batches.repeatable:
             raise ValueError(
                 "Expected data that can be swept in every epoch. Received: a generator, which "
                 "can be read only once. Pass arrays, a tf.data.Dataset or a PyDataset."
             )
+        self._untrained = check_batch(self.model, self._x, **self._options)
         self._mini_batch_function = None  # The model may have been compiled anew.
+        _shorten_progress_bar(enclosing(self))
         if self._log_dir is not None:
             self._writers = {
                 way: tf.summary.create_file_writer(str(pathlib.Path(self._log_dir) / way))
@@ -127,19 +136,19 @@ class StatsTracker(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         """Sweep, evaluate three ways, and put everything back."""
-        with _unchanged(self.model):
-            self.stats = collect(
-                self.model,
-                self._x,
-                method=self._method,
-                batch_size=self._batch_size,
-                steps=self._steps,
-                verbose=0,
-            )
-            found = {"moving_average": self._evaluate()}
-            self.stats.assign(self.model)
-            found["population"] = self._evaluate()
-            found["mini_batch"] = self._evaluate_with_mini_batches()
+        # A callback listed before may have put population statistics in for those after it.
+        others = training_state.put_back(self.model)
+        try:
+            with training_state.unchanged(self.model):
+                self.stats = collect(self.model, self._x, verbose=0, **self._options)
+                found = {"moving_average": self._evaluate()}
+                training_state.put_in(self.model, self.stats)
+                found["population"] = self._evaluate()
+                found["mini_batch"] = self._evaluate_with_mini_batches()
+        finally:
+            training_state.put_back(self.model)
+            if others is not None:
+                training_state.put_in(self.model, others)
         # Keras hands one dict to all callbacks, and `History`, which it adds, comes last.
         for way, metrics in found.items():
             for name, value in metrics.items():
@@ -169,7 +178,8 @@ class StatsTracker(keras.callbacks.Callback):
         model = self.model
         kept = model.test_function
         model.test_function = self._mini_batch_function
-        model.test_step = functools.partial(_with_mini_batches, model, model.test_step)
+        step = functools.partial(_with_mini_batches, model, self._untrained, model.test_step)
+        model.test_step = step
         try:
             return self._evaluate()
         finally:
@@ -193,50 +203,39 @@ class StatsTracker(keras.callbacks.Callback):
             writer.flush()
 
 
-@contextlib.contextmanager
-def _unchanged(model):
-    """A stretch in which the model holds its moving averages, and after which it is as before."""
-    held = PopulationStats.read(model)
-    # A callback listed before may have put population statistics in for those after it.
-    swept = assigned(model)
-    if swept is not None and (swept.previous is None or swept.mismatch(model) is not None):
-        swept = None
-    # Metrics accumulate in an evaluation, and a layer may draw random numbers or count in it.
-    state = keras_models.on_replicas(model, model.non_trainable_variables + model.metrics_variables)
-    try:
-        if swept is not None:
-            swept.previous.assign(model)
-        yield
-    finally:
-        (swept or held).assign(model)
-        for local, value in state:
-            local.assign(value)
-
-
-def _with_mini_batches(model, test_step, data):
+def _with_mini_batches(model, untrained, test_step, data):
     """A model's test step, with batch norm layers in training mode that forget what they saw.
 
-    The layers are changed only while the step is traced. Functions that the model's own code
-    has compiled become part of that trace: a graph of theirs from before would normalise
-    with moving averages, and one from now must not be found later.
+    The layers are changed only while the step is traced, and only in the calls that `fit` trains.
     """
-    layers = keras_models.batch_norm_layers(model).values()
-    eager = tf.config.functions_run_eagerly()
-    for layer in layers:
-        layer.call = functools.partial(_in_training, layer.call)
-    tf.config.run_functions_eagerly(True)
-    try:
+    layers = keras_models.batch_norm_layers(model)
+    frozen, frozen_calls = untrained
+    counts = collections.Counter()
+
+    def observe(path, layer, call, inputs, training, mask):
+        site = keras_models.Site(path, counts[path])
+        counts[path] += 1
+        if path in frozen or site in frozen_calls:
+            return call(inputs, training=training, mask=mask)
+        # New moving averages go into the scope, and with it.
+        with keras.StatelessScope():
+            return call(inputs, training=True, mask=mask)
+
+    with keras_models.inlined_functions(), keras_models.observed_calls(layers, observe):
         return test_step(data)
-    finally:
-        tf.config.run_functions_eagerly(eager)
-        for layer in layers:
-            del layer.call
 
 
-def _in_training(call, inputs, training=None, mask=None):
-    # New moving averages go into the scope, and with it.
-    with keras.StatelessScope():
-        return call(inputs, training=True, mask=mask)
+def _shorten_progress_bar(places):
+    """Leave to the logs all metrics but Keras's own and the population's."""
+    for callback in places[-1].callbacks.callbacks if places else ():
+        if isinstance(callback, keras.callbacks.ProgbarLogger):
+            callback.on_epoch_end = functools.partial(_finish_line, callback)
+
+
+def _finish_line(progress, epoch, logs=None):
+    hidden = tuple(f"_{way}" for way in WAYS if way != "population")
+    shown = {name: value for name, value in (logs or {}).items() if not name.endswith(hidden)}
+    type(progress).on_epoch_end(progress, epoch, shown)
 
 
 def _by_channel(population, moving):

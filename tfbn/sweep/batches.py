@@ -48,6 +48,7 @@ class Batches:
     """The inputs of a model, a batch at a time, in the order in which the data has them.
 
     Attributes:
+        check: Raises `ValueError` for inputs that are a sample and no batch.
         total: The number of batches, or `None` where only counting them would tell.
         repeatable: Whether they can be iterated over again. A generator cannot.
         static: Whether all are of one size, which `fit` would make a part of the model's trace.
@@ -55,7 +56,7 @@ class Batches:
 
     def __init__(self, elements, total, *, prepare, repeatable=True, static=False, steps=None):
         self._elements = elements
-        self._prepare = prepare
+        self.prepare = prepare
         self._steps = steps
         self._begun = None
         self.total = total
@@ -114,7 +115,7 @@ class Batches:
         number = 0
         while number != self._steps:
             try:
-                inputs = self._prepare(to_tensors(next(iterator)))
+                inputs = self.prepare(to_tensors(next(iterator)))
             except StopIteration:
                 break
             except _NotABatchError:

@@ -5,12 +5,13 @@ import warnings
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from tfbn import keras_models
 from tfbn.sweep import batches as data
 from tfbn.sweep import memory
 from tfbn.sweep.methods import METHODS, check_method
-from tfbn.sweep.shard import ShardSweep
+from tfbn.sweep.shard import ShardSweep, trace_first
 from tfbn.sweep.state import SweepState
 from tfbn.sweep.workers import Workers
 
@@ -198,6 +199,41 @@ def check(model, x, batch_size=None, steps=None, include_frozen=False, may_be_em
     """
     layers = layers_to_sweep(model, include_frozen)
     return layers, data.batches(x, batch_size, steps, may_be_empty, model)
+
+
+def check_batch(model, x, method="exact", batch_size=None, steps=None):
+    """Trace on one batch what `collect` would run, which then need not be traced again.
+
+    A `tf.data.Dataset` is not read for it, because that would change the order in which a shuffled
+    one comes to `fit`: its specs tell. A generator is read from.
+
+    Returns:
+        The paths of layers that `fit` does not train although they may, and the sites of single
+        such calls of other layers; none where only the data would tell.
+
+    Raises:
+        ValueError: All that `collect` would raise before it has run the first batch, and for layers
+            that are never called; if the model is only a container of others.
+    """
+    if isinstance(model, keras.Model) and type(model).call is keras.Layer.call:
+        raise ValueError(
+            f"Expected a model with a `call` of its own. Received: model {model.name!r}, which "
+            "only holds others, as a GAN holds its generator. Sweep the network inside: pass it "
+            "as `model`, for example PopulationStatsCallback(x, model=gan.generator)."
+        )
+    layers, batches = check(model, x, batch_size, steps)
+    if isinstance(x, tf.data.Dataset):
+        inputs = keras.utils.unpack_x_y_sample_weight(x.element_spec)[0]
+        unknown = any(spec.shape.rank is None for spec in keras.tree.flatten(inputs))
+        if unknown or hasattr(model, "preprocess_samples"):
+            return frozenset(), frozenset()  # Only the data itself would tell.
+        batches.prepare(inputs)
+    else:
+        first = batches.first()
+        if first is None:
+            raise data.empty()
+        inputs = first.inputs
+    return trace_first(model, layers, inputs, method, static=batches.static)
 
 
 def layers_to_sweep(model, include_frozen):

@@ -21,7 +21,7 @@ from tfbn.sweep.methods import METHODS
 from tfbn.sweep.network import Network, UnobservableError, flatten
 from tfbn.sweep.observation import untrained_sites
 from tfbn.sweep.report import Report
-from tfbn.sweep.state import SweepState
+from tfbn.sweep.state import SweepState, never_called
 from tfbn.sweep.whole_passes import WholePasses
 
 
@@ -278,6 +278,43 @@ class ShardSweep:
             f"channel {channel}, values with mean {mean[channel]} and variance "
             f"{variance[channel]}. {_reason(batch)}"
         )
+
+
+def trace_first(model, layers, inputs, method, *, static):
+    """Trace what the sweep of one process runs.
+
+    Args:
+        model: A built model.
+        layers: The layers to sweep, by path.
+        inputs: A batch of the model's inputs, or the specs of one.
+        method: The name of the method.
+        static: See `tfbn.sweep.network.Network.trace`.
+
+    Returns:
+        The paths of layers that `fit` does not train although they may, and the sites of single
+        such calls of other layers.
+
+    Raises:
+        ValueError: If the model does not take the batch, or does not call one of the layers.
+    """
+    frozen, ignored = _frozen_by_call(model, layers, inputs)
+    swept = {path: layer for path, layer in layers.items() if path not in frozen}
+    network = Network(model, swept, ignored, devices(model)[0])
+    with _naming(model, Batch(0, inputs, 0, 0, 0)):
+        if not model.run_eagerly:
+            settled = METHODS[method].by_level
+            calls = network.trace(inputs, settled=settled, static=static).calls
+        elif all(map(tf.is_tensor, flatten(inputs))):
+            _, calls, *_ = network.observer.run(
+                inputs, tf.constant(0, tf.int64), lambda site, channels: None
+            )
+        else:
+            return frozen, ignored
+    called = {call.site.path for call in calls}
+    for path in swept:
+        if path not in called:
+            raise never_called(model, path)
+    return frozen, ignored
 
 
 def _frozen_by_call(model, layers, inputs):

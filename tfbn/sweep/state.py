@@ -322,12 +322,7 @@ class SweepState:
         populations = self.layers
         for path in self.paths:
             if path not in populations:
-                raise ValueError(
-                    f"Expected model {model.name!r} to call its batch norm layer {path!r}. "
-                    "Received: a model that does not call it for inference, or whose subclass of "
-                    "BatchNormalization does not call super().call(). Remove the layer, or set "
-                    "its trainable=False to leave it out."
-                )
+                raise never_called(model, path)
             if not np.any(populations[path].count):
                 raise ValueError(
                     f"Expected values for layer {path!r}. Received: none, or only masked ones. "
@@ -343,6 +338,15 @@ class SweepState:
             levels=self.level,
             previous=previous,
         )
+
+
+def never_called(model, path):
+    """The error to raise for a layer that the network does not call."""
+    return ValueError(
+        f"Expected model {model.name!r} to call its batch norm layer {path!r}. Received: a model "
+        "that does not call it for inference, or whose subclass of BatchNormalization does not "
+        "call super().call(). Remove the layer, or set its trainable=False to leave it out."
+    )
 
 
 def layer_stats(found: Moments) -> LayerStats:

@@ -1,0 +1,497 @@
+"""What callbacks leave in a model, against training without them."""
+
+import copy
+import pickle
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import tfbn
+from tfbn import keras_models, training_state
+
+rng = np.random.default_rng(0)
+X = rng.normal(2, 3, (24, 4)).astype("float32")
+Y = X[:, :1] - X[:, 1:2]
+
+
+def build(bn=layers.BatchNormalization, **options):
+    """A small network with two levels, compiled."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            bn(name="first"),
+            layers.Dense(3, "tanh"),
+            bn(name="second"),
+            layers.Dropout(0.2, seed=1),
+            layers.Dense(1),
+        ]
+    )
+    model.compile(**{"optimizer": keras.optimizers.SGD(0.1, 0.9), "loss": "mse", **options})
+    return model
+
+
+def fit(model, callbacks=(), **options):
+    """A short training with validation."""
+    keras.utils.set_random_seed(1)
+    options = {"epochs": 2, "validation_data": (X[:8], Y[:8]), "verbose": 0, **options}
+    return model.fit(X, Y, batch_size=8, callbacks=list(callbacks), **options).history
+
+
+def sweep(**options):
+    """The callback under test."""
+    return tfbn.PopulationStatsCallback(X, **options)
+
+
+def state(model):
+    """All that training goes on from."""
+    return [v.numpy() for v in [*model.variables, *model.optimizer.variables]]
+
+
+def assert_same(a, b):
+    """To the bit."""
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def assert_population(model):
+    """The model infers with the statistics of one batch of everything, by NumPy in float64."""
+    x = X.astype("float64")
+    for layer in model.layers:
+        weights = [w.numpy().astype("float64") for w in layer.weights]
+        if isinstance(layer, layers.BatchNormalization):
+            mean, variance = x.mean(0), x.var(0)
+            np.testing.assert_allclose(layer.moving_mean, mean, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(layer.moving_variance, variance, rtol=1e-4)
+            x = (x - mean) / np.sqrt(variance + layer.epsilon) * weights[0] + weights[1]
+        elif isinstance(layer, layers.Dense):
+            x = layer.activation(x @ weights[0] + weights[1])
+            x = np.asarray(x)
+
+
+def previous_of(callbacks, model):
+    """The state with the moving averages back, after the last of some callbacks."""
+    callbacks[-1].unfreeze()
+    callbacks[-1].stats.previous.assign(model)
+    return state(model)
+
+
+class Stop(keras.callbacks.Callback):
+    """Raises at a given moment of the second epoch."""
+
+    def __init__(self, moment, error=KeyboardInterrupt):
+        super().__init__()
+        self.error = error
+        setattr(self, moment, self.stop)
+        self.begun = 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Count."""
+        self.begun = epoch
+
+    def stop(self, *args, **kwargs):
+        """Raise."""
+        if self.begun:
+            raise self.error
+
+
+class Forwards(keras.callbacks.Callback):
+    """A composite of the user's: hands every hook on to a list of its own."""
+
+    def __init__(self, *callbacks):
+        super().__init__()
+        self.inner = keras.callbacks.CallbackList(list(callbacks))
+
+    def set_model(self, model):
+        """Hand on."""
+        super().set_model(model)
+        self.inner.set_model(model)
+
+    def set_params(self, params):
+        """Hand on."""
+        super().set_params(params)
+        self.inner.set_params(params)
+
+
+for _name in [name for name in dir(keras.callbacks.Callback) if name.startswith("on_")]:
+    setattr(
+        Forwards,
+        _name,
+        lambda self, *args, _name=_name, **kwargs: getattr(self.inner, _name)(*args, **kwargs),
+    )
+
+
+def several():
+    """Callbacks that sweep, in one list."""
+    return [
+        sweep(before_validation=True, every_n_epochs=1, method="pooled", batch_size=24),
+        tfbn.StatsTracker(X, (X, Y)),
+        sweep(before_validation=True),
+        sweep(every_n_epochs=1, freeze=False),
+    ]
+
+
+def test_several_that_sweep_leave_training_as_it_is():
+    plain, model, callbacks = build(), build(), several()
+    alone = fit(plain)
+    together = fit(model, callbacks)
+    assert alone["loss"] == together["loss"]
+    assert_population(model)
+    assert not model.trainable  # As the first of them wanted it.
+    assert_same(state(plain), previous_of(callbacks, model))
+    assert model.trainable
+
+
+MOMENTS = ["on_epoch_end", "on_test_batch_begin", "on_test_begin", "on_test_end", "on_train_end"]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("forwarded", [False, True])
+def test_another_callback_that_raises_leaves_the_moving_averages(moment, forwarded):
+    plain, model = build(), build()
+    with pytest.raises(KeyboardInterrupt):
+        fit(plain, [Stop(moment)])
+    callbacks = several()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, [*([Forwards(*callbacks)] if forwarded else callbacks), Stop(moment)])
+    assert_same(state(plain), state(model))
+    assert all(layer.trainable for layer in model.layers)
+    assert "evaluate" not in vars(model) and tfbn.population.assigned(model) is None
+    fit(plain, initial_epoch=1)
+    fit(model, callbacks, initial_epoch=1)  # It can go on.
+    assert_same(state(plain), previous_of(callbacks, model))
+
+
+def test_an_error_in_the_validation_itself_leaves_the_moving_averages():
+    plain, model = build(), build()
+    for trained, callbacks in ((plain, []), (model, [sweep(before_validation=True)])):
+        failing = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8)
+        failing = failing.map(lambda x, y: (tf.debugging.check_numerics(x / 0.0, "no"), y))
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            fit(trained, callbacks, validation_data=failing)
+    assert_same(state(plain), state(model))
+
+
+def test_stop_training_is_a_regular_end():
+    model = build()
+    stop = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: setattr(model, "stop_training", True)
+    )
+    fit(model, [*several(), stop])
+    assert_population(model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps_per_execution": 2},
+        {"jit_compile": True},
+        {"run_eagerly": True},
+        {"optimizer": "accumulating"},
+        {"optimizer": "averaging"},
+    ],
+    ids=str,
+)
+def test_same_losses_however_the_model_is_compiled(options):
+    def compiled():
+        optimizers = {
+            "accumulating": lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=2),
+            "averaging": lambda: keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5),
+        }
+        made = {k: optimizers[v]() if v in optimizers else v for k, v in options.items()}
+        return build(tfbn.BatchNormalization, **made)
+
+    plain, model = compiled(), compiled()
+    callback = sweep(before_validation=True, every_n_epochs=1)
+    for epochs in ({"epochs": 2}, {"epochs": 3, "initial_epoch": 2}):
+        assert fit(plain, **epochs)["loss"] == fit(model, [callback], **epochs)["loss"]
+        assert_population(model)
+        assert_same(state(plain), previous_of([callback], model))
+
+
+def test_a_clone_is_swept_by_a_copy_of_the_callback():
+    model = build()
+    data = tf.data.Dataset.from_tensor_slices(X).batch(5)
+    callback = tfbn.PopulationStatsCallback(data, validation_data=(X, Y))
+    fit(model, [callback])
+    copied = copy.deepcopy(callback)
+    assert copied._x is data and copied.model is model
+    clone = keras.models.clone_model(model)
+    clone.trainable = True
+    clone.compile("sgd", "mse")
+    fit(clone, [copied])
+    assert_population(clone)
+    assert_population(model)
+    assert callback.stats.mismatch(model) is None
+    assert copied.stats.mismatch(clone) is None
+
+
+@pytest.mark.parametrize("make", [sweep, lambda: tfbn.StatsTracker(X, (X, Y))])
+def test_copies_share_the_data_and_pickles_have_it(make):
+    callback = make()
+    assert copy.deepcopy(callback)._x is X
+    fit(build(), [callback])
+    loaded = pickle.loads(pickle.dumps(callback))
+    np.testing.assert_array_equal(loaded._x, X)
+    model = build()
+    fit(model, [loaded])
+    assert loaded.stats["first"].count == len(X)
+
+
+def count_fingerprints(monkeypatch, callbacks):
+    """How often a fit with some callbacks hashes the weights."""
+    calls, fingerprint = [], keras_models.fingerprint
+    monkeypatch.setattr(
+        keras_models, "fingerprint", lambda model: calls.append(1) or fingerprint(model)
+    )
+    fit(build(), callbacks)
+    return len(calls)
+
+
+@pytest.mark.parametrize(
+    ("options", "sweeps", "reuses"),
+    [({}, 1, 0), ({"before_validation": True, "every_n_epochs": 1}, 2, 3)],
+)
+def test_weights_are_hashed_once_for_a_sweep(monkeypatch, options, sweeps, reuses):
+    assert count_fingerprints(monkeypatch, [sweep(**options)]) <= sweeps + reuses
+
+
+def test_order_of_those_that_save(tmp_path):
+    checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "model.keras")
+    backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+    model = build()
+    for wrong in (
+        [checkpoint, sweep(every_n_epochs=1)],
+        [Forwards(checkpoint, sweep(every_n_epochs=1))],
+        [checkpoint, Forwards(sweep(every_n_epochs=1))],
+        [sweep(every_n_epochs=1), backup],
+    ):
+        with pytest.raises(ValueError, match=r"Expected .* Received: .* Swap"):
+            fit(model, wrong)
+    training = keras.callbacks.ModelCheckpoint(tmp_path / "training.keras")
+    fit(model, [backup, training, sweep(every_n_epochs=1), checkpoint])
+    saved = keras.models.load_model(tmp_path / "model.keras")
+    assert_population(saved)
+    with pytest.raises(AssertionError):
+        assert_population(keras.models.load_model(tmp_path / "training.keras"))
+
+
+def test_training_resumes_exactly_from_the_checkpoint_listed_before(tmp_path):
+    plain, model = build(), build()
+    fit(plain, epochs=2)
+    fit(plain, epochs=4, initial_epoch=2)
+    path = tmp_path / "training.keras"
+    fit(model, [keras.callbacks.ModelCheckpoint(path), sweep()], epochs=2)
+    resumed = keras.models.load_model(path)
+    fit(resumed, [sweep(freeze=False)], epochs=4, initial_epoch=2)
+    callback = sweep()
+    resumed = keras.models.load_model(path)
+    fit(resumed, [callback], epochs=4, initial_epoch=2)
+    assert_same(state(plain), previous_of([callback], resumed))
+
+
+def test_training_resumes_exactly_after_unfreezing(tmp_path):
+    plain, model, callback = build(), build(), sweep()
+    for trained, callbacks in ((plain, []), (model, [callback])):
+        fit(trained, callbacks)
+    previous_of([callback], model)
+    model.save(tmp_path / "model.keras")
+    resumed = keras.models.load_model(tmp_path / "model.keras")
+    fit(plain)
+    fit(resumed)
+    assert_same(state(plain), state(resumed))
+
+
+@pytest.mark.parametrize("bn", [layers.BatchNormalization, tfbn.BatchNormalization])
+def test_a_frozen_model_does_not_train_on_in_silence(bn):
+    model = build(bn)
+    callback = sweep()
+    fit(model, [callback])
+    held = [w.numpy() for w in model.weights]
+    with pytest.warns(UserWarning, match="not have any trainable"):
+        fit(model)
+    assert_same(held[:6], [w.numpy() for w in model.weights][:6])
+    assert_population(model)
+    callback.unfreeze()
+    fit(model)
+    with pytest.raises(AssertionError):
+        assert_population(model)
+
+
+def test_another_callback_unfreezes_and_says_so(capsys):
+    model, plain = build(), build()
+    first = sweep()
+    fit(model, [first])
+    previous_of([first], model)
+    fit(model, [sweep(freeze=True)], verbose=2)
+    said = capsys.readouterr().out
+    assert "The model is now frozen. To train it further, call `unfreeze()`" in said
+    assert "off by" in said and "'first'" in said
+    another = sweep()
+    fit(model, [another], verbose=2)
+    assert "which an earlier fit had left frozen, is trained further" in capsys.readouterr().out
+    fit(plain)
+    with pytest.raises(ValueError, match="callback that froze them has `unfreeze"):
+        fit(model, [tfbn.StatsTracker(X, (X, Y))])
+
+
+def test_flags_that_someone_set_after_the_freeze_stay():
+    model, callback = build(), sweep()
+    fit(model, [callback])
+    model.trainable = True
+    model.layers[1].trainable = False
+    model.compile("sgd", "mse")
+    fit(model, [callback])
+    callback.unfreeze()
+    assert [layer.trainable for layer in model.layers] == [True, False, True, True, True]
+
+
+def test_loss_before_and_after_is_told(capsys):
+    plain, model = build(metrics=["mae"]), build(metrics=["mae"])
+    fit(plain)
+    before = plain.evaluate(X, Y, verbose=0, return_dict=True)
+    callback = sweep(validation_data=(X, Y))
+    fit(model, [callback], verbose=2)
+    after = model.evaluate(X, Y, verbose=0, return_dict=True)
+    assert callback.validation == {name: (before[name], after[name]) for name in before}
+    line = f"Validation before and after: loss {before['loss']:.4g} -> {after['loss']:.4g}, mae"
+    assert line in capsys.readouterr().out
+
+
+class Gan(keras.Model):
+    """A container: no `call`, a step of its own."""
+
+    def __init__(self):
+        super().__init__()
+        keras.utils.set_random_seed(0)
+        self.generator = keras.Sequential(
+            [keras.Input((4,)), layers.Dense(3), layers.BatchNormalization(), layers.Dense(1)]
+        )
+        self.built = True
+
+    def train_step(self, data):
+        """Regression in the place of a game."""
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((self.generator(x, training=True) - y) ** 2)
+        weights = self.generator.trainable_weights
+        self.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+        return {"loss": loss}
+
+
+def test_the_network_inside_a_container():
+    model = Gan()
+    model.compile("sgd")
+    with pytest.raises(ValueError, match=r"which only holds others.*model=gan.generator"):
+        model.fit(X, Y, callbacks=[sweep()], verbose=0)
+    callback = sweep(model=model.generator)
+    model.fit(X, Y, callbacks=[callback], verbose=0)
+    assert_population(model.generator)
+    assert not model.generator.trainable_weights
+    weights = [w.numpy() for w in model.generator.weights]
+    model.fit(X, Y, callbacks=[callback], verbose=0)  # It trains on.
+    assert not np.array_equal(weights[0], model.generator.weights[0])
+
+
+class TwoViews(keras.Model):
+    """No weights before its first step, which calls it on something else than it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense, self.bn = layers.Dense(3), layers.BatchNormalization(name="bn")
+
+    def call(self, inputs, training=None):
+        """Dense, then batch norm."""
+        return self.bn(self.dense(inputs), training=training)
+
+    def train_step(self, data):
+        """Two views of each sample are to agree."""
+        x, _ = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((self(x + 0.1, training=True) - self(x, training=True)) ** 2)
+        weights = self.trainable_weights
+        self.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+        return {"loss": loss}
+
+
+def test_a_model_that_its_first_step_builds():
+    model = TwoViews()
+    model.compile("sgd")
+    callback = sweep()
+    model.fit(X, Y, batch_size=8, callbacks=[callback], verbose=0)
+    found = X.astype("float64") @ model.dense.kernel.numpy() + model.dense.bias.numpy()
+    np.testing.assert_allclose(callback.stats["bn"].mean, found.mean(0), rtol=1e-4, atol=1e-5)
+    model = TwoViews()
+    model.compile("sgd")
+    steps = []
+    count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_: steps.append(1))
+    bad = tfbn.PopulationStatsCallback(np.ones((8, 3), "float32"))
+    with pytest.raises(ValueError, match="Expected batches that model"):
+        model.fit(X, Y, batch_size=8, epochs=9, callbacks=[bad, count], verbose=0)
+    assert len(steps) == 1
+
+
+class Uncalled(TwoViews):
+    """Has a layer that it never calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = layers.BatchNormalization(name="other")
+        self.other.build((None, 3))
+
+
+@pytest.mark.parametrize("kind", ["array", "dataset", "generator"])
+def test_what_cannot_be_swept_is_told_before_the_first_epoch(kind):
+    def given(x):
+        if kind == "dataset":
+            return tf.data.Dataset.from_tensor_slices(x).batch(4)
+        return (x[i : i + 4] for i in range(0, 8, 4)) if kind == "generator" else x
+
+    uncalled = Uncalled()
+    uncalled(X)
+    uncalled.compile("sgd")
+    for model, x, message in (
+        (build(), X[:8, :3], "Expected batches that model"),
+        (uncalled, X[:8], "to call its batch norm layer 'other'"),
+    ):
+        before = [w.numpy() for w in model.weights]
+        with pytest.raises(ValueError, match=message):
+            fit(model, [tfbn.PopulationStatsCallback(given(x))], epochs=9)
+        assert_same(before, [w.numpy() for w in model.weights])
+    model = build()
+    callback = tfbn.PopulationStatsCallback(given(X[:8]))
+    fit(model, [callback])
+    assert callback.stats.samples == 8  # The check has taken nothing away.
+
+
+def test_a_shuffled_dataset_comes_to_fit_as_without_the_callback():
+    def losses(with_sweep):
+        keras.utils.set_random_seed(2)
+        data = tf.data.Dataset.from_tensor_slices((X, Y)).shuffle(24, seed=3).batch(8)
+        callbacks = [tfbn.PopulationStatsCallback(data)] if with_sweep else []
+        return build().fit(data, epochs=3, callbacks=callbacks, verbose=0).history["loss"]
+
+    assert losses(True) == losses(False)
+
+
+def test_a_loop_of_ones_own_has_no_list_to_guard():
+    plain, model = build(), build()
+    callback = sweep(every_n_epochs=1)
+    callback.set_model(model)
+    callback.on_train_begin()
+    for trained in (plain, model):
+        for epoch in range(2):
+            if trained is model:
+                callback.on_epoch_begin(epoch)
+            trained.train_on_batch(X, Y)
+            if trained is model:
+                callback.on_epoch_end(epoch)
+                assert_population(model)
+    callback.on_train_end()
+    assert_population(model)
+    assert training_state.put_back(model) is None  # It is final.
+    assert_same(state(plain)[:4], previous_of([callback], model)[:4])

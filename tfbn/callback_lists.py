@@ -1,0 +1,56 @@
+"""What a callback can learn of the others, and how it is copied."""
+
+import copy
+import inspect
+from typing import NamedTuple
+
+import keras
+
+
+class Place(NamedTuple):
+    """A list that a callback is in, itself or in another callback that forwards to it.
+
+    Attributes:
+        callbacks: The `keras.callbacks.CallbackList`.
+        before: The callbacks in it that are listed before.
+        after: Those that are listed after; none, as before, where it cannot be told.
+    """
+
+    callbacks: keras.callbacks.CallbackList
+    before: list
+    after: list
+
+
+def enclosing(callback: keras.callbacks.Callback) -> list[Place]:
+    """The lists that are just calling a callback, the innermost first, `fit`'s own last."""
+    # A callback is not told of the others, and Keras keeps their list in a local variable of `fit`.
+    # The list itself is what calls the callback: it is among the callers.
+    inside, found = [callback], []
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, keras.Model) and frame.f_code.co_name == "fit":
+            break
+        if isinstance(caller, keras.callbacks.CallbackList):
+            found.append(_place(caller, inside))
+        if isinstance(caller, keras.callbacks.Callback) and caller is not callback:
+            inside.append(caller)
+        frame = frame.f_back
+    return found
+
+
+def _place(callbacks, inside):
+    for i, element in enumerate(callbacks.callbacks):
+        if any(element is one for one in inside):
+            return Place(callbacks, callbacks.callbacks[:i], callbacks.callbacks[i + 1 :])
+    return Place(callbacks, [], [])
+
+
+def shared_copy(
+    callback: keras.callbacks.Callback, memo: dict, shared: tuple[str, ...]
+) -> keras.callbacks.Callback:
+    """A deep copy of a callback that shares the values of some attributes with it."""
+    memo.update((id(getattr(callback, name)), getattr(callback, name)) for name in shared)
+    copied = memo[id(callback)] = type(callback).__new__(type(callback))
+    copied.__dict__.update(copy.deepcopy(callback.__dict__, memo))
+    return copied

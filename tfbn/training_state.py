@@ -1,0 +1,161 @@
+"""What training left in a model, while the population's statistics or a freeze stand in its place.
+
+It is kept by model and not by callback, so that several callbacks of one `fit` agree on it.
+"""
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import keras
+
+from tfbn import keras_models
+from tfbn.keras_models import Snapshot
+from tfbn.population import PopulationStats
+
+# The hooks of a `keras.callbacks.CallbackList` that run the callbacks while population statistics
+# may be in the model.
+_HOOKS = ("on_epoch_end", "on_test_begin", "on_test_end", "on_train_end")
+
+_exchanged = weakref.WeakKeyDictionary()  # By model.
+_flags = weakref.WeakKeyDictionary()  # By model: by path, a layer's `trainable` before the freeze.
+
+
+class _Exchanged(NamedTuple):
+    """What a model held before population statistics were put in, and these."""
+
+    moving: Snapshot
+    previous: PopulationStats
+    stats: PopulationStats
+    put: Snapshot | None  # `None` until all of it is in.
+
+
+def put_in(model: keras.Model, stats: PopulationStats) -> None:
+    """Assign statistics to a model, in place of the moving averages, which are remembered."""
+    put_back(model)
+    variables = keras_models.all_statistics(model)
+    previous = PopulationStats.read(model, fingerprint=False)
+    # Remembered first, because Ctrl-C may come at any point.
+    begun = _exchanged[model] = _Exchanged(Snapshot(model, variables), previous, stats, None)
+    stats.assign(model)
+    _exchanged[model] = begun._replace(put=Snapshot(model, variables))
+
+
+def put_back(model: keras.Model) -> PopulationStats | None:
+    """Undo `put_in`, unless something else has replaced the statistics since.
+
+    Returns:
+        The statistics that were in the model, or `None` if there were none.
+    """
+    held = _exchanged.get(model)
+    if held is None:
+        return None
+    intact = held.put is None or held.put.holds()
+    if intact:
+        held.previous.assign(model)  # It also forgets that statistics are assigned.
+        held.moving.restore()
+    del _exchanged[model]
+    return held.stats if intact else None
+
+
+def keep(model: keras.Model) -> None:
+    """Make what `put_in` did final."""
+    _exchanged.pop(model, None)
+
+
+@contextlib.contextmanager
+def unchanged(model: keras.Model):
+    """A stretch of evaluations, after which metrics, counters and random seeds are as before."""
+    state = Snapshot(model, model.non_trainable_variables + model.metrics_variables)
+    try:
+        yield
+    finally:
+        state.restore()
+
+
+def freeze(model: keras.Model) -> None:
+    """Set `trainable=False` in all layers, and remember what it was."""
+    layers = keras_models.layers(model)
+    _flags[model] = {path: layer.trainable for path, layer in layers.items()}
+    model.trainable = False
+
+
+def unfreeze(model: keras.Model) -> bool:
+    """Undo `freeze`, unless someone else has unfrozen a layer since.
+
+    Returns:
+        Whether the model was frozen.
+    """
+    flags = _flags.pop(model, None)
+    layers = keras_models.layers(model)
+    if flags is None or any(layer.trainable for layer in layers.values()):
+        return False
+    # Setting a layer's flag sets those of the layers inside it: outer layers come first.
+    for path, layer in layers.items():
+        layer.trainable = flags.get(path, True)
+    return True
+
+
+def guard(callbacks: keras.callbacks.CallbackList, model: keras.Model) -> None:
+    """See to it that a model gets its moving averages back whatever callbacks raise.
+
+    Also after every epoch's end, before the next step of training. The end of training is final
+    when all callbacks have come to it.
+
+    Args:
+        callbacks: The list that `fit` calls.
+        model: The model into which they may put population statistics.
+    """
+    models = vars(callbacks).setdefault("_tfbn_guarded", weakref.WeakSet())
+    models.add(model)
+    for name in _HOOKS:
+        if name not in vars(callbacks):  # A list may serve several times.
+            hook = functools.partial(_guarded, name, getattr(callbacks, name), models)
+            setattr(callbacks, name, hook)
+
+
+def guard_validation(trained: keras.Model, model: keras.Model) -> None:
+    """The same for whatever `evaluate` raises, until `release`.
+
+    Args:
+        trained: The model whose `fit` evaluates.
+        model: The model into which population statistics may be put.
+    """
+    release(trained)
+    evaluate, reference = trained.evaluate, weakref.ref(model)
+
+    @functools.wraps(evaluate)
+    def guarded(*args, **kwargs):
+        try:
+            return evaluate(*args, **kwargs)
+        except BaseException:
+            put_back(reference())
+            release(trained)
+            raise
+
+    guarded.original = vars(trained).get("evaluate")
+    trained.evaluate = guarded
+
+
+def release(trained: keras.Model) -> None:
+    """Undo `guard_validation`."""
+    guarded = vars(trained).get("evaluate")
+    if hasattr(guarded, "original"):
+        del trained.evaluate
+        if guarded.original is not None:
+            trained.evaluate = guarded.original
+
+
+def _guarded(name: str, hook: Callable, models: weakref.WeakSet, *args, **kwargs):
+    try:
+        hook(*args, **kwargs)
+    except BaseException:
+        for model in models:
+            if put_back(model) is not None and name == "on_train_end":
+                unfreeze(model)
+        raise
+    finish = {"on_epoch_end": put_back, "on_train_end": keep}.get(name)
+    for model in models if finish else ():
+        finish(model)
