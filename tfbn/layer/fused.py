@@ -100,12 +100,13 @@ def _training_step(within, dtype, epsilon):
 
 
 def _sums(x, within):
-    """As `sums.sums`, in half of the time and without a temporary; it has no derivative at 0."""
-    # The ones are multiplied in float32 on a CPU, unlike on a GPU.
-    total = tf.matmul(tf.ones([1, tf.shape(x)[1]]), x) if within == 1 else tf.reduce_sum(x, 2)
-    norms = tf.math.reduce_euclidean_norm(x, within)
-    total = tf.reduce_sum(tf.cast(total, tf.float64), [0, 1] if within == 1 else 0)
-    return total, tf.reduce_sum(tf.square(tf.cast(norms, tf.float64)), 0)
+    """As `sums.sums`, in less time."""
+    if within == 2:
+        return sums.sums(x, within)
+    # A product with ones is faster than a sum. It is one of float32 on a CPU, unlike on a GPU.
+    ones = tf.ones([1, tf.shape(x)[1]])
+    parts = (tf.matmul(ones, values) for values in (x, tf.square(x)))
+    return tuple(tf.reduce_sum(tf.cast(part, tf.float64), [0, 1]) for part in parts)
 
 
 def _gradient(x, dy, gamma, mean, variance, within, epsilon):
