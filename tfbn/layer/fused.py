@@ -55,7 +55,7 @@ def _training_step(within, dtype, epsilon):
 
         def moments(x):
             # In the gradient below they are constants; in others they have no part.
-            return sums.moments_of_sums(*_sums(tf.stop_gradient(x), within), count)
+            return sums.moments_of_sums(*sums.sums(tf.stop_gradient(x), within), count)
 
         def normalized(x, mean, variance):
             image, data_format = _as_image(x, 3 - within)
@@ -97,16 +97,6 @@ def _training_step(within, dtype, epsilon):
         # Inlined, it would be optimized anew at each of a network's layers, in the first step.
         function = tf.function(step, autograph=False, experimental_attributes={"_noinline": True})
         return function.get_concrete_function(*signature)
-
-
-def _sums(x, within):
-    """As `sums.sums`, in less time."""
-    if within == 2:
-        return sums.sums(x, within)
-    # A product with ones is faster than a sum. It is one of float32 on a CPU, unlike on a GPU.
-    ones = tf.ones([1, tf.shape(x)[1]])
-    parts = (tf.matmul(ones, values) for values in (x, tf.square(x)))
-    return tuple(tf.reduce_sum(tf.cast(part, tf.float64), [0, 1]) for part in parts)
 
 
 def _gradient(x, dy, gamma, mean, variance, within, epsilon):
