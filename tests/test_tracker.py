@@ -437,9 +437,7 @@ def test_the_progress_bar_has_keras_metrics_and_the_populations(capsys):
     options = {"validation_data": (X_VAL, Y_VAL), "callbacks": [tracker()], "verbose": 2}
     history = model.fit(X, Y, batch_size=BATCH, **options).history
     line = next(line for line in capsys.readouterr().out.splitlines() if "val_loss" in line)
-    shown = [part.split(":")[0] for part in line.split(" - ")][2:]
-    assert shown == [
-        *("accuracy", "loss", "val_accuracy", "val_loss"),
-        *("val_accuracy_population", "val_loss_population"),
-    ]
+    shown = {part.split(":")[0] for part in line.split(" - ") if ":" in part}
+    keras_own = {"accuracy", "loss", "val_accuracy", "val_loss"}
+    assert shown == keras_own | {"val_accuracy_population", "val_loss_population"}
     assert len(history) == 10

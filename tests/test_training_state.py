@@ -442,7 +442,7 @@ def test_a_model_that_its_first_step_builds():
     model = TwoViews()
     model.compile("sgd")
     steps = []
-    count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_: steps.append(1))
+    count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: steps.append(1))
     bad = tfbn.PopulationStatsCallback(np.ones((8, 3), "float32"))
     with pytest.raises(ValueError, match="Expected batches that model"):
         model.fit(X, Y, batch_size=8, epochs=9, callbacks=[bad, count], verbose=0)
