@@ -243,22 +243,28 @@ def test_copies_share_the_data_and_pickles_have_it(make):
     assert loaded.stats["first"].count == len(X)
 
 
-def count_fingerprints(monkeypatch, callbacks):
-    """How often a fit with some callbacks hashes the weights."""
-    calls, fingerprint = [], keras_models.fingerprint
-    monkeypatch.setattr(
-        keras_models, "fingerprint", lambda model: calls.append(1) or fingerprint(model)
-    )
-    fit(build(), callbacks)
-    return len(calls)
+def counted(monkeypatch, module, name):
+    """A list that grows with every call of a function."""
+    calls, function = [], getattr(module, name)
+
+    def counting(*args, **options):
+        calls.append(name)
+        return function(*args, **options)
+
+    monkeypatch.setattr(module, name, counting)
+    return calls
 
 
 @pytest.mark.parametrize(
     ("options", "sweeps", "reuses"),
     [({}, 1, 0), ({"before_validation": True, "every_n_epochs": 1}, 2, 3)],
 )
-def test_weights_are_hashed_once_for_a_sweep(monkeypatch, options, sweeps, reuses):
-    assert count_fingerprints(monkeypatch, [sweep(**options)]) <= sweeps + reuses
+def test_weights_are_hashed_once_for_a_sweep_and_for_a_reuse(monkeypatch, options, sweeps, reuses):
+    hashed = counted(monkeypatch, keras_models, "fingerprint")
+    swept = counted(monkeypatch, tfbn.callback, "collect")
+    fit(build(), [sweep(**options)])
+    assert len(swept) == sweeps
+    assert len(hashed) == sweeps + reuses
 
 
 def test_order_of_those_that_save(tmp_path):
