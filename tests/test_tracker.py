@@ -384,3 +384,60 @@ def test_a_sweep_that_fails_leaves_the_model_as_it_was():
         fit(model, [weights, watch])
     for value, held in zip(weights.found[0], model.get_weights(), strict=True):
         np.testing.assert_array_equal(value, held)
+
+
+class Partly(keras.Model):
+    """Calls one layer with `training=False`, and another both ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.fixed = layers.BatchNormalization(name="fixed")
+        self.both = layers.BatchNormalization(name="both")
+        self.head = layers.Dense(2, "softmax")
+
+    def call(self, inputs, training=None):
+        """The second call of `both` infers."""
+        x = self.both(self.fixed(inputs, training=False), training=training)
+        return self.head(self.both(x, training=False))
+
+
+def test_mini_batches_train_only_the_calls_that_fit_trains():
+    keras.utils.set_random_seed(0)
+    model = Partly()
+    model(X[:1])
+    history = fit(compiled(model), [tracker()], epochs=1)
+
+    def by_batch(x):
+        w = {v.path.partition("/")[2]: v.numpy().astype("float64") for v in model.weights}
+
+        def infer(name, x, mean, variance):
+            scale = np.sqrt(variance + 1e-3)
+            return (x - mean) / scale * w[f"{name}/gamma"] + w[f"{name}/beta"]
+
+        x = infer("fixed", x, w["fixed/moving_mean"], w["fixed/moving_variance"])
+        x = infer("both", x, x.mean(0), x.var(0))
+        x = infer("both", x, w["both/moving_mean"], w["both/moving_variance"])
+        return np.asarray(model.head(x))
+
+    found = [by_batch(X_VAL[i : i + BATCH].astype("float64")) for i in (0, 8, 16)]
+    loss, _ = metrics(np.concatenate(found))
+    np.testing.assert_allclose(history["val_loss_mini_batch"][0], loss, rtol=2e-5)
+
+
+def test_no_switch_of_the_process_is_touched(monkeypatch):
+    touched = []
+    monkeypatch.setattr(tf.config, "run_functions_eagerly", touched.append)
+    fit(compiled(network()), [tracker()], epochs=1)
+    assert not touched
+
+
+def test_the_progress_bar_has_keras_metrics_and_the_populations(capsys):
+    keras.utils.set_random_seed(1)
+    model = compiled(network())
+    options = {"validation_data": (X_VAL, Y_VAL), "callbacks": [tracker()], "verbose": 2}
+    history = model.fit(X, Y, batch_size=BATCH, **options).history
+    line = next(line for line in capsys.readouterr().out.splitlines() if "val_loss" in line)
+    shown = {part.split(":")[0] for part in line.split(" - ") if ":" in part}
+    keras_own = {"accuracy", "loss", "val_accuracy", "val_loss"}
+    assert shown == keras_own | {"val_accuracy_population", "val_loss_population"}
+    assert len(history) == 10

@@ -125,15 +125,14 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         """Unfreeze what an earlier `fit` froze, and check all that can be checked by now."""
         network = self._network
-        training_state.put_back(
-            network
-        )  # If training ended by an error, out of reach of the guard.
+        training_state.put_back(network)  # Left by a loop of the user's own that failed.
         lists = enclosing(self)
         for _, before, after in lists:
             self._check_order(before, after)
+        self._check_repeatable()
         frozen = training_state.unfreeze(network)
         try:
-            self._check(first=True)
+            self._check()
         except BaseException:
             if frozen:
                 training_state.freeze(network)
@@ -207,13 +206,12 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         if self._verbosity:
             print(line)
 
-    def _check(self, first=False):
-        """Trace one batch, once the model has weights, which `fit` may give it."""
+    def _check(self):
+        """Trace one batch, as soon as the model has weights, which the first step may give it."""
         layers = keras_models.layers(self._network).values()
         self._checked = self._network.built and all(layer.built for layer in layers)
-        if not self._checked and first:
+        if not self._checked:
             return
-        self._checked = True
         x = self._x
         if hasattr(x, "__next__"):  # What the check reads comes again.
             self._x, x = itertools.tee(x)
@@ -261,11 +259,20 @@ class PopulationStatsCallback(keras.callbacks.Callback):
                 "or pass it freeze=False."
             )
 
+    def _check_repeatable(self):
+        several = self._every_n_epochs or self._before_validation
+        if several and hasattr(self._x, "__next__") and self._options["steps"] is None:
+            raise ValueError(
+                "Expected data that can be swept several times, for every_n_epochs or "
+                "before_validation. Received: a generator, which can be read only once. Pass "
+                "arrays, a tf.data.Dataset or a PyDataset, or `steps` of an endless generator."
+            )
+
     def _check_order(self, before, after):
         callbacks = keras.callbacks
-        saves = [cb for cb in before if isinstance(cb, callbacks.ModelCheckpoint)]
-        saves_after = any(isinstance(cb, callbacks.ModelCheckpoint) for cb in after)
-        if self._every_n_epochs and saves and not saves_after:
+        saves = _saves_epochs(before, callbacks.ModelCheckpoint)
+        # Of two, the one before is for training to go on from.
+        if self._every_n_epochs and saves and not _saves_epochs(after, callbacks.ModelCheckpoint):
             raise ValueError(
                 "Expected ModelCheckpoint after PopulationStatsCallback with every_n_epochs, so "
                 "that its files have the population statistics. Received: callbacks in the other "
@@ -275,7 +282,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             restores = isinstance(other, callbacks.EarlyStopping) and other.restore_best_weights
             in_training = self._before_validation or self._every_n_epochs
             swaps = isinstance(other, callbacks.SwapEMAWeights) and in_training
-            backs_up = isinstance(other, callbacks.BackupAndRestore) and self._every_n_epochs
+            backs_up = self._every_n_epochs and _saves_epochs([other], callbacks.BackupAndRestore)
             if restores or swaps or backs_up:
                 why = (
                     "which would save the population statistics for training to go on from"
@@ -286,6 +293,11 @@ class PopulationStatsCallback(keras.callbacks.Callback):
                     f"Expected PopulationStatsCallback after {type(other).__name__}, {why}. "
                     "Received: callbacks in the other order. Swap the two in the list."
                 )
+
+
+def _saves_epochs(callbacks, kind):
+    """Those of one of Keras's kinds that save at the end of an epoch."""
+    return [cb for cb in callbacks if isinstance(cb, kind) and cb.save_freq == "epoch"]
 
 
 def _overall(found):

@@ -144,6 +144,8 @@ class StatsTracker(keras.callbacks.Callback):
                 found = {"moving_average": self._evaluate()}
                 training_state.put_in(self.model, self.stats)
                 found["population"] = self._evaluate()
+                # Calls that `fit` does not train infer with the moving averages, as in training.
+                training_state.put_back(self.model)
                 found["mini_batch"] = self._evaluate_with_mini_batches()
         finally:
             training_state.put_back(self.model)

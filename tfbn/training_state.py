@@ -123,26 +123,30 @@ def guard_validation(trained: keras.Model, model: keras.Model) -> None:
         trained: The model whose `fit` evaluates.
         model: The model into which population statistics may be put.
     """
-    release(trained)
-    evaluate, reference = trained.evaluate, weakref.ref(model)
+    evaluate = trained.evaluate
+    if hasattr(evaluate, "guards"):
+        evaluate.guards.add(model)
+        return
+    models = weakref.WeakSet([model])
 
     @functools.wraps(evaluate)
     def guarded(*args, **kwargs):
         try:
             return evaluate(*args, **kwargs)
         except BaseException:
-            put_back(reference())
             release(trained)
+            for model in models:
+                put_back(model)
             raise
 
-    guarded.original = vars(trained).get("evaluate")
+    guarded.guards, guarded.original = models, vars(trained).get("evaluate")
     trained.evaluate = guarded
 
 
 def release(trained: keras.Model) -> None:
     """Undo `guard_validation`."""
     guarded = vars(trained).get("evaluate")
-    if hasattr(guarded, "original"):
+    if hasattr(guarded, "guards"):
         del trained.evaluate
         if guarded.original is not None:
             trained.evaluate = guarded.original
@@ -152,6 +156,7 @@ def _guarded(name: str, hook: Callable, models: weakref.WeakSet, *args, **kwargs
     try:
         hook(*args, **kwargs)
     except BaseException:
+        release(hook.__self__.model)
         for model in models:
             if put_back(model) is not None and name == "on_train_end":
                 unfreeze(model)

@@ -217,7 +217,7 @@ def check_batch(model, x, method="exact", batch_size=None, steps=None):
         ValueError: All that `collect` would raise before it has run the first batch, and for layers
             that are never called; if the model is only a container of others.
     """
-    if isinstance(model, keras.Model) and type(model).call is keras.Layer.call:
+    if isinstance(model, keras.Model) and type(model).call is keras.Model.call:
         raise ValueError(
             f"Expected a model with a `call` of its own. Received: model {model.name!r}, which "
             "only holds others, as a GAN holds its generator. Sweep the network inside: pass it "
@@ -262,6 +262,7 @@ def layers_to_sweep(model, include_frozen):
         raise ValueError(
             "Expected a model with BatchNormalization layers that are not frozen. Received: model "
             f"{model.name!r}, all of whose {len(layers)} have trainable=False. Unfreeze them (the "
-            "callback that froze them has `unfreeze()`), or pass include_frozen=True."
+            "callback that froze them has `unfreeze()`; of a loaded model, set trainable=True and "
+            "compile it), or pass include_frozen=True."
         )
     return wanted
