@@ -196,6 +196,38 @@ def test_exact_where_the_graph_cannot_be_cut(run):
     assert second.count == 60
 
 
+class Cell(keras.Model):
+    """Batch norm on its own output, three times, and another behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.dense = layers.BatchNormalization(), layers.Dense(4, "tanh")
+        self.behind = layers.BatchNormalization()
+
+    def call(self, inputs, training=None):
+        """Three steps."""
+        h = keras.ops.zeros_like(inputs[:, 0])
+        for step in range(3):
+            h = self.bn(self.dense(h + inputs[:, step]), training=training)
+        return self.behind(h, training=training)
+
+
+def test_a_layer_that_is_called_on_its_own_output(run):
+    def load():
+        keras.utils.set_random_seed(0)
+        model = Cell()
+        model(np.zeros((2, 3, 4), "float32"))
+        return model
+
+    x = np.random.default_rng(0).normal(3, 2, size=(20, 3, 4)).astype("float32")
+    stats = run(list(x), tfbn.beam.Collect(load, "exact", batch_size=3))
+    expected = tfbn.collect(load(), x, verbose=0)
+    for found, known in zip(stats.values(), expected.values(), strict=True):
+        np.testing.assert_array_equal(found.count, known.count)
+        np.testing.assert_allclose(found.mean, known.mean, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(found.variance, known.variance, rtol=1e-4)
+
+
 def test_targets_are_dropped(run, saved):
     model, path, x = saved()
     expected = networks.in_training(networks.plain, model, x, [slice(None)])

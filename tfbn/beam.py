@@ -50,10 +50,12 @@ class Collect(beam.PTransform):
     ```
 
     The one-pass methods are one stage. `"exact"` is one for every level of batch norm layers, in
-    the same pipeline: what a stage has found of all data is a side input of the next. Every
-    process loads the model once. Between processes go count, mean and M2 per channel of the layers
-    of one level, merged by Chan's formula (see `tfbn.moments.merge`), and nothing is kept anywhere
-    else, so that a bundle that is tried again counts once.
+    the same pipeline: the state after a stage is a side input of the next. A network that cannot
+    be cut at levels, because it calls a layer in a loop or on its own output, takes a stage for
+    every call, and a few more. Every process loads and traces the model once. Between processes go
+    count, mean and M2 per channel of the layers of one level, merged by Chan's formula (see
+    `tfbn.moments.merge`), and nothing is kept anywhere else, so that a bundle that is tried again
+    counts once. Every level has to see the same samples, which is checked.
 
     Whatever the runner makes of the data's order, `"exact"` gives the same up to rounding, and the
     other methods as long as the batches are the same ones. With `batch_size`, the batches are
@@ -83,7 +85,9 @@ class Collect(beam.PTransform):
         ValueError: When the pipeline is built, if the model cannot be loaded, is not built or has
             no batch norm layer to sweep, or for `"exact"` if its levels cannot be told from it
             alone: a subclassed model that Keras recorded no input shape of, or one that runs
-            eagerly. When it runs, as `tfbn.collect`; if a process loads other weights.
+            eagerly; on Beam's DaskRunner, which loses elements (seen in 2.77). When it runs, as
+            `tfbn.collect`; if a process loads other weights, or the runner or the data lets two
+            levels see other samples.
     """
 
     def __init__(self, model, method="pooled", batch_size=None, include_frozen=False):

@@ -5,6 +5,8 @@ Run them with `pytest -m engines`, with the extra `engines` installed.
 
 import os
 import pathlib
+import re
+import subprocess
 import sys
 
 import keras
@@ -107,3 +109,18 @@ def test_a_worker_that_is_killed_while_it_sweeps(any_map, saved, tmp_path):
     stats = tfbn.collect_shards(path, shards, map=any_map, load=deadly, verbose=0)
     assert len(deadly.log.read_text().split()) == 4  # Of three levels, the second twice.
     assert_same(stats, tfbn.collect(model, x, verbose=0), 1e-6)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_example(engine, tmp_path):
+    command = [sys.executable, TESTS.parent / "examples" / "cluster_sweep.py", "--out", tmp_path]
+    done = subprocess.run([*command, "--engine", engine], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"moving averages .*\npopulation statistics ", done.stdout)
+    model = keras.models.load_model(tmp_path / "model.keras")
+    x = np.concatenate([np.load(shard) for shard in sorted(tmp_path.glob("train-*.npy"))])
+    stats = tfbn.PopulationStats.load(tmp_path / "stats.npz")
+    expected = tfbn.collect(model, x, verbose=0)
+    assert stats.samples == expected.samples == len(x)
+    for drift in stats.compare(expected).values():
+        assert drift["mean_shift_max"] < 1e-6 and drift["std_ratio_max"] < 1 + 1e-6

@@ -2,12 +2,14 @@
 
 import builtins
 import concurrent.futures
+import gc
 import itertools
 import multiprocessing
 import operator
 import pathlib
 import pickle
 import random
+import weakref
 
 import cloudpickle
 import keras
@@ -314,6 +316,19 @@ def test_three_numbers_a_channel_come_back():
     tfbn.collect_shards(model, cut(x, 10), map=weighed, verbose=0)
     assert len(sizes) == 6  # Two shards at three levels.
     assert max(sizes) < 3 * 8 * width + 3000
+
+
+def test_this_process_lets_the_model_go():
+    held = []
+
+    def load():
+        model = networks.plain(layers.BatchNormalization)
+        held.append(weakref.ref(model))
+        return model
+
+    tfbn.collect_shards(load, [_x], verbose=0)
+    gc.collect()
+    assert len(held) == 1 and held[0]() is None
 
 
 def test_one_progress_bar(capsys):
