@@ -92,12 +92,12 @@ def plans(draw):
     if root == "graph":
         source = "iterable"
     elif root == "ragged":
-        source = draw(st.sampled_from(["dataset", "iterable"]))
+        source = draw(st.sampled_from(["dataset", "iterable", "shuffled samples"]))
     if engine == "shards":
         source = "shards"
     method = draw(st.sampled_from(["exact", "exact", "exact", "pooled"]))
     if method == "pooled" and source == "shuffled samples":  # Its batches are not known.
-        source = "shuffled batches"
+        source = "dataset"
     fault = None
     if draw(st.booleans()) and source in ("shards", "arrays", "dataset", "pydataset"):
         fault = draw(st.integers(1, 3)) if engine == "shards" else draw(st.integers(0, 8))
@@ -406,6 +406,8 @@ def source_of(plan, x):
         return Iterable(batches), {}
     if plan.root == "ragged":
         rows = tf.data.Dataset.from_tensor_slices(tf.ragged.constant(x, dtype="float32"))
+        if plan.source == "shuffled samples":
+            rows = rows.shuffle(plan.samples)
         return rows.batch(plan.batch_size), {}
     dataset = tf.data.Dataset.from_tensor_slices(x)
     static = plan.samples % plan.batch_size == 0
