@@ -106,7 +106,7 @@ def test_stretches_are_cut_from_the_data_as_it_lies(shape, axis, expected):
 
 def test_tracing_stretches_is_cheap():
     """A network of a hundred layers traces it a hundred times."""
-    for spec, most in [([None, 14, 14, 3], 3), ([None, 3, 14, 14], 3), ([None, 3], 16)]:
+    for spec, most in [([None, 14, 14, 3], 3), ([None, 3, 14, 14], 3), ([None, 3], 17)]:
         axis = spec.index(3)
         with tf.Graph().as_default() as graph:
             sums.stretched(tf.compat.v1.placeholder(tf.float32, spec), axis)

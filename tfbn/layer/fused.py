@@ -55,7 +55,7 @@ def _training_step(within, dtype, epsilon):
 
         def moments(x):
             # In the gradient below they are constants; in others they have no part.
-            return sums.moments_of_sums(*_sums(tf.stop_gradient(x), within), count)
+            return sums.moments_of_sums(*sums.sums(tf.stop_gradient(x), within), count)
 
         def normalized(x, mean, variance):
             image, data_format = _as_image(x, 3 - within)
@@ -97,15 +97,6 @@ def _training_step(within, dtype, epsilon):
         # Inlined, it would be optimized anew at each of a network's layers, in the first step.
         function = tf.function(step, autograph=False, experimental_attributes={"_noinline": True})
         return function.get_concrete_function(*signature)
-
-
-def _sums(x, within):
-    """As `sums.sums`, in half of the time and without a temporary; it has no derivative at 0."""
-    # The ones are multiplied in float32 on a CPU, unlike on a GPU.
-    total = tf.matmul(tf.ones([1, tf.shape(x)[1]]), x) if within == 1 else tf.reduce_sum(x, 2)
-    norms = tf.math.reduce_euclidean_norm(x, within)
-    total = tf.reduce_sum(tf.cast(total, tf.float64), [0, 1] if within == 1 else 0)
-    return total, tf.reduce_sum(tf.square(tf.cast(norms, tf.float64)), 0)
 
 
 def _gradient(x, dy, gamma, mean, variance, within, epsilon):

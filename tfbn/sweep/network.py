@@ -247,7 +247,7 @@ class Network:
         # of steps is open. Where the model wants the size of the batch, one for each size.
         specs = flatten(opened)
         attempts = [flat] if static else [specs, flat]
-        if traces and not static:
+        if traces and not static and self._declares(specs):
             attempts.insert(0, list(map(_relaxed, specs, traces[-1].specs)))
         failure = None
         for attempt in attempts:
@@ -264,6 +264,16 @@ class Network:
         raise failure or UnobservableError(
             "Expected batch norm layers whose every call can be observed. Received: a batch norm "
             "layer that is called in tf.vectorized_map. Use tf.map_fn there."
+        )
+
+    def _declares(self, specs):
+        """Whether the model's recorded input shapes, as far as they are known, allow these."""
+        declared = flatten(keras_models.input_specs(self.model) or [])
+        if len(declared) != len(specs):
+            return True
+        pairs = zip(declared, specs, strict=True)
+        return all(
+            a.shape.rank != b.shape.rank or a.shape.is_compatible_with(b.shape) for a, b in pairs
         )
 
     @contextlib.contextmanager
