@@ -124,7 +124,7 @@ def plans(draw):
         samples=draw(st.integers(24, 60)),
         batch_size=draw(st.integers(2, 12)),
         method=method,
-        memory_limit=draw(st.sampled_from([0, 1_000, 1_000, 4_000, 4_000, 16_000, 10**9])),
+        memory_limit=draw(st.sampled_from([0, 300, 600, 1_200, 5_000, 10**9])),
         engine=engine,
         fault=fault,
         seed=draw(st.integers(0, 2**16)),
@@ -654,7 +654,7 @@ def pinned(root, *parts, **changes):
 
 PINNED = {
     "shuffled anew": pinned(
-        "vector", "dense", "dense", "residual", source="shuffled samples", memory_limit=1_500
+        "vector", "dense", "dense", "residual", source="shuffled samples", memory_limit=400
     ),
     "noise": pinned("vector", "noise", batch_size=4, memory_limit=0),
     "a lost shard": pinned("vector", "dense", "dense", engine="shards", source="shards", fault=2),
