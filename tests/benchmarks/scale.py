@@ -33,7 +33,8 @@ from keras import layers
 
 import tfbn
 from tfbn.sweep import batches as data
-from tfbn.sweep import devices as distribute
+from tfbn.sweep import run, workers
+from tfbn.sweep.state import SweepState
 
 BATCH = 100
 METHODS = ("pooled", "algorithm2", "exact")
@@ -147,7 +148,7 @@ def messages(model, x, method):
     """What one of two workers sends in a sweep: the bytes and the numbers of every message."""
     sent = []
 
-    class Twin(distribute.Workers):
+    class Twin(workers.Workers):
         """A worker whose only fellow has the same data, and so the same to say."""
 
         def __init__(self, model):
@@ -158,10 +159,11 @@ def messages(model, x, method):
             sent.append(message)
             return [message] * 2
 
-    with unittest.mock.patch.object(distribute, "Workers", Twin):
+    with unittest.mock.patch.object(run, "Workers", Twin):
         tfbn.collect(model, x, method, batch_size=len(x), memory_limit=2**30, verbose=0)
-    parts = [tfbn.PopulationStats.from_bytes(message[1:]) for message in sent]
-    numbers = [sum(map(np.size, part.calls.values())) for part in parts]
+    states = [SweepState.from_bytes(message[1:]) for message in sent]
+    moments = [list(state.moments.values()) for state in states]
+    numbers = [sum(map(np.size, found)) for found in moments]
     return list(map(len, sent)), numbers
 
 

@@ -67,7 +67,7 @@ def tensorflow_variants(name, bn, x):
     return {
         f"{name}: training=True": bare,
         f"{name}: predict": predict,
-        f"{name}: pooled": sweep(),
+        f"{name}: pooled": sweep(method="pooled"),
         f"{name}: exact": sweep(method="exact", memory_limit=8 * 2**30),
         f"{name}: exact, memory_limit=0": sweep(method="exact", memory_limit=0),
     }

@@ -131,7 +131,9 @@ def collect(
     # After a crash a worker may be a level ahead: the levels before are the same for all.
     state = max(workers.gather(lambda: shard().begin), key=lambda begin: begin.level)
     while not state.complete:
-        swept = workers.gather(lambda state=state: shard().sweep_level(state))
+        swept = workers.gather(
+            lambda state=state: shard().sweep_level(state), settled=state.settled
+        )
         # A worker without data does not know which layers its data would show.
         merged = functools.reduce(SweepState.merge, [s for s in swept if s.batches] or swept[:1])
         if merged.whole and not state.whole:

@@ -1,6 +1,7 @@
 """The processes that share a sweep, by the `tf.distribute` strategy of a model."""
 
 import concurrent.futures
+import dataclasses
 import threading
 
 import numpy as np
@@ -42,8 +43,13 @@ class Workers:
     def __len__(self):
         return self._count
 
-    def gather(self, compute):
+    def gather(self, compute, settled=None):
         """The `SweepState`s that a function computes on every worker, in their order.
+
+        Args:
+            compute: The function.
+            settled: The `settled` moments of the states where all workers have them, which then
+                need not be sent.
 
         Raises:
             Exception: What `compute` raises here.
@@ -54,7 +60,10 @@ class Workers:
             return [compute()]
         failure = None
         try:
-            message = b"+" + compute().to_bytes()
+            state = compute()
+            if settled is not None:
+                state = dataclasses.replace(state, settled={})
+            message = b"+" + state.to_bytes()
         except Exception as error:
             failure = error
             message = f"-{type(error).__name__}: {error}".encode()
@@ -67,7 +76,10 @@ class Workers:
                     f"Expected the sweeps of all {self._count} workers. Received: from worker "
                     f"{index} (counting from 0), {message[1:].decode()}"
                 )
-        return [SweepState.from_bytes(message[1:]) for message in messages]
+        states = [SweepState.from_bytes(message[1:]) for message in messages]
+        if settled is None:
+            return states
+        return [dataclasses.replace(state, settled=settled) for state in states]
 
     def _gathered(self, words):
         with tf.device("CPU:0"):
