@@ -219,9 +219,9 @@ class Rooted(keras.Model):
         self.root, self.body = root, body
 
     def call(self, inputs, training=None):
-        """The body over the values of a ragged tensor, or over the messages of a graph."""
+        """The body over a ragged tensor, filled up with zeros, or over the messages of a graph."""
         if self.root == "ragged":
-            x = inputs.flat_values[:, None]
+            x = tf.reshape(inputs.to_tensor(shape=[None, 5]), [-1, 1])
         else:
             x = tf.gather(inputs["nodes"], inputs["edges"][:, 0]) * inputs["scale"]
         return self.body(tf.cast(x, self.body.compute_dtype), training=training)
