@@ -221,7 +221,8 @@ class Rooted(keras.Model):
     def call(self, inputs, training=None):
         """The body over a ragged tensor, filled up with zeros, or over the messages of a graph."""
         if self.root == "ragged":
-            x = tf.reshape(inputs.to_tensor(shape=[None, 5]), [-1, 1])
+            size = inputs.nrows() if inputs.shape[0] is None else inputs.shape[0]
+            x = tf.reshape(inputs.to_tensor(shape=[size, 5]), [-1, 1])
         else:
             x = tf.gather(inputs["nodes"], inputs["edges"][:, 0]) * inputs["scale"]
         return self.body(tf.cast(x, self.body.compute_dtype), training=training)
