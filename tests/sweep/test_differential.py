@@ -17,7 +17,7 @@ import networks
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from keras import layers
 
@@ -79,7 +79,15 @@ PARTS = (
     "carrying",
 )
 ROOTS = ("vector", "integers", "sequence", "masked", "two", "ragged", "graph")
-SOURCES = ("arrays", "shuffled samples", "shuffled batches", "dataset", "generator", "pydataset")
+SOURCES = (
+    "arrays",
+    "shuffled samples",
+    "shuffled samples",
+    "shuffled batches",
+    "dataset",
+    "generator",
+    "pydataset",
+)
 
 
 @st.composite
@@ -92,12 +100,12 @@ def plans(draw):
     if root == "graph":
         source = "iterable"
     elif root == "ragged":
-        source = draw(st.sampled_from(["dataset", "iterable"]))
+        source = draw(st.sampled_from(["dataset", "iterable", "shuffled samples"]))
     if engine == "shards":
         source = "shards"
     method = draw(st.sampled_from(["exact", "exact", "exact", "pooled"]))
     if method == "pooled" and source == "shuffled samples":  # Its batches are not known.
-        source = "shuffled batches"
+        source = "dataset"
     fault = None
     if draw(st.booleans()) and source in ("shards", "arrays", "dataset", "pydataset"):
         fault = draw(st.integers(1, 3)) if engine == "shards" else draw(st.integers(0, 8))
@@ -116,7 +124,7 @@ def plans(draw):
         samples=draw(st.integers(24, 60)),
         batch_size=draw(st.integers(2, 12)),
         method=method,
-        memory_limit=draw(st.sampled_from([0, 1_000, 4_000, 16_000, 10**9])),
+        memory_limit=draw(st.sampled_from([0, 300, 600, 1_200, 5_000, 10**9])),
         engine=engine,
         fault=fault,
         seed=draw(st.integers(0, 2**16)),
@@ -211,9 +219,10 @@ class Rooted(keras.Model):
         self.root, self.body = root, body
 
     def call(self, inputs, training=None):
-        """The body over the values of a ragged tensor, or over the messages of a graph."""
+        """The body over a ragged tensor, filled up with zeros, or over the messages of a graph."""
         if self.root == "ragged":
-            x = inputs.flat_values[:, None]
+            size = inputs.nrows() if inputs.shape[0] is None else inputs.shape[0]
+            x = tf.reshape(inputs.to_tensor(shape=[size, 5]), [-1, 1])
         else:
             x = tf.gather(inputs["nodes"], inputs["edges"][:, 0]) * inputs["scale"]
         return self.body(tf.cast(x, self.body.compute_dtype), training=training)
@@ -406,6 +415,8 @@ def source_of(plan, x):
         return Iterable(batches), {}
     if plan.root == "ragged":
         rows = tf.data.Dataset.from_tensor_slices(tf.ragged.constant(x, dtype="float32"))
+        if plan.source == "shuffled samples":
+            rows = rows.shuffle(plan.samples)
         return rows.batch(plan.batch_size), {}
     dataset = tf.data.Dataset.from_tensor_slices(x)
     static = plan.samples % plan.batch_size == 0
@@ -612,8 +623,9 @@ def compare(plan, model, stats, expected):
         np.testing.assert_array_less(np.abs(found[name].variance - variance) / scale, tolerance)
     for first, second in zip(noisy[::2], noisy[1::2], strict=True):
         rows = found[first].count * NOISE
-        spread = 6 * np.sqrt(2 / rows)
-        assert abs(found[first].variance.mean() - 1) < spread + 2 / found[first].count, first
+        assert abs(found[first].variance.mean() - 1) < 6 * np.sqrt(2 / rows) + 2 / rows, first
+        # Chi-squared with a degree of freedom for each channel, unless batches share their noise.
+        assert np.sum(found[first].mean ** 2) * found[first].count < 4 * NOISE, first
         if plan.method == "exact":  # The second layer has seen the draws of the first.
             passed = found[first].variance / (found[first].variance + 1e-3)
             np.testing.assert_allclose(found[second].mean, 0, atol=1e-4)
@@ -623,14 +635,57 @@ def compare(plan, model, stats, expected):
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
 
+def pinned(root, *parts, **changes):
+    """A plan in which a fault once showed itself."""
+    plain = {
+        "stock": True,
+        "policy": "float32",
+        "eager": False,
+        "source": "arrays",
+        "samples": 40,
+        "batch_size": 7,
+        "method": "exact",
+        "memory_limit": 10**9,
+        "engine": "one",
+        "fault": None,
+        "seed": 1,
+    }
+    return Plan(root=root, parts=parts, **plain | changes)
+
+
+PINNED = {
+    "shuffled anew": pinned(
+        "vector", "dense", "dense", "residual", source="shuffled samples", memory_limit=400
+    ),
+    "noise": pinned("vector", "noise", batch_size=4, memory_limit=0),
+    "a lost shard": pinned("vector", "dense", "dense", engine="shards", source="shards", fault=2),
+    "a shard that comes twice": pinned("sequence", "dense", engine="shards", source="shards"),
+    "integers": pinned("integers", "bare"),
+    "frozen by call": pinned("vector", "dense", "frozen by call", "dense", method="pooled"),
+    "ragged": pinned("ragged", "bare", "bare", source="dataset"),
+    "a state": pinned("vector", "carrying"),
+    "graphs": pinned("graph", "dense", source="iterable", memory_limit=0),
+    "a static size": pinned("vector", "static", source="dataset", batch_size=10),
+    "one mask for two layers": pinned("masked", "bare", "bare", source="pydataset"),
+}
+
+
+def also(test):
+    """A property that the pinned plans are tried with first."""
+    for plan in PINNED.values():
+        test = example(plan=plan)(test)
+    return test
+
+
 @settings(
-    max_examples=20,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     database=None,
-    phases=[Phase.generate],
+    phases=[Phase.explicit, Phase.generate],
     suppress_health_check=QUIET,
 )
+@also
 @given(plan=plans())
 def test_any_sweep_of_any_network_over_any_data(plan, two_devices):
     check(plan, two_devices)

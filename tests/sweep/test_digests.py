@@ -76,15 +76,50 @@ def test_strings_and_samples_without_features():
     assert len(digests.of_samples(tf.zeros([4, 0]))) == 4
 
 
+RAGGED = {
+    "values": [[1.0], [2.0, 3.0], [], [1.0, 2.0]],
+    "strings": [["a"], ["b", "c"], [], ["a", "b"]],
+    "nested": [[[1.0], []], [[2.0, 3.0]], [], [[], [1.0]]],
+}
+
+
+@pytest.mark.parametrize("kind", RAGGED)
+def test_ragged_samples_are_known_in_any_order(kind):
+    rows = RAGGED[kind]
+    ragged = tf.ragged.constant(rows)
+    inputs = {"ragged": ragged, "dense": tf.constant(samples(4))}
+    found = digests.of_samples(ragged)
+    assert len(set(found)) == len(digests.of_samples(inputs)) == 4
+    for order in ([2, 0, 3, 1], [3, 2, 1, 0]):
+        moved = tf.ragged.constant([rows[i] for i in order])
+        np.testing.assert_array_equal(digests.of_samples(moved), found[order])
+    apart = [digests.of_samples(tf.gather(ragged, [i])) for i in range(4)]
+    np.testing.assert_array_equal(np.concatenate(apart), found)
+
+
+def test_ragged_rows_of_vectors():
+    rows = [samples(n, n)[:, 0] for n in (2, 1, 3)]
+    ragged = tf.RaggedTensor.from_row_lengths(np.concatenate(rows), [2, 1, 3])
+    moved = tf.RaggedTensor.from_row_lengths(np.concatenate(rows[::-1]), [3, 1, 2])
+    assert total(ragged) == total(moved)
+    assert total(ragged) != total(tf.RaggedTensor.from_row_lengths(np.concatenate(rows), [1, 2, 3]))
+
+
+def test_sparse_samples_are_known_in_any_order():
+    x = np.array([[0, 1, 0], [2, 0, 3], [0, 0, 0], [1, 0, 0]], "f")
+    found = digests.of_samples(tf.sparse.from_dense(x))
+    assert len(set(found)) == 4  # The same value in other columns is another sample.
+    np.testing.assert_array_equal(digests.of_samples(tf.sparse.from_dense(x[::-1])), found[::-1])
+    np.testing.assert_array_equal(digests.of_samples(tf.sparse.from_dense(x[1:])), found[1:])
+
+
 def test_what_has_no_samples_is_taken_as_one():
-    ragged = tf.ragged.constant([[1.0], [2.0, 3.0]])
-    other = tf.ragged.constant([[1.0, 2.0], [3.0]])
-    assert len(digests.of_samples(ragged)) == 1 and total(ragged) != total(other)
-    sparse = tf.sparse.from_dense([[0.0, 1.0], [2.0, 0.0]])
-    assert total(sparse) != total(tf.sparse.from_dense([[1.0, 0.0], [2.0, 0.0]]))
     graph = {"nodes": tf.zeros([3, 2]), "edges": tf.zeros([5, 2], tf.int32), "t": tf.constant(1.0)}
+    assert len(digests.of_samples(graph)) == 1
     assert total(graph) != total({**graph, "nodes": tf.zeros([2, 3])})
     assert total(graph) != total({**graph, "t": tf.constant(2.0)})
+    assert len(digests.of_samples([tf.constant(1.0), tf.zeros([3, 2])])) == 1
+    assert total(tf.constant(1.0)) != total(tf.constant(2.0))
 
 
 def test_equal_batches_have_keys_of_their_own():

@@ -739,6 +739,38 @@ def test_a_ragged_last_batch(method):
     assert_stats(found, values.mean(), values.var())
 
 
+@pytest.mark.parametrize("memory_limit", [0, 100])
+@pytest.mark.parametrize("kind", ["ragged", "sparse"])
+def test_ragged_and_sparse_data_may_shuffle_too(kind, memory_limit):
+    if kind == "ragged":
+        rows = [list(range(i % 5 + 1)) for i in range(23)]
+        x, model = tf.ragged.constant(rows, dtype=tf.float32), OfRagged()
+        values = np.concatenate(rows)[:, None].astype("d")
+    else:
+        dense = normal(23, 6) * (np.random.default_rng(1).uniform(size=(23, 6)) < 0.4)
+        x, model = tf.sparse.from_dense(dense), OfSparse()
+        values = dense.astype("d") @ model.kernel.numpy()
+    deep = Deep(model)
+    deep(x)
+    dataset = tf.data.Dataset.from_tensor_slices(x).shuffle(23).batch(5)
+    first, second = tfbn.collect(deep, dataset, memory_limit=memory_limit, verbose=0).values()
+    assert first.count == second.count == len(values)
+    assert_stats(first, values.mean(0), values.var(0))
+    np.testing.assert_allclose(second.variance, values.var(0) / (values.var(0) + 1e-3), rtol=1e-4)
+
+
+class Deep(keras.Model):
+    """Batch norm over what another model gives."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.bn = model, layers.BatchNormalization()
+
+    def call(self, x, training=None):
+        """Normalised twice."""
+        return self.bn(self.model(x, training=training), training=training)
+
+
 class OfSparse(keras.Model):
     """Batch norm over a product with a sparse tensor."""
 

@@ -1,6 +1,7 @@
 """Digests of data, by which the same samples are known again in another order or another pass."""
 
 import hashlib
+import itertools
 
 import numpy as np
 import tensorflow as tf
@@ -9,8 +10,8 @@ import tensorflow as tf
 def of_samples(inputs):
     """A 64-bit digest of every sample of a batch.
 
-    Inputs whose first axes differ (a graph's nodes and edges), ragged and sparse ones are not
-    taken apart: the whole batch has one digest.
+    Inputs whose first axes differ (a graph's nodes and edges) are not taken apart: the whole batch
+    has one digest.
 
     Args:
         inputs: A structure of tensors.
@@ -18,15 +19,53 @@ def of_samples(inputs):
     Returns:
         An array of `uint64`.
     """
-    leaves = tf.nest.flatten(inputs, expand_composites=True)
-    sizes = {leaf.shape[0] if leaf.shape.rank else None for leaf in leaves}
-    composite = len(leaves) != len(tf.nest.flatten(inputs))
-    if len(sizes) > 1 or None in sizes or composite:
+    leaves = tf.nest.flatten(inputs)
+    sizes = {_samples(leaf) for leaf in leaves}
+    if len(sizes) == 1 and None not in sizes:
+        columns = [_of_rows(leaf) for leaf in leaves]
+    else:
+        leaves = tf.nest.flatten(inputs, expand_composites=True)
         shapes = tf.constant([str(leaf.shape) for leaf in leaves])
-        leaves = [tf.reshape(leaf, [1, -1]) for leaf in (shapes, *leaves)]
-    columns = [tf.fingerprint(leaf) for leaf in leaves]
+        columns = [tf.fingerprint(tf.reshape(leaf, [1, -1])) for leaf in (shapes, *leaves)]
     column = columns[0] if len(columns) == 1 else tf.fingerprint(tf.concat(columns, 1))
     return column.numpy().view(np.uint64)[:, 0]
+
+
+def _samples(leaf):
+    """The length of a tensor's first axis, if it has one."""
+    if not leaf.shape.rank:
+        return None
+    if isinstance(leaf, tf.RaggedTensor):
+        return int(leaf.nrows())
+    return int(leaf.shape[0])
+
+
+def _of_rows(leaf):
+    if isinstance(leaf, tf.RaggedTensor):
+        return tf.fingerprint(tf.constant(list(_ragged_rows(leaf)), tf.string))
+    if isinstance(leaf, tf.SparseTensor):
+        return tf.fingerprint(tf.constant(list(_sparse_rows(leaf)), tf.string))
+    return tf.fingerprint(leaf)
+
+
+def _ragged_rows(leaf):
+    splits = [level.numpy() for level in leaf.nested_row_splits]
+    values = tf.fingerprint(leaf.flat_values).numpy()
+    for row in range(int(leaf.nrows())):
+        begin, end, lengths = row, row + 1, []
+        for level in splits:
+            lengths.append(np.diff(level[begin : end + 1]).tobytes())
+            begin, end = level[begin], level[end]
+        yield b"".join([*lengths, values[begin:end].tobytes()])
+
+
+def _sparse_rows(leaf):
+    indices, values = leaf.indices.numpy(), tf.fingerprint(leaf.values).numpy()
+    order = np.argsort(indices[:, 0], kind="stable")
+    indices, values = indices[order], values[order]
+    ends = np.searchsorted(indices[:, 0], np.arange(leaf.shape[0] + 1))
+    for begin, end in itertools.pairwise(ends):
+        yield indices[begin:end, 1:].tobytes() + values[begin:end].tobytes()
 
 
 def total(digests):
