@@ -19,10 +19,7 @@ from tensorflow.python.framework import random_seed
 from tensorflow.python.ops import custom_gradient, gen_random_ops
 
 from tfbn.detours import detour
-from tfbn.keras_models import observed_calls
-
-# The type of what `tf.function` returns has no public name.
-_Function = type(tf.function(lambda: None))
+from tfbn.keras_models import inlined_functions, observed_calls
 
 
 class Draws:
@@ -66,9 +63,6 @@ def inference(layers, observe, draws):
         The `keras.StatelessScope` that holds what variables would have become.
     """
 
-    def inlined(call, function, *args, **kwargs):
-        return function.python_function(*args, **kwargs)
-
     def next_seed(call, generator, *args, **kwargs):
         return tf.cast(draws.seed(generator.state.value), generator.state.dtype)
 
@@ -89,8 +83,8 @@ def inference(layers, observe, draws):
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(observed_calls(layers, observe))
+        stack.enter_context(inlined_functions())
         for owner, name, stand_in in (
-            (_Function, "__call__", inlined),
             (keras.random.SeedGenerator, "next", next_seed),
             # Every method of a generator takes its numbers from here.
             (tf.random.Generator, "skip", skipped),
