@@ -13,7 +13,6 @@ from tfbn.sweep import batches as data
 from tfbn.sweep.run import layers_to_sweep
 from tfbn.sweep.shard import ShardSweep
 from tfbn.sweep.sources import check_source, load
-from tfbn.sweep.state import SweepState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,19 +142,3 @@ def forget(recipe):
     with _making:
         if _replicas.get(recipe.sweep) in _last:
             _last.clear()
-
-
-def merged(states, begin):
-    """The states of several shards after one level as one, or `None` if none has a batch.
-
-    Args:
-        states: Of `Replica.sweep_level`.
-        begin: The `SweepState` at the beginning of the level.
-    """
-    whole = None
-    for state in states:
-        # An empty shard does not show which layers are called in training.
-        if state.batches or (state.whole and not begin.whole):
-            state = dataclasses.replace(state, settled=begin.settled)
-            whole = state if whole is None else SweepState.merge(whole, state)
-    return whole

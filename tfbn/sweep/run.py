@@ -12,7 +12,7 @@ from tfbn.sweep import batches as data
 from tfbn.sweep import memory
 from tfbn.sweep.methods import METHODS, check_method
 from tfbn.sweep.shard import ShardSweep, trace_first
-from tfbn.sweep.state import SweepState
+from tfbn.sweep.state import merged
 from tfbn.sweep.workers import Workers
 
 # Fewer samples a batch than this, and one-pass statistics depend visibly on how many: the
@@ -134,15 +134,14 @@ def collect(
         swept = workers.gather(
             lambda state=state: shard().sweep_level(state), settled=state.settled
         )
-        # A worker without data does not know which layers its data would show.
-        merged = functools.reduce(SweepState.merge, [s for s in swept if s.batches] or swept[:1])
-        if merged.whole and not state.whole:
+        reached = merged(swept, state)
+        if reached is None:
+            raise data.empty()
+        if reached.whole and not state.whole:
             state = state.whole_passes()
             shard().forget_frontiers()
-            continue
-        if not merged.batches:
-            raise data.empty()
-        state = merged.next_level()
+        else:
+            state = reached.next_level()
     stats = state.finish(model, shard().previous_of(state.paths))
     _warn_of_calls(state)
     shard().end()

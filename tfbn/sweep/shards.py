@@ -5,9 +5,9 @@ from typing import Any
 
 from tfbn.sweep import batches as data
 from tfbn.sweep.methods import check_method
-from tfbn.sweep.replicas import Recipe, forget, merged, replica, source_of
+from tfbn.sweep.replicas import Recipe, forget, replica, source_of
 from tfbn.sweep.report import Report
-from tfbn.sweep.state import SweepState
+from tfbn.sweep.state import SweepState, merged
 
 
 def collect_shards(

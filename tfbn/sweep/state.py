@@ -349,6 +349,22 @@ def never_called(model, path):
     )
 
 
+def merged(states, begin):
+    """The states of several shards after one level as one, or `None` if none has a batch.
+
+    Args:
+        states: Of the shards.
+        begin: The `SweepState` at the beginning of the level.
+    """
+    whole = None
+    for state in states:
+        # An empty shard does not show which layers are called in training.
+        if state.batches or (state.whole and not begin.whole):
+            state = dataclasses.replace(state, settled=begin.settled)
+            whole = state if whole is None else SweepState.merge(whole, state)
+    return whole
+
+
 def layer_stats(found: Moments) -> LayerStats:
     """The statistics that moments come to."""
     return LayerStats(found.count, found.mean, moments.variance(found))
