@@ -124,7 +124,7 @@ def test_a_long_fit_with_both_callbacks(others_at_work):
         validation_data=(x, y),
         callbacks=[
             sweeps,
-            tfbn.StatsTracker(x=x),
+            tfbn.StatsTracker(x, validation_data=(x, y)),
             keras.callbacks.LambdaCallback(on_epoch_end=remember),
         ],
         verbose=0,

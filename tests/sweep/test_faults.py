@@ -22,6 +22,7 @@ import tensorflow as tf
 from keras import layers, ops
 
 import tfbn
+from tfbn.sweep import network
 
 HERE = pathlib.Path(__file__).parents[1]
 
@@ -290,6 +291,12 @@ def test_dropout_called_with_training_true():
 # Another thread at work.
 
 
+def traced_paths(model):
+    """The paths of the layers of the traces that a model keeps."""
+    _, traces = network._traces[model]
+    return {call.site.path for kept in traces.values() for trace in kept for call in trace.calls}
+
+
 def test_another_thread_keeps_its_numbers_and_the_sweep_its_own():
     def build(bn=layers.BatchNormalization):
         return keras.Sequential(
@@ -315,9 +322,8 @@ def test_another_thread_keeps_its_numbers_and_the_sweep_its_own():
     thread.start()
     try:
         for number in range(4):
-            # Another epsilon, then the old one: the sweep traces anew.
-            model.layers[1].epsilon = 1e-3
-            model.layers[-1].name = f"last_{number}"
+            model.layers[-1].name = f"last_{number}"  # Another path: the sweep traces anew.
+            assert not any(f"last_{number}" in path for path in traced_paths(model))
             stats = tfbn.collect(model, x, verbose=0)
             for one, two in zip(stats.values(), expected.values(), strict=True):
                 np.testing.assert_array_equal(one.mean, two.mean)
