@@ -90,7 +90,7 @@ class Collect(beam.PTransform):
             levels see other samples.
     """
 
-    def __init__(self, model, method="pooled", batch_size=None, include_frozen=False):
+    def __init__(self, model, method="exact", batch_size=None, include_frozen=False):
         super().__init__()
         check_method(method)
         data.check_positive(batch_size=batch_size)
