@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tensorflow.python.grappler.tf_optimizer import OptimizeGraph
 
 import tfbn
+from tfbn.layer import kernels
 
 KERAS, OURS = keras.layers.BatchNormalization, tfbn.BatchNormalization
 HAS_RENORM = "renorm" in KERAS().get_config()
@@ -472,3 +473,18 @@ def test_synchronized_replicas_equal_one_device_on_the_joined_batch():
     command = [sys.executable, "-c", textwrap.dedent(SYNCHRONIZED)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "all equal" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(
+    "values", [10**6, pytest.param(2 * 10**7, marks=pytest.mark.slow, id="twenty millions")]
+)
+@pytest.mark.parametrize("gpu_visible", [False, True])
+def test_many_values_a_channel_on_the_cpu_whatever_is_visible(values, gpu_visible, monkeypatch):
+    monkeypatch.setattr(kernels, "_gpu_visible", lambda: gpu_visible)
+    x = np.random.default_rng(0).normal(3, 1, size=(values, 1)).astype("float32")
+    layer = tfbn.BatchNormalization(momentum=0.0)
+    layer.build(x.shape)
+    tf.function(lambda x: layer(x, training=True)[:1])(tf.constant(x))
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(layer.moving_variance.numpy(), exact.var(0), rtol=1e-4)
+    np.testing.assert_allclose(layer.moving_mean.numpy(), exact.mean(0), rtol=1e-6)

@@ -275,3 +275,20 @@ def test_digests_tell_batches_apart():
     found += [digests.of_sequence(found[0], key) for key in keys]
     assert len(set(found)) == len(found)
     assert digests.of_sequence(b"", keys[0]) == found[0]
+
+
+def test_a_relative_name_is_meant_from_the_folder_of_the_start(tmp_path, monkeypatch):
+    model = networks.plain(layers.BatchNormalization)
+    x = networks.data(model, 7 * BATCHES)
+    (tmp_path / "start").mkdir()
+    (tmp_path / "later").mkdir()
+    monkeypatch.chdir(tmp_path / "start")
+
+    class Moving(Data):
+        def __getitem__(self, i):
+            os.chdir(tmp_path / "later")
+            return super().__getitem__(i)
+
+    with pytest.raises(RuntimeError, match="stop"):
+        tfbn.collect(model, Moving(x, 4), checkpoint="c", verbose=0)
+    assert os.listdir(tmp_path / "start") == ["c"] and os.listdir(tmp_path / "later") == []
