@@ -4,7 +4,6 @@ import contextlib
 import functools
 import hashlib
 import weakref
-from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -20,21 +19,6 @@ _STATISTICS = (
     "renorm_mean",
     "renorm_stddev",
 )
-
-
-class Site(NamedTuple):
-    """One call of one batch norm layer.
-
-    A layer that a model calls twice has two sites: in training mode each call normalises
-    with its own statistics.
-
-    Attributes:
-        path: The path of the layer.
-        call: Which of its calls in one run of the model, from 0.
-    """
-
-    path: str
-    call: int
 
 
 def batch_norm_layers(model):

@@ -12,6 +12,7 @@ from tfbn import keras_models, training_state
 from tfbn.callback_lists import enclosing, shared_copy
 from tfbn.sweep.methods import check_method
 from tfbn.sweep.run import check, check_batch, collect
+from tfbn.sweep.state import Site
 
 WAYS = ("moving_average", "population", "mini_batch")
 
@@ -215,7 +216,7 @@ def _with_mini_batches(model, untrained, test_step, data):
     counts = collections.Counter()
 
     def observe(path, layer, call, inputs, training, mask):
-        site = keras_models.Site(path, counts[path])
+        site = Site(path, counts[path])
         counts[path] += 1
         if path in frozen or site in frozen_calls:
             return call(inputs, training=training, mask=mask)
