@@ -214,15 +214,16 @@ class ShardSweep:
         make = functools.partial(WholePasses, eager=self._eager)
         make = LevelPasses if by_level else make
         self._passes = [make(network, self._batches.static) for network in self._networks]
+        populations = state.populations
         for network, placed in zip(self._networks, self._populations, strict=True):
+            for gone in placed.keys() - populations.keys():
+                del placed[gone]
             with network.placed():
-                for path, found in state.populations.items():
+                for path, found in populations.items():
                     held, _ = placed.get(path, (None, None))
                     if found is not held:  # A settled level stays as it is.
                         stacked = np.stack([found.mean, moments.variance(found)])
                         placed[path] = found, tf.constant(stacked)
-                for gone in placed.keys() - state.populations.keys():
-                    del placed[gone]
 
     def _jobs(self, state, reached, expected):
         """A function for every batch that the level still lacks, on each device in turn."""
