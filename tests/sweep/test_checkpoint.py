@@ -1,11 +1,14 @@
 """Tests of sweeps that are interrupted and go on from a checkpoint."""
 
+import contextlib
 import os
 import pathlib
+import random
 import signal
 import subprocess
 import sys
 
+import damage
 import keras
 import networks
 import numpy as np
@@ -14,9 +17,11 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
+from tfbn import storage
 from tfbn.sweep import checkpoint as module
-from tfbn.sweep import digests
+from tfbn.sweep import digests, run
 from tfbn.sweep.graph_passes import LevelPasses
+from tfbn.sweep.shard import ShardSweep
 from tfbn.sweep.whole_passes import WholePasses
 
 HERE = pathlib.Path(__file__).parents[1]
@@ -292,3 +297,61 @@ def test_a_relative_name_is_meant_from_the_folder_of_the_start(tmp_path, monkeyp
     with pytest.raises(RuntimeError, match="stop"):
         tfbn.collect(model, Moving(x, 4), checkpoint="c", verbose=0)
     assert os.listdir(tmp_path / "start") == ["c"] and os.listdir(tmp_path / "later") == []
+
+
+def crafted(content, random):
+    """A sealed checkpoint with a value that no sweep has, or one of another type."""
+    header, arrays = storage.unpack(content)
+    inner, moments = storage.unpack(arrays["state"].tobytes())
+    state = inner["state"]
+    kind = random.choice(["value", "missing", "moments", "shape", "digest", "outer"])
+    name = random.choice(sorted(state))
+    wrong = random.choice([-1, "x", None, 1.5, [], {"a": -1}, [[1]], float("nan")])
+    if kind == "value":
+        state[name] = wrong
+    elif kind == "missing":
+        del state[name]
+    elif kind == "moments":
+        key = random.choice(sorted(moments))
+        moments[key] = array = moments[key].copy()
+        array[random.choice([0, 2]), 0] = random.choice([-1.0, np.nan, np.inf])
+    elif kind == "shape":
+        key = random.choice(sorted(moments))
+        moments[key] = random.choice([moments[key][:2], moments[key][0], moments[key] > 0])
+    elif kind == "digest":
+        header["digest"] = random.choice(["zz", 3, None])
+    else:
+        header.pop(random.choice(sorted(header)))
+    arrays["state"] = np.frombuffer(storage.pack(inner, moments), np.uint8)
+    return storage.pack(header, arrays)
+
+
+@pytest.mark.parametrize("change", [damage.damaged, crafted])
+@pytest.mark.parametrize("seeds", [60, pytest.param(3000, marks=pytest.mark.slow)])
+def test_a_damaged_checkpoint_is_one_error_or_the_same_state(tmp_path, change, seeds):
+    model = networks.plain(layers.BatchNormalization)
+    x = networks.data(model, 7 * BATCHES)
+    path = interrupted(tmp_path, model, x, method="exact")
+    held = path.read_bytes()
+    layers_, batches = run.check(model, x, 7)
+    begin = ShardSweep(model, layers_, batches, "exact").begin
+    checkpoint = module.Checkpoint(path, batches)
+    state, digest = checkpoint.read(begin)
+    refused = 0
+    for seed in range(seeds):
+        path.write_bytes(change(held, random.Random(seed)))
+        try:
+            again, digest_again = checkpoint.read(begin)
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error) and "Delete it" in str(error) and len(str(error)) < 2000
+        else:
+            # A crafted file may say anything that a sweep could be.
+            assert change is crafted or (again.to_bytes(), digest_again) == (
+                state.to_bytes(),
+                digest,
+            )
+            again.to_bytes()
+            with contextlib.suppress(ValueError):  # It can be gone on from, or says why not.
+                again.next_level().populations.keys()
+    assert refused > seeds / 3

@@ -297,17 +297,36 @@ class SweepState:
             values = header["state"]
             for name in ("settled", "moments"):
                 values[name] = {
-                    Site(*site): Moments(*arrays[f"{name}_{i}"])
+                    Site(*site): _possible(arrays[f"{name}_{i}"])
                     for i, site in enumerate(values[name])
                 }
             for name in ("paths", "recurrent", "first"):
                 values[name] = None if values[name] is None else tuple(values[name])
-            return cls(**values)
-        except (KeyError, TypeError, ValueError) as error:
+            state = cls(**values)
+            state._check_types()
+            return state
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"Expected the state of a sweep. Received: {len(content)} bytes that are not "
                 f"({type(error).__name__}: {error})."
             ) from error
+
+    def _check_types(self):
+        """Raise `ValueError` for values that no sweep has."""
+        whole = (self.level, self.settling, self.samples, self.batches, self.batch_size, self.data)
+        whole += (self.keys, *self.levels.values(), *(self.first or ()))
+        names = (*self.paths, *self.recurrent, *self.levels, self.fingerprint)
+        sites = (*self.settled, *self.moments)
+        flags = (self.whole, self.behind, self.complete, self.random)
+        possible = (
+            self.method in METHODS
+            and all(type(number) is int and number >= 0 for number in whole)
+            and all(isinstance(name, str) for name in names)
+            and all(isinstance(site.path, str) and type(site.call) is int for site in sites)
+            and all(isinstance(flag, bool) for flag in flags)
+        )
+        if not possible:
+            raise ValueError("values that no sweep has")
 
     def finish(self, model, previous):
         """The result of a complete sweep.
@@ -385,6 +404,16 @@ def _check_same_data(first, now, random):
             "inference, anew for every batch. Received: the same data in other batches. Raise "
             "`memory_limit`, use a pipeline that does not shuffle, or use method='pooled'."
         )
+
+
+def _possible(values):
+    """The moments in an array, unless no data has such."""
+    if values.ndim != 2 or len(values) != 3 or values.dtype != np.float64:
+        raise ValueError("an array that is no count, mean and M2")
+    found = Moments(*values)
+    if not (np.isfinite(values).all() and (found.count >= 0).all() and (found.m2 >= 0).all()):
+        raise ValueError("moments that no data has")
+    return found
 
 
 def _by_path(by_site, method):
