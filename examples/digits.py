@@ -95,7 +95,7 @@ def parse_arguments():
     parser.add_argument("--data", choices=["digits", "fashion-mnist"], default="digits")
     parser.add_argument("--epochs", type=int, help="4 for digits, 1 for fashion-mnist")
     parser.add_argument("--batch-size", type=int, help="32 for digits, 128 for fashion-mnist")
-    parser.add_argument("--method", choices=["pooled", "algorithm2", "exact"], default="pooled")
+    parser.add_argument("--method", choices=["pooled", "algorithm2", "exact"], default="exact")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("digits-out"))
     args = parser.parse_args()
