@@ -41,15 +41,15 @@ class Extraction:
         self._order = {id(op): i for i, op in enumerate(graph.get_operations())}
         self._captured = {id(inner): (inner, outer) for outer, inner in graph.captures}
 
-    def function(self, feeds, optional, fetches, ran=frozenset()):
+    def function(self, feeds, optional, fetches, ran=lambda op: False):
         """The function from some tensors to others.
 
         Args:
             feeds: The tensors that are given.
             optional: Tensors that are given too if the function needs them.
             fetches: The tensors that are computed.
-            ran: Ids of operations that have run before. Whoever waits for their effect, and not
-                for their outputs, need not wait.
+            ran: Whether an operation has run before. Whoever waits for its effect, and not for its
+                outputs, need not wait.
 
         Returns:
             The function, which takes the values of `feeds` and of the optional tensors that it
@@ -103,7 +103,7 @@ class Extraction:
                     captured[id(tensor)] = tensor
                 else:
                     pending.append(tensor.op)
-            pending += [before for before in op.control_inputs if id(before) not in ran]
+            pending += [before for before in op.control_inputs if not ran(before)]
         ordered = sorted(body.values(), key=lambda op: self._order[id(op)])
         return ordered, list(needed.values()), list(captured.values())
 

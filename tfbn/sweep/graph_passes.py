@@ -124,16 +124,15 @@ class Levels:
             if level not in self._segments:
                 sites = {id(p): site for site, p in self._trace.populations.items()}
                 fetches = [tensor for call in self._calls[level] for tensor in call.fetches]
+
+                def ran(op):  # Operations on the data that an earlier segment needed.
+                    return self._first.get(id(op), level) < level and id(op) in self._from_data
+
                 function, needed = self._trace.extraction.function(
                     self._frontiers[level - 1],
                     list(self._trace.populations.values()),
                     [*fetches, *self._frontiers[level]],
-                    # Operations on the data that an earlier segment needed have run there.
-                    ran={
-                        key
-                        for key, first in self._first.items()
-                        if first < level and key in self._from_data
-                    },
+                    ran,
                 )
                 self._segments[level] = function, [sites[id(tensor)] for tensor in needed]
         return self._segments[level]
@@ -144,8 +143,7 @@ class Levels:
         # A random draw may not be made again.
         from_data = {id(tensor.op) for tensor in self._trace.inputs}
         for op in operations:
-            drawn = op.type.startswith(_DRAWS) and op.type not in _DRAWS_NOT
-            if drawn or any(id(source) in from_data for source in sources(op)):
+            if _draws(op) or any(id(source) in from_data for source in sources(op)):
                 from_data.add(id(op))
         # The first level that needs an operation; the inputs are there before any.
         first = {id(tensor.op): 0 for tensor in self._trace.inputs}
@@ -164,7 +162,7 @@ class Levels:
             if id(op) in first:
                 for tensor in op.inputs:
                     last[id(tensor)] = max(last.get(id(tensor), 0), first[id(op)])
-                if op.type.startswith(_DRAWS) and op.type not in _DRAWS_NOT:
+                if _draws(op):
                     self.drawn = op.name
         for op in operations:
             if id(op) in first and id(op) in from_data:
@@ -172,6 +170,11 @@ class Levels:
                     for level in range(max(first[id(op)], 1), last.get(id(tensor), 0)):
                         self._frontiers[level].append(tensor)
         self._first, self._from_data = first, from_data
+
+
+def _draws(op):
+    """Whether an operation draws random numbers of its own."""
+    return op.type.startswith(_DRAWS) and op.type not in _DRAWS_NOT
 
 
 def levels_of(trace):

@@ -211,9 +211,11 @@ class ShardSweep:
     def _begin_passes(self, state):
         by_level = METHODS[self._method].by_level and not (state.whole or self._eager)
         self._report.begin_level(state.level)
-        make = functools.partial(WholePasses, eager=self._eager)
-        make = LevelPasses if by_level else make
-        self._passes = [make(network, self._batches.static) for network in self._networks]
+        static = self._batches.static
+        self._passes = [
+            LevelPasses(network, static) if by_level else WholePasses(network, static, self._eager)
+            for network in self._networks
+        ]
         populations = state.populations
         for network, placed in zip(self._networks, self._populations, strict=True):
             for gone in placed.keys() - populations.keys():
