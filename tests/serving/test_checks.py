@@ -131,13 +131,6 @@ def test_outputs_that_depend_on_the_batch_are_refused(tmp_path):
 
 
 def test_what_cannot_be_verified_is_refused(tmp_path):
-    class Noise(layers.Layer):
-        def call(self, x):
-            return x + tf.random.normal(tf.shape(x))
-
-    with pytest.raises(ValueError, match="differ by"):
-        export(keras.Sequential([keras.Input((4,)), Noise()]), tmp_path)
-
     class Picky(layers.Layer):
         def call(self, x):
             with tf.control_dependencies([tf.debugging.assert_greater(x, 1.0)]):
@@ -289,13 +282,36 @@ def test_each_output_is_compared_on_its_own_scale(tmp_path, monkeypatch):
         export(model, tmp_path)
 
 
-def test_random_layers_are_named_as_such_and_their_noise_is_no_rounding(tmp_path):
-    class Noise(layers.Layer):
-        def call(self, x):
-            return x + tf.random.normal(tf.shape(x))
+class Noise(layers.Layer):
+    def call(self, x):
+        return x + tf.random.normal(tf.shape(x))
 
-    with pytest.raises(ValueError, match=r"rounding, 0\. .*draw random numbers in inference"):
-        export(keras.Sequential([keras.Input((4,)), Noise()]), tmp_path)
+
+class SeededNoise(layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.seeds = keras.random.SeedGenerator(1)
+
+    def call(self, x):
+        return x + keras.random.normal(tf.shape(x), seed=self.seeds)
+
+
+class Counter(layers.Layer):
+    def build(self, _):
+        self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+    def call(self, x):
+        return x + self.calls.assign_add(1.0)
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+@pytest.mark.parametrize("layer", [Noise, SeededNoise, Counter])
+def test_a_model_whose_calls_differ_is_refused_with_the_reason(tmp_path, layer, seed):
+    if seed is not None:  # Then functions that are traced alike draw alike in their first calls.
+        tf.random.set_seed(seed)
+    with pytest.raises(ValueError, match=r"differ by .* between two calls.*draw random numbers"):
+        export(keras.Sequential([keras.Input((4,)), layer()]), tmp_path)
+    assert everything_under(tmp_path) == []
 
 
 @pytest.mark.filterwarnings("error:.*retracing")
