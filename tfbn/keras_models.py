@@ -130,12 +130,13 @@ def structure(model):
 def _structure_of(layer):
     # Keras's own layers keep caches under private names: the dropout mask of an RNN's cell.
     private = type(layer).__module__.partition(".")[0] == "keras"
+    books = _bookkeeping()
     attributes = [
         (name, _comparable(value))
-        for name, value in sorted(vars(layer).items())
-        if name not in _bookkeeping()
+        for name, value in vars(layer).items()
+        if not (private and name[0] == "_")
+        and name not in books
         and not isinstance(value, keras.Layer)
-        and not (private and name.startswith("_"))
     ]
     return (
         _Same(layer),

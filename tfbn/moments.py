@@ -59,6 +59,10 @@ class Moments:
 
     __hash__ = None
 
+    def split(self, channels: Iterable[int]) -> list["Moments"]:
+        """The moments of consecutive groups of channels, given how many each has."""
+        return [Moments(rows) for rows in np.split(self.rows, np.cumsum(channels)[:-1], axis=1)]
+
 
 def of_values(count, mean, m2) -> Moments:
     """Moments of which nothing tells the spread between batches."""
@@ -182,5 +186,4 @@ def together(merge: Callable, pairs: Iterable[tuple[Moments, Moments]]) -> list[
         Moments(np.concatenate([part.rows for part in side], axis=1))
         for side in zip(*pairs, strict=True)
     )
-    ends = np.cumsum([len(a.mean) for a, _ in pairs])[:-1]
-    return [Moments(rows) for rows in np.split(merge(ours, theirs).rows, ends, axis=1)]
+    return merge(ours, theirs).split([len(a.mean) for a, _ in pairs])

@@ -14,13 +14,12 @@ _SMALL_BATCH = 16
 _SPREAD = 0.05
 
 
-def warn_of(state, stats, sweep):
+def warn_of(state, stats):
     """Warn where statistics are not all that their user may expect.
 
     Args:
         state: The complete `SweepState`.
         stats: The `PopulationStats` that it came to.
-        sweep: A `ShardSweep` that took part in it.
     """
     for path, (calls, found) in state.spreads().items():
         if found["mean_shift"] > _SPREAD or abs(np.log(found["std_ratio"])) > _SPREAD:
@@ -33,7 +32,7 @@ def warn_of(state, stats, sweep):
                 stacklevel=3,
             )
     small = stats.batch_size < _SMALL_BATCH and stats.batches > 1
-    if METHODS[stats.method].batches_matter and small and sweep.deep:
+    if METHODS[stats.method].batches_matter and small and len(stats) > 1:
         warnings.warn(
             f"A one-pass sweep over batches of {stats.batch_size} samples gives deeper layers "
             f"statistics that depend on the batch size. Use batches of at least {_SMALL_BATCH} "

@@ -125,7 +125,7 @@ class Replica:
         """The `tfbn.PopulationStats` of a complete sweep, with warnings where they are due."""
         sweep = self._sweep_by(state.method)
         stats = state.finish(self.model, sweep.previous_of(state.paths))
-        warn_of(state, stats, sweep)
+        warn_of(state, stats)
         return stats
 
 

@@ -134,7 +134,7 @@ def collect(
     )
     state, shard, pilot = sweep.of_all() if tolerance is None else sweep.of_sample(tolerance)
     stats = state.finish(model, shard.previous_of(state.paths))
-    warn_of(state, stats, shard)
+    warn_of(state, stats)
     shard.end()
     return stats if pilot is None else pilot.with_errors(stats, tolerance)
 

@@ -106,11 +106,6 @@ class ShardSweep:
             state, _ = self._saved
             self.begin = dataclasses.replace(state.without_batches(), levels=state.levels)
 
-    @property
-    def deep(self):
-        """Whether a batch norm layer comes after another, as far as the batches have told."""
-        return any(passes.depth > 1 for passes in self._passes)
-
     def previous_of(self, paths):
         """The `PopulationStats` that some layers held at the beginning."""
         return PopulationStats(
@@ -254,21 +249,36 @@ class ShardSweep:
                 recurrent = passes.recurrent(frontier) if state.whole else frozenset()
                 populations = {path: value for path, (_, value) in self._populations[place].items()}
                 called, frontier, random = passes.advance(frontier, level, populations)
-            found = [
-                (site, self._checked(batch, site, *map(np.asarray, values)))
-                for site, entered in called
-                for values in entered
-            ]
+            found = self._moments(
+                batch, [(site, values) for site, entered in called for values in entered]
+            )
             if level == 1:
                 _refuse_nan(batch, passes.not_nan(start))
         return _Swept(batch, frontier, found, levels, random, recurrent)
 
-    def _checked(self, batch, site, count, mean, variance):
-        """The moments that a batch brings to a site; an error that names both if not finite."""
-        found = moments.of_batch(count, mean, variance, method=self._method)
+    def _moments(self, batch, entered):
+        """(site, moments) that a batch brings; an error that names both if not finite."""
+        if not entered:
+            return []
+        sites = [site for site, _ in entered]
+        values = [[np.asarray(value) for value in values] for _, values in entered]
+        # As one, because there may be many sites of few channels.
+        counts, means, variances = zip(
+            *(np.broadcast_arrays(*value) for value in values), strict=True
+        )
+        found = moments.of_batch(
+            *map(np.concatenate, (counts, means, variances)), method=self._method
+        )
         finite = moments.finite(found)
-        if finite.all():
-            return found
+        channels = list(map(len, means))
+        if not finite.all():
+            first = np.searchsorted(np.cumsum(channels), np.argmin(finite), side="right")
+            self._refuse(batch, sites[first], *values[first])
+        return list(zip(sites, found.split(channels), strict=True))
+
+    def _refuse(self, batch, site, count, mean, variance):
+        """Raise the error for moments that are not finite."""
+        finite = moments.finite(moments.of_batch(count, mean, variance, method=self._method))
         if self._method == "algorithm2" and np.isfinite(variance).all() and count.min() == 1:
             raise ValueError(
                 "Expected at least two values per channel in every batch, because "

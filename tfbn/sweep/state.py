@@ -212,10 +212,11 @@ class SweepState:
         calls = {}
         for site, found in self.settled.items():
             if np.any(found.count):
-                calls.setdefault(site.path, []).append(layer_stats.of_calls([found], self.method))
+                calls.setdefault(site.path, []).append(found)
         spreads = {}
-        for path, single in calls.items():
-            if len(single) > 1:
+        for path, found in calls.items():
+            if len(found) > 1:
+                single = [layer_stats.of_calls([one], self.method) for one in found]
                 together = layer_stats.of_calls([self.layers[path]], self.method)
                 drifts = [drift.of_layer(together, one) for one in single]
                 furthest = max(drifts, key=lambda off: off["mean_shift"] + off["std_ratio_max"])

@@ -5,7 +5,7 @@ import contextlib
 import tensorflow as tf
 
 from tfbn.sweep.frontiers import Frontier
-from tfbn.sweep.graph_passes import depth, recurrent
+from tfbn.sweep.graph_passes import recurrent
 from tfbn.sweep.network import UnobservableError, flatten
 
 
@@ -26,12 +26,6 @@ class WholePasses:
         self._static = static
         self._eager = eager
         self._tells_nothing = False
-        self._latest = None
-
-    @property
-    def depth(self):
-        """The most observed layers on a path through the network."""
-        return 0 if self._latest is None else depth(self._latest)
 
     def start(self, batch):
         """The batch itself: no pass takes it further."""
@@ -84,10 +78,6 @@ class WholePasses:
             self._tells_nothing = True
             return None
 
-    def _trace(self, inputs, populations):
-        self._latest = self._network.trace(inputs, settled=bool(populations), static=self._static)
-        return self._latest
-
     def _run_eagerly(self, inputs, number, populations):
         def population(site, channels):
             held = populations.get(site, populations.get(site.path))
@@ -97,7 +87,7 @@ class WholePasses:
         return [(call.site, call.measure(*(call.fetches or ()))) for call in calls], draws > 0
 
     def _run_graph(self, inputs, number, populations):
-        trace = self._trace(inputs, populations)
+        trace = self._network.trace(inputs, settled=bool(populations), static=self._static)
         function, fed, fetches = _function_of(trace)
         fed = (_population(trace, populations, site) for site in fed)
         # Two runs at once would take the moments of calls in loops from one queue.
