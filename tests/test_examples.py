@@ -5,7 +5,9 @@ momentum 0, whose statistics after a step in training mode are those of that bat
 """
 
 import json
+import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -269,3 +271,27 @@ def test_experiment_report(experiment):
     for name in ("figure_1", "three_ways", "sweeps"):
         assert is_png(out / f"{name}.png")
         assert f"({name}.png)" in report
+
+
+def test_the_quickstart_does_today_what_its_outputs_show(tmp_path):
+    """Its cells run one after the other, and print the numbers that it was committed with."""
+    cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    script = "\n".join("".join(cell["source"]) for cell in code)
+    environment = {**os.environ, "MPLBACKEND": "Agg", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    shown = "".join("".join(output.get("text", "")) for cell in code for output in cell["outputs"])
+    line = r"Validation before and after: accuracy (\S+) -> (\S+), loss (\S+) -> (\S+)\."
+    committed, printed = (
+        np.array(re.search(line, text).groups(), float) for text in (shown, done.stdout)
+    )
+    np.testing.assert_allclose(printed, committed, atol=0.05)
+    assert printed[1] > 0.9 > printed[0]
+    assert "largest difference" in done.stdout and (tmp_path / "models/digits/1").is_dir()
