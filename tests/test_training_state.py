@@ -161,7 +161,7 @@ def test_another_callback_that_raises_leaves_the_moving_averages(moment, forward
         fit(model, [*([Forwards(*callbacks)] if forwarded else callbacks), Stop(moment)])
     assert_same(state(plain), state(model))
     assert all(layer.trainable for layer in model.layers)
-    assert "evaluate" not in vars(model) and tfbn.population.assigned(model) is None
+    assert "evaluate" not in vars(model) and tfbn.origins.of(model.layers[0]) is None
     fit(plain, initial_epoch=1)
     fit(model, callbacks, initial_epoch=1)  # It can go on.
     assert_same(state(plain), previous_of(callbacks, model))

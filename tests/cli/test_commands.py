@@ -20,6 +20,7 @@ from keras import layers
 import tfbn
 from tfbn.cli import main
 from tfbn.cli.keras_files import RECORD
+from tfbn.origins import ASSET
 
 rng = np.random.default_rng(0)
 PIXELS = rng.integers(0, 256, (30, 6, 5, 1), dtype=np.uint8)
@@ -253,6 +254,44 @@ def test_inspect_says_not_known_then_swept_then_stale(capsys, tmp_path, saved):
     keras.Sequential([keras.Input((2,)), layers.Dense(1)]).save(tmp_path / "none.keras")
     code, out, _ = run(capsys, "inspect", tmp_path / "none.keras", "--check")
     assert code == 0 and "no batch norm layers" in out
+
+
+def test_a_sweep_in_python_is_known_of_a_file_with_our_layers(capsys, tmp_path, saved):
+    model = keras.models.load_model(saved)
+    tfbn.update_population_stats(model, IMAGES, verbose=0)
+    model.save(tmp_path / "ours.keras")
+    code, out, _ = run(capsys, "inspect", tmp_path / "ours.keras", "--check")
+    assert code == 0 and "swept, method='exact', 30 samples" in out
+    exported = run_for_json(capsys, "export", tmp_path / "ours.keras", tmp_path / "served")
+    described = run_for_json(capsys, "describe", exported["path"])
+    assert described["stale"] is None and described["statistics"]["samples"] == 30
+    model.layers[0].kernel.assign_add(model.layers[0].kernel)
+    model.save(tmp_path / "changed.keras")
+    code, out, _ = run(capsys, "inspect", tmp_path / "changed.keras", "--check")
+    assert code == 3 and "stale: the weights have changed since the sweep" in out
+    stock = two_inputs()  # Of which Keras's own layers a file keeps nothing.
+    tfbn.update_population_stats(stock, dict.fromkeys("ab", IMAGES[:, 0, :3, 0]), verbose=0)
+    stock.save(tmp_path / "stock.keras")
+    code, out, _ = run(capsys, "inspect", tmp_path / "stock.keras", "--check")
+    assert code == 3 and "not known: no sweep" in out and "never" not in out
+    code, _, err = run(capsys, "export", tmp_path / "stock.keras", tmp_path / "stock")
+    assert code == 0 and "no sweep of them is known" in err and "never" not in err
+
+
+def test_a_damaged_record_is_no_error_but_told(capsys, tmp_path, saved):
+    model = keras.models.load_model(saved)
+    tfbn.update_population_stats(model, IMAGES, verbose=0)
+    model.save(tmp_path / "whole.keras")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.keras") as whole,
+        zipfile.ZipFile(tmp_path / "bad.keras", "w") as bad,
+    ):
+        for name in whole.namelist():
+            bad.writestr(name, b"PK" if name.endswith(ASSET) else whole.read(name))
+    code, out, _ = run(capsys, "inspect", tmp_path / "bad.keras", "--check")
+    assert code == 3 and "not known: the record of their sweep in the model's file is" in out
+    code, _, err = run(capsys, "export", tmp_path / "bad.keras", tmp_path / "served")
+    assert code == 0 and err.startswith("tfbn: warning: ") and "record of their sweep" in err
 
 
 def test_inspect_and_compare_give_the_drift(capsys, tmp_path, saved):

@@ -24,8 +24,8 @@ try:
 except ImportError:  # Windows has no such locks: nothing is removed there.
     fcntl = None
 
-# The member of a .keras file in which `recalibrate` writes down its sweep. Keras ignores it,
-# and leaves it out when it saves the model again after more training.
+# The member of a .keras file in which `recalibrate` writes down its sweep, also of Keras's layers.
+# Keras ignores it, and leaves it out when it saves the model again after more training.
 RECORD = "tfbn_population_stats.npz"
 
 _HDF5 = (".h5", ".hdf5")
