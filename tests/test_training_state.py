@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import keras
 import numpy as np
@@ -146,7 +147,15 @@ def test_several_that_sweep_leave_training_as_it_is():
     assert model.trainable
 
 
-MOMENTS = ["on_epoch_end", "on_test_batch_begin", "on_test_begin", "on_test_end", "on_train_end"]
+MOMENTS = [
+    "on_epoch_end",
+    "on_test_batch_begin",
+    "on_test_begin",
+    "on_test_end",
+    "on_train_end",
+    "on_train_batch_begin",
+    "on_train_batch_end",
+]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +184,53 @@ def test_an_error_in_the_validation_itself_leaves_the_moving_averages():
         with pytest.raises(tf.errors.InvalidArgumentError):
             fit(trained, callbacks, validation_data=failing)
     assert_same(state(plain), state(model))
+
+
+class Interrupted(keras.Sequential):
+    """Ctrl-C comes in a step of the second epoch."""
+
+    def train_step(self, data):
+        """Count steps; the eager ones are those that run."""
+        self.steps = getattr(self, "steps", 0) + 1
+        if self.steps == 5:
+            raise KeyboardInterrupt
+        return super().train_step(data)
+
+
+@pytest.mark.parametrize("forwarded", [False, True])
+def test_control_c_in_a_step_leaves_nothing_behind(forwarded):
+    models = []
+    for callbacks in ([], several()):
+        callbacks = [Forwards(*callbacks)] if forwarded and callbacks else callbacks
+        model = Interrupted([keras.Input((4,)), *build().layers])
+        model.compile("sgd", "mse", run_eagerly=True)
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, callbacks)
+        assert model.steps == 5 and "evaluate" not in vars(model)
+        models.append(model)
+    assert_same(*map(state, models))
+    assert all(layer.trainable for layer in model.layers)
+
+
+@pytest.mark.parametrize("name", ["put_back", "keep"])
+def test_control_c_between_the_callbacks_and_the_end_of_an_epoch(name, monkeypatch):
+    plain, model = build(), build()
+    finish, raised = getattr(training_state, name), []
+
+    def interrupted(*args):
+        frame = sys._getframe(1)
+        if frame.f_code.co_name == "_guarded" and not raised:
+            raised.append(1)
+            raise KeyboardInterrupt
+        return finish(*args)
+
+    monkeypatch.setattr(training_state, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, [sweep(every_n_epochs=1)])
+    assert raised
+    fit(plain, epochs=1 if name == "put_back" else 2)
+    assert_same(state(plain), state(model))
+    assert model.trainable
 
 
 def test_stop_training_is_a_regular_end():

@@ -144,7 +144,8 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         if lists:
             training_state.guard(lists[-1].callbacks, network)
         if self._before_validation:
-            training_state.guard_validation(self.model, network)
+            fits = lists[-1].callbacks if lists else None
+            training_state.guard_validation(self.model, network, fits)
         self._training = self._stepped = True
 
     def on_train_batch_begin(self, batch, logs=None):
