@@ -299,6 +299,23 @@ def test_copies_share_the_data_and_pickles_have_it(make):
     assert loaded.stats["first"].count == len(X)
 
 
+@pytest.mark.parametrize("cls", [tfbn.PopulationStatsCallback, tfbn.StatsTracker])
+@pytest.mark.parametrize("where", ["x", "validation_data"])
+def test_what_cannot_be_pickled_is_told_and_copied(cls, where):
+    dataset = tf.data.Dataset.from_tensor_slices((X, Y)).batch(4)
+    callback = cls(**{"x": X, "validation_data": (X, Y), where: dataset})
+    with pytest.raises(TypeError, match=rf"a {cls.__name__} with a tf.data.Dataset.*deepcopy"):
+        pickle.dumps(callback)
+    for copied in (copy.copy(callback), copy.deepcopy(callback)):
+        assert vars(copied)[f"_{where}"] is dataset
+        model = build()
+        fit(model, [copied], epochs=1)
+        assert copied.stats["first"].count == len(X)
+    generator = tfbn.PopulationStatsCallback(iter([X]))
+    with pytest.raises(TypeError, match="with an iterator"):
+        pickle.dumps(generator)
+
+
 def counted(monkeypatch, module, name):
     """A list that grows with every call of a function."""
     calls, function = [], getattr(module, name)

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from tfbn import drift, keras_models, training_state
-from tfbn.callback_lists import enclosing, shared_copy
+from tfbn.callback_lists import enclosing, pickled_state, shallow_copy, shared_copy
 from tfbn.sweep import batches as data
 from tfbn.sweep.methods import check_method
 from tfbn.sweep.run import check_batch, collect
@@ -113,6 +113,12 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     def __deepcopy__(self, memo):
         """A copy that shares the data and the models."""
         return shared_copy(self, memo, ("_x", "_validation_data", "_inner", "_model", "stats"))
+
+    __copy__ = shallow_copy
+
+    def __getstate__(self):
+        """All, unless the data cannot be pickled."""
+        return pickled_state(self, ("_x", "_validation_data"))
 
     def unfreeze(self):
         """Put every layer's `trainable` flag back to what it was before the freeze.
