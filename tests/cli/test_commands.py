@@ -353,6 +353,51 @@ def test_export_passes_the_sweep_on(capsys, tmp_path, saved):
     assert run_for_json(capsys, "describe", tmp_path / "serving" / "never")["stale"]
 
 
+def test_export_is_verified_on_a_sample(capsys, tmp_path):
+    """Random numbers in [0, 1) are no data of this network, which makes NaN of them."""
+    a, b = keras.Input((3,), name="a"), keras.Input((3,), name="b")
+    root = layers.Rescaling(1.0, offset=-2.0)(a)
+    outputs = layers.Activation("log_softmax")(keras.ops.sqrt(root) + b)
+    keras.Model([a, b], outputs).save(tmp_path / "model.keras")
+    line = fails(capsys, "export", tmp_path / "model.keras", tmp_path / "served")
+    assert "random numbers" in line
+    rows = rng.uniform(3, 9, (100, 3)).astype("float32")
+    rows[40:] = 0  # Only the first are looked at.
+    np.savez(tmp_path / "x.npz", b=rows, a=rows, other=np.zeros(7))
+    sample = ["--sample", tmp_path / "x.npz"]
+    found = run_for_json(capsys, "export", tmp_path / "model.keras", tmp_path / "served", *sample)
+    served = tf.saved_model.load(found["path"]).serve([rows[:5], rows[:5]])
+    np.testing.assert_allclose(served, tf.nn.log_softmax(np.sqrt(rows[:5] - 2) + rows[:5]), 1e-5)
+
+
+def test_samples_that_do_not_fit_are_one_line(capsys, tmp_path, saved):
+    (tmp_path / "bad.npz").write_text("text")
+    np.save(tmp_path / "wide.npy", IMAGES[:, :, 1:])
+    np.save(tmp_path / "number.npy", np.float32(1))
+    np.savez(tmp_path / "names.npz", a=IMAGES, b=IMAGES)
+    for name, says in (
+        ("missing.npy", "no such file"),
+        ("bad.npz", "damaged"),
+        ("wide.npy", "in sample"),
+        ("number.npy", "axis of samples"),
+        ("names.npz", "named 'image'"),
+        (".", "another kind of file"),
+    ):
+        line = fails(capsys, "export", saved, tmp_path / "served", "--sample", tmp_path / name)
+        assert says in line and str(tmp_path / name) in line
+    assert not (tmp_path / "served").exists()
+
+
+def test_a_new_signature_has_to_be_allowed(capsys, tmp_path, saved):
+    served = tmp_path / "served"
+    run(capsys, "export", saved, served)
+    keras.Sequential([keras.Input((2,), name="x"), layers.Dense(1)]).save(tmp_path / "new.keras")
+    assert "--allow-new-signature" in fails(capsys, "export", tmp_path / "new.keras", served)
+    assert os.listdir(served) == ["1"]
+    allowed = ["export", tmp_path / "new.keras", served, "--allow-new-signature"]
+    assert run_for_json(capsys, *allowed)["version"] == 2
+
+
 def test_nothing_is_overwritten(capsys, tmp_path, saved):
     taken = tmp_path / "taken.keras"
     taken.write_text("mine")

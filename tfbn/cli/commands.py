@@ -103,9 +103,13 @@ def compare(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     """Write a model as a SavedModel, as TensorFlow Serving wants it."""
     model = keras_files.load(args.model, args.unsafe)
-    with naming(args.model, args.path):
+    sample = None if args.sample is None else formats.read_sample(args.sample, model)
+    files = [path for path in (args.model, args.path, args.sample) if path is not None]
+    with naming(*files):
         _sweep(model, args.model)  # It lets `tfbn.export` know.
-        exported = tfbn.export(model, args.path)
+        exported = tfbn.export(
+            model, args.path, sample=sample, allow_new_signature=args.allow_new_signature
+        )
     if args.json:
         _print_json(
             {

@@ -198,7 +198,7 @@ def kept_names(
         raise ValueError(
             f"Expected {side} with which clients of version {version} can go on, "
             f"{_in_words(old)}. Received: {_in_words(new)}. Export to another directory, or with "
-            "allow_new_signature=True once no client needs the old signature."
+            "allow_new_signature=True (--allow-new-signature) once no client needs the old one."
         )
     return own if names is None else {name: names[name] for name in new}
 
