@@ -183,7 +183,7 @@ def test_a_broken_model_is_read_and_put_back_to_the_bit(model, stats):
 
 
 def test_assign_hashes_no_weights(model, stats, monkeypatch):
-    monkeypatch.setattr(module.keras_models, "fingerprint", lambda model: pytest.fail("hashed"))
+    monkeypatch.setattr(module.fingerprints, "fingerprint", lambda model: pytest.fail("hashed"))
     assert stats.assign(model).fingerprint == ""
     assert tfbn.PopulationStats.read(model, fingerprint=False).fingerprint == ""
     monkeypatch.undo()

@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
-from tfbn import keras_models, training_state
+from tfbn import fingerprints, training_state
 
 rng = np.random.default_rng(0)
 X = rng.normal(2, 3, (24, 4)).astype("float32")
@@ -333,7 +333,7 @@ def counted(monkeypatch, module, name):
     [({}, 1, 0), ({"before_validation": True, "every_n_epochs": 1}, 2, 3)],
 )
 def test_weights_are_hashed_once_for_a_sweep_and_for_a_reuse(monkeypatch, options, sweeps, reuses):
-    hashed = counted(monkeypatch, keras_models, "fingerprint")
+    hashed = counted(monkeypatch, fingerprints, "fingerprint")
     swept = counted(monkeypatch, tfbn.callback, "collect")
     fit(build(), [sweep(**options)])
     assert len(swept) == sweeps

@@ -5,7 +5,7 @@ import itertools
 import keras
 import numpy as np
 
-from tfbn import drift, keras_models, training_state
+from tfbn import drift, fingerprints, keras_models, training_state
 from tfbn.callback_lists import enclosing, pickled_state, shallow_copy, shared_copy
 from tfbn.sweep import batches as data
 from tfbn.sweep.methods import check_method
@@ -227,7 +227,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     def _sweep(self, verbose):
         """Put population statistics in, from a new sweep if the weights are others."""
         training_state.put_back(self._network)
-        if self._stepped or not keras_models.has_fingerprint(self._network, self.stats.fingerprint):
+        if self._stepped or not fingerprints.has_fingerprint(self._network, self.stats.fingerprint):
             self.stats = collect(self._network, self._x, verbose=verbose, **self._options)
             self._stepped = False
         training_state.put_in(self._network, self.stats)

@@ -1,8 +1,7 @@
-"""What tfbn needs to know of a Keras model: its batch norm layers and its weights."""
+"""What tfbn needs to know of a Keras model: its layers, their calls and their variables."""
 
 import contextlib
 import functools
-import hashlib
 import weakref
 
 import keras
@@ -62,6 +61,17 @@ def layers(model):
     is_batch_norm = isinstance(model, keras.layers.BatchNormalization)
     visit(model, model.name if is_batch_norm else "")
     return found
+
+
+def require_built(model, layers=()):
+    """Raise `ValueError` unless a model is one of Keras's and has weights, and so have layers."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"Expected a Keras model. Received: {model!r}. Pass the model itself.")
+    if not model.built or not all(layer.built for layer in layers):
+        raise ValueError(
+            f"Expected a built model. Received: model {model.name!r}, which has no weights yet. "
+            "Call it on a batch, or fit or load it, before this."
+        )
 
 
 def input_specs(model):
@@ -138,17 +148,17 @@ def _structure_of(layer):
         and not (private and name.startswith("_"))
     ]
     return (
-        _Same(layer),
+        Same(layer),
         type(layer),
         getattr(type(layer).call, "__wrapped__", type(layer).call),
         layer.trainable,
         str(layer.dtype_policy.get_config()) if layer.dtype_policy else "",
-        tuple(map(_Same, layer.variables)),
+        tuple(map(Same, layer.variables)),
         tuple(attributes),
     )
 
 
-class _Same:
+class Same:
     """An object held weakly, equal only to itself for as long as it lives."""
 
     def __init__(self, value):
@@ -157,7 +167,7 @@ class _Same:
 
     def __eq__(self, other):
         value = self._reference()
-        return isinstance(other, _Same) and value is not None and value is other._reference()
+        return isinstance(other, Same) and value is not None and value is other._reference()
 
     def __hash__(self):
         return self._hash
@@ -173,7 +183,7 @@ def _comparable(value):
     if isinstance(value, list | tuple):
         return tuple(map(_comparable, value))
     try:
-        return _Same(value)
+        return Same(value)
     except TypeError:  # No weak reference to it: objects of built-in types that were not met yet.
         return type(value)
 
@@ -279,130 +289,3 @@ def all_statistics(model):
         for layer in batch_norm_layers(model).values()
         for variable in statistics(layer).values()
     ]
-
-
-def fingerprint(model):
-    """A digest of the weights that population statistics depend on, as a string.
-
-    These are all floating-point weights but the statistics of the batch norm layers
-    themselves. Whether a weight is trainable does not matter, so freezing a model does
-    not change its fingerprint; counters and random seeds do not either.
-    """
-    weights = _owned_weights(model)
-    rows = _rows(model, [variable for _, variable in weights])
-    digest = hashlib.sha256(rows)
-    digest.update("".join(f"{tuple(v.shape)} {v.dtype};" for _, v in weights).encode())
-    found = _FINGERPRINT_2 + digest.hexdigest()
-    _latest[model] = found, frozenset(_of_kinds(weights, rows))
-    return found
-
-
-def has_fingerprint(model, known):
-    """Whether a model's weights are those of a fingerprint, from this version or an older one."""
-    if known.startswith(_FINGERPRINT_2):
-        return known == fingerprint(model)
-    return known == _sha256(model)
-
-
-def digests_of(model, known):
-    """The digests of the weights with which a model has a fingerprint, or last had it.
-
-    Returns:
-        A set of whole numbers as of `digests`, without those of statistics; `None` if the model
-        has other weights.
-    """
-    latest, found = _latest.get(model, (None, None))
-    if known == latest:
-        return found  # Without reading the weights again, in the midst of training say.
-    if known and has_fingerprint(model, known):
-        fingerprint(model)
-        return _latest[model][1]
-    return None
-
-
-def digests(model):
-    """What a model holds: 64 bits for every floating-point weight, statistics included.
-
-    They depend on the weight's values, on its name and on the class of its layer, and neither on
-    the layer's name nor on its place, so that they are the same in another model or process.
-
-    Returns:
-        A list of pairs of a variable and a whole number.
-    """
-    weights = _owned_weights(model)
-    variables = [variable for _, variable in weights]
-    found = _of_kinds(weights, _rows(model, variables))
-    return [*zip(variables, found, strict=True), *digests_of_statistics(model)]
-
-
-def digests_of_statistics(model):
-    """The part of `digests` that is about the statistics of batch norm layers."""
-    return [
-        (variable, _hash(f"{name} {held.shape}".encode() + held.tobytes()))
-        for layer in batch_norm_layers(model).values()
-        for name, variable in statistics(layer).items()
-        for held in [tf.convert_to_tensor(variable).numpy()]
-    ]
-
-
-def _of_kinds(weights, rows):
-    """Digests of weights of which those of values alone are known."""
-    kinds = {kind: _hash(kind.encode()) for kind in {kind for kind, _ in weights}}
-    values = rows.reshape(-1).view(np.uint64).tolist()
-    return [kinds[kind] ^ value for (kind, _), value in zip(weights, values, strict=True)]
-
-
-def _hash(content):
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-
-
-# The first version took SHA-256 of all bytes, which is ten times slower.
-_FINGERPRINT_2 = "2:"
-
-_fingerprint_functions = weakref.WeakKeyDictionary()
-_latest = weakref.WeakKeyDictionary()  # By model: its latest fingerprint, and the digests in it.
-
-
-def _rows(model, weights):
-    """The digests of the values of some weights, uint8, shape (weights, 8)."""
-    held = tuple(map(_Same, weights))
-    known, digests = _fingerprint_functions.get(model, (None, None))
-    if known != held:
-        # One graph, because reading every weight by itself takes longer than its digest.
-        digests = _concrete_digests([variable.value for variable in weights])
-        _fingerprint_functions[model] = held, digests
-    return digests().numpy()
-
-
-def _concrete_digests(variables):
-    def digests():
-        rows = [tf.fingerprint(tf.reshape(variable, [1, -1])) for variable in variables]
-        return tf.concat(rows, 0) if rows else tf.zeros([0, 8], tf.uint8)
-
-    with tf.init_scope():
-        return tf.function(digests, autograph=False).get_concrete_function()
-
-
-def _sha256(model):
-    digest = hashlib.sha256()
-    for _, variable in _owned_weights(model):
-        value = tf.convert_to_tensor(variable).numpy()
-        digest.update(f"{value.shape} {variable.dtype};".encode())
-        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
-    return digest.hexdigest()
-
-
-def _owned_weights(model):
-    """The floating-point weights of a model but its statistics, each once, with their kinds.
-
-    Innermost layers come first, so that each weight is met in the one layer that owns it: the
-    order of `weights` within an outer layer changes when layers are frozen.
-    """
-    seen, owned = set(map(id, all_statistics(model))), []
-    for layer in reversed(layers(model).values()):
-        own = [v for v in layer.weights if id(v) not in seen]
-        seen.update(map(id, own))
-        own.sort(key=lambda v: v.name)
-        kind = type(layer).__name__
-        owned += [(f"{kind}/{v.name}", v) for v in own if keras.backend.is_float_dtype(v.dtype)]
-    return owned

@@ -33,7 +33,7 @@ class Origin(NamedTuple):
         stats: The `PopulationStats` that was assigned.
         path: The layer's path in it.
         weights: Digests of all that the swept model held, its weights during the sweep and its
-            statistics after it, see `keras_models.digests`; `None` if the weights during the
+            statistics after it, see `fingerprints.digests`; `None` if the weights during the
             sweep are not known, or were others than those of the model that the statistics were
             assigned to.
     """

@@ -9,7 +9,15 @@ from typing import Any
 
 import keras
 
-from tfbn import drift, keras_models, layer_stats, origins, stats_file, storage
+from tfbn import (
+    drift,
+    fingerprints,
+    keras_models,
+    layer_stats,
+    origins,
+    stats_file,
+    storage,
+)
 from tfbn.layer_stats import LayerStats
 
 _METHODS = ("exact", "pooled", "algorithm2", "assigned")
@@ -109,7 +117,7 @@ class PopulationStats(collections.abc.Mapping):
             for path, layer in keras_models.batch_norm_layers(model).items()
             if include_frozen or layer.trainable
         }
-        known = keras_models.fingerprint(model) if fingerprint else ""
+        known = fingerprints.fingerprint(model) if fingerprint else ""
         return cls(layers, method="assigned", fingerprint=known)
 
     def assign(self, model: keras.Model) -> "PopulationStats":
@@ -152,9 +160,9 @@ class PopulationStats(collections.abc.Mapping):
                 variable.assign(value)
         origins.forget(layers.values())
         if self.method != "assigned":
-            weights = keras_models.digests_of(model, self.fingerprint)
+            weights = fingerprints.digests_of(model, self.fingerprint)
             if weights is not None:
-                weights |= {digest for _, digest in keras_models.digests_of_statistics(model)}
+                weights |= {digest for _, digest in fingerprints.digests_of_statistics(model)}
             for path, layer in layers.items():
                 origins.keep(layer, origins.Origin(self, path, weights))
         return previous
@@ -176,7 +184,7 @@ class PopulationStats(collections.abc.Mapping):
         if not self.fingerprint:
             return "it is not known with which weights the sweep was"
         # Last, because it reads all weights.
-        if not keras_models.has_fingerprint(model, self.fingerprint):
+        if not fingerprints.has_fingerprint(model, self.fingerprint):
             return "the weights have changed since the sweep"
         return None
 

@@ -12,7 +12,7 @@ from exported_models import dense_model, everything_under, sweep
 from keras import layers
 
 import tfbn
-from tfbn.keras_models import fingerprint
+from tfbn.fingerprints import fingerprint
 from tfbn.serving import describe, export, provenance
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tfbn import keras_models, layer_stats, origins, stats_file
+from tfbn import fingerprints, keras_models, layer_stats, origins, stats_file
 from tfbn._version import __version__
 from tfbn.population import PopulationStats
 from tfbn.serving import upstream, versions
@@ -103,7 +103,7 @@ def _stale(model, layers, found):
             return "it is not known with which weights the sweep was"
         if origin.weights is None:
             return "the weights have changed since the sweep"
-    held = keras_models.digests(model)
+    held = fingerprints.digests(model)
     others = {  # Weights that a swept model did not have, for each sweep.
         weights: {id(variable) for variable, digest in held if digest not in weights}
         for weights in {origin.weights for origin in found.values()}
@@ -142,7 +142,7 @@ def write(
         "tfbn": __version__,
         "keras": keras.__version__,
         "tensorflow": tf.__version__,
-        "fingerprint": keras_models.fingerprint(model),
+        "fingerprint": fingerprints.fingerprint(model),
         "stale": sweep.stale,
         "folded": folded,
         "max_abs_difference": max_abs_difference,

@@ -43,13 +43,7 @@ def arguments(model: keras.Model, given: Any = None) -> list:
         model: A built model.
         given: `input_signature` as the user gave it, or `None` for the model's own inputs.
     """
-    if not isinstance(model, keras.Model):
-        raise ValueError(f"Expected a Keras model. Received: {model!r} of type {type(model)}.")
-    if not model.built:
-        raise ValueError(
-            f"Expected a built model. Received: model {model.name!r}, which has no weights yet. "
-            "Call it on a batch first."
-        )
+    keras_models.require_built(model)
     given = _own_arguments(model) if given is None else given
     if not isinstance(given, (list, tuple)):
         raise ValueError(
