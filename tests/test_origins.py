@@ -44,9 +44,9 @@ def swept(bn=tfbn.BatchNormalization):
     return model
 
 
-def through_a_file(model, path="model.keras"):
+def through_a_file(model, path="model.keras", **options):
     """The model as a file gives it back."""
-    model.save(path)
+    model.save(path, **options)
     return keras.models.load_model(path)
 
 
@@ -123,6 +123,11 @@ def test_stock_layers_beside_ours_are_known_by_what_they_hold():
     assert sweep_of(loaded).stale is None
     loaded.get_layer("theirs").moving_mean.assign(np.ones(4))
     assert "'theirs'" in sweep_of(loaded).stale
+
+
+def test_into_a_folder_keras_writes_no_assets():
+    loaded = through_a_file(swept(), "folder", zipped=False)
+    assert sweep_of(loaded) == Sweep(None, "no sweep of them is known")
 
 
 def test_what_was_never_swept_has_no_asset():

@@ -142,15 +142,6 @@ def writes(path: str, stats: LayerStats, layer: keras.Layer) -> list[tuple]:
     return found
 
 
-def changed(stats: LayerStats, layer: keras.Layer) -> str | None:
-    """The name of a variable of a layer that does not hold these statistics, or `None`."""
-    for name, value in values(stats, layer).items():
-        held = value_of(getattr(layer, name))
-        if not np.array_equal(held, value.astype(held.dtype), equal_nan=True):
-            return name
-    return None
-
-
 def of_layer(layer: keras.Layer) -> LayerStats:
     """The `LayerStats` that a layer holds."""
     held = {name: value_of(v) for name, v in keras_models.statistics(layer).items()}
@@ -161,6 +152,15 @@ def of_layer(layer: keras.Layer) -> LayerStats:
 def value_of(variable) -> np.ndarray:
     """A copy of what a variable holds, in its dtype."""
     return tf.convert_to_tensor(variable).numpy().copy()
+
+
+def changed(stats: LayerStats, layer: keras.Layer) -> str | None:
+    """The name of a variable of a layer that does not hold these statistics, or `None`."""
+    for name, value in values(stats, layer).items():
+        held = value_of(getattr(layer, name))
+        if not np.array_equal(held, value.astype(held.dtype), equal_nan=True):
+            return name
+    return None
 
 
 def layers_of(model: keras.Model, paths: Iterable[str]) -> dict[str, keras.Layer]:

@@ -3,7 +3,8 @@
 A layer has no place of its own for it: stock layers and their configs must stay as they are. It is
 kept for as long as the layer lives, whatever becomes of the model that was swept, so that a layer
 brings it along into other models. `tfbn.BatchNormalization` also saves it in `.keras` files, as an
-asset. Keras's layer cannot, and neither format of weights alone has a place for it.
+asset. Keras's layer cannot, and files of weights, HDF5 files and folders (`zipped=False`, into
+which Keras writes no assets) have no place for it.
 """
 
 import contextlib
