@@ -594,3 +594,61 @@ def test_a_loop_of_ones_own_has_no_list_to_guard():
     assert_population(model)
     assert training_state.put_back(model) is None  # It is final.
     assert_same(state(plain)[:4], previous_of([callback], model)[:4])
+
+
+class ControlC:
+    """Raises at a line of `training_state`, the n-th that runs; counts them if that is 0."""
+
+    def __init__(self, at=0):
+        self.at, self.count = at, 0
+
+    def __enter__(self):
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *error):
+        sys.settrace(None)
+
+    def trace(self, frame, event, argument):
+        """Trace the functions of the module alone."""
+        return self.line if frame.f_code.co_filename == training_state.__file__ else None
+
+    def line(self, frame, event, argument):
+        """Count a line, or raise there."""
+        if event == "line":
+            self.count += 1
+            if self.count == self.at:
+                raise KeyboardInterrupt
+        return self.line
+
+
+@pytest.mark.parametrize("every", [37, pytest.param(1, marks=pytest.mark.slow)])
+def test_control_c_at_any_line_leaves_a_state_of_training(every):
+    """The model then holds the state of some moment of the training without callbacks."""
+    model = build()
+    fit(model)  # Now the optimizer has its variables.
+    moments = [state(model)]
+
+    def run(*callbacks):
+        model.trainable = True
+        variables = [*model.variables, *model.optimizer.variables]
+        for variable, value in zip(variables, moments[0], strict=True):
+            variable.assign(value)
+        fit(model, callbacks)
+
+    run(
+        keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: moments.append(state(model))
+        )
+    )
+    with ControlC() as lines:
+        run(sweep(before_validation=True, every_n_epochs=1))
+    assert_population(model)
+    assert lines.count > 100
+    for at in range(1, lines.count + 1, every):
+        with pytest.raises(KeyboardInterrupt), ControlC(at):
+            run(sweep(before_validation=True, every_n_epochs=1))
+        held = state(model)
+        if not any(all(map(np.array_equal, held, moment)) for moment in moments):
+            assert at > 0.9 * lines.count, at
+            assert_population(model)  # All callbacks have come to the end of training.
