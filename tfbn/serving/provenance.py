@@ -108,7 +108,7 @@ def _stale(model, layers, found):
         weights: {id(variable) for variable, digest in held if digest not in weights}
         for weights in {origin.weights for origin in found.values()}
     }
-    for path in layers.keys() - found.keys():
+    for path in [path for path in layers if path not in found]:
         own = {id(variable) for variable in keras_models.statistics(layers[path]).values()}
         if all(own & other for other in others.values()):
             return f"layer {path!r} was not part of the sweep, or has changed since"
