@@ -131,7 +131,7 @@ def read_idx(part):
 
 def build(input_shape):
     """Four convolutions, each with batch norm at its default momentum of 0.99."""
-    layers = [keras.Input(input_shape)]
+    layers = [keras.Input(input_shape, name="image")]
     for filters, strides in [(16, 1), (32, 2), (32, 1), (64, 2)]:
         layers += [
             keras.layers.Conv2D(filters, 3, strides, padding="same", use_bias=False),

@@ -149,7 +149,7 @@ def figure_1_run(args, seed, batch_norm, learning_rate):
 
 def sigmoid_network(input_shape, batch_norm):
     """The paper's network: small Gaussian weights, and batch norm before each sigmoid."""
-    layers = [keras.Input(input_shape), keras.layers.Flatten()]
+    layers = [keras.Input(input_shape, name="image"), keras.layers.Flatten()]
     for number in range(3):
         gaussian = keras.initializers.RandomNormal(stddev=0.1)
         layers.append(keras.layers.Dense(100, use_bias=not batch_norm, kernel_initializer=gaussian))
@@ -275,7 +275,7 @@ def three_ways(args):
 
 def convolutional_network(input_shape, momentum):
     """Three convolutions, each with batch norm."""
-    layers = [keras.Input(input_shape)]
+    layers = [keras.Input(input_shape, name="image")]
     for filters, strides in [(16, 1), (32, 2), (32, 2)]:
         layers += [
             keras.layers.Conv2D(filters, 3, strides, padding="same", use_bias=False),
@@ -357,7 +357,7 @@ def residual_network(input_shape):
         x = keras.layers.Conv2D(filters, size, strides, padding="same", use_bias=False)(x)
         return tfbn.BatchNormalization()(x)
 
-    x = inputs = keras.Input(input_shape)
+    x = inputs = keras.Input(input_shape, name="image")
     x = keras.layers.ReLU()(convolution(x, 16))
     for filters, strides in [(16, 1), (32, 2), (32, 1)]:
         y = keras.layers.ReLU()(convolution(x, filters, strides))

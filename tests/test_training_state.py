@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import keras
 import numpy as np
@@ -10,7 +11,7 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
-from tfbn import keras_models, training_state
+from tfbn import fingerprints, training_state
 
 rng = np.random.default_rng(0)
 X = rng.normal(2, 3, (24, 4)).astype("float32")
@@ -146,7 +147,15 @@ def test_several_that_sweep_leave_training_as_it_is():
     assert model.trainable
 
 
-MOMENTS = ["on_epoch_end", "on_test_batch_begin", "on_test_begin", "on_test_end", "on_train_end"]
+MOMENTS = [
+    "on_epoch_end",
+    "on_test_batch_begin",
+    "on_test_begin",
+    "on_test_end",
+    "on_train_end",
+    "on_train_batch_begin",
+    "on_train_batch_end",
+]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +170,7 @@ def test_another_callback_that_raises_leaves_the_moving_averages(moment, forward
         fit(model, [*([Forwards(*callbacks)] if forwarded else callbacks), Stop(moment)])
     assert_same(state(plain), state(model))
     assert all(layer.trainable for layer in model.layers)
-    assert "evaluate" not in vars(model) and tfbn.population.assigned(model) is None
+    assert "evaluate" not in vars(model) and tfbn.origins.of(model.layers[0]) is None
     fit(plain, initial_epoch=1)
     fit(model, callbacks, initial_epoch=1)  # It can go on.
     assert_same(state(plain), previous_of(callbacks, model))
@@ -175,6 +184,53 @@ def test_an_error_in_the_validation_itself_leaves_the_moving_averages():
         with pytest.raises(tf.errors.InvalidArgumentError):
             fit(trained, callbacks, validation_data=failing)
     assert_same(state(plain), state(model))
+
+
+class Interrupted(keras.Sequential):
+    """Ctrl-C comes in a step of the second epoch."""
+
+    def train_step(self, data):
+        """Count steps; the eager ones are those that run."""
+        self.steps = getattr(self, "steps", 0) + 1
+        if self.steps == 5:
+            raise KeyboardInterrupt
+        return super().train_step(data)
+
+
+@pytest.mark.parametrize("forwarded", [False, True])
+def test_control_c_in_a_step_leaves_nothing_behind(forwarded):
+    models = []
+    for callbacks in ([], several()):
+        callbacks = [Forwards(*callbacks)] if forwarded and callbacks else callbacks
+        model = Interrupted([keras.Input((4,)), *build().layers])
+        model.compile("sgd", "mse", run_eagerly=True)
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, callbacks)
+        assert model.steps == 5 and "evaluate" not in vars(model)
+        models.append(model)
+    assert_same(*map(state, models))
+    assert all(layer.trainable for layer in model.layers)
+
+
+@pytest.mark.parametrize("name", ["put_back", "keep"])
+def test_control_c_between_the_callbacks_and_the_end_of_an_epoch(name, monkeypatch):
+    plain, model = build(), build()
+    finish, raised = getattr(training_state, name), []
+
+    def interrupted(*args):
+        frame = sys._getframe(1)
+        if frame.f_code.co_name == "_guarded" and not raised:
+            raised.append(1)
+            raise KeyboardInterrupt
+        return finish(*args)
+
+    monkeypatch.setattr(training_state, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, [sweep(every_n_epochs=1)])
+    assert raised
+    fit(plain, epochs=1 if name == "put_back" else 2)
+    assert_same(state(plain), state(model))
+    assert model.trainable
 
 
 def test_stop_training_is_a_regular_end():
@@ -243,6 +299,23 @@ def test_copies_share_the_data_and_pickles_have_it(make):
     assert loaded.stats["first"].count == len(X)
 
 
+@pytest.mark.parametrize("cls", [tfbn.PopulationStatsCallback, tfbn.StatsTracker])
+@pytest.mark.parametrize("where", ["x", "validation_data"])
+def test_what_cannot_be_pickled_is_told_and_copied(cls, where):
+    dataset = tf.data.Dataset.from_tensor_slices((X, Y)).batch(4)
+    callback = cls(**{"x": X, "validation_data": (X, Y), where: dataset})
+    with pytest.raises(TypeError, match=rf"a {cls.__name__} with a tf.data.Dataset.*deepcopy"):
+        pickle.dumps(callback)
+    for copied in (copy.copy(callback), copy.deepcopy(callback)):
+        assert vars(copied)[f"_{where}"] is dataset
+        model = build()
+        fit(model, [copied], epochs=1)
+        assert copied.stats["first"].count == len(X)
+    generator = tfbn.PopulationStatsCallback(iter([X]))
+    with pytest.raises(TypeError, match="with an iterator"):
+        pickle.dumps(generator)
+
+
 def counted(monkeypatch, module, name):
     """A list that grows with every call of a function."""
     calls, function = [], getattr(module, name)
@@ -260,7 +333,7 @@ def counted(monkeypatch, module, name):
     [({}, 1, 0), ({"before_validation": True, "every_n_epochs": 1}, 2, 3)],
 )
 def test_weights_are_hashed_once_for_a_sweep_and_for_a_reuse(monkeypatch, options, sweeps, reuses):
-    hashed = counted(monkeypatch, keras_models, "fingerprint")
+    hashed = counted(monkeypatch, fingerprints, "fingerprint")
     swept = counted(monkeypatch, tfbn.callback, "collect")
     fit(build(), [sweep(**options)])
     assert len(swept) == sweeps
@@ -521,3 +594,61 @@ def test_a_loop_of_ones_own_has_no_list_to_guard():
     assert_population(model)
     assert training_state.put_back(model) is None  # It is final.
     assert_same(state(plain)[:4], previous_of([callback], model)[:4])
+
+
+class ControlC:
+    """Raises at a line of `training_state`, the n-th that runs; counts them if that is 0."""
+
+    def __init__(self, at=0):
+        self.at, self.count = at, 0
+
+    def __enter__(self):
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *error):
+        sys.settrace(None)
+
+    def trace(self, frame, event, argument):
+        """Trace the functions of the module alone."""
+        return self.line if frame.f_code.co_filename == training_state.__file__ else None
+
+    def line(self, frame, event, argument):
+        """Count a line, or raise there."""
+        if event == "line":
+            self.count += 1
+            if self.count == self.at:
+                raise KeyboardInterrupt
+        return self.line
+
+
+@pytest.mark.parametrize("every", [37, pytest.param(1, marks=pytest.mark.slow)])
+def test_control_c_at_any_line_leaves_a_state_of_training(every):
+    """The model then holds the state of some moment of the training without callbacks."""
+    model = build()
+    fit(model)  # Now the optimizer has its variables.
+    moments = [state(model)]
+
+    def run(*callbacks):
+        model.trainable = True
+        variables = [*model.variables, *model.optimizer.variables]
+        for variable, value in zip(variables, moments[0], strict=True):
+            variable.assign(value)
+        fit(model, callbacks)
+
+    run(
+        keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: moments.append(state(model))
+        )
+    )
+    with ControlC() as lines:
+        run(sweep(before_validation=True, every_n_epochs=1))
+    assert_population(model)
+    assert lines.count > 100
+    for at in range(1, lines.count + 1, every):
+        with pytest.raises(KeyboardInterrupt), ControlC(at):
+            run(sweep(before_validation=True, every_n_epochs=1))
+        held = state(model)
+        if not any(all(map(np.array_equal, held, moment)) for moment in moments):
+            assert at > 0.9 * lines.count, at
+            assert_population(model)  # All callbacks have come to the end of training.

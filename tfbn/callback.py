@@ -5,8 +5,8 @@ import itertools
 import keras
 import numpy as np
 
-from tfbn import drift, keras_models, training_state
-from tfbn.callback_lists import enclosing, shared_copy
+from tfbn import drift, fingerprints, keras_models, training_state
+from tfbn.callback_lists import enclosing, pickled_state, shallow_copy, shared_copy
 from tfbn.population import check_tolerance
 from tfbn.sweep import data
 from tfbn.sweep.methods import check_method
@@ -118,6 +118,12 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         """A copy that shares the data and the models."""
         return shared_copy(self, memo, ("_x", "_validation_data", "_inner", "_model", "stats"))
 
+    __copy__ = shallow_copy
+
+    def __getstate__(self):
+        """All, unless the data cannot be pickled."""
+        return pickled_state(self, ("_x", "_validation_data"))
+
     def unfreeze(self):
         """Put every layer's `trainable` flag back to what it was before the freeze.
 
@@ -148,7 +154,8 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         if lists:
             training_state.guard(lists[-1].callbacks, network)
         if self._before_validation:
-            training_state.guard_validation(self.model, network)
+            fits = lists[-1].callbacks if lists else None
+            training_state.guard_validation(self.model, network, fits)
         self._training = self._stepped = True
 
     def on_train_batch_begin(self, batch, logs=None):
@@ -224,7 +231,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     def _sweep(self, verbose):
         """Put population statistics in, from a new sweep if the weights are others."""
         training_state.put_back(self._network)
-        if self._stepped or not keras_models.has_fingerprint(self._network, self.stats.fingerprint):
+        if self._stepped or not fingerprints.has_fingerprint(self._network, self.stats.fingerprint):
             self.stats = collect(
                 self._network,
                 self._x,

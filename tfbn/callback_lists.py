@@ -1,10 +1,11 @@
-"""What a callback can learn of the others, and how it is copied."""
+"""What a callback can learn of the others, and how it is copied and pickled."""
 
 import copy
 import inspect
 from typing import NamedTuple
 
 import keras
+import tensorflow as tf
 
 
 class Place(NamedTuple):
@@ -54,3 +55,33 @@ def shared_copy(
     copied = memo[id(callback)] = type(callback).__new__(type(callback))
     copied.__dict__.update(copy.deepcopy(callback.__dict__, memo))
     return copied
+
+
+def shallow_copy(callback: keras.callbacks.Callback) -> keras.callbacks.Callback:
+    """As `copy.copy` has it for other classes; it would ask `pickled_state`."""
+    copied = type(callback).__new__(type(callback))
+    copied.__dict__.update(callback.__dict__)
+    return copied
+
+
+def pickled_state(callback: keras.callbacks.Callback, data: tuple[str, ...]) -> dict:
+    """The attributes of a callback, for pickle.
+
+    Args:
+        callback: A callback.
+        data: The attributes that may hold what cannot be pickled.
+
+    Raises:
+        TypeError: If one does.
+    """
+    for name in data:
+        for part in keras.tree.flatten(getattr(callback, name)):
+            if isinstance(part, tf.data.Dataset) or hasattr(part, "__next__"):
+                kind = "a tf.data.Dataset" if isinstance(part, tf.data.Dataset) else "an iterator"
+                raise TypeError(
+                    f"Expected data that can be pickled. Received: a {type(callback).__name__} "
+                    f"with {kind}, which belongs to its process. Give it arrays or a "
+                    "keras.utils.PyDataset, or make it in the process that uses it; copy.deepcopy "
+                    "works, and shares the data."
+                )
+    return dict(vars(callback))

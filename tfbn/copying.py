@@ -13,7 +13,7 @@ import warnings
 import keras
 import numpy as np
 
-from tfbn import keras_models
+from tfbn import keras_models, origins
 from tfbn.layer import BatchNormalization
 
 
@@ -103,6 +103,7 @@ def copy_state(source, target):
             with tempfile.TemporaryDirectory() as directory:
                 mine.save_assets(directory)
                 theirs.load_assets(directory)
+        origins.share(mine, theirs)
         if hasattr(mine, "get_vocabulary") and mine.get_vocabulary() != theirs.get_vocabulary():
             raise ValueError(
                 f"the vocabulary of layer {mine.name!r} came back as another. It is saved as text, "

@@ -1,8 +1,7 @@
-"""What tfbn needs to know of a Keras model: its batch norm layers and its weights."""
+"""What tfbn needs to know of a Keras model: its layers, their calls and their variables."""
 
 import contextlib
 import functools
-import hashlib
 import weakref
 
 import keras
@@ -62,6 +61,17 @@ def layers(model):
     is_batch_norm = isinstance(model, keras.layers.BatchNormalization)
     visit(model, model.name if is_batch_norm else "")
     return found
+
+
+def require_built(model, layers=()):
+    """Raise `ValueError` unless a model is one of Keras's and has weights, and so have layers."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"Expected a Keras model. Received: {model!r}. Pass the model itself.")
+    if not model.built or not all(layer.built for layer in layers):
+        raise ValueError(
+            f"Expected a built model. Received: model {model.name!r}, which has no weights yet. "
+            "Call it on a batch, or fit or load it, before this."
+        )
 
 
 def input_specs(model):
@@ -139,17 +149,17 @@ def _structure_of(layer):
         and not isinstance(value, keras.Layer)
     ]
     return (
-        _Same(layer),
+        Same(layer),
         type(layer),
         getattr(type(layer).call, "__wrapped__", type(layer).call),
         layer.trainable,
         str(layer.dtype_policy.get_config()) if layer.dtype_policy else "",
-        tuple(map(_Same, layer.variables)),
+        tuple(map(Same, layer.variables)),
         tuple(attributes),
     )
 
 
-class _Same:
+class Same:
     """An object held weakly, equal only to itself for as long as it lives."""
 
     def __init__(self, value):
@@ -158,7 +168,7 @@ class _Same:
 
     def __eq__(self, other):
         value = self._reference()
-        return isinstance(other, _Same) and value is not None and value is other._reference()
+        return isinstance(other, Same) and value is not None and value is other._reference()
 
     def __hash__(self):
         return self._hash
@@ -174,7 +184,7 @@ def _comparable(value):
     if isinstance(value, list | tuple):
         return tuple(map(_comparable, value))
     try:
-        return _Same(value)
+        return Same(value)
     except TypeError:  # No weak reference to it: objects of built-in types that were not met yet.
         return type(value)
 
@@ -280,68 +290,3 @@ def all_statistics(model):
         for layer in batch_norm_layers(model).values()
         for variable in statistics(layer).values()
     ]
-
-
-def fingerprint(model):
-    """A digest of the weights that population statistics depend on, as a string.
-
-    These are all floating-point weights but the statistics of the batch norm layers
-    themselves. Whether a weight is trainable does not matter, so freezing a model does
-    not change its fingerprint; counters and random seeds do not either.
-    """
-    weights = _owned_weights(model)
-    held = tuple(map(_Same, weights))
-    known, digests = _fingerprint_functions.get(model, (None, None))
-    if known != held:
-        # One graph, because reading every weight by itself takes longer than its digest.
-        digests = _concrete_digests([variable.value for variable in weights])
-        _fingerprint_functions[model] = held, digests
-    digest = hashlib.sha256(digests().numpy())
-    digest.update("".join(f"{tuple(v.shape)} {v.dtype};" for v in weights).encode())
-    return _FINGERPRINT_2 + digest.hexdigest()
-
-
-def has_fingerprint(model, known):
-    """Whether a model's weights are those of a fingerprint, from this version or an older one."""
-    if known.startswith(_FINGERPRINT_2):
-        return known == fingerprint(model)
-    return known == _sha256(model)
-
-
-# The first version took SHA-256 of all bytes, which is ten times slower.
-_FINGERPRINT_2 = "2:"
-
-_fingerprint_functions = weakref.WeakKeyDictionary()
-
-
-def _concrete_digests(variables):
-    def digests():
-        rows = [tf.fingerprint(tf.reshape(variable, [1, -1])) for variable in variables]
-        return tf.concat(rows, 0) if rows else tf.zeros([0, 8], tf.uint8)
-
-    with tf.init_scope():
-        return tf.function(digests, autograph=False).get_concrete_function()
-
-
-def _sha256(model):
-    digest = hashlib.sha256()
-    for variable in _owned_weights(model):
-        value = tf.convert_to_tensor(variable).numpy()
-        digest.update(f"{value.shape} {variable.dtype};".encode())
-        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
-    return digest.hexdigest()
-
-
-def _owned_weights(model):
-    """The floating-point weights of a model but its statistics, each once.
-
-    Innermost layers come first, so that each weight is met in the one layer that owns it: the
-    order of `weights` within an outer layer changes when layers are frozen.
-    """
-    seen, owned = set(map(id, all_statistics(model))), []
-    for layer in reversed(layers(model).values()):
-        own = [v for v in layer.weights if id(v) not in seen]
-        seen.update(map(id, own))
-        own.sort(key=lambda v: v.name)
-        owned += [v for v in own if keras.backend.is_float_dtype(v.dtype)]
-    return owned

@@ -242,6 +242,15 @@ def value_of(variable) -> np.ndarray:
     return tf.convert_to_tensor(variable).numpy().copy()
 
 
+def changed(stats: LayerStats, layer: keras.Layer) -> str | None:
+    """The name of a variable of a layer that does not hold these statistics, or `None`."""
+    for name, value in values(stats, layer).items():
+        held = value_of(getattr(layer, name))
+        if not np.array_equal(held, value.astype(held.dtype), equal_nan=True):
+            return name
+    return None
+
+
 def layers_of(model: keras.Model, paths: Iterable[str]) -> dict[str, keras.Layer]:
     """The batch norm layers of a model at some paths, by path.
 

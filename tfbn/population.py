@@ -6,20 +6,22 @@ import html
 import numbers
 import operator
 import os
-import weakref
 from typing import Any
 
 import keras
-import numpy as np
 
-from tfbn import drift, keras_models, layer_stats, stats_file, storage
+from tfbn import (
+    drift,
+    fingerprints,
+    keras_models,
+    layer_stats,
+    origins,
+    stats_file,
+    storage,
+)
 from tfbn.layer_stats import LayerStats
 
 _METHODS = ("exact", "pooled", "algorithm2", "assigned")
-
-# What was last assigned to a model, for as long as the model lives. A model has no place
-# of its own for it: stock layers and their configs must stay as they are.
-_assigned = weakref.WeakKeyDictionary()
 
 
 class PopulationStats(collections.abc.Mapping):
@@ -125,7 +127,7 @@ class PopulationStats(collections.abc.Mapping):
             for path, layer in keras_models.batch_norm_layers(model).items()
             if include_frozen or layer.trainable
         }
-        known = keras_models.fingerprint(model) if fingerprint else ""
+        known = fingerprints.fingerprint(model) if fingerprint else ""
         return cls(layers, method="assigned", fingerprint=known)
 
     def assign(self, model: keras.Model) -> "PopulationStats":
@@ -166,10 +168,13 @@ class PopulationStats(collections.abc.Mapping):
         with _put_back_on_error(model, [variable for variable, _ in writes]):
             for variable, value in writes:
                 variable.assign(value)
-        if self.method == "assigned":
-            _assigned.pop(model, None)
-        else:
-            _assigned[model] = self
+        origins.forget(layers.values())
+        if self.method != "assigned":
+            weights = fingerprints.digests_of(model, self.fingerprint)
+            if weights is not None:
+                weights |= {digest for _, digest in fingerprints.digests_of_statistics(model)}
+            for path, layer in layers.items():
+                origins.keep(layer, origins.Origin(self, path, weights))
         return previous
 
     def mismatch(self, model: keras.Model) -> str | None:
@@ -183,14 +188,13 @@ class PopulationStats(collections.abc.Mapping):
         for path, stats in self.items():
             if path not in layers or not layers[path].built:
                 return f"the model has no batch norm layer {path!r}"
-            for name, value in layer_stats.values(stats, layers[path]).items():
-                held = layer_stats.value_of(getattr(layers[path], name))
-                if not np.array_equal(held, value.astype(held.dtype), equal_nan=True):
-                    return f"{name} of layer {path!r} has changed since the sweep"
+            name = layer_stats.changed(stats, layers[path])
+            if name is not None:
+                return f"{name} of layer {path!r} has changed since the sweep"
         if not self.fingerprint:
             return "it is not known with which weights the sweep was"
         # Last, because it reads all weights.
-        if not keras_models.has_fingerprint(model, self.fingerprint):
+        if not fingerprints.has_fingerprint(model, self.fingerprint):
             return "the weights have changed since the sweep"
         return None
 
@@ -405,14 +409,6 @@ class PopulationStats(collections.abc.Mapping):
             known = "-" if np.isnan(error) else f"{error:.4f}"
             rows.append([path, self[path].count, *drift.cells(off.get(path))[::2], known])
         return title, ["layer", "values/channel", *drift.COLUMNS[::2], "std error"], rows
-
-
-def assigned(model: keras.Model) -> PopulationStats | None:
-    """The `PopulationStats` last assigned to a model in this process, or `None`.
-
-    Training may have changed the model since: `PopulationStats.mismatch` tells.
-    """
-    return _assigned.get(model)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbn import keras_models, training_state
-from tfbn.callback_lists import enclosing, shared_copy
+from tfbn.callback_lists import enclosing, pickled_state, shallow_copy, shared_copy
 from tfbn.population import check_tolerance
 from tfbn.sweep.methods import check_method
 from tfbn.sweep.run import check, check_batch, collect
@@ -118,9 +118,12 @@ class StatsTracker(keras.callbacks.Callback):
         """A copy that shares the data and the model."""
         return shared_copy(self, memo, ("_x", "_validation_data", "_model", "stats"))
 
+    __copy__ = shallow_copy
+
     def __getstate__(self):
         """All but what belongs to a running `fit`."""
-        return {**vars(self), "_mini_batch_function": None, "_writers": {}}
+        state = pickled_state(self, ("_x", "_validation_data"))
+        return {**state, "_mini_batch_function": None, "_writers": {}}
 
     def on_train_begin(self, logs=None):
         """Check all that can be checked by now."""

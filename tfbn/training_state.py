@@ -116,12 +116,18 @@ def guard(callbacks: keras.callbacks.CallbackList, model: keras.Model) -> None:
             setattr(callbacks, name, hook)
 
 
-def guard_validation(trained: keras.Model, model: keras.Model) -> None:
+def guard_validation(
+    trained: keras.Model, model: keras.Model, callbacks: keras.callbacks.CallbackList | None
+) -> None:
     """The same for whatever `evaluate` raises, until `release`.
+
+    It is away while a step of training runs, in which Ctrl-C mostly comes: nothing of `fit` would
+    be called to take it away then.
 
     Args:
         trained: The model whose `fit` evaluates.
         model: The model into which population statistics may be put.
+        callbacks: The list that `fit` calls, `None` if it cannot be told.
     """
     evaluate = trained.evaluate
     if hasattr(evaluate, "guards"):
@@ -141,6 +147,23 @@ def guard_validation(trained: keras.Model, model: keras.Model) -> None:
 
     guarded.guards, guarded.original = models, vars(trained).get("evaluate")
     trained.evaluate = guarded
+    if callbacks is not None:
+        _take_away_in_steps(guarded, trained, callbacks)
+
+
+def _take_away_in_steps(guarded, trained, callbacks):
+    begin, end = callbacks.on_train_batch_begin, callbacks.on_train_batch_end
+
+    def on_train_batch_begin(*args, **kwargs):
+        release(trained)
+        begin(*args, **kwargs)
+
+    def on_train_batch_end(*args, **kwargs):
+        end(*args, **kwargs)
+        trained.evaluate = guarded
+
+    callbacks.on_train_batch_begin = on_train_batch_begin
+    callbacks.on_train_batch_end = on_train_batch_end
 
 
 def release(trained: keras.Model) -> None:
@@ -153,14 +176,14 @@ def release(trained: keras.Model) -> None:
 
 
 def _guarded(name: str, hook: Callable, models: weakref.WeakSet, *args, **kwargs):
+    finish = {"on_epoch_end": put_back, "on_train_end": keep}.get(name)
     try:
         hook(*args, **kwargs)
-    except BaseException:
+        for model in models if finish else ():
+            finish(model)
+    except BaseException:  # Ctrl-C at any point.
         release(hook.__self__.model)
         for model in models:
             if put_back(model) is not None and name == "on_train_end":
                 unfreeze(model)
         raise
-    finish = {"on_epoch_end": put_back, "on_train_end": keep}.get(name)
-    for model in models if finish else ():
-        finish(model)

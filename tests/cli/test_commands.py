@@ -20,6 +20,7 @@ from keras import layers
 import tfbn
 from tfbn.cli import main
 from tfbn.cli.keras_files import RECORD
+from tfbn.origins import ASSET
 
 rng = np.random.default_rng(0)
 PIXELS = rng.integers(0, 256, (30, 6, 5, 1), dtype=np.uint8)
@@ -255,6 +256,44 @@ def test_inspect_says_not_known_then_swept_then_stale(capsys, tmp_path, saved):
     assert code == 0 and "no batch norm layers" in out
 
 
+def test_a_sweep_in_python_is_known_of_a_file_with_our_layers(capsys, tmp_path, saved):
+    model = keras.models.load_model(saved)
+    tfbn.update_population_stats(model, IMAGES, verbose=0)
+    model.save(tmp_path / "ours.keras")
+    code, out, _ = run(capsys, "inspect", tmp_path / "ours.keras", "--check")
+    assert code == 0 and "swept, method='exact', 30 samples" in out
+    exported = run_for_json(capsys, "export", tmp_path / "ours.keras", tmp_path / "served")
+    described = run_for_json(capsys, "describe", exported["path"])
+    assert described["stale"] is None and described["statistics"]["samples"] == 30
+    model.layers[0].kernel.assign_add(model.layers[0].kernel)
+    model.save(tmp_path / "changed.keras")
+    code, out, _ = run(capsys, "inspect", tmp_path / "changed.keras", "--check")
+    assert code == 3 and "stale: the weights have changed since the sweep" in out
+    stock = two_inputs()  # Of which Keras's own layers a file keeps nothing.
+    tfbn.update_population_stats(stock, dict.fromkeys("ab", IMAGES[:, 0, :3, 0]), verbose=0)
+    stock.save(tmp_path / "stock.keras")
+    code, out, _ = run(capsys, "inspect", tmp_path / "stock.keras", "--check")
+    assert code == 3 and "not known: no sweep" in out and "never" not in out
+    code, _, err = run(capsys, "export", tmp_path / "stock.keras", tmp_path / "stock")
+    assert code == 0 and "no sweep of them is known" in err and "never" not in err
+
+
+def test_a_damaged_record_is_no_error_but_told(capsys, tmp_path, saved):
+    model = keras.models.load_model(saved)
+    tfbn.update_population_stats(model, IMAGES, verbose=0)
+    model.save(tmp_path / "whole.keras")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.keras") as whole,
+        zipfile.ZipFile(tmp_path / "bad.keras", "w") as bad,
+    ):
+        for name in whole.namelist():
+            bad.writestr(name, b"PK" if name.endswith(ASSET) else whole.read(name))
+    code, out, _ = run(capsys, "inspect", tmp_path / "bad.keras", "--check")
+    assert code == 3 and "not known: the record of their sweep in the model's file is" in out
+    code, _, err = run(capsys, "export", tmp_path / "bad.keras", tmp_path / "served")
+    assert code == 0 and err.startswith("tfbn: warning: ") and "record of their sweep" in err
+
+
 def test_inspect_and_compare_give_the_drift(capsys, tmp_path, saved):
     swept = tmp_path / "swept.keras"
     run_for_json(capsys, "recalibrate", saved, "--data", *as_npy(tmp_path), "--out", swept)
@@ -312,6 +351,51 @@ def test_export_passes_the_sweep_on(capsys, tmp_path, saved):
     code, _, err = run(capsys, "export", saved, tmp_path / "serving" / "never")
     assert code == 0 and err.startswith("tfbn: warning: ") and err.count("\n") == 1
     assert run_for_json(capsys, "describe", tmp_path / "serving" / "never")["stale"]
+
+
+def test_export_is_verified_on_a_sample(capsys, tmp_path):
+    """Random numbers in [0, 1) are no data of this network, which makes NaN of them."""
+    a, b = keras.Input((3,), name="a"), keras.Input((3,), name="b")
+    root = layers.Rescaling(1.0, offset=-2.0)(a)
+    outputs = layers.Activation("log_softmax")(keras.ops.sqrt(root) + b)
+    keras.Model([a, b], outputs).save(tmp_path / "model.keras")
+    line = fails(capsys, "export", tmp_path / "model.keras", tmp_path / "served")
+    assert "random numbers" in line
+    rows = rng.uniform(3, 9, (100, 3)).astype("float32")
+    rows[40:] = 0  # Only the first are looked at.
+    np.savez(tmp_path / "x.npz", b=rows, a=rows, other=np.zeros(7))
+    sample = ["--sample", tmp_path / "x.npz"]
+    found = run_for_json(capsys, "export", tmp_path / "model.keras", tmp_path / "served", *sample)
+    served = tf.saved_model.load(found["path"]).serve([rows[:5], rows[:5]])
+    np.testing.assert_allclose(served, tf.nn.log_softmax(np.sqrt(rows[:5] - 2) + rows[:5]), 1e-5)
+
+
+def test_samples_that_do_not_fit_are_one_line(capsys, tmp_path, saved):
+    (tmp_path / "bad.npz").write_text("text")
+    np.save(tmp_path / "wide.npy", IMAGES[:, :, 1:])
+    np.save(tmp_path / "number.npy", np.float32(1))
+    np.savez(tmp_path / "names.npz", a=IMAGES, b=IMAGES)
+    for name, says in (
+        ("missing.npy", "no such file"),
+        ("bad.npz", "damaged"),
+        ("wide.npy", "in sample"),
+        ("number.npy", "axis of samples"),
+        ("names.npz", "named 'image'"),
+        (".", "another kind of file"),
+    ):
+        line = fails(capsys, "export", saved, tmp_path / "served", "--sample", tmp_path / name)
+        assert says in line and str(tmp_path / name) in line
+    assert not (tmp_path / "served").exists()
+
+
+def test_a_new_signature_has_to_be_allowed(capsys, tmp_path, saved):
+    served = tmp_path / "served"
+    run(capsys, "export", saved, served)
+    keras.Sequential([keras.Input((2,), name="x"), layers.Dense(1)]).save(tmp_path / "new.keras")
+    assert "--allow-new-signature" in fails(capsys, "export", tmp_path / "new.keras", served)
+    assert os.listdir(served) == ["1"]
+    allowed = ["export", tmp_path / "new.keras", served, "--allow-new-signature"]
+    assert run_for_json(capsys, *allowed)["version"] == 2
 
 
 def test_nothing_is_overwritten(capsys, tmp_path, saved):

@@ -39,6 +39,39 @@ def test_a_given_signature_is_that_of_the_endpoint(tmp_path):
     assert (spec.shape, spec.dtype) == ((2, 4), tf.float32)
 
 
+NESTED = {
+    "dict of lists": (lambda u, v, w: {"a": [u, v], "b": w}, ["a_0", "a_1", "b"]),
+    "dict of dicts": (lambda u, v, w: {"a": {"p": (u,), "q": v}, "b": w}, ["a_p_0", "a_q", "b"]),
+    "lists": (lambda u, v, w: [[u, v], w], ["output_0", "output_1", "output_2"]),
+    "list of dicts": (lambda u, v, w: [{"p": u, "q": v}, w], ["output_0", "output_1", "output_2"]),
+}
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("structure", NESTED)
+def test_nested_outputs_are_named_by_the_way_to_them(tmp_path, structure, fold):
+    x = keras.Input((4,), name="x")
+    flat = [layers.BatchNormalization()(layers.Dense(n)(x)) for n in (1, 2, 3)]
+    nest, names = NESTED[structure]
+    model = keras.Model(x, nest(*flat))
+    with pytest.warns(UserWarning, match="no sweep"):
+        exported = export(model, tmp_path, fold=fold)
+    answers = serve(exported.path)(x=ONES)
+    assert sorted(answers) == names
+    for name, expected in zip(names, keras.tree.flatten(model(ONES)), strict=True):
+        np.testing.assert_allclose(answers[name], expected, rtol=1e-5, atol=1e-6)
+    with pytest.warns(UserWarning, match="no sweep"):
+        assert export(model, tmp_path).version == 2  # Clients can go on.
+
+
+def test_nested_outputs_of_one_name_are_refused(tmp_path):
+    x = keras.Input((4,), name="x")
+    y = layers.Dense(2)(x)
+    with pytest.raises(ValueError, match=r"different names.*'a_0', 'a_0'"):
+        export(keras.Model(x, {"a": [y], "a_0": x}), tmp_path)
+    assert everything_under(tmp_path) == []
+
+
 def test_errors_of_models_and_signatures(tmp_path):
     with pytest.raises(ValueError, match="Expected a Keras model"):
         export(layers.Dense(2), tmp_path)
@@ -247,8 +280,8 @@ def test_a_version_that_cannot_be_read_has_no_clients(tmp_path, content):
 def test_outputs_that_are_no_tensors_are_refused(tmp_path):
     class Deep(keras.Model):
         def call(self, x):
-            return {"a": [x, x]}
+            return {"a": [x, "text"]}
 
-    with pytest.raises(ValueError, match=r"a dict of tensors. Received: 'a'"):
+    with pytest.raises(ValueError, match=r"in lists and dicts. Received: 'a_1' is 'text'"):
         export(called(Deep(), ONES), tmp_path)
     assert everything_under(tmp_path) == []

@@ -239,6 +239,7 @@ def test_only_hidden_directories_of_exports_of_this_host_are_cleared(tmp_path):
         ".tfbn-export-1-elsewhere-abcdefgh",
         f".tfbn-export-1-x{host}-abcdefgh",
         f".tfbn-export-{host}-abcdefgh",
+        f".tfbn-model-1-{host}-abcdefgh",
         ".git",
         "notes",
     ]

@@ -11,6 +11,7 @@ from tfbn import drift, keras_models, storage
 from tfbn.cli import formats, keras_files
 from tfbn.cli.errors import FileError, naming, reading
 from tfbn.layer_stats import require_same_shape
+from tfbn.serving import provenance
 
 DONE, NOT_SWEPT = 0, 3
 
@@ -18,9 +19,10 @@ DONE, NOT_SWEPT = 0, 3
 def inspect(args: argparse.Namespace) -> int:
     """List a model's batch norm layers, and say whether a sweep is recorded in its file."""
     model = keras_files.load(args.model, args.unsafe)
-    recorded = keras_files.recorded_sweep(args.model)
-    state, text = _state(model, recorded)
-    off = recorded.compare(recorded.previous) if recorded and recorded.previous else {}
+    sweep = _sweep(model, args.model)
+    state, text = _state(model, sweep)
+    swept = sweep.stats
+    off = swept.compare(swept.previous) if swept and swept.previous else {}
     layers = keras_models.batch_norm_layers(model)
     if args.json:
         described = {path: _layer(layer) | off.get(path, {}) for path, layer in layers.items()}
@@ -102,11 +104,13 @@ def compare(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     """Write a model as a SavedModel, as TensorFlow Serving wants it."""
     model = keras_files.load(args.model, args.unsafe)
-    recorded = keras_files.recorded_sweep(args.model)
-    with naming(args.model, args.path):
-        if recorded is not None and recorded.mismatch(model) is None:
-            recorded.assign(model)  # Its own values; it lets `export` know of the sweep.
-        exported = tfbn.export(model, args.path)
+    sample = None if args.sample is None else formats.read_sample(args.sample, model)
+    files = [path for path in (args.model, args.path, args.sample) if path is not None]
+    with naming(*files):
+        _sweep(model, args.model)  # It lets `tfbn.export` know.
+        exported = tfbn.export(
+            model, args.path, sample=sample, allow_new_signature=args.allow_new_signature
+        )
     if args.json:
         _print_json(
             {
@@ -141,19 +145,31 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 }
 
 
-def _state(model, recorded):
+def _sweep(model, path):
+    """The sweep that a file records, as `recalibrate` does or in the layers of tfbn."""
+    recorded = keras_files.recorded_sweep(path)
+    why = None if recorded is None else recorded.mismatch(model)
+    if why is not None:
+        return provenance.Sweep(recorded, why)
+    if recorded is not None:
+        recorded.assign(model)  # Its own values: now its layers know of it, those of Keras too.
+    return provenance.sweep_of(model)
+
+
+def _state(model, sweep):
     """A word, and a sentence for people, on where a model's statistics are from."""
     if not keras_models.batch_norm_layers(model):
         return "none to sweep", "the model has no batch norm layers"
-    if recorded is None:
-        return "not known", "not known: no sweep by `tfbn recalibrate` is recorded in the file"
-    why = recorded.mismatch(model)
-    if why is not None:
-        return "stale", f"stale: {why}"
+    swept = sweep.stats
+    if swept is None:
+        recorders = "only `tfbn recalibrate` and layers of tfbn record one in a file"
+        return "not known", f"not known: {sweep.stale}; {recorders}"
+    if sweep.stale is not None:
+        return "stale", f"stale: {sweep.stale}"
     return (
         "swept",
-        f"swept, method={recorded.method!r}, {recorded.samples} samples in {recorded.batches} "
-        f"batches of at most {recorded.batch_size}",
+        f"swept, method={swept.method!r}, {swept.samples} samples in {swept.batches} "
+        f"batches of at most {swept.batch_size}",
     )
 
 

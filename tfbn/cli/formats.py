@@ -137,6 +137,21 @@ READERS: dict[str, Reader] = {
 }
 
 
+def read_sample(path: str, model: keras.Model) -> Any:
+    """The first inputs of a .npy or .npz file, one batch as the model takes it.
+
+    Raises:
+        FileError: It is no such file, is damaged, or has no array for an input of the model.
+    """
+    reader = {".npy": read_array, ".npz": read_archive}.get(pathlib.Path(path).suffix.lower())
+    if reader is None or not os.path.isfile(path):
+        received = "another kind of file" if os.path.exists(path) else "no such file"
+        raise FileError(f"Expected a .npy or .npz file with inputs. Received: {path}, {received}.")
+    arrays, _ = reader(path, model, Options())
+    with reading(path, "arrays with an axis of samples", "Give inputs as the model takes them."):
+        return keras.tree.map_structure(lambda array: np.array(array[:_BATCH_SIZE]), arrays)
+
+
 def damaged_image(folder: str) -> str | None:
     """The first image of a folder that cannot be decoded. TensorFlow's own error names none."""
     for directory, folders, names in os.walk(folder):

@@ -1,15 +1,9 @@
 """Model files: read with the sweep that is recorded in them, written whole or not at all."""
 
-import contextlib
-import glob
 import json
 import os
 import pathlib
 import re
-import shutil
-import socket
-import tempfile
-import time
 import warnings
 import zipfile
 
@@ -18,14 +12,10 @@ import keras
 
 import tfbn
 from tfbn.cli.errors import FileError, describe, naming, reading
+from tfbn.hidden_folders import hidden
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks: nothing is removed there.
-    fcntl = None
-
-# The member of a .keras file in which `recalibrate` writes down its sweep. Keras ignores it,
-# and leaves it out when it saves the model again after more training.
+# The member of a .keras file in which `recalibrate` writes down its sweep, also of Keras's layers.
+# Keras ignores it, and leaves it out when it saves the model again after more training.
 RECORD = "tfbn_population_stats.npz"
 
 _HDF5 = (".h5", ".hdf5")
@@ -106,8 +96,8 @@ def save(model: keras.Model, stats: tfbn.PopulationStats, path: str) -> None:
     The name appears once the content is on disk. A file that has come to it in the meantime
     stays, and is an error.
     """
-    with naming(path), _hidden_folder(os.path.dirname(path) or ".") as hidden:
-        partial = os.path.join(hidden, "model.keras")
+    with naming(path), hidden(os.path.dirname(path) or ".", "model") as folder:
+        partial = os.path.join(folder, "model.keras")
         model.save(partial)
         with zipfile.ZipFile(partial, "a") as archive:
             archive.writestr(RECORD, stats.to_bytes())
@@ -117,43 +107,6 @@ def save(model: keras.Model, stats: tfbn.PopulationStats, path: str) -> None:
             _publish(partial, path)
         except FileExistsError:
             require_free(path)
-
-
-@contextlib.contextmanager
-def _hidden_folder(parent):
-    """A new folder in `parent` that goes with this process, or with the next that comes here.
-
-    A process holds a lock on its folder for as long as it lives, however it ends.
-    """
-    # A network's file system may keep the locks of each host to itself.
-    prefix = f".tfbn-{socket.gethostname()}-model-"
-    for folder in pathlib.Path(parent).glob(f"{glob.escape(prefix)}*"):
-        with contextlib.suppress(OSError):
-            new = time.time() - folder.stat().st_mtime < 60  # It may not be locked yet.
-            descriptor = None if new else _lock(folder)
-            if descriptor is not None:
-                shutil.rmtree(folder)
-                os.close(descriptor)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as name:
-        descriptor = _lock(name)
-        try:
-            yield name
-        finally:
-            if descriptor is not None:
-                os.close(descriptor)
-
-
-def _lock(folder):
-    """The descriptor that locks a folder, or `None` if it is locked or cannot be."""
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 def _publish(finished, path):

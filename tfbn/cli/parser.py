@@ -138,6 +138,17 @@ def _add_export(commands):
         metavar="PATH",
         help="the model's directory; a new version is made in it",
     )
+    added.add_argument(
+        "--sample",
+        metavar="FILE",
+        help="a .npy or .npz file with inputs, preprocessed as for model.fit, on the first 32 of "
+        "which the export is verified (default: random numbers in [0, 1))",
+    )
+    added.add_argument(
+        "--allow-new-signature",
+        action="store_true",
+        help="write a version with which clients of the one before would fail",
+    )
 
 
 def _add_describe(commands):

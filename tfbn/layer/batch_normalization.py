@@ -3,6 +3,7 @@
 import keras
 import tensorflow as tf
 
+from tfbn import origins
 from tfbn.layer import kernels
 
 
@@ -19,6 +20,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
       deviations from zero: in eager and graph mode, under XLA and with `synchronized=True`.
     - A batch that would poison the moving statistics leaves them as they were: one with a NaN or
       an infinity in it, or one without any value (empty, or masked everywhere).
+    - A `.keras` file remembers the sweep that set the statistics (`tfbn.update_population_stats`,
+      `tfbn.PopulationStatsCallback`), so that `tfbn.export` of the loaded model knows it too.
 
     Example:
         >>> layer = tfbn.BatchNormalization(momentum=0.9)
@@ -84,6 +87,14 @@ class BatchNormalization(keras.layers.BatchNormalization):
             self._move(self.moving_mean, mean, self.momentum, usable)
             self._move(self.moving_variance, variance, self.momentum, usable)
         return tf.cast(y, self.compute_dtype)
+
+    def save_assets(self, dir_path):
+        """Write down which sweep the statistics come from, if any, where Keras calls for it."""
+        origins.save(self, dir_path)
+
+    def load_assets(self, dir_path):
+        """Read what `save_assets` wrote. Nothing in a file here keeps the layer from loading."""
+        origins.load(self, dir_path)
 
     @staticmethod
     def _move(variable, value, momentum, usable):

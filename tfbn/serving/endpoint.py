@@ -59,7 +59,7 @@ def save(
         named = signature.named_outputs(outputs)
         names = name_outputs({name: _spec(name, output) for name, output in named.items()})
         traced.append(Saved(names, training_ops))
-        if all(name == new for name, new in names.items()):
+        if all(name == new for name, new in names.items()) and signature.are_flat(outputs):
             return outputs
         return {names[name]: output for name, output in named.items()}
 
@@ -94,7 +94,7 @@ def _checked(args, specs):
 def _spec(name, output):
     if not tf.is_tensor(output):
         raise ValueError(
-            "Expected a model whose output is a tensor, or a list or a dict of tensors. "
+            "Expected a model whose outputs are tensors, in lists and dicts. "
             f"Received: {name!r} is {output!r}. Wrap the model in one with such outputs."
         )
     return tf.TensorSpec(output.shape, output.dtype, name)

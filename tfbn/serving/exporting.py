@@ -97,9 +97,11 @@ def export(
             split. A server that batches requests does not start with a request larger than
             its `max_batch_size`.
         require_population: Whether stale batch norm statistics are an error, not a
-            warning. They are stale if the model, or one that has its layers too, was never
-            swept in this process (`tfbn.update_population_stats`,
-            `tfbn.PopulationStatsCallback`), or if its weights or statistics have changed since.
+            warning. They are stale if no sweep of them is known (by
+            `tfbn.update_population_stats`, `tfbn.PopulationStatsCallback` or
+            `tfbn recalibrate`), or if they, or weights that they depend on, have changed since.
+            A sweep is known of every model with the layers that were swept, and of a `.keras` file
+            with `tfbn.BatchNormalization`; a file keeps nothing of it for Keras's layers.
         allow_new_signature: Whether the inputs and outputs may be others than those of the
             highest version there, with which its clients would fail.
         allow_nan: Whether an output may be NaN or infinite in every value.
@@ -201,7 +203,7 @@ def _require_population(model, stale, *, required):
             "data) first, or export without require_population."
         )
     warnings.warn(
-        f"The batch norm statistics of model {model.name!r} are not those of its "
+        f"The batch norm statistics of model {model.name!r} are not known to be those of its "
         f"population: {stale}. Run tfbn.update_population_stats(model, data) before "
         "tfbn.export.",
         stacklevel=3,

@@ -65,11 +65,7 @@ def fold(model):
             "does not know. Make it Functional, keras.Model(x, model.call(x)) with x = "
             "keras.Input(shape), and fold that; or export it as it is."
         )
-    if not model.built:
-        raise ValueError(
-            f"Expected a built model. Received: model {model.name!r}, which has no weights yet. "
-            "Call it on a batch first."
-        )
+    keras_models.require_built(model)
     plan = _planned(model)
     if copying.custom_classes(model):
         # A folded network rounds differently. One that is only copied does not, and so shows

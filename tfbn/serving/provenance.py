@@ -1,5 +1,6 @@
 """Where an exported model came from: written beside it, read again, and printed."""
 
+import collections
 import hashlib
 import json
 import os
@@ -9,10 +10,10 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tfbn import keras_models, population
+from tfbn import fingerprints, keras_models, layer_stats, origins, stats_file
 from tfbn._version import __version__
 from tfbn.population import PopulationStats
-from tfbn.serving import versions
+from tfbn.serving import upstream, versions
 
 FILE = "assets.extra/tfbn.json"
 
@@ -34,7 +35,7 @@ class Sweep(NamedTuple):
 
     Attributes:
         stats: What it found for the batch norm layers of this model, by their paths in it, or
-            `None` if there was no sweep.
+            `None` if no sweep is known.
         stale: Why the model's statistics are not those of its population, or `None`.
     """
 
@@ -43,62 +44,87 @@ class Sweep(NamedTuple):
 
 
 def sweep_of(model: keras.Model) -> Sweep:
-    """The sweep behind a model's statistics, of itself or of a model that it shares layers with.
+    """The sweep behind a model's statistics.
 
-    An encoder that was swept as part of a siamese network, or a backbone under a new head, has
-    population statistics like the network that was swept. It is judged by its own layers: its
-    batch norm layers are those of the swept model, and so is every layer with weights before
-    the last of them, in the order in which the model holds its layers. Layers after that, a
-    new head say, have no influence on statistics.
+    Each batch norm layer is judged by itself, wherever it was swept: in this model, in another
+    one that has it too (the encoder of a siamese network, a backbone under a new head), or in the
+    one that was saved in a `.keras` file. Its statistics are those of the population if it holds
+    what the sweep found, and every weight upstream of it has the values of a weight that the
+    swept model had. Weights downstream, of a new head say, and layers without weights do not
+    matter. A layer that the sweep left out, because it was frozen, is only to be as it was then.
+
+    Of layers from different sweeps, `stats` has those of the sweep that most are from.
     """
     layers = keras_models.batch_norm_layers(model)
     if not layers:
         return Sweep(None, None)
-    stats = population.assigned(model)
-    if stats is not None:
-        return Sweep(stats, stats.mismatch(model))
-    sweeps = [Sweep(*_as_part(model, *swept)) for swept in _swept_models() if swept[0] is not model]
-    sweeps = [sweep for sweep in sweeps if sweep.stats]
-    fresh = [sweep for sweep in sweeps if sweep.stale is None]
-    return next(iter(fresh + sweeps), Sweep(None, "they were never swept"))
+    try:
+        found = {path: origins.of(layer) for path, layer in layers.items()}
+    except ValueError as error:
+        return Sweep(None, f"the record of their sweep in the model's file is damaged ({error})")
+    found = {path: origin for path, origin in found.items() if origin is not None}
+    if not found:
+        return Sweep(None, "no sweep of them is known")
+    return Sweep(_combined(found), _stale(model, layers, found))
 
 
-def _swept_models() -> list[tuple[keras.Model, PopulationStats]]:
-    """The models of this process with statistics of a sweep, and these statistics."""
-    return list(population._assigned.items())  # The one place that needs them all.
+def _combined(found):
+    """The statistics of the sweep that most layers are from, by their paths in the model."""
+
+    def sweep(origin):
+        return tuple(getattr(origin.stats, name) for name in stats_file.ATTRIBUTES)
+
+    [(largest, _)] = collections.Counter(map(sweep, found.values())).most_common(1)
+    found = {path: origin for path, origin in found.items() if sweep(origin) == largest}
+    before = {
+        path: origin.stats.previous[origin.path]
+        for path, origin in found.items()
+        if origin.path in (origin.stats.previous or ())
+    }
+    return next(iter(found.values())).stats.replace(
+        layers={path: origin.stats[origin.path] for path, origin in found.items()},
+        previous=PopulationStats(before, method="assigned") if len(before) == len(found) else None,
+    )
 
 
-def _as_part(model, swept, stats):
-    """Statistics of a swept model as those of a model that shares layers, and why they are not."""
-    paths = {id(layer): path for path, layer in keras_models.layers(swept).items()}
-    batch_norms = keras_models.batch_norm_layers(model)
-    shared = {path: paths.get(id(layer)) for path, layer in batch_norms.items()}
-    if not any(path in stats for path in shared.values()):
-        return None, None
-    ours = stats.replace(layers=_renamed(stats, shared), previous=_previous(stats, shared))
-    *_, last = batch_norms
-    for path, layer in keras_models.layers(model).items():
-        own = [] if path in batch_norms else _own_weights(layer)
-        if id(layer) not in paths and (own or path in batch_norms):
-            return ours, f"layer {path!r} was not part of the model that was swept"
-        if path == last:
-            break
-    return ours, stats.mismatch(swept)
+def _stale(model, layers, found):
+    """Why statistics are not those of the population, or `None`.
 
-
-def _own_weights(layer):
-    inner = [child for child in keras_models.layers(layer).values() if child is not layer]
-    theirs = {id(v) for child in inner for v in child.weights}
-    return [v for v in layer.weights if id(v) not in theirs]
-
-
-def _renamed(stats, shared):
-    return {path: stats[theirs] for path, theirs in shared.items() if theirs in stats}
-
-
-def _previous(stats, shared):
-    before = stats.previous
-    return None if before is None else before.replace(layers=_renamed(before, shared))
+    Args:
+        model: A built model.
+        layers: Its batch norm layers by path.
+        found: The origins of some of them, by path.
+    """
+    for path, origin in found.items():
+        name = layer_stats.changed(origin.stats[origin.path], layers[path])
+        if name is not None:
+            return f"{name} of layer {path!r} has changed since the sweep"
+        if not origin.stats.fingerprint:
+            return "it is not known with which weights the sweep was"
+        if origin.weights is None:
+            return "the weights have changed since the sweep"
+    held = fingerprints.digests(model)
+    others = {  # Weights that a swept model did not have, for each sweep.
+        weights: {id(variable) for variable, digest in held if digest not in weights}
+        for weights in {origin.weights for origin in found.values()}
+    }
+    for path in [path for path in layers if path not in found]:
+        own = {id(variable) for variable in keras_models.statistics(layers[path]).values()}
+        if all(own & other for other in others.values()):
+            return f"layer {path!r} was not part of the sweep, or has changed since"
+    if not any(others.values()):
+        return None  # As after any sweep of the model itself, without a trace.
+    every = {id(variable) for variable, _ in held}
+    before = upstream.variables(model)
+    for path, origin in found.items():
+        depends_on = every if before is None else before.get(path, set())
+        for variable, _ in held:
+            if id(variable) in depends_on & others[origin.weights]:
+                return (
+                    f"the weights have changed since the sweep: {variable.path!r}, on which the "
+                    f"statistics of layer {path!r} depend, has other values or is new"
+                )
+    return None
 
 
 def write(
@@ -116,7 +142,7 @@ def write(
         "tfbn": __version__,
         "keras": keras.__version__,
         "tensorflow": tf.__version__,
-        "fingerprint": keras_models.fingerprint(model),
+        "fingerprint": fingerprints.fingerprint(model),
         "stale": sweep.stale,
         "folded": folded,
         "max_abs_difference": max_abs_difference,
@@ -227,7 +253,7 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
         model's weights, `folded`, `stale` (`None`, or why the statistics are not those of the
         population), `max_abs_difference`, `inputs` and `outputs` (the names in requests and
         answers, in the model's order), a `checksum` of all this, and `statistics`: `None` if
-        the model was never swept, else the method, samples, batches and batch size of the
+        no sweep of the model was known, else the method, samples, batches and batch size of the
         sweep and for each layer its channels, values per channel and how far its moving
         averages were off (see `PopulationStats.compare`).
 

@@ -43,13 +43,7 @@ def arguments(model: keras.Model, given: Any = None) -> list:
         model: A built model.
         given: `input_signature` as the user gave it, or `None` for the model's own inputs.
     """
-    if not isinstance(model, keras.Model):
-        raise ValueError(f"Expected a Keras model. Received: {model!r} of type {type(model)}.")
-    if not model.built:
-        raise ValueError(
-            f"Expected a built model. Received: model {model.name!r}, which has no weights yet. "
-            "Call it on a batch first."
-        )
+    keras_models.require_built(model)
     given = _own_arguments(model) if given is None else given
     if not isinstance(given, (list, tuple)):
         raise ValueError(
@@ -121,10 +115,41 @@ def named_inputs(specs: list) -> dict[str, tf.TensorSpec]:
 
 
 def named_outputs(outputs: Any) -> dict[str, Any]:
-    """The outputs of a model by the names that TensorFlow gives to those of an endpoint."""
-    if isinstance(outputs, Mapping):
-        return dict(outputs)
-    return {f"output_{i}": output for i, output in enumerate(tf.nest.flatten(outputs))}
+    """The outputs of a model by the names that TensorFlow gives to those of an endpoint.
+
+    An endpoint has no structure in its outputs. Those in a list or dict of a dict are named by
+    all keys on the way, `boxes_0`; where the outermost is a list, they are counted through.
+
+    Raises:
+        ValueError: If two have the same name.
+    """
+    if not isinstance(outputs, Mapping):
+        return {f"output_{i}": output for i, output in enumerate(tf.nest.flatten(outputs))}
+    pairs = [pair for name, value in outputs.items() for pair in _named(name, value)]
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(
+            "Expected outputs that have different names when keys on the way to each are joined "
+            f"by '_'. Received: {names}. Rename one."
+        )
+    return named
+
+
+def _named(name, value):
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    else:
+        return [(name, value)]
+    return [pair for key, inner in items for pair in _named(f"{name}_{key}", inner)]
+
+
+def are_flat(outputs: Any) -> bool:
+    """Whether an endpoint can give a model's outputs in their own structure."""
+    inner = outputs.values() if isinstance(outputs, Mapping) else outputs
+    return tf.is_tensor(outputs) or all(map(tf.is_tensor, inner))
 
 
 def of_highest_version(directory: pathlib.Path) -> tuple[int, Endpoint] | None:
@@ -198,7 +223,7 @@ def kept_names(
         raise ValueError(
             f"Expected {side} with which clients of version {version} can go on, "
             f"{_in_words(old)}. Received: {_in_words(new)}. Export to another directory, or with "
-            "allow_new_signature=True once no client needs the old signature."
+            "allow_new_signature=True (--allow-new-signature) once no client needs the old one."
         )
     return own if names is None else {name: names[name] for name in new}
 

@@ -3,24 +3,14 @@
 import contextlib
 import os
 import pathlib
-import re
-import shutil
-import socket
-import tempfile
 from collections.abc import Iterator
 
 import numpy as np
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks: nothing is cleared there.
-    fcntl = None
+from tfbn.hidden_folders import hidden
 
 # TensorFlow Serving reads the name of a version as a signed integer of 64 bits.
 MAX_VERSION = 2**63 - 1
-
-_HIDDEN = ".tfbn-export-"
-_OWNER = "owner"
 
 
 def local(path: str | os.PathLike) -> pathlib.Path:
@@ -68,15 +58,11 @@ def checked(directory: pathlib.Path, version: int | None) -> int | None:
 def unfinished(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     """A place for a version that is being written, where no server looks for one.
 
-    It lies in a hidden directory whose name tells the process and the host, and which is locked
-    for as long as the process lives, however it ends. The hidden directories of processes that
-    were killed are removed first. Afterwards this one is gone too, and if an error is raised so
-    are the parents that had to be made.
+    It lies in a hidden directory that is gone afterwards, and if an error is raised so are the
+    parents that had to be made. The hidden directories of processes that were killed are removed.
     """
-    with _made(directory):
-        _clear(directory)
-        with _hidden(directory) as hidden:
-            yield hidden / "version"
+    with _made(directory), hidden(directory, "export") as folder:
+        yield folder / "version"
 
 
 def put_in_place(written: pathlib.Path, directory: pathlib.Path, version: int | None) -> int:
@@ -140,55 +126,6 @@ def _made(path):
             with contextlib.suppress(OSError):  # Another export has put something there.
                 made.rmdir()
         raise
-
-
-@contextlib.contextmanager
-def _hidden(directory):
-    prefix = f"{_HIDDEN}{os.getpid()}-{socket.gethostname()}-"
-    while True:
-        with tempfile.TemporaryDirectory(
-            prefix=prefix, dir=directory, ignore_cleanup_errors=True
-        ) as name:
-            hidden = pathlib.Path(name)
-            with _owned(hidden) as is_ours:
-                if is_ours:
-                    yield hidden
-                    return
-
-
-@contextlib.contextmanager
-def _owned(hidden):
-    """Hold the lock of a hidden directory; `False` if another export is just clearing it."""
-    if fcntl is None:
-        yield True
-        return
-    with open(hidden / _OWNER, "w") as owner:
-        try:
-            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:  # A file system without locks, where nothing is ever cleared.
-            pass
-        yield True
-
-
-def _clear(directory):
-    """Remove the hidden directories of this host that no process owns any more.
-
-    The lock tells, not the process's number: a container has numbers of its own, and may have
-    the name of its host. The host's name counts because a network's file system may keep
-    locks to itself on each host.
-    """
-    if fcntl is None:
-        return
-    ours = re.compile(rf"{re.escape(_HIDDEN)}\d+-{re.escape(socket.gethostname())}-\w+")
-    for hidden in directory.glob(f"{_HIDDEN}*"):
-        if not ours.fullmatch(hidden.name):
-            continue
-        with contextlib.suppress(OSError), open(hidden / _OWNER, "r+") as owner:
-            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _flush_all(directory):

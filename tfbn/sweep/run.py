@@ -295,18 +295,13 @@ def layers_to_sweep(model, include_frozen):
     Raises:
         ValueError: If the model is none, is not built, or has no such layers.
     """
-    if not isinstance(model, keras.Model):
-        raise ValueError(f"Expected a Keras model. Received: {model!r}. Pass the model itself.")
+    keras_models.require_built(model)
     layers = keras_models.batch_norm_layers(model)
-    if not layers and model.built:
+    keras_models.require_built(model, layers.values())
+    if not layers:
         raise ValueError(
             f"Expected a model with BatchNormalization layers. Received: model {model.name!r}, "
             "which has none. There is nothing to sweep."
-        )
-    if not model.built or not all(layer.built for layer in layers.values()):
-        raise ValueError(
-            f"Expected a built model. Received: model {model.name!r}, which has no weights yet. "
-            "Call it on a batch, or fit or load it, before the sweep."
         )
     wanted = {path: layer for path, layer in layers.items() if include_frozen or layer.trainable}
     if not wanted:

@@ -73,7 +73,7 @@ class SweepState:
 
     Attributes:
         method: Its name, see `tfbn.sweep.methods`.
-        fingerprint: Of the weights, see `tfbn.keras_models.fingerprint`.
+        fingerprint: Of the weights, see `tfbn.fingerprints.fingerprint`.
         paths: The layers to sweep.
         whole: Whether every pass observes all calls, because the network cannot be cut at levels.
         level: The level whose calls are being observed, or the number of the whole pass, from 1.
