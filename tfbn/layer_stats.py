@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn import keras_models, moments
+from tfbn import blending, keras_models, moments
 
 RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
 
@@ -94,6 +94,33 @@ class LayerStats:
             return other
         found = moments.merge(self._moments(), other._moments(), method=method)
         return LayerStats(found.count, found.mean, moments.variance(found))
+
+    def blend(self, source: "LayerStats", samples: int, field_samples: int) -> "LayerStats":
+        """These statistics, blended with those of a source; see `PopulationStats.blend`.
+
+        Args:
+            source: The statistics of the same layer over the source.
+            samples: N, as how many samples the source counts.
+            field_samples: n, the number of samples behind these statistics. (`count` is the
+                number of values: samples times positions.)
+
+        Returns:
+            The mean and the variance N / (N + n) of the source's plus n / (N + n) of these; the
+            count is that of these.
+
+        Raises:
+            ValueError: If the shapes differ, if a number is not whole, or if the source has a mean
+                or variance that no data has.
+        """
+        share = blending.share(samples, field_samples)
+        require_same_shape("of both", self, source)
+        impossible = source.impossible()
+        if impossible is not None:
+            raise ValueError(
+                f"Expected a source with finite means and variances of at least 0. Received: "
+                f"{impossible}. Sweep the training data to have another."
+            )
+        return LayerStats(self.counts, *blending.weighted(self, source, share))
 
     def _moments(self):
         count = self.counts.astype(np.float64)

@@ -21,7 +21,9 @@ from tfbn.layer_stats import RENORM, LayerStats
 
 _FORMAT = 3
 _OLD = 2
-ATTRIBUTES = ("method", "samples", "batches", "batch_size", "fingerprint", "levels")
+ATTRIBUTES = ("method", "samples", "batches", "batch_size", "fingerprint", "levels", "source_weight")
+# Those that files of format 3 did not always have.
+_ADDED = {"source_weight": 0}
 
 
 def pack(stats: Mapping[str, LayerStats]) -> bytes:
@@ -85,6 +87,7 @@ def _unpacked(header, arrays, prefix):
                 raise ValueError(f"{name} of dtype {array.dtype} for layer {path!r}")
         found = [held.pop(name) for name in ("count", "mean", "variance")]
         layers[path] = LayerStats(*found, held or None)
+    header = _ADDED | header
     return {"layers": layers, **{name: header[name] for name in ATTRIBUTES}}
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import tfbn
 from tfbn import drift, keras_models, storage
+from tfbn.blending import in_words
 from tfbn.cli import formats, keras_files
 from tfbn.cli.errors import FileError, naming, reading
 from tfbn.layer_stats import require_same_shape
@@ -48,7 +49,7 @@ def recalibrate(args: argparse.Namespace) -> int:
     x, batch_size = read(args.data, model, options)
     files = [path for path in (args.data, args.features, args.model) if path is not None]
     with _naming_images(args.data), naming(*files):
-        stats = tfbn.update_population_stats(
+        stats = tfbn.collect(
             model,
             x,
             method=args.method,
@@ -56,6 +57,9 @@ def recalibrate(args: argparse.Namespace) -> int:
             include_frozen=args.include_frozen,
             verbose=0 if args.json else "auto",
         )
+        if args.blend_samples:
+            stats = stats.blend(stats.previous, samples=args.blend_samples)
+        stats.assign(model)
     keras_files.save(model, stats, args.out)
     if args.json:
         found = stats.to_dict()
@@ -152,7 +156,8 @@ def _state(model, recorded):
     return (
         "swept",
         f"swept, method={recorded.method!r}, {recorded.samples} samples in {recorded.batches} "
-        f"batches of at most {recorded.batch_size}",
+        f"batches of at most {recorded.batch_size}"
+        + (f", {words}" if (words := in_words(recorded.samples, recorded.source_weight)) else ""),
     )
 
 

@@ -95,6 +95,13 @@ def _add_recalibrate(commands):
         "time and wants large batches. algorithm2: one pass, the paper to the letter",
     )
     added.add_argument("--batch-size", type=_size, metavar="N", help="in samples (default: 32)")
+    added.add_argument(
+        "--blend-samples",
+        type=_size,
+        metavar="N",
+        help="for few samples from the field: weight the statistics that the model holds as if "
+        "they were of N samples more (try 16; default: 0)",
+    )
     added.add_argument("--features", metavar="JSON", help="for a TFRecord file, see below")
     added.add_argument(
         "--scale",

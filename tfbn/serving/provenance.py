@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tfbn import keras_models, population
+from tfbn import blending, keras_models, population
 from tfbn._version import __version__
 from tfbn.population import PopulationStats
 from tfbn.serving import versions
@@ -139,6 +139,7 @@ def _swept(stats):
         "batches": stats.batches,
         "batch_size": stats.batch_size,
         "fingerprint": stats.fingerprint,
+        "source_weight": stats.source_weight,
         "layers": {
             path: {"channels": len(layer.mean), "count": _count(layer), **off.get(path, {})}
             for path, layer in stats.items()
@@ -228,8 +229,9 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
         population), `max_abs_difference`, `inputs` and `outputs` (the names in requests and
         answers, in the model's order), a `checksum` of all this, and `statistics`: `None` if
         the model was never swept, else the method, samples, batches and batch size of the
-        sweep and for each layer its channels, values per channel and how far its moving
-        averages were off (see `PopulationStats.compare`).
+        sweep, `source_weight` (0 unless they were blended, see `PopulationStats.blend`) and for
+        each layer its channels, values per channel and how far its moving averages were off (see
+        `PopulationStats.compare`).
 
     Raises:
         ValueError: If there is no such description, or if it is damaged.
@@ -265,4 +267,7 @@ def _sweep_in_words(provenance):
         f"method={swept['method']!r} over {swept['samples']} samples in {swept['batches']} "
         f"batches of at most {swept['batch_size']}"
     )
+    blended = blending.in_words(swept["samples"], swept.get("source_weight", 0))
+    if blended:
+        text += f", {blended}"
     return f"{text}, but {stale}" if stale else text
