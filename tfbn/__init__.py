@@ -11,10 +11,11 @@ with moving averages, which lag. With tfbn a model gets its population statistic
 Both work for Keras's own layer and for `tfbn.BatchNormalization`, a faster drop-in for it.
 `tfbn.convert(model)` exchanges the one for the other. `tfbn.export(model, path)` writes a verified
 SavedModel for TensorFlow Serving, `tfbn.describe(path)` says where its statistics came from, and
-`tfbn.fold(model)` is the same network without batch norm layers. `tfbn.StatsTracker` logs
-validation metrics with moving-average, population and mini-batch statistics side by side;
-`tfbn.plot_drift` and `tfbn.plot_history` draw what was found. `python -m tfbn` does the same for
-models in files.
+`tfbn.fold(model)` is the same network without batch norm layers. `tfbn.recalibrate(path, x)` gives
+a served model the statistics of the data that it meets, as its next version.
+`tfbn.StatsTracker` logs validation metrics with moving-average, population and mini-batch
+statistics side by side; `tfbn.plot_drift` and `tfbn.plot_history` draw what was found.
+`python -m tfbn` does the same for models in files.
 
 A sweep uses all devices and workers of the strategy that a model was built for. Data that lies
 in many places is swept by `tfbn.collect_shards`, on any engine that has a map, and by
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from tfbn.serving.exporting import export
     from tfbn.serving.folding import fold
     from tfbn.serving.provenance import describe
+    from tfbn.serving.recalibration import recalibrate
     from tfbn.sweep.run import collect, update_population_stats
     from tfbn.sweep.shards import collect_shards
     from tfbn.tracker import StatsTracker
@@ -58,6 +60,7 @@ __all__ = [
     "fold",
     "plot_drift",
     "plot_history",
+    "recalibrate",
     "update_population_stats",
 ]
 
@@ -77,6 +80,7 @@ _MODULES = {
     "fold": "tfbn.serving.folding",
     "plot_drift": "tfbn.plots",
     "plot_history": "tfbn.plots",
+    "recalibrate": "tfbn.serving.recalibration",
     "update_population_stats": "tfbn.sweep.run",
 }
 

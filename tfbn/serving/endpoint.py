@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from tfbn import keras_models
-from tfbn.serving import signature
+from tfbn.serving import batch_norms, signature
 
 # Ops that no batch norm layer needs for inference: reductions over the data and new moving
 # averages.
@@ -29,10 +29,12 @@ class Saved(NamedTuple):
     Attributes:
         output_names: The endpoint's names of its outputs by the model's, in the model's order.
         training_ops: Path of a batch norm layer and type of an op of training that it ran.
+        batch_norms: Where the batch norm layers are in the graph.
     """
 
     output_names: dict[str, str]
     training_ops: list[tuple[str, str]]
+    batch_norms: batch_norms.BatchNorms
 
 
 def save(
@@ -53,12 +55,12 @@ def save(
 
     def serve(*args):  # The name is part of the endpoint: unnamed inputs become `args_0`.
         args = _checked(args, specs)
-        training_ops = []
-        with _training_ops(model, training_ops):  # Here, since saving traces more than this.
+        training_ops, found = [], batch_norms.BatchNorms({}, [])
+        with _observed(model, training_ops, found):  # Here, since saving traces more than this.
             outputs = model(*args, training=False)
         named = signature.named_outputs(outputs)
         names = name_outputs({name: _spec(name, output) for name, output in named.items()})
-        traced.append(Saved(names, training_ops))
+        traced.append(Saved(names, training_ops, found))
         if all(name == new for name, new in names.items()):
             return outputs
         return {names[name]: output for name, output in named.items()}
@@ -101,18 +103,29 @@ def _spec(name, output):
 
 
 @contextlib.contextmanager
-def _training_ops(model: keras.Model, ops: list[tuple[str, str]]) -> Iterator[None]:
-    """Add (path, op type) to `ops` for each op of training that a batch norm layer makes.
+def _observed(
+    model: keras.Model, ops: list[tuple[str, str]], found: batch_norms.BatchNorms
+) -> Iterator[None]:
+    """Note the calls of batch norm layers while a model is traced.
 
     Only the layer itself knows which ops are its own: names of ops may be shared, and a
     mean elsewhere in the model is no concern of batch norm.
+
+    Args:
+        model: The model.
+        ops: (path, op type) is added for each op of training that a layer makes.
+        found: The calls are added, and their layers.
     """
+    outer = tf.compat.v1.get_default_graph()
 
     def observe(path, layer, call, inputs, training, mask):
         graph = tf.compat.v1.get_default_graph()
-        before = len(graph.get_operations())
+        before, calls = len(graph.get_operations()), len(found.calls)
         outputs = call(inputs, training=training, mask=mask)
         ops.extend((path, op.type) for op in graph.get_operations()[before:] if _is_of_training(op))
+        if len(found.calls) == calls:  # Else this is a subclass's call, around the layer's own.
+            found.layers[path] = batch_norms.layer_of(layer, model, inputs)
+            found.calls.append(batch_norms.call_of(path, outer, inputs, mask, outputs))
         return outputs
 
     layers = keras_models.batch_norm_layers(model)

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn.serving import checks, endpoint, provenance, signature, versions
+from tfbn.serving import batch_norms, checks, endpoint, provenance, signature, versions
 from tfbn.serving.folding import fold as folded_copy
 from tfbn.serving.warmup import requests_in, require_serving_api, write_requests
 
@@ -149,6 +149,7 @@ def export(
             inputs=list(input_names.values()),
             outputs=list(saved.output_names.values()),
         )
+        batch_norms.write(partial, saved.batch_norms)
         if requests is not None:
             write_requests(partial, directory.name, list(input_names.values()), requests())
         version = versions.put_in_place(partial, directory, version)

@@ -124,6 +124,40 @@ def write(
         "outputs": outputs,
         "statistics": _swept(sweep.stats),
     }
+    _write(version, provenance)
+
+
+def write_next(
+    version: pathlib.Path,
+    number: str,
+    before: dict[str, Any],
+    stats: PopulationStats,
+    max_abs_difference: float,
+) -> None:
+    """Write the provenance of a version that was recalibrated into it; it is not yet in place.
+
+    Args:
+        version: The directory of the new version.
+        number: That of the version that it came from.
+        before: The provenance of that version.
+        stats: The statistics of the new one.
+        max_abs_difference: See `describe`.
+    """
+    kept = ("tfbn", "stale", "max_abs_difference")
+    statistics = before["statistics"] and {**before["statistics"], "layers": {}}
+    step = {"version": int(number), **{k: before[k] for k in kept}, "statistics": statistics}
+    provenance = {
+        **{name: value for name, value in before.items() if name != "checksum"},
+        "stale": None,
+        "max_abs_difference": max_abs_difference,
+        "statistics": _swept(stats),
+        "recalibrated_by": f"tfbn {__version__} with TensorFlow {tf.__version__}",
+        "history": [*before.get("history", []), step],
+    }
+    _write(version, provenance)
+
+
+def _write(version, provenance):
     file = version / FILE
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps({**provenance, "checksum": _checksum(provenance)}, indent=1))
@@ -231,7 +265,9 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
         the model was never swept, else the method, samples, batches and batch size of the
         sweep, `source_weight` (0 unless they were blended, see `PopulationStats.blend`) and for
         each layer its channels, values per channel and how far its moving averages were off (see
-        `PopulationStats.compare`).
+        `PopulationStats.compare`). A version that `tfbn.recalibrate` wrote has
+        `recalibrated_by`, the versions of tfbn and TensorFlow, and `history`, a list of the same
+        of each version that it came from, oldest first, without the layers.
 
     Raises:
         ValueError: If there is no such description, or if it is damaged.
@@ -253,6 +289,12 @@ def _lines(directory, provenance):
         lines.append("batch norm is folded away")
     lines.append(f"differs from the model by at most {provenance['max_abs_difference']:.3g}")
     lines.append(f"batch norm statistics: {_sweep_in_words(provenance)}")
+    if provenance.get("history"):
+        lines.append(f"recalibrated by {provenance['recalibrated_by']}, after:")
+        lines += [
+            f"  version {step['version']}: {_sweep_in_words(step)}"
+            for step in provenance["history"]
+        ]
     for name, layer in ((provenance["statistics"] or {}).get("layers") or {}).items():
         off = f", mean off by {layer['mean_shift']:.3f} std before" if "mean_shift" in layer else ""
         lines.append(f"  {name}: {layer['channels']} channels, {layer['count']} values each{off}")
