@@ -93,7 +93,7 @@ def test_a_blend_is_assigned_and_undone_to_the_bit(model, swept):
 
 
 def test_renormalization_follows_from_the_blend():
-    renorm = dict.fromkeys(("moving_stddev", "renorm_mean", "renorm_stddev"), [5.0])
+    renorm = {name: [5.0] for name in ("moving_stddev", "renorm_mean", "renorm_stddev")}
     source = tfbn.LayerStats(0, [1.0], [3.0], renorm)
     assert tfbn.LayerStats(4, [3.0], [1.0]).blend(source, 1, 1) == tfbn.LayerStats(4, [2.0], [2.0])
 
@@ -186,7 +186,7 @@ def test_no_number_of_samples(swept, samples):
 def test_only_a_sweep_is_blended_and_only_once(swept):
     blended = swept.blend(swept.previous, samples=4)
     for stats in (blended, swept.previous, swept.replace(samples=0)):
-        with pytest.raises(ValueError, match="Expected statistics of a sweep.*collect"):
+        with pytest.raises(ValueError, match=r"Expected statistics of a sweep.*collect"):
             stats.blend(swept.previous, samples=4)
 
 
@@ -194,7 +194,7 @@ def test_merging_comes_before_blending(swept):
     pooled = swept.replace(method="pooled")
     blended = pooled.blend(swept.previous, samples=4)
     for a, b in ((pooled, blended), (blended, pooled)):
-        with pytest.raises(ValueError, match="not blended yet.*Merge first"):
+        with pytest.raises(ValueError, match=r"not blended yet.*Merge first"):
             a.merge(b)
 
 

@@ -21,7 +21,15 @@ from tfbn.layer_stats import RENORM, LayerStats
 
 _FORMAT = 3
 _OLD = 2
-ATTRIBUTES = ("method", "samples", "batches", "batch_size", "fingerprint", "levels", "source_weight")
+ATTRIBUTES = (
+    "method",
+    "samples",
+    "batches",
+    "batch_size",
+    "fingerprint",
+    "levels",
+    "source_weight",
+)
 # Those that files of format 3 did not always have.
 _ADDED = {"source_weight": 0}
 

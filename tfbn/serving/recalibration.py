@@ -133,12 +133,8 @@ def next_version(before: Opened, x, *, blend_samples=0, batch_size=None, steps=N
     """Sweep, and write the next version; see `recalibrate`."""
     network = before.network
     x, inputs = _with_first(network, x, batch_size, steps)
-    _require_same(
-        _served(before.loaded, network, inputs), _predicted(network, inputs), before.path
-    )
-    stats = collect(
-        network, x, batch_size=batch_size, steps=steps, include_frozen=True, **options
-    )
+    _require_same(_served(before.loaded, network, inputs), _predicted(network, inputs), before.path)
+    stats = collect(network, x, batch_size=batch_size, steps=steps, include_frozen=True, **options)
     stats = _of_weights(stats, before.provenance["fingerprint"])
     if blend_samples:
         stats = stats.blend(stats.previous, samples=blend_samples)

@@ -166,16 +166,21 @@ class ServedNetwork(keras.Model):
             flat = [args[0][name] for name in names]
         else:
             flat = keras.tree.flatten(args)
-        if len(flat) != len(names):
+        fitting = len(flat) == len(names) and all(
+            spec.shape.is_compatible_with(value.shape)
+            and (spec.dtype == tf.string) == (value.dtype == tf.string)
+            for value, spec in zip(flat, self._specs, strict=True)
+        )
+        if not fitting:
+            wanted = {spec.name: f"{spec.dtype.name}{spec.shape}" for spec in self._specs}
             raise ValueError(
-                f"Expected the inputs {names} of the endpoint, as a dict by these names. Received: "
-                f"{len(flat)} tensors."
+                f"Expected data for the inputs {wanted} of the served model, for several as a dict "
+                f"by these names. Received: {[f'{v.dtype.name}{v.shape}' for v in flat]}."
             )
-        named = {}
-        for value, spec in zip(flat, self._specs, strict=True):
-            value = value if value.dtype == spec.dtype else tf.cast(value, spec.dtype)
-            named[spec.name] = tf.ensure_shape(value, spec.shape)
-        return named
+        return {
+            spec.name: value if value.dtype == spec.dtype else tf.cast(value, spec.dtype)
+            for value, spec in zip(flat, self._specs, strict=True)
+        }
 
 
 class _Plain:
