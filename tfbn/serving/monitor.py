@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 
 from tfbn import keras_models
-from tfbn.layer import kernels
+from tfbn.layer import kernels, sums
 
 
 class Moments(NamedTuple):
@@ -51,7 +51,7 @@ def run(
             loop or branch, out of which a graph hands nothing.
     """
     layers = keras_models.batch_norm_layers(model) if layers is None else layers
-    calls = collections.defaultdict(list)
+    calls, entered = collections.defaultdict(list), []
     outer = _graph()
 
     def observe(path, layer, call, inputs, training, mask):
@@ -59,22 +59,18 @@ def run(
         if not x.dtype.is_floating:  # As the layer itself does it.
             x = tf.cast(x, layer.compute_dtype)
         if _graph() is not outer:
-            raise ValueError(
-                "Expected batch norm layers outside of loops and branches. Received: layer "
-                f"{path!r} of model {model.name!r}, which is called in one. Give in monitor= the "
-                "layers that are not."
-            )
-        calls[path].append(Moments(*kernels.moments(x, layer.axis, mask)))
+            _refuse(model, f"layer {path!r}, which is called in a loop or branch")
+        entered.append(x)
+        calls[path].append(Moments(*_moments(x, layer.axis, mask)))
         return call(inputs, training=training, mask=mask)
 
     with keras_models.observed_calls(layers, observe), keras_models.inlined_functions():
         outputs = model(*args, training=False)
     for path in layers:
         if path not in calls:
-            raise ValueError(
-                f"Expected batch norm layers that the model calls. Received: layer {path!r} of "
-                f"model {model.name!r}, which it does not call. Leave it out of monitor=."
-            )
+            _refuse(model, f"layer {path!r}, which is not called")
+    if outer is not None and _vectorized(entered):
+        _refuse(model, "a layer that is called in a tf.vectorized_map")
     return outputs, {path: _merged(calls[path]) for path in layers}
 
 
@@ -119,6 +115,59 @@ def selected(
             "give True for all."
         )
     return {path: layer for path, layer in layers.items() if path in wanted}
+
+
+def _refuse(model, received):
+    raise ValueError(
+        "Expected batch norm layers that are called outside of loops and branches. Received: model "
+        f"{model.name!r}, with {received}. Give in monitor= the paths of other layers."
+    )
+
+
+def _vectorized(tensors):
+    """Whether a tensor is that of one element of a `tf.vectorized_map`, which traces the first.
+
+    The number of this element is the default of a placeholder.
+    """
+    seen, pending = set(), [tensor.op for tensor in tensors]
+    while pending:
+        op = pending.pop()
+        if op.type == "PlaceholderWithDefault":
+            return True
+        new = [tensor.op for tensor in op.inputs if id(tensor.op) not in seen]
+        seen.update(map(id, new))
+        pending += new
+    return False
+
+
+def _moments(x, axis, mask):
+    """Count, mean and biased variance of every channel, as `kernels.moments` has them.
+
+    The norm of a stretch is one read of the data and writes nothing, where the sum of squares
+    would write and read them again. The rare channel whose mean is many standard deviations from
+    0 costs its layer a second read, see `sums.moments_of_stretches`.
+    """
+    if mask is not None:
+        return kernels.moments(x, axis, mask)
+    within = sums.within_stretches(x, axis)
+    x = sums.stretched(tf.cast(x, sums.statistics_dtype(x.dtype)), axis)
+    shape = tf.shape(x, tf.int64)
+    count = tf.cast(shape[0] * shape[within], tf.float64)
+
+    def around(shift):
+        near = x if shift is None else x - (tf.expand_dims(shift, -1) if within == 2 else shift)
+        norms = tf.cast(tf.math.reduce_euclidean_norm(near, within), tf.float64)
+        squares = tf.reduce_sum(tf.square(norms), 0)
+        return sums.moments_of_sums(sums.total(near, within), squares, count)
+
+    def shifted():
+        shift = tf.cast(mean, x.dtype)
+        rest, variance = around(shift)
+        return tf.cast(shift, tf.float64) + rest, variance
+
+    mean, variance = around(None)
+    near = sums.near_zero(mean, variance, sums.SAFE_RATIO)
+    return count, *tf.cond(near, lambda: (mean, variance), shifted)
 
 
 def _graph():
