@@ -5,14 +5,22 @@ that its outputs are those of the model. Beside them it gives the moments of the
 """
 
 import collections
+import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from tfbn import keras_models
+from tfbn import keras_models, layer_stats
 from tfbn.layer import kernels, sums
+from tfbn.population import PopulationStats
+
+# Beside the provenance: the population to compare with what the endpoint answers.
+FILE = "assets.extra/population.npz"
+
+# The answer that tells by which statistics the network normalised.
+IDENTITY = "monitor/population"
 
 
 class Moments(NamedTuple):
@@ -41,7 +49,7 @@ def run(
     Args:
         model: A built model.
         args: The positional arguments of a call.
-        layers: The batch norm layers to measure by path, see `selected`; all if `None`.
+        layers: The batch norm layers to measure by path, see `monitored_layers`; all if `None`.
 
     Returns:
         The model's outputs, and by path the moments of every layer in the order of `layers`.
@@ -74,7 +82,52 @@ def run(
     return outputs, {path: _merged(calls[path]) for path in layers}
 
 
-def selected(
+def answers(
+    model: keras.Model, layers: Mapping[str, keras.Layer], moments: Mapping[str, Moments]
+) -> dict[str, tf.Tensor]:
+    """What the endpoint answers beside the model's outputs, by name.
+
+    For each layer `<path>/count` in int64, and `<path>/mean` and `<path>/variance` in float32,
+    float64 where the layer computes in that; and `IDENTITY`.
+    """
+    found = {IDENTITY: identity(model)}
+    for path, (count, mean, variance) in moments.items():
+        dtype = sums.statistics_dtype(tf.as_dtype(layers[path].compute_dtype))
+        found[f"{path}/count"] = tf.cast(count, tf.int64)
+        found[f"{path}/mean"] = tf.cast(mean, dtype)
+        found[f"{path}/variance"] = tf.cast(variance, dtype)
+    return found
+
+
+def identity(model: keras.Model) -> tf.Tensor:
+    """A digest, as a string, of the statistics by which a model normalises, read when it runs."""
+    values = [tf.cast(variable, tf.float64) for variable in keras_models.all_statistics(model)]
+    digest = tf.fingerprint(tf.reshape(tf.concat(values, 0), [1, -1]))
+    return tf.strings.as_string(tf.bitcast(digest[0], tf.int64))
+
+
+def write_population(
+    version: pathlib.Path, layers: Mapping[str, keras.Layer], swept: PopulationStats | None
+) -> None:
+    """Write the population to compare with into a version that is not yet in place.
+
+    Args:
+        version: Its directory.
+        layers: The batch norm layers that are monitored, by path.
+        swept: The sweep that the model's statistics come from, or `None` if they are not those
+            of a sweep. Layers that are not in it have the statistics that they hold.
+    """
+    swept = PopulationStats({}, method="assigned") if swept is None else swept
+    population = {
+        path: swept[path] if path in swept else layer_stats.of_layer(layer)
+        for path, layer in layers.items()
+    }
+    file = version / FILE
+    file.parent.mkdir(exist_ok=True)
+    swept.replace(layers=population, previous=None).save(file)
+
+
+def monitored_layers(
     model: keras.Model, chosen: bool | Iterable[str | keras.Layer]
 ) -> dict[str, keras.Layer]:
     """The batch norm layers of a model that `monitor=` stands for, by path.

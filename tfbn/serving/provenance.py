@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -12,7 +13,7 @@ import tensorflow as tf
 from tfbn import keras_models, population
 from tfbn._version import __version__
 from tfbn.population import PopulationStats
-from tfbn.serving import versions
+from tfbn.serving import monitor, versions
 
 FILE = "assets.extra/tfbn.json"
 
@@ -110,6 +111,7 @@ def write(
     max_abs_difference: float,
     inputs: list[str],
     outputs: list[str],
+    monitored: Mapping[str, keras.Layer] | None = None,
 ) -> None:
     """Write the provenance of a model into a version that is not yet in place."""
     provenance = {
@@ -124,6 +126,11 @@ def write(
         "outputs": outputs,
         "statistics": _swept(sweep.stats),
     }
+    if monitored is not None:
+        provenance["monitor"] = {
+            "population": monitor.identity(model).numpy().decode(),
+            "epsilon": {path: layer.epsilon for path, layer in monitored.items()},
+        }
     file = version / FILE
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps({**provenance, "checksum": _checksum(provenance)}, indent=1))
@@ -226,7 +233,8 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
         A dict with the versions of tfbn, Keras and TensorFlow, the fingerprint of the
         model's weights, `folded`, `stale` (`None`, or why the statistics are not those of the
         population), `max_abs_difference`, `inputs` and `outputs` (the names in requests and
-        answers, in the model's order), a `checksum` of all this, and `statistics`: `None` if
+        answers, in the model's order), a `checksum` of all this, with `monitor` the `epsilon` of
+        the monitored layers and the identity of their `population`, and `statistics`: `None` if
         the model was never swept, else the method, samples, batches and batch size of the
         sweep and for each layer its channels, values per channel and how far its moving
         averages were off (see `PopulationStats.compare`).
@@ -251,6 +259,9 @@ def _lines(directory, provenance):
         lines.append("batch norm is folded away")
     lines.append(f"differs from the model by at most {provenance['max_abs_difference']:.3g}")
     lines.append(f"batch norm statistics: {_sweep_in_words(provenance)}")
+    if "monitor" in provenance:
+        paths = list(provenance["monitor"]["epsilon"])
+        lines.append(f"monitored batch norm layers: {len(paths)}, {', '.join(paths)}")
     for name, layer in ((provenance["statistics"] or {}).get("layers") or {}).items():
         off = f", mean off by {layer['mean_shift']:.3f} std before" if "mean_shift" in layer else ""
         lines.append(f"  {name}: {layer['channels']} channels, {layer['count']} values each{off}")
