@@ -3,14 +3,14 @@
 import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import keras
 import tensorflow as tf
 
 from tfbn import keras_models
-from tfbn.serving import batch_norms, signature
+from tfbn.serving import batch_norms, monitor, signature
 
 # Ops that no batch norm layer needs for inference: reductions over the data and new moving
 # averages.
@@ -42,6 +42,7 @@ def save(
     specs: list,
     path: pathlib.Path,
     name_outputs: Callable[[dict[str, tf.TensorSpec]], dict[str, str]],
+    monitored: Mapping[str, keras.Layer] | None = None,
 ) -> Saved:
     """Write the SavedModel of a model's inference network, with the endpoint `serve`.
 
@@ -50,6 +51,8 @@ def save(
         specs: The endpoint's arguments, with the names that clients will use.
         path: The directory to make.
         name_outputs: Gives the endpoint's names of outputs, by the model's.
+        monitored: Batch norm layers by path: a second endpoint, `monitor`, tells what entered
+            these. It has a graph of its own, so that `serve` is what it is without.
     """
     traced = []
 
@@ -65,9 +68,17 @@ def save(
             return outputs
         return {names[name]: output for name, output in named.items()}
 
+    def monitor_(*args):
+        outputs, moments = monitor.run(model, _checked(args, specs), monitored)
+        named = signature.named_outputs(outputs)
+        beside = monitor.answers(model, monitored, moments)
+        return _apart({traced[0].output_names[name]: y for name, y in named.items()}, beside)
+
     archive = keras.export.ExportArchive()
     archive.track(model)  # For lookup tables, which are no variables.
     archive.add_endpoint("serve", serve, input_signature=specs)
+    if monitored is not None:
+        archive.add_endpoint("monitor", monitor_, input_signature=specs)
     archive.write_out(os.fspath(path), verbose=False)
     return traced[0]
 
@@ -91,6 +102,17 @@ def _checked(args, specs):
     message = "Expected at least one sample. Received: an empty batch."
     with tf.control_dependencies([tf.debugging.Assert(tf.add_n(sizes) > 0, [message])]):
         return tf.nest.map_structure(tf.identity, args)
+
+
+def _apart(outputs, beside):
+    """Two dicts as one."""
+    for name in outputs:
+        if name in beside:
+            raise ValueError(
+                "Expected outputs with names that the monitor's own answers do not have. Received: "
+                f"output {name!r}. Give it another name, or export without monitor."
+            )
+    return outputs | beside
 
 
 def _spec(name, output):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -12,7 +13,7 @@ import tensorflow as tf
 from tfbn import blending, keras_models, population
 from tfbn._version import __version__
 from tfbn.population import PopulationStats
-from tfbn.serving import versions
+from tfbn.serving import monitor, versions
 
 FILE = "assets.extra/tfbn.json"
 
@@ -110,6 +111,7 @@ def write(
     max_abs_difference: float,
     inputs: list[str],
     outputs: list[str],
+    monitored: Mapping[str, keras.Layer] | None = None,
 ) -> None:
     """Write the provenance of a model into a version that is not yet in place."""
     provenance = {
@@ -124,6 +126,11 @@ def write(
         "outputs": outputs,
         "statistics": _swept(sweep.stats),
     }
+    if monitored is not None:
+        provenance["monitor"] = {
+            "population": monitor.identity(model).numpy().decode(),
+            "epsilon": {path: layer.epsilon for path, layer in monitored.items()},
+        }
     _write(version, provenance)
 
 
@@ -133,6 +140,7 @@ def write_next(
     before: dict[str, Any],
     stats: PopulationStats,
     max_abs_difference: float,
+    population: str | None,
 ) -> None:
     """Write the provenance of a version that was recalibrated into it; it is not yet in place.
 
@@ -142,6 +150,7 @@ def write_next(
         before: The provenance of that version.
         stats: The statistics of the new one.
         max_abs_difference: See `describe`.
+        population: The identity of its statistics that the monitor answers, `None` without one.
     """
     kept = ("tfbn", "stale", "max_abs_difference")
     statistics = before["statistics"] and {**before["statistics"], "layers": {}}
@@ -154,6 +163,8 @@ def write_next(
         "recalibrated_by": f"tfbn {__version__} with TensorFlow {tf.__version__}",
         "history": [*before.get("history", []), step],
     }
+    if population is not None:
+        provenance["monitor"] = {**before["monitor"], "population": population}
     _write(version, provenance)
 
 
@@ -261,7 +272,8 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
         A dict with the versions of tfbn, Keras and TensorFlow, the fingerprint of the
         model's weights, `folded`, `stale` (`None`, or why the statistics are not those of the
         population), `max_abs_difference`, `inputs` and `outputs` (the names in requests and
-        answers, in the model's order), a `checksum` of all this, and `statistics`: `None` if
+        answers, in the model's order), a `checksum` of all this, with `monitor` the `epsilon` of
+        the monitored layers and the identity of their `population`, and `statistics`: `None` if
         the model was never swept, else the method, samples, batches and batch size of the
         sweep, `source_weight` (0 unless they were blended, see `PopulationStats.blend`) and for
         each layer its channels, values per channel and how far its moving averages were off (see
@@ -295,6 +307,9 @@ def _lines(directory, provenance):
             f"  version {step['version']}: {_sweep_in_words(step)}"
             for step in provenance["history"]
         ]
+    if "monitor" in provenance:
+        paths = list(provenance["monitor"]["epsilon"])
+        lines.append(f"monitored batch norm layers: {len(paths)}, {', '.join(paths)}")
     for name, layer in ((provenance["statistics"] or {}).get("layers") or {}).items():
         off = f", mean off by {layer['mean_shift']:.3f} std before" if "mean_shift" in layer else ""
         lines.append(f"  {name}: {layer['channels']} channels, {layer['count']} values each{off}")

@@ -9,8 +9,18 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfbn import keras_models
 from tfbn.population import PopulationStats
-from tfbn.serving import batch_norms, checks, provenance, served, signature, versions, weights
+from tfbn.serving import (
+    batch_norms,
+    checks,
+    monitor,
+    provenance,
+    served,
+    signature,
+    versions,
+    weights,
+)
 from tfbn.sweep.run import check, collect
 
 
@@ -138,18 +148,29 @@ def next_version(before: Opened, x, *, blend_samples=0, batch_size=None, steps=N
     stats = _of_weights(stats, before.provenance["fingerprint"])
     if blend_samples:
         stats = stats.blend(stats.previous, samples=blend_samples)
-    previous = stats.assign(network)
+    stats.assign(network)
     expected = _predicted(network, inputs)
-    previous.assign(network)
     directory = before.path.parent
     with versions.unfinished(directory) as partial:
         weights.copy_with(before.path, partial, _values(before.found, stats))
         loaded = tf.saved_model.load(os.fspath(partial))
         _require_numbers(expected, before.path)
         off = _require_same(_served(loaded, network, inputs), expected, before.path)
-        provenance.write_next(partial, before.path.name, before.provenance, stats, off)
+        population = _write_monitored(partial, loaded, before, stats, inputs)
+        provenance.write_next(partial, before.path.name, before.provenance, stats, off, population)
         version = versions.put_in_place(partial, directory, None)
     return Recalibrated(directory / str(version), version, stats, off)
+
+
+def _write_monitored(version, loaded, before, stats, inputs):
+    """The identity of the new population that its monitor answers, `None` without a monitor."""
+    monitored = before.provenance.get("monitor")
+    if monitored is None:
+        return None
+    layers = keras_models.batch_norm_layers(before.network)
+    monitor.write_population(version, {path: layers[path] for path in monitored["epsilon"]}, stats)
+    answers = loaded.signatures["monitor"](**before.network.by_name(inputs))
+    return answers[monitor.IDENTITY].numpy().decode()
 
 
 def _version(path):
