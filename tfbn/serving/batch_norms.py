@@ -2,7 +2,7 @@
 
 A SavedModel is a graph without layers. With the names of the tensors that enter and leave each
 call of a batch norm layer, and the places of its variables, the graph can be run with these calls
-replaced, which a sweep needs (`tfbn.serving.served`). Nothing is added to the graph itself.
+replaced, which a sweep needs (`tfbn.serving.loading`). Nothing is added to the graph itself.
 """
 
 import json

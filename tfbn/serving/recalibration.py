@@ -14,9 +14,9 @@ from tfbn.population import PopulationStats
 from tfbn.serving import (
     batch_norms,
     checks,
+    loading,
     monitor,
     provenance,
-    served,
     signature,
     versions,
     weights,
@@ -104,7 +104,7 @@ class Opened:
     """
 
     path: pathlib.Path
-    network: served.ServedNetwork
+    network: loading.ServedNetwork
     loaded: Any
     found: batch_norms.BatchNorms
     provenance: dict
@@ -135,7 +135,7 @@ def opened(path: str | os.PathLike) -> Opened:
             f"{str(version)!r}, which tfbn {written['tfbn']} wrote without one. Export the model "
             "again."
         )
-    network, loaded = served.load(version, found)
+    network, loaded = loading.load(version, found)
     return Opened(version, network, loaded, found, written)
 
 
