@@ -112,7 +112,7 @@ def export(
             the request: `<path>/count`, the number of values per channel (int64, a scalar, or of
             shape `(channels,)` where a mask tells channels apart), `<path>/mean` and
             `<path>/variance` (biased, of shape `(channels,)`). All calls of a layer are one
-            population, and masked positions do not count. `tfbn.ServedDrift` makes an alarm of
+            population, and masked positions do not count. `tfbn.ServedStats` makes an alarm of
             many such answers. A server that merges requests (`--enable_batching`) cannot take
             statistics apart again and answers requests for `monitor` with an error.
 
