@@ -152,7 +152,14 @@ def export(
         )
         loaded = tf.saved_model.load(os.fspath(partial))
         written = checks.Written(
-            model, loaded.serve, specs, inputs, origin, saved, allow_nan=allow_nan
+            model,
+            loaded.serve,
+            specs,
+            inputs,
+            origin,
+            saved,
+            allow_nan=allow_nan,
+            monitor=None if monitored is None else loaded.monitor,
         )
         for check in checks.CHECKS:
             check(written)
