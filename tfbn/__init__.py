@@ -11,9 +11,10 @@ with moving averages, which lag. With tfbn a model gets its population statistic
 Both work for Keras's own layer and for `tfbn.BatchNormalization`, a faster drop-in for it.
 `tfbn.convert(model)` exchanges the one for the other. `tfbn.export(model, path)` writes a verified
 SavedModel for TensorFlow Serving, `tfbn.describe(path)` says where its statistics came from, and
-`tfbn.fold(model)` is the same network without batch norm layers. `tfbn.recalibrate(path, x)` gives
-a served model the statistics of the data that it meets, as its next version.
-`tfbn.StatsTracker` logs validation metrics with moving-average, population and mini-batch
+`tfbn.fold(model)` is the same network without batch norm layers. With `monitor=True` the server
+tells what enters the batch norm layers, and `tfbn.ServedStats(path)` whether that has moved away
+from the population; `tfbn.recalibrate(path, x)` moves the population there, in the model's next
+version. `tfbn.StatsTracker` logs validation metrics with moving-average, population and mini-batch
 statistics side by side; `tfbn.plot_drift` and `tfbn.plot_history` draw what was found.
 `python -m tfbn` does the same for models in files.
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from tfbn.serving.folding import fold
     from tfbn.serving.provenance import describe
     from tfbn.serving.recalibration import recalibrate
+    from tfbn.serving.served import ServedStats
     from tfbn.sweep.run import collect, update_population_stats
     from tfbn.sweep.shards import collect_shards
     from tfbn.tracker import StatsTracker
@@ -50,6 +52,7 @@ __all__ = [
     "LayerStats",
     "PopulationStats",
     "PopulationStatsCallback",
+    "ServedStats",
     "StatsTracker",
     "__version__",
     "collect",
@@ -71,6 +74,7 @@ _MODULES = {
     "LayerStats": "tfbn.population",
     "PopulationStats": "tfbn.population",
     "PopulationStatsCallback": "tfbn.callback",
+    "ServedStats": "tfbn.serving.served",
     "StatsTracker": "tfbn.tracker",
     "collect": "tfbn.sweep.run",
     "collect_shards": "tfbn.sweep.shards",

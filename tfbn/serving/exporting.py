@@ -112,7 +112,7 @@ def export(
             the request: `<path>/count`, the number of values per channel (int64, a scalar, or of
             shape `(channels,)` where a mask tells channels apart), `<path>/mean` and
             `<path>/variance` (biased, of shape `(channels,)`). All calls of a layer are one
-            population, and masked positions do not count. `tfbn.ServedDrift` makes an alarm of
+            population, and masked positions do not count. `tfbn.ServedStats` makes an alarm of
             many such answers. A server that merges requests (`--enable_batching`) cannot take
             statistics apart again and answers requests for `monitor` with an error.
 
@@ -152,7 +152,14 @@ def export(
         )
         loaded = tf.saved_model.load(os.fspath(partial))
         written = checks.Written(
-            model, loaded.serve, specs, inputs, origin, saved, allow_nan=allow_nan
+            model,
+            loaded.serve,
+            specs,
+            inputs,
+            origin,
+            saved,
+            allow_nan=allow_nan,
+            monitor=None if monitored is None else loaded.monitor,
         )
         for check in checks.CHECKS:
             check(written)

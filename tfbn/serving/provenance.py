@@ -211,10 +211,11 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ValueError: If there is none, or if it is damaged.
     """
-    return _read(_file(path), path)
+    return _read(file_of(path), path)
 
 
-def _file(path):
+def file_of(path: str | os.PathLike) -> pathlib.Path:
+    """The file of a version's provenance, or of that of a model's highest version."""
     path = versions.local(path)
     if (path / FILE).exists():
         return path / FILE
@@ -284,7 +285,7 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ValueError: If there is no such description, or if it is damaged.
     """
-    file = _file(path)
+    file = file_of(path)
     provenance = _read(file, path)
     for line in _lines(file.parent.parent, provenance):
         print(line)
