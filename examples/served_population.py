@@ -307,8 +307,8 @@ def draw(results, path):
     )
     figure.suptitle(
         f"{results['data']}: batch norm statistics of a few unlabelled requests undo what light "
-        "and contrast did to a served network.\nThey cannot undo an inversion, and few of them are "
-        "worse than what an unshifted network has. Bands: standard error."
+        "and contrast did to a served network.\nThey cannot undo an inversion, and where nothing "
+        "has shifted a handful of them does harm. Bands: ± standard error."
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
