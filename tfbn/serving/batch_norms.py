@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from tfbn import keras_models
+
 FILE = "assets.extra/tfbn_batch_norms.json"
 
 _VARIABLES = ("gamma", "beta", "moving_mean", "moving_variance")
@@ -54,10 +56,22 @@ class Layer(NamedTuple):
 
 
 class BatchNorms(NamedTuple):
-    """The batch norm layers of an endpoint, by path, and their calls in order."""
+    """The batch norm layers of an endpoint.
+
+    Attributes:
+        layers: The layers, by path.
+        calls: Their calls, in order.
+        function: The name of the endpoint's function in the SavedModel.
+    """
 
     layers: dict[str, Layer]
     calls: list[Call]
+    function: str = "serve"
+
+    def ordered(self, model: keras.Model) -> "BatchNorms":
+        """The same, with the layers in the order in which a model holds them."""
+        paths = keras_models.batch_norm_layers(model)
+        return self._replace(layers={p: self.layers[p] for p in paths if p in self.layers})
 
 
 def call_of(path: str, graph: tf.Graph, entered: Any, mask: Any, left: Any) -> Call:
@@ -107,7 +121,7 @@ def write(version: pathlib.Path, found: BatchNorms) -> None:
     file = version / FILE
     file.parent.mkdir(exist_ok=True)
     layers = {path: layer._asdict() for path, layer in found.layers.items()}
-    file.write_text(json.dumps({"layers": layers, "calls": found.calls}, indent=1))
+    file.write_text(json.dumps({**found._asdict(), "layers": layers}, indent=1))
 
 
 def read(version: pathlib.Path) -> BatchNorms | None:
@@ -133,4 +147,4 @@ def read(version: pathlib.Path) -> BatchNorms | None:
             f"{str(version / FILE)!r}, which is damaged ({type(error).__name__}: {error}). Export "
             "the model again."
         ) from error
-    return BatchNorms(layers, calls)
+    return BatchNorms(layers, calls, found["function"])

@@ -63,7 +63,7 @@ def save(
             outputs = model(*args, training=False)
         named = signature.named_outputs(outputs)
         names = name_outputs({name: _spec(name, output) for name, output in named.items()})
-        traced.append(Saved(names, training_ops, found))
+        traced.append(Saved(names, training_ops, found.ordered(model)))
         if all(name == new for name, new in names.items()):
             return outputs
         return {names[name]: output for name, output in named.items()}

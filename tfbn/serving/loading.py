@@ -5,7 +5,6 @@ layer, the call itself by a layer of tfbn, the part up to the second call, and s
 is a model with these layers, in which everything else is its own code.
 """
 
-import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -17,8 +16,6 @@ import tensorflow as tf
 from tfbn.layer import BatchNormalization
 from tfbn.serving import signature, weights
 from tfbn.serving.batch_norms import BatchNorms
-
-_ENDPOINT = "serve"
 
 
 class Graph:
@@ -199,16 +196,18 @@ class _Group(keras.layers.Layer):
 
 
 def _add(parent, path, layer):
-    """Add a layer at a path of names."""
+    """Add a layer at a path of names, in which `bn#2` is the second child of the name `bn`."""
     name, *rest = path
-    if not rest:
+    name, _, number = name.partition("#")
+    same = [child for child in parent.inner if child.name == name]
+    # The others may have no batch norm in them, and are not here.
+    while len(same) < int(number or 1) - 1 or (rest and len(same) < int(number or 1)):
+        same.append(_Group(name))
+        parent.inner.append(same[-1])
+    if rest:
+        _add(same[int(number or 1) - 1], rest, layer)
+    else:
         parent.inner.append(layer)
-        return
-    groups = [child for child in parent.inner if isinstance(child, _Group) and child.name == name]
-    if not groups:
-        groups = [_Group(name)]
-        parent.inner.append(groups[0])
-    _add(groups[0], rest, layer)
 
 
 def _layer(path, found, variables):
@@ -218,7 +217,7 @@ def _layer(path, found, variables):
         center="beta" in variables,
         scale="gamma" in variables,
         dtype=found.dtype,
-        name=path.rpartition("/")[2],
+        name=path.rpartition("/")[2].partition("#")[0],
     )
     shape = list(found.shape)
     shape[found.axis] = len(variables["moving_mean"])
@@ -228,15 +227,13 @@ def _layer(path, found, variables):
     return layer
 
 
-def load(version: pathlib.Path, found: BatchNorms) -> tuple[ServedNetwork, Any]:
-    """The network of a version that `tfbn.export` wrote.
+def load(version: pathlib.Path, loaded: Any, found: BatchNorms) -> ServedNetwork:
+    """The network of a version.
 
     Args:
         version: Its directory.
+        loaded: The SavedModel, as `tf.saved_model.load` gives it.
         found: The record of its batch norm layers.
-
-    Returns:
-        The network, and the loaded SavedModel.
 
     Raises:
         ValueError: If a layer is called where the graph does not let it be observed, or if the
@@ -249,8 +246,7 @@ def load(version: pathlib.Path, found: BatchNorms) -> tuple[ServedNetwork, Any]:
             f"Received: {str(version)!r}, whose layer {hidden[0]!r} is in one, where a graph does "
             "not let it be observed. Recalibrate the model itself, and export it again."
         )
-    loaded = tf.saved_model.load(os.fspath(version))
-    [function] = getattr(loaded, _ENDPOINT).concrete_functions
+    [function] = getattr(loaded, found.function).concrete_functions
     specs = tf.nest.flatten(function.structured_input_signature)
     graph = Graph(function, len(specs))
     strange = graph.missing([name for call in found.calls for name in call[1:] if name is not None])
@@ -268,4 +264,4 @@ def load(version: pathlib.Path, found: BatchNorms) -> tuple[ServedNetwork, Any]:
         path: {name: values[place] for name, place in layer.variables.items()}
         for path, layer in found.layers.items()
     }
-    return ServedNetwork(graph, found, variables, specs, outputs, version.parent.name), loaded
+    return ServedNetwork(graph, found, variables, specs, outputs, version.parent.name)

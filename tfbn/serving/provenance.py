@@ -293,9 +293,11 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _lines(directory, provenance):
+    by = f"tfbn {provenance['tfbn']} with Keras {provenance['keras']}"
+    if provenance["tfbn"] is None:  # `tfbn.recalibrate` takes models of others too.
+        by = "another tool"
     lines = [
-        f"{directory}: exported by tfbn {provenance['tfbn']} with Keras {provenance['keras']} and "
-        f"TensorFlow {provenance['tensorflow']}",
+        f"{directory}: exported by {by} and TensorFlow {provenance['tensorflow']}",
         f"weights: {provenance['fingerprint']}",
     ]
     if provenance["folded"]:

@@ -17,6 +17,7 @@ from tfbn.serving import (
     loading,
     monitor,
     provenance,
+    recognition,
     signature,
     versions,
     weights,
@@ -68,7 +69,10 @@ def recalibrate(
 
     Args:
         path: The model's directory, whose highest version is taken, or that of a version. A model
-            that `tfbn.export` wrote.
+            that `tfbn.export` wrote. One of another tool will do if each of its batch norm layers
+            can be told from the operations in its graph: those of Keras 3's `model.export` and of
+            fused kernels can, but for layers over sequences, where the graph does not tell which
+            positions are masked.
         x: The data, as `tfbn.collect` takes it. For several inputs a dict by the names that
             clients use.
         method: `"exact"`, `"pooled"` or `"algorithm2"`, see `tfbn.collect`.
@@ -82,8 +86,9 @@ def recalibrate(
         A `Recalibrated`.
 
     Raises:
-        ValueError: If there is no version there, or the highest is none that `tfbn.export` wrote,
-            has no batch norm layers (they were folded away, say), or has one in a loop or branch;
+        ValueError: If there is no version there, or the highest has no batch norm layers (they were
+            folded away, say), has one in a loop or branch, or is of another tool and may have one
+            that is not recognized;
             if the data cannot be swept, see `tfbn.collect`; or if the new version does not predict
             as it should. Nothing is written then.
     """
@@ -117,6 +122,8 @@ def opened(path: str | os.PathLike) -> Opened:
         ValueError: See `recalibrate`.
     """
     version = _version(versions.local(path))
+    if not (version / provenance.FILE).exists():
+        return _opened_of_others(version)
     written = provenance.read(version)
     if written["folded"]:
         raise ValueError(
@@ -135,7 +142,16 @@ def opened(path: str | os.PathLike) -> Opened:
             f"{str(version)!r}, which tfbn {written['tfbn']} wrote without one. Export the model "
             "again."
         )
-    network, loaded = loading.load(version, found)
+    loaded = tf.saved_model.load(os.fspath(version))
+    return Opened(version, loading.load(version, loaded, found), loaded, found, written)
+
+
+def _opened_of_others(version):
+    loaded = tf.saved_model.load(os.fspath(version))
+    found = recognition.recognized(version, loaded)
+    network = loading.load(version, loaded, found)
+    written = recognition.described(loaded)
+    written["fingerprint"] = keras_models.fingerprint(network)  # Of what is known of it.
     return Opened(version, network, loaded, found, written)
 
 
@@ -156,6 +172,7 @@ def next_version(before: Opened, x, *, blend_samples=0, batch_size=None, steps=N
         loaded = tf.saved_model.load(os.fspath(partial))
         _require_numbers(expected, before.path)
         off = _require_same(_served(loaded, network, inputs), expected, before.path)
+        batch_norms.write(partial, before.found)
         population = _write_monitored(partial, loaded, before, stats, inputs)
         provenance.write_next(partial, before.path.name, before.provenance, stats, off, population)
         version = versions.put_in_place(partial, directory, None)
