@@ -102,10 +102,9 @@ class ServedStats:
                 "Expected a model that was exported with monitor. Received: "
                 f"{os.fspath(path)!r}, which was not. Export it again with monitor=True."
             )
-        file = provenance.file_of(path).with_name(os.path.basename(monitor.FILE))
         self._identity = recorded["population"]
         self._epsilon = recorded["epsilon"]
-        self.population = PopulationStats.load(file)
+        self.population = _population(path, self._epsilon)
         self._blocks = {path: alarm.Blocks() for path in self.population}
 
     @property
@@ -201,6 +200,21 @@ class ServedStats:
             raise ValueError(
                 "Expected answers of a server. Received: none so far. Add them with add."
             )
+
+
+def _population(path, layers):
+    """The population of the monitored layers of a version."""
+    file = provenance.file_of(path).with_name(os.path.basename(monitor.FILE))
+    try:
+        population = PopulationStats.load(file)
+        if set(population) != set(layers):
+            raise ValueError(f"it has the layers {list(population)}, not {list(layers)}")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            "Expected the population that tfbn.export wrote beside a model. Received: "
+            f"{str(file)!r} ({error}). Copy assets.extra of the version again, or export it again."
+        ) from error
+    return population
 
 
 def _outputs(answer):
