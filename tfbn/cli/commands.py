@@ -54,6 +54,7 @@ def recalibrate(args: argparse.Namespace) -> int:
             method=args.method,
             batch_size=batch_size,
             include_frozen=args.include_frozen,
+            tolerance=args.tolerance,
             verbose=0 if args.json else "auto",
         )
     keras_files.save(model, stats, args.out)
