@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework import tensor_pb2
 
-from tfbn import drift, moments
+from tfbn import drift, layer_stats, moments
 from tfbn.layer_stats import LayerStats
 from tfbn.population import PopulationStats
 from tfbn.serving import alarm, monitor, provenance
@@ -35,7 +35,8 @@ class ServedDrift:
             alone would show, and `std_ratio_error`, the standard error of `std_ratio`;
             `distance`, the root mean square over channels of the shift and of half the relative
             change of the mean square, without what noise adds to it; and the layer's own
-            `p_value`. Errors come from the spread between requests.
+            `p_value`. Errors come from the spread between requests; of one they are NaN, and so
+            is the distance.
     """
 
     p_value: float
@@ -162,14 +163,14 @@ class ServedStats:
     def layers(self) -> dict[str, LayerStats]:
         """The statistics of all values that entered each layer so far, by path.
 
-        The layers below normalise with the population, so that these are not the statistics of
+        Their standard errors are from the spread between requests, or between blocks of them. The
+        layers below normalise with the population, so that these are not the statistics of
         an `"exact"` sweep over the same data, and are of no use to `assign`.
         """
         self._require_answers()
         found = {}
         for path, blocks in self._blocks.items():
-            count, mean, m2 = blocks.total()
-            found[path] = LayerStats(count, mean, m2 / np.maximum(count, 1))
+            found[path] = layer_stats.of_calls([blocks.total()], "pooled")
         return found
 
     def compare(self) -> ServedDrift:
@@ -181,14 +182,14 @@ class ServedStats:
         served = self.layers()
         moved, found = [], {}
         for path, ours in self.population.items():
-            blocks, epsilon = self._blocks[path], self._epsilon[path]
+            blocks, theirs, epsilon = self._blocks[path], served[path], self._epsilon[path]
             moved.append(alarm.movement(blocks, ours.mean, ours.variance, ours.counts, epsilon))
-            scaled = [
-                alarm.Scaled(stats.mean, stats.variance + epsilon) for stats in (ours, served[path])
-            ]
+            scaled = [alarm.scaled(stats.mean, stats.variance, epsilon) for stats in (ours, theirs)]
+            errors = theirs.mean_error / np.sqrt(scaled[0].variance)
             found[path] = {
                 **drift.of_layer(*scaled),
-                **alarm.errors(blocks, ours.variance, epsilon),
+                "mean_shift_error": float(np.sqrt(np.mean(errors**2))),
+                "std_ratio_error": alarm.std_ratio_error(blocks, ours.variance, epsilon),
                 "distance": moved[-1].distance,
                 "p_value": moved[-1].p_value,
             }
