@@ -102,7 +102,7 @@ def test_noise_is_not_taken_for_drift(exported, ask, size, runs):
     rng = np.random.default_rng(4)
     values = []
     for _ in range(runs):
-        answers = map(ask, np.split(images(rng, 12 * size), 12))
+        answers = map(ask, np.split(images(rng, 20 * size), 20))
         values.append(served_by(exported, answers).compare().p_value)
     assert min(values) > 0.001
     assert np.median(values) > 0.2
@@ -124,22 +124,26 @@ def test_drift_is_seen_in_a_few_requests(exported, ask, kind):
 
 
 def test_few_requests_tell_nothing(exported, ask):
-    x = images(np.random.default_rng(5), 8) + 20.0
+    x = images(np.random.default_rng(5), 16) + 20.0
     served = tfbn.ServedStats(exported)
     with pytest.raises(ValueError, match="Received: none so far"):
         served.compare()
     for number, sample in enumerate(x, 1):
         served.add(ask(sample[None]))
-        assert served.compare().drifted == (number == 8)
+        assert served.compare().drifted == (number == 16)
 
 
-def test_requests_that_come_together_count_as_one(exported, ask):
-    """Of 16 scenes, each in 20 requests, there are 16 samples, not 320."""
+@pytest.mark.parametrize(("scenes", "frames"), [(32, 16), (5, 4)])
+def test_requests_that_come_together_count_for_less(exported, ask, scenes, frames):
+    """32 scenes of 16 frames are 32 samples, not 512, and 5 scenes of 4 frames are not 20.
+
+    The former make blocks of their own, of the latter every frame is a block.
+    """
     rng = np.random.default_rng(6)
     alarms = 0
-    for _ in range(6):
-        scenes = [ask(x[None]) for x in images(rng, 32)]
-        served = served_by(exported, [answer for answer in scenes for _ in range(16)])
+    for _ in range(12):
+        answers = [ask(x[None]) for x in images(rng, scenes)]
+        served = served_by(exported, [answer for answer in answers for _ in range(frames)])
         alarms += served.compare().drifted
     assert alarms == 0
 
@@ -251,9 +255,9 @@ def test_a_population_that_is_gone_or_of_another_version_is_refused(tmp_path):
 
 
 def test_the_summary_names_layers_and_the_verdict(exported, ask, capsys):
-    x = images(np.random.default_rng(9), 10)
-    found = served_by(exported, map(ask, np.split(x, 10))).compare()
+    x = images(np.random.default_rng(9), 17)
+    found = served_by(exported, map(ask, np.split(x, 17))).compare()
     found.summary()
     first, head, *rows = capsys.readouterr().out.splitlines()
-    assert first.startswith("10 requests cannot be told from the population")
+    assert first.startswith("17 requests cannot be told from the population")
     assert head.split()[0] == "layer" and {row.split()[0] for row in rows} == {"first", "second"}

@@ -23,6 +23,12 @@ of variance problems, I"; Brunner, Dette & Munk 1997, "Box-type approximations i
 factorial designs"). There is one test for all channels of all layers, and nothing to correct for
 their number. The traces are estimated without bias as in Bai & Saranadasa (1996), "Effect of high
 dimension: by an example of a two sample problem", section 3.
+
+Requests that follow one another may be alike: frames of a film, a folder of one class. Blocks take
+that in where they are longer than what is alike. For what is longer than a block, Sigma and the
+second degrees of freedom are corrected by the Bartlett window over the 4 next blocks (Newey & West
+1987, "A simple, positive semi-definite, heteroskedasticity and autocorrelation consistent
+covariance matrix"), never downwards.
 """
 
 import functools
@@ -38,8 +44,9 @@ from tfbn.moments import Moments
 # far from the data it was trained on.
 TOLERANCE = 0.05
 
-# Fewer blocks do not tell their own spread well enough.
-_FEWEST_BLOCKS = 8
+# Fewer blocks do not tell their own spread well enough, nor whether neighbours are alike.
+_FEWEST_BLOCKS = 16
+_LAG = 4
 _MOST_BLOCKS = 32
 _MOST_DIMENSIONS = 100.0
 
@@ -109,7 +116,20 @@ class Movement(NamedTuple):
     @property
     def distance(self) -> float:
         """The distance without what noise adds to it; NaN for one block."""
-        return float(np.sqrt(np.maximum(0.0, self.squared - np.trace(self.noise))))
+        added = np.trace(self.noise) * self._alike
+        return float(np.sqrt(np.maximum(0.0, self.squared - added)))
+
+    @property
+    def _alike(self):
+        """How much larger Sigma is because blocks are like their neighbours, at least 1."""
+        blocks, trace = len(self.noise), np.trace(self.noise)
+        apart = np.abs(np.subtract.outer(np.arange(blocks), np.arange(blocks)))
+        window = np.maximum(0.0, 1 - apart / (_LAG + 1))
+        # Without any likeness the ratio is this, since the blocks' average is subtracted.
+        independent = (blocks - window.sum() / blocks) / (blocks - 1) if blocks > 1 else 1.0
+        # Equal requests have no spread.
+        ratio = np.sum(window * self.noise) / trace if trace > 0 else 1.0
+        return max(1.0, ratio / independent)
 
     @property
     def p_value(self) -> float:
@@ -124,8 +144,8 @@ class Movement(NamedTuple):
         # Equal requests have no spread, which would be 0 / 0; few blocks may give a spread over
         # more dimensions than they can tell.
         dimensions = float(np.clip(dimensions, 1.0, _MOST_DIMENSIONS))
-        ratio = self.squared / (trace + TOLERANCE**2)
-        return _survival(ratio, dimensions, dimensions * free)
+        ratio = self.squared / (trace * self._alike + TOLERANCE**2)
+        return _survival(ratio, dimensions, dimensions * free / self._alike)
 
 
 def _survival(ratio, first, second):

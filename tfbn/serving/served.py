@@ -26,7 +26,7 @@ class ServedDrift:
     Attributes:
         p_value: The one number for an alarm: the probability that requests would be as far from
             the population as these are, if their own population were within 0.05 standard
-            deviations of it. 1.0 for fewer than 8 requests.
+            deviations of it. 1.0 for fewer than 16 requests.
         requests: How many requests it was taken from.
         distance: How far the network has moved, the root mean square of `distance` over layers.
         layers: By path of each layer, in units of sqrt(variance + epsilon) of its population:
@@ -84,9 +84,10 @@ class ServedStats:
             served.add(answer)
         served.compare().summary()
 
-    Requests should be a random sample of the traffic, such as one in ten. They are kept as at
-    most 31 blocks of neighbours, so that memory does not grow with their number and that, of many
-    requests, those that are alike because they came together count as one.
+    Requests should be a random sample of the traffic, such as one in ten. Add answers in their
+    order: requests that are alike because they came together are then taken for fewer than they
+    are. They are kept as at most 31 blocks of neighbours, so memory does not grow with their
+    number; to see what is new, begin another `ServedStats`, every hour or every 500 requests.
 
     Args:
         path: The directory of the version that answers, or that of a model, whose highest version
