@@ -35,8 +35,7 @@ from matplotlib.ticker import NullLocator
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 500)  # Requests that a version is made of.
 WEIGHTS = (0, 1, 4, 16)  # As how many samples the training data counts beside them.
-REQUESTS = 500  # Kept for sweeps; the test images are others.
-TEST = {"digits": 500, "fashion-mnist": 2000}
+REQUESTS, TEST = 500, 500  # Images to be requests, and others to test with.
 NO_SHIFT = "none"
 SHIFTS = {
     "contrast to a quarter": lambda x, noise: 0.5 + (x - 0.5) / 4,
@@ -95,11 +94,11 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", choices=["digits", "fashion-mnist"], default="digits")
     parser.add_argument("--data-dir", type=pathlib.Path, default=FASHION_MNIST)
-    parser.add_argument("--epochs", type=int, help="20 for digits, 2 for fashion-mnist")
+    parser.add_argument("--epochs", type=int, help="20 for digits, 1 for fashion-mnist")
     parser.add_argument("--seeds", type=int, help="trainings: 4 of digits, 2 of fashion-mnist")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("served-population"))
     args = parser.parse_args()
-    epochs, seeds = {"digits": (20, 4), "fashion-mnist": (2, 2)}[args.data]
+    epochs, seeds = {"digits": (20, 4), "fashion-mnist": (1, 2)}[args.data]
     args.epochs = args.epochs or epochs
     args.seeds = args.seeds or seeds
     if args.seeds < 2:
@@ -114,24 +113,19 @@ def load(args, seed):
     """
     if args.data == "digits":
         x, y = load_digits(return_X_y=True)
-        train, rest = (x / 16).astype("float32").reshape(-1, 8, 8, 1), None
+        x = (x / 16).astype("float32").reshape(-1, 8, 8, 1)
+        train, rest = split(x, y, REQUESTS + TEST, seed)
     else:
-        x, y = read_idx("train", args.data_dir)
-        train, (rest, rest_y) = (
-            x[..., None].astype("float32") / 255,
-            read_idx("t10k", args.data_dir),
-        )
-    left = REQUESTS + TEST[args.data]
-    if rest is None:
-        train, rest, y, rest_y = train_test_split(
-            train, y, test_size=left, random_state=seed, stratify=y
-        )
-    else:
-        rest = rest[..., None].astype("float32") / 255
-    requests, test, requests_y, test_y = train_test_split(
-        rest, rest_y, train_size=REQUESTS, test_size=TEST[args.data], random_state=seed
-    )
-    return (train, y), (requests, requests_y), (test, test_y)
+        train, rest = (read_idx(part, args.data_dir) for part in ("train", "t10k"))
+        train, rest = (((x / 255).astype("float32")[..., None], y) for x, y in (train, rest))
+        _, rest = split(*rest, REQUESTS + TEST, seed)
+    return train, *split(*rest, TEST, seed)
+
+
+def split(x, y, size, seed):
+    """Two parts of the data, the second of some size, with each class in proportion."""
+    x, part, y, part_y = train_test_split(x, y, test_size=size, random_state=seed, stratify=y)
+    return (x, y), (part, part_y)
 
 
 def shifted(shift, x, seed):

@@ -62,6 +62,13 @@ def test_a_blend_is_the_mean_of_n_and_source_many_equal_weights(data, source_wei
             np.testing.assert_array_equal(getattr(blended, name), ours)
 
 
+def test_the_source_adds_no_error():
+    own = tfbn.LayerStats(4, [3.0, 1.0], [1.0, 1.0], None, [0.8, np.nan], [0.4, 0.2])
+    blended = own.blend(tfbn.LayerStats(9, [1.0] * 2, [3.0] * 2, None, [7.0] * 2, [7.0] * 2), 3, 1)
+    np.testing.assert_allclose(blended.mean_error, [0.2, np.nan])
+    np.testing.assert_allclose(blended.variance_error, [0.1, 0.05])
+
+
 def test_a_whole_model_is_blended_by_its_samples(model, swept):
     blended = swept.blend(swept.previous, samples=18)
     assert (blended.source_weight, swept.source_weight, blended.samples) == (18, 0, 6)
@@ -110,17 +117,6 @@ def test_files_keep_the_record(tmp_path, swept):
     assert lines[0].endswith("blended: 6 field samples, source weight 18")
     swept.summary(lines.clear() or lines.append)
     assert "blended" not in lines[0]
-
-
-def test_files_from_before_there_were_blends_are_read(swept, monkeypatch):
-    from tfbn import stats_file
-
-    monkeypatch.setattr(stats_file, "ATTRIBUTES", stats_file.ATTRIBUTES[:-1])
-    assert "source_weight" not in stats_file.ATTRIBUTES
-    old = stats_file.pack(swept)
-    monkeypatch.undo()
-    loaded = tfbn.PopulationStats.from_bytes(old)
-    assert loaded == swept and loaded.source_weight == 0
 
 
 def test_the_provenance_of_an_export_has_it(tmp_path, capsys, model, swept):

@@ -1,12 +1,13 @@
 """Tests of `tfbn.LayerStats`."""
 
 import copy
+import functools
 import pickle
 
 import numpy as np
 import pytest
 
-from tfbn import LayerStats
+from tfbn import LayerStats, layer_stats, moments
 
 RENORM = {
     "moving_stddev": np.array([0.5, 1.5]),
@@ -83,3 +84,56 @@ def test_what_no_data_has():
     assert LayerStats([1, 0], [1, np.nan], [1, -1]).impossible() == "mean nan in channel 1"
     assert LayerStats([1, 0], [1, np.nan], [1, -1]).impossible(where_counted=True) is None
     assert LayerStats([1, 0], [1, 2], [-1, 1]).impossible(where_counted=True) is not None
+
+
+def parts_of(seed, sizes=(8, 8, 8, 16, 32)):
+    """Batches of one source, and their moments."""
+    rng = np.random.default_rng(seed)
+    batches = [rng.gamma(2.0, size=(n, 3)) for n in sizes]
+    return batches, [
+        moments.of_batch(len(b), b.mean(0), b.var(0), method="pooled") for b in batches
+    ]
+
+
+def merged(parts):
+    return functools.reduce(functools.partial(moments.merge, method="pooled"), parts)
+
+
+def test_errors_of_merged_statistics_are_those_of_independent_strata():
+    _, parts = parts_of(0, [20] * 60)
+    a, b = (layer_stats.of_calls([merged(half)], "pooled") for half in (parts[:20], parts[20:]))
+    found = a.merge(b, "pooled")
+    share = np.array([1, 2]) / 3
+    np.testing.assert_allclose(
+        found.mean_error, np.hypot(share[0] * a.mean_error, share[1] * b.mean_error)
+    )
+    whole = layer_stats.of_calls([merged(parts)], "pooled")
+    np.testing.assert_allclose(found.mean_error, whole.mean_error, rtol=0.2)
+    np.testing.assert_allclose(found.variance_error, whole.variance_error, rtol=0.4)
+
+
+def test_errors_of_calls_on_the_same_batches_add_up():
+    """The same values in both calls are no more information than in one."""
+    _, parts = parts_of(1)
+    one = layer_stats.of_calls([merged(parts)], "pooled")
+    two = layer_stats.of_calls([merged(parts), merged(parts)], "pooled")
+    np.testing.assert_allclose(two.mean_error, one.mean_error)
+    np.testing.assert_allclose(two.variance_error, one.variance_error)
+    assert two.count == 2 * one.count
+
+
+def test_relative_error_is_that_of_the_worst_channel():
+    stats = LayerStats(9, np.ones(3), np.array([4.0, 1.0, 0.0]))
+    assert np.isnan(stats.relative_error)
+    known = stats.with_errors(np.array([0.1, 0.02, 0.0]), np.array([0.1, 0.2, 0.0]))
+    assert known.relative_error == pytest.approx(0.1)  # 0.2 / (2 * 1)
+    assert known.with_errors(np.array([0.4, 0, 0]), np.zeros(3)).relative_error == (
+        pytest.approx(0.2)
+    )
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.inf])
+def test_impossible_errors_are_named(bad):
+    stats = LayerStats(9, np.ones(2), np.ones(2)).with_errors([0.1, bad], [0.1, 0.1])
+    assert "mean_error" in stats.impossible() and "channel 1" in stats.impossible()
+    assert LayerStats(9, np.ones(2), np.ones(2)).impossible() is None

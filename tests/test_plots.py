@@ -31,6 +31,11 @@ def statistics(seed, samples=100, layers=("first", "block/second")):
     return PopulationStats(found, method="pooled", samples=samples)
 
 
+def bars(axes):
+    """Ends of the bars of a panel's standard errors, from the top."""
+    return np.array([line.get_xdata() for line in axes.lines if line.get_linewidth() == 7])
+
+
 def dots(axes):
     """Positions of the dots of a panel, from the top."""
     found = [line.get_xydata()[0] for line in axes.lines if line.get_marker() == "o"]
@@ -57,8 +62,17 @@ def test_drift_is_drawn_in_the_order_of_the_layers():
     np.testing.assert_allclose(spans(left), [(s.min(), s.max()) for s in shifts])
     np.testing.assert_allclose(dots(right), [np.exp(np.log(r).mean()) for r in ratios])
     np.testing.assert_allclose(spans(right), [(r.min(), r.max()) for r in ratios])
-    [error] = [line for line in left.lines if line.get_linestyle() == ":"]
-    np.testing.assert_allclose(error.get_xdata(), 0.1)
+    assert bars(left).size == bars(right).size == 0
+
+
+def test_standard_errors_are_bars():
+    layers = {
+        path: s.with_errors(0.1 * np.sqrt(s.variance) * [0, 1, 2, 0, 0], 0.2 * s.variance)
+        for path, s in statistics(0).items()
+    }
+    left, right = plot_drift(PopulationStats(layers, method="pooled"), statistics(1)).axes
+    np.testing.assert_allclose(bars(left), [[0, 0.1]] * 2)
+    np.testing.assert_allclose(bars(right), [[1 / 1.1, 1.1]] * 2)
 
 
 @pytest.mark.parametrize("spread", [1.1, 1.7, 4, 6, 100, 1e4])

@@ -368,9 +368,50 @@ def test_summary_has_the_worst_layer_first(model, stats):
     worst, *_ = stats.compare(stats.previous)
     assert lines[2].split()[0] == worst
     assert lines[2].split()[1] == "100"
-    assert lines[2].split()[-1] == f"{10**-0.5:.4f}"
+    assert lines[2].split()[-1] == "-"  # One batch tells no error.
     assert len(lines) == 2 + len(stats)
     assert len({len(line) for line in lines[1:]}) == 1
+
+
+def with_errors(stats):
+    """The same with standard errors of 0.01 to 0.03 standard deviations."""
+    scale = {path: np.linspace(0.01, 0.03, len(s.mean)) for path, s in stats.items()}
+    return {
+        path: s.with_errors(scale[path] * np.sqrt(s.variance), scale[path] * s.variance)
+        for path, s in stats.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "tolerance, says", [(None, "5"), (0.03, "reached)"), (0.02, "(data ended first)")]
+)
+def test_summary_has_the_standard_error_of_the_worst_channel(stats, tolerance, says):
+    lines = []
+    known = stats.replace(layers=with_errors(stats), tolerance=tolerance)
+    known.summary(print_fn=lines.append)
+    assert lines[0].endswith(says)
+    assert {line.split()[-1] for line in lines[2:]} == {"0.0300"}
+    assert known.relative_error == pytest.approx(0.03)
+    assert np.isnan(stats.relative_error)
+
+
+def test_standard_errors_survive_a_file_and_json(stats, tmp_path):
+    known = stats.replace(layers=with_errors(stats), tolerance=0.05, population_size=77)
+    known.save(tmp_path / "stats.npz")
+    loaded = tfbn.PopulationStats.load(tmp_path / "stats.npz")
+    assert loaded == known and (loaded.tolerance, loaded.population_size) == (0.05, 77)
+    assert loaded.relative_error == known.relative_error
+    path, layer = next(iter(known.items()))
+    assert json.loads(json.dumps(known.to_dict()))["layers"][path]["mean_error"] == (
+        layer.mean_error.tolist()
+    )
+    assert set(stats.to_dict()["layers"][path]["variance_error"]) == {None}
+
+
+@pytest.mark.parametrize("tolerance", [0, -1, 1.1, np.nan, True, "0.1"])
+def test_a_tolerance_is_a_number_up_to_1(stats, tolerance):
+    with pytest.raises(ValueError, match=r"Expected tolerance .* Received"):
+        stats.replace(tolerance=tolerance)
 
 
 def test_summary_without_anything_to_compare_with(stats):

@@ -20,7 +20,8 @@ except ImportError as error:
     ) from error
 
 from tfbn import keras_models
-from tfbn.sweep import batches as data
+from tfbn.sweep import data
+from tfbn.sweep.batches import Batch, empty
 from tfbn.sweep.graph_passes import depth, levels_of, recurrent
 from tfbn.sweep.methods import METHODS, check_method
 from tfbn.sweep.network import Network
@@ -53,9 +54,9 @@ class Collect(beam.PTransform):
     the same pipeline: the state after a stage is a side input of the next. A network that cannot
     be cut at levels, because it calls a layer in a loop or on its own output, takes a stage for
     every call, and a few more. Every process loads and traces the model once. Between processes go
-    count, mean and M2 per channel of the layers of one level, merged by Chan's formula (see
-    `tfbn.moments.merge`), and nothing is kept anywhere else, so that a bundle that is tried again
-    counts once. Every level has to see the same samples, which is checked.
+    the moments of the layers of one level, ten numbers per channel (see `tfbn.moments`), and
+    nothing is kept anywhere else, so that a bundle that is tried again counts once. Every level has
+    to see the same samples, which is checked.
 
     Whatever the runner makes of the data's order, `"exact"` gives the same up to rounding, and the
     other methods as long as the batches are the same ones. With `batch_size`, the batches are
@@ -196,7 +197,7 @@ class _Element:
         yield self._batch
 
 
-class _Unnumbered(data.Batch):
+class _Unnumbered(Batch):
     """A batch of a collection, whose elements have no order in which they could be counted."""
 
     __slots__ = ()
@@ -226,7 +227,7 @@ def _joined(swept, before):
         return before
     found = (0, 0) if swept is None else (swept.samples, swept.data)
     if before.first is None and swept is None:
-        raise data.empty()
+        raise empty()
     if before.first is not None and found != before.first[:2]:
         raise ValueError(
             "Expected the same elements at every level. Received: elements with "

@@ -7,7 +7,8 @@ import numpy as np
 
 from tfbn import drift, keras_models, training_state
 from tfbn.callback_lists import enclosing, shared_copy
-from tfbn.sweep import batches as data
+from tfbn.population import check_tolerance
+from tfbn.sweep import data
 from tfbn.sweep.methods import check_method
 from tfbn.sweep.run import check_batch, collect
 
@@ -65,6 +66,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             follows `fit`. Unless it is silent, a few lines at the end say what the sweep changed.
         model: The network to sweep, where the model that is trained only holds it: the generator
             of a GAN. It must have seen a batch before `fit`, or in its first step.
+        tolerance: See `tfbn.collect`.
         validation_data: As `model.fit` takes it. After the last sweep the trained model is
             evaluated with the moving averages and with the population statistics.
 
@@ -91,6 +93,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         verbose="auto",
         model=None,
         validation_data=None,
+        tolerance=None,
     ):
         super().__init__()
         check_method(method)
@@ -99,6 +102,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         self.validation = None
         self._x = x
         self._options = {"method": method, "batch_size": batch_size, "steps": steps}
+        self._tolerance = check_tolerance(tolerance)
         self._every_n_epochs = every_n_epochs
         self._before_validation = before_validation
         self._freeze = freeze
@@ -221,7 +225,13 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         """Put population statistics in, from a new sweep if the weights are others."""
         training_state.put_back(self._network)
         if self._stepped or not keras_models.has_fingerprint(self._network, self.stats.fingerprint):
-            self.stats = collect(self._network, self._x, verbose=verbose, **self._options)
+            self.stats = collect(
+                self._network,
+                self._x,
+                verbose=verbose,
+                tolerance=self._tolerance,
+                **self._options,
+            )
             self._stepped = False
         training_state.put_in(self._network, self.stats)
 

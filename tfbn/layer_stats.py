@@ -1,6 +1,7 @@
 """`LayerStats`: the statistics of one batch norm layer, and how it holds them."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 
 import keras
@@ -10,6 +11,7 @@ import tensorflow as tf
 from tfbn import blending, keras_models, moments
 
 RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
+ERRORS = ("mean_error", "variance_error")
 
 # Up to here every whole number is a float64 too, so that counts add up exactly.
 _MOST = 2**53
@@ -30,6 +32,15 @@ class LayerStats:
         renorm: With `renorm=True`, the values of `moving_stddev`, `renorm_mean` and
             `renorm_stddev` as they were read from a layer. `None` for swept statistics,
             where they follow from mean and variance.
+        mean_error: Standard error of the mean per channel, same shape; how far it may be off from
+            that of the source that the samples were drawn from, see
+            `tfbn.PopulationStats.population_size`. From the spread between batches (see
+            `tfbn.moments`), so it asks that batches, not values, are independent; NaN where
+            fewer than two batches had values, and for statistics that were read from a model.
+            For layers behind others, an `"exact"` sweep without `tolerance` gives more than the
+            true error of the mean: these are measured while the layers before them normalise
+            with the statistics of the same samples, which takes out what samples have in common.
+        variance_error: The same of the variance.
         counts: `count` of every channel, int64, shape `(channels,)`.
 
     Raises:
@@ -41,16 +52,21 @@ class LayerStats:
     mean: np.ndarray
     variance: np.ndarray
     renorm: dict[str, np.ndarray] | None = None
+    mean_error: np.ndarray | None = None
+    variance_error: np.ndarray | None = None
     counts: np.ndarray = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
         found = {"mean": self.mean, "variance": self.variance, **(self.renorm or {})}
+        for name in ERRORS:
+            error = getattr(self, name)
+            found[name] = np.full(np.shape(self.mean), np.nan) if error is None else error
         found = {name: _read_only(value, np.float64) for name, value in found.items()}
         shape = found["mean"].shape
         for name, value in found.items():
             if value.shape != shape or len(shape) != 1 or not value.size:
                 raise ValueError(
-                    "Expected mean and variance of one shape (channels,). Received: "
+                    "Expected mean, variance and their errors of one shape (channels,). Received: "
                     f"{name} of shape {value.shape}, and a mean of shape {shape}."
                 )
         if self.renorm is not None and set(self.renorm) != set(RENORM):
@@ -75,9 +91,9 @@ class LayerStats:
         Args:
             where_counted: Leave out the channels whose count is 0.
         """
-        for name, value in (("mean", self.mean), ("variance", self.variance)):
-            bad = ~np.isfinite(value)
-            if name == "variance":
+        for name, value in {"mean": self.mean, "variance": self.variance, **self.errors}.items():
+            bad = np.isinf(value) if name in ERRORS else ~np.isfinite(value)
+            if name != "mean":
                 bad |= value < 0
             if where_counted:
                 bad &= self.counts > 0
@@ -93,7 +109,59 @@ class LayerStats:
         if not self.counts.any():
             return other
         found = moments.merge(self._moments(), other._moments(), method=method)
-        return LayerStats(found.count, found.mean, moments.variance(found))
+        merged = LayerStats(found.count, found.mean, moments.variance(found))
+        # The two are of different data, so their errors are independent.
+        squares = [np.square(part.errors_in(merged, method)) for part in (self, other)]
+        return merged.with_errors(*np.sqrt(np.sum(squares, axis=0)))
+
+    @property
+    def errors(self) -> dict[str, np.ndarray]:
+        """The standard errors by name."""
+        return {name: getattr(self, name) for name in ERRORS}
+
+    def with_errors(self, mean_error: np.ndarray, variance_error: np.ndarray) -> "LayerStats":
+        """These statistics with other standard errors."""
+        return LayerStats(
+            self.counts, self.mean, self.variance, self.renorm, mean_error, variance_error
+        )
+
+    def with_relative_errors(self, other: "LayerStats", factor: float) -> "LayerStats":
+        """These statistics with the errors that others have, in units of standard deviations.
+
+        Args:
+            other: Statistics of the same layer by another method.
+            factor: What to multiply them by.
+        """
+        ratio = self.variance / np.where(other.variance > 0, other.variance, 1)
+        return self.with_errors(
+            factor * np.sqrt(ratio) * other.mean_error, factor * ratio * other.variance_error
+        )
+
+    def errors_in(self, whole: "LayerStats", method: str) -> np.ndarray:
+        """How much the standard errors of a part bring to those of the whole.
+
+        With w the part's share of the count, w mean_error, and
+        w (variance_error + 2 |mean - mean of the whole| mean_error), the most that it can be,
+        whatever the correlation of mean and variance; for `"algorithm2"` without the second term.
+        """
+        share = self.counts / np.maximum(whole.counts, 1)
+        apart = 0.0 if method == "algorithm2" else 2 * np.abs(self.mean - whole.mean)
+        errors = np.stack([self.mean_error, self.variance_error + apart * self.mean_error])
+        return np.where(self.counts > 0, share * errors, 0.0)
+
+    @property
+    def relative_error(self) -> float:
+        """The larger error of mean and standard deviation, in the worst channel.
+
+        The largest of mean_error / sqrt(variance), and of variance_error / (2 variance), the
+        relative error of the standard deviation, over all channels with values. 0 for a channel
+        whose errors are 0; NaN if any error is not known.
+        """
+        errors = np.stack([self.mean_error, self.variance_error])[:, self.counts > 0]
+        variance = self.variance[self.counts > 0]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            relative = errors / np.stack([np.sqrt(variance), 2 * variance])
+        return float(np.max(np.where(errors == 0, 0.0, relative), initial=0.0))
 
     def blend(self, source: "LayerStats", samples: int, field_samples: int) -> "LayerStats":
         """These statistics, blended with those of a source; see `PopulationStats.blend`.
@@ -105,8 +173,9 @@ class LayerStats:
                 number of values: samples times positions.)
 
         Returns:
-            The mean and the variance N / (N + n) of the source's plus n / (N + n) of these; the
-            count is that of these.
+            The mean and the variance N / (N + n) of the source's plus n / (N + n) of these, with
+            the count of these, and n / (N + n) of their standard errors, as if the source were
+            known without any.
 
         Raises:
             ValueError: If the shapes differ, if a number is not whole, or if the source has a mean
@@ -120,11 +189,12 @@ class LayerStats:
                 f"Expected a source with finite means and variances of at least 0. Received: "
                 f"{impossible}. Sweep the training data to have another."
             )
-        return LayerStats(self.counts, *blending.weighted(self, source, share))
+        blended = LayerStats(self.counts, *blending.weighted(self, source, share))
+        return blended.with_errors(*((1 - share) * error for error in self.errors.values()))
 
     def _moments(self):
         count = self.counts.astype(np.float64)
-        return moments.Moments(count, self.mean, self.variance * count)
+        return moments.of_values(count, self.mean, self.variance * count)
 
 
 def values(stats: LayerStats, layer: keras.Layer) -> dict[str, np.ndarray]:
@@ -167,6 +237,26 @@ def writes(path: str, stats: LayerStats, layer: keras.Layer) -> list[tuple]:
             )
         found.append((variable, cast))
     return found
+
+
+def of_calls(calls: list[moments.Moments], method: str) -> LayerStats:
+    """The statistics of a layer from the moments of its calls.
+
+    Its calls on one batch depend on each other, and nothing tells how. So the standard errors are
+    the largest that they can be: those of the calls add up.
+    """
+    each = [
+        LayerStats(
+            found.count, found.mean, moments.variance(found), None, *moments.standard_errors(found)
+        )
+        for found in calls
+    ]
+    if len(each) == 1:
+        return each[0]
+    merge = functools.partial(moments.merge, method=method)
+    found = functools.reduce(merge, calls)
+    whole = LayerStats(found.count, found.mean, moments.variance(found))
+    return whole.with_errors(*sum(call.errors_in(whole, method) for call in each))
 
 
 def of_layer(layer: keras.Layer) -> LayerStats:
@@ -262,5 +352,6 @@ def _counts(count, shape):
 
 
 def _bits(stats):
-    arrays = [stats.counts, stats.mean, stats.variance, *(stats.renorm or {}).values()]
+    arrays = [stats.counts, stats.mean, stats.variance, stats.mean_error, stats.variance_error]
+    arrays += (stats.renorm or {}).values()
     return [array.tobytes() for array in arrays]

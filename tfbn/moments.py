@@ -1,21 +1,68 @@
-"""Moments of a population that arrives in parts: count, mean and M2 per channel.
+"""Moments of a population that arrives in batches: count, mean and M2, and their standard errors.
 
-M2 is the sum of squared distances from the mean, so the population variance is
-M2 / count. Everything is NumPy in float64: a part may hold few values and a population
-many.
+M2 is the sum of squared distances from the mean, so the population variance is M2 / count.
+Everything is NumPy in float64: a batch may hold few values and a population many.
+
+The standard errors come from the spread between batches. Let batch b have m_b values with mean
+mu_b and variance sigma2_b, and N = sum(m_b). With d_b = mu_b - mean and
+e_b = sigma2_b + d_b^2 - variance, the mean of all is off by sum(m_b d_b) / N and its variance by
+sum(m_b e_b) / N, to first order. So with B batches the squared standard errors are
+B / (B - 1) sum(m_b^2 d_b^2) / N^2 and the same with e_b: the ratio estimator of cluster sampling
+(Cochran 1977, Sampling Techniques, section 9A.1), in which a batch is a cluster. It asks that
+batches are independent of each other, not the values in one batch.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 
-class Moments(NamedTuple):
-    """Count, mean and M2 of the values seen so far, one of each per channel."""
+class Moments:
+    """Moments of the values seen so far, one of each per channel.
 
-    count: np.ndarray
-    mean: np.ndarray
-    m2: np.ndarray
+    Args:
+        rows: float64, of shape `(10, channels)`: count, mean, M2, the number of batches, and
+            sum(m_b^2), sum(m_b^2 d_b), sum(m_b^2 e_b), sum(m_b^2 d_b^2), sum(m_b^2 d_b e_b) and
+            sum(m_b^2 e_b^2).
+    """
+
+    __slots__ = ("rows",)
+
+    def __init__(self, rows: np.ndarray):
+        self.rows = rows
+
+    @property
+    def count(self) -> np.ndarray:
+        """Number of values."""
+        return self.rows[0]
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Their mean."""
+        return self.rows[1]
+
+    @property
+    def m2(self) -> np.ndarray:
+        """Their M2."""
+        return self.rows[2]
+
+    @property
+    def batches(self) -> np.ndarray:
+        """Number of batches with such values."""
+        return self.rows[3]
+
+    def __eq__(self, other):
+        """Whether the two hold the same numbers, to the bit."""
+        if not isinstance(other, Moments):
+            return NotImplemented
+        return self.rows.tobytes() == other.rows.tobytes()
+
+    __hash__ = None
+
+
+def of_values(count, mean, m2) -> Moments:
+    """Moments of which nothing tells the spread between batches."""
+    return Moments(np.concatenate([[count, mean, m2], np.zeros((7, len(mean)))]))
 
 
 def of_batch(count, mean, variance, *, method: str) -> Moments:
@@ -32,17 +79,36 @@ def of_batch(count, mean, variance, *, method: str) -> Moments:
         with np.errstate(invalid="ignore", divide="ignore"):
             # No values bring nothing: they must not meet a division.
             m2 = np.where(count == 0, m2, m2 * (count / (count - 1)))
-    return Moments(count, mean, m2)
+    return _as_one_batch(of_values(count, mean, m2))
 
 
 def merge(a: Moments, b: Moments, *, method: str) -> Moments:
-    """The moments of two parts together.
+    """The moments of two different sets of batches together.
 
     mean = (n_a mean_a + n_b mean_b) / n. For `"pooled"` and `"exact"`,
     M2 = M2_a + M2_b + (mean_b - mean_a)^2 n_a n_b / n (Chan, Golub & LeVeque 1983,
     eq. 2.1), the law of total variance. `"algorithm2"` averages the parts' variances:
     M2 = M2_a + M2_b. A part of count 0 changes nothing, whatever else it holds.
     """
+    whole = _values_together(a, b, method)
+    for part in (a, b):
+        whole.rows[3:] += _spread_around(part, whole, method)
+    return whole
+
+
+def merge_one_batch(a: Moments, b: Moments, *, method: str) -> Moments:
+    """The moments of two parts of one batch, as those of one batch."""
+    return _as_one_batch(_values_together(a, b, method))
+
+
+def _as_one_batch(moments):
+    moments.rows[3] = moments.count > 0
+    moments.rows[4] = moments.count**2
+    return moments
+
+
+def _values_together(a, b, method):
+    """Count, mean and M2 of two parts."""
     count = a.count + b.count
     share = b.count / np.maximum(count, 1)
     # Parts of count 0 may hold anything, and are left out below.
@@ -53,10 +119,37 @@ def merge(a: Moments, b: Moments, *, method: str) -> Moments:
             m2 = m2 + delta * delta * (a.count * share)
         mean = a.mean + delta * share
     only_a, only_b = b.count == 0, a.count == 0
-    return Moments(
+    return of_values(
         count,
         np.where(only_a, a.mean, np.where(only_b, b.mean, mean)),
         np.where(only_a, a.m2, np.where(only_b, b.m2, m2)),
+    )
+
+
+def _spread_around(part, whole, method):
+    """The spread between the batches of a part, with d and e from the moments of the whole.
+
+    d grows by s, the difference of the means, and e by 2 s d + c.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        s = np.where(part.count == 0, 0.0, part.mean - whole.mean)
+        c = np.where(part.count == 0, 0.0, variance(part) - variance(whole))
+    t = 2 * s
+    if method == "algorithm2":  # Its variance is no matter of the means.
+        t = np.zeros_like(s)
+    else:
+        c = c + s * s
+    batches, weight, d, e, dd, de, ee = part.rows[3:]
+    return np.stack(
+        [
+            batches,
+            weight,
+            d + s * weight,
+            e + t * d + c * weight,
+            np.maximum(dd + 2 * s * d + s * s * weight, 0),  # Rounding may make it negative.
+            de + t * dd + (c + s * t) * d + s * e + s * c * weight,
+            np.maximum(ee + t * (t * dd + 2 * de + 2 * c * d) + c * (2 * e + c * weight), 0),
+        ]
     )
 
 
@@ -65,6 +158,29 @@ def variance(moments: Moments) -> np.ndarray:
     return np.where(moments.count == 0, 0.0, moments.m2 / np.maximum(moments.count, 1))
 
 
+def standard_errors(moments: Moments) -> tuple[np.ndarray, np.ndarray]:
+    """The standard errors of mean and variance, per channel; NaN for fewer than two batches."""
+    several = moments.batches > 1
+    scale = moments.batches / np.maximum(moments.batches - 1, 1) / np.maximum(moments.count, 1) ** 2
+    return tuple(
+        np.where(several, np.sqrt(np.maximum(scale * squares, 0)), np.nan)
+        for squares in (moments.rows[7], moments.rows[9])
+    )
+
+
 def finite(moments: Moments) -> np.ndarray:
     """Whether mean and M2 are finite, per channel."""
     return np.isfinite(moments.mean) & np.isfinite(moments.m2)
+
+
+def together(merge: Callable, pairs: Iterable[tuple[Moments, Moments]]) -> list[Moments]:
+    """`merge(a, b)` of many pairs at once, each of its own number of channels."""
+    pairs = list(pairs)
+    if not pairs:
+        return []
+    ours, theirs = (
+        Moments(np.concatenate([part.rows for part in side], axis=1))
+        for side in zip(*pairs, strict=True)
+    )
+    ends = np.cumsum([len(a.mean) for a, _ in pairs])[:-1]
+    return [Moments(rows) for rows in np.split(merge(ours, theirs).rows, ends, axis=1)]

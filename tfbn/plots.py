@@ -18,9 +18,9 @@ def plot_drift(stats, other=None, ax=None):
     With mu and sigma the population's mean and standard deviation of a channel, and mu', sigma'
     the other's: the left panel has abs(mu' - mu) / sigma, the right one sigma' / sigma. A dot
     is a layer, its root mean square or geometric mean over channels (`mean_shift` and
-    `std_ratio` of `PopulationStats.compare`); a line spans all of its channels. The dotted
-    line is 1 / sqrt(samples), an upper bound of the standard error of mu: what is left of it
-    is no more than chance in the choice of samples.
+    `std_ratio` of `PopulationStats.compare`); a line spans all of its channels. A wide bar, where
+    the sweep tells it, is the standard error (`LayerStats.mean_error` and `variance_error`, root
+    mean square over channels): a dot inside it is no more than chance in the choice of samples.
 
     The figure is pyplot's current one, so `plt.savefig` and `plt.show` work as usual; no display
     is needed to save it. In a notebook end the line with a semicolon, or it is shown twice.
@@ -56,7 +56,13 @@ def plot_drift(stats, other=None, ax=None):
     drift = stats.compare(other)
     layers = list(stats)
     panels = left, right = _panels(ax, 2, (10, 1.9 + 0.24 * len(layers)), sharey=True)
+    bars = []
     for place, layer in enumerate(layers):
+        error, std_error = _errors(stats[layer])
+        if not np.isnan(error):
+            bar = {"color": "tab:blue", "alpha": 0.3, "lw": 7, "solid_capstyle": "butt"}
+            bars = left.plot([0, error], [place, place], label="standard error", **bar)
+            right.plot([1 / (1 + std_error), 1 + std_error], [place, place], **bar)
         shift, ratio = by_channel(stats[layer], other[layer])
         for axes, values, dot in (
             (left, np.abs(shift), drift[layer]["mean_shift"]),
@@ -65,9 +71,7 @@ def plot_drift(stats, other=None, ax=None):
             axes.plot([values.min(), values.max()], [place, place], color="0.75", label="channels")
             axes.plot([dot], [place], "o", ms=5, color="tab:orange", label="layer")
     handles = left.lines[-2:]
-    if stats.samples:
-        handles.append(left.axvline(stats.samples**-0.5, color="0.4", linestyle=":", linewidth=1))
-        handles[-1].set_label(f"sampling error of {stats.samples} samples")
+    handles += bars
     left.set_xlim(left=0)
     for axes in panels:
         axes.set_yticks(range(len(layers)), layers)
@@ -83,6 +87,13 @@ def plot_drift(stats, other=None, ax=None):
     else:
         left.set_title(_drift_in_words(drift), fontsize=10)
     return _finished(panels, handles, whole=ax is None)
+
+
+def _errors(stats):
+    """The standard errors of mean and standard deviation, in standard deviations, as RMS."""
+    variance = np.where(stats.variance > 0, stats.variance, np.inf)
+    squares = stats.mean_error**2 / variance, (stats.variance_error / (2 * variance)) ** 2
+    return [float(np.sqrt(np.mean(square))) for square in squares]
 
 
 def plot_history(history, ax=None):

@@ -3,6 +3,7 @@
 import collections.abc
 import contextlib
 import html
+import numbers
 import operator
 import os
 import weakref
@@ -39,6 +40,11 @@ class PopulationStats(collections.abc.Mapping):
         previous: What the model held when it was swept, a `PopulationStats`, or `None`.
         levels: Number of levels of batch norm layers that were swept one after the other; 1 for
             methods that take one pass.
+        population_size: Number of samples in the population that the errors of the layers are
+            about, where the sweep drew its samples from one at random: they then have the factor
+            sqrt(1 - samples / population_size) and are 0 if all were drawn. 0 where it took the
+            data as it came: the errors are then about the source of that data, however large.
+        tolerance: The `tolerance` that was asked for, or `None`.
         source_weight: As how many samples the statistics of a source count that were blended in,
             see `blend`; 0 for statistics of a sweep alone.
     """
@@ -54,6 +60,8 @@ class PopulationStats(collections.abc.Mapping):
         fingerprint: str = "",
         previous: "PopulationStats | None" = None,
         levels: int = 1,
+        population_size: int = 0,
+        tolerance: float | None = None,
         source_weight: int = 0,
     ):
         if method not in _METHODS:
@@ -68,6 +76,8 @@ class PopulationStats(collections.abc.Mapping):
         self.fingerprint = fingerprint
         self.previous = previous
         self.levels = _whole("levels", levels)
+        self.population_size = _whole("population_size", population_size)
+        self.tolerance = check_tolerance(tolerance)
         self.source_weight = _whole("source_weight", source_weight)
         for path in () if previous is None else previous:
             if path in self._layers:
@@ -233,6 +243,8 @@ class PopulationStats(collections.abc.Mapping):
             fingerprint=self.fingerprint,
             previous=other.previous if self.previous is None else self.previous,
             levels=max(self.levels, other.levels),
+            population_size=bool(self.population_size and other.population_size)
+            and self.population_size + other.population_size,
         )
 
     def blend(self, source: "PopulationStats", *, samples: int) -> "PopulationStats":
@@ -294,6 +306,11 @@ class PopulationStats(collections.abc.Mapping):
         layer_stats.require_same_layers(self, other)
         return drift.of_layers(self, other)
 
+    @property
+    def relative_error(self) -> float:
+        """The largest `LayerStats.relative_error`; NaN if one is not known."""
+        return float(np.max([stats.relative_error for stats in self.values()], initial=0.0))
+
     def to_dict(self) -> dict[str, Any]:
         """All but `previous`, as plain numbers, lists and strings that `json.dumps` takes."""
         return {
@@ -304,6 +321,11 @@ class PopulationStats(collections.abc.Mapping):
                     "counts": stats.counts.tolist(),
                     "mean": stats.mean.tolist(),
                     "variance": stats.variance.tolist(),
+                    **{
+                        # NaN is no JSON.
+                        name: [None if np.isnan(value) else value for value in error.tolist()]
+                        for name, error in stats.errors.items()
+                    },
                 }
                 for path, stats in self.items()
             },
@@ -315,9 +337,9 @@ class PopulationStats(collections.abc.Mapping):
         Columns: values per channel; how far the statistics that the model held before
         were off, as the RMS over channels of the difference of means in standard
         deviations, and as the old standard deviation over the new (geometric mean over
-        channels); and an upper bound on the standard error of the mean, in standard
-        deviations, 1 / sqrt(samples): positions of one sample are not counted as
-        independent. Of more than 40 layers the middle ones are left out; `compare` and
+        channels); and the standard error, `LayerStats.relative_error`: the larger of those of
+        the mean, in standard deviations, and of the standard deviation, in parts of itself, in
+        the worst channel. Of more than 40 layers the middle ones are left out; `compare` and
         `to_dict` have all.
 
         Args:
@@ -424,12 +446,17 @@ class PopulationStats(collections.abc.Mapping):
             f"Population statistics: method={self.method!r}, {self.samples} samples "
             f"in {self.batches} batches of at most {self.batch_size}"
         )
+        if self.tolerance is not None:
+            why = "reached" if self.relative_error <= self.tolerance else "data ended first"
+            title += f", tolerance={self.tolerance:g} ({why})"
         if self.source_weight:
             title += f", {blending.in_words(self.samples, self.source_weight)}"
-        error = f"{self.samples**-0.5:.4f}" if self.samples else "-"
         off = {} if self.previous is None else drift.of_layers(self, self.previous)
-        paths = [*off, *(path for path in self if path not in off)]
-        rows = [[path, self[path].count, *drift.cells(off.get(path))[::2], error] for path in paths]
+        rows = []
+        for path in [*off, *(path for path in self if path not in off)]:
+            error = self[path].relative_error
+            known = "-" if np.isnan(error) else f"{error:.4f}"
+            rows.append([path, self[path].count, *drift.cells(off.get(path))[::2], known])
         return title, ["layer", "values/channel", *drift.COLUMNS[::2], "std error"], rows
 
 
@@ -450,6 +477,20 @@ def _put_back_on_error(model, variables):
     except BaseException:  # Ctrl-C too: all layers or none.
         held.restore()
         raise
+
+
+def check_tolerance(tolerance: float | None) -> float | None:
+    """The tolerance as a float; `ValueError` unless it is one from 0 to 1, or `None`."""
+    if tolerance is None:
+        return None
+    if isinstance(tolerance, bool) or not isinstance(tolerance, numbers.Real):
+        tolerance = np.nan
+    if not 0 < tolerance <= 1:
+        raise ValueError(
+            "Expected tolerance to be a number over 0 and up to 1, in standard deviations. "
+            f"Received: {tolerance!r}."
+        )
+    return float(tolerance)
 
 
 def _whole(name, value):

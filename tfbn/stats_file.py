@@ -2,8 +2,8 @@
 
 Format 3 is the one that is written. The header has the attributes of the statistics, the paths of
 their layers and, under `previous`, the same of what the model held before. Layer `i` has the
-arrays `count_i`, `mean_i`, `variance_i` and with `renorm=True` three more; those of `previous`
-have that word before their names.
+arrays `count_i`, `mean_i`, `variance_i`, where they are known their two errors, and with
+`renorm=True` three more; those of `previous` have that word before their names.
 
 Format 2 (tfbn 0.1.0) is read too. It has no checksum, `previous` is a list of paths alone, there
 are two attributes more, and it could hold parts of a sweep, which are refused.
@@ -17,7 +17,7 @@ import numpy as np
 
 from tfbn import storage
 from tfbn._version import __version__
-from tfbn.layer_stats import RENORM, LayerStats
+from tfbn.layer_stats import ERRORS, RENORM, LayerStats
 
 _FORMAT = 3
 _OLD = 2
@@ -28,10 +28,10 @@ ATTRIBUTES = (
     "batch_size",
     "fingerprint",
     "levels",
+    "population_size",
+    "tolerance",
     "source_weight",
 )
-# Those that files of format 3 did not always have.
-_ADDED = {"source_weight": 0}
 
 
 def pack(stats: Mapping[str, LayerStats]) -> bytes:
@@ -76,6 +76,7 @@ def _packed(stats, prefix):
     for i, layer in enumerate(stats.values()):
         parts = {"count": layer.counts, "mean": layer.mean, "variance": layer.variance}
         parts |= layer.renorm or {}
+        parts |= layer.errors if np.isfinite(layer.mean_error).any() else {}
         arrays |= {f"{prefix}{name}_{i}": value for name, value in parts.items()}
     return {**header, "layers": list(stats)}, arrays
 
@@ -87,15 +88,15 @@ def _unpacked(header, arrays, prefix):
     layers = {}
     for i, path in enumerate(paths):
         names = ["count", "mean", "variance"]
-        names += RENORM if f"{prefix}{RENORM[0]}_{i}" in arrays else ()
+        for optional in (RENORM, ERRORS):
+            names += optional if f"{prefix}{optional[0]}_{i}" in arrays else ()
         held = {name: arrays.pop(f"{prefix}{name}_{i}") for name in names}
         for name, array in held.items():
             # Nothing grows when it is made an array of 8 bytes a number.
             if array.dtype not in ((np.int32, np.int64) if name == "count" else (np.float64,)):
                 raise ValueError(f"{name} of dtype {array.dtype} for layer {path!r}")
-        found = [held.pop(name) for name in ("count", "mean", "variance")]
-        layers[path] = LayerStats(*found, held or None)
-    header = _ADDED | header
+        renorm = {name: held.pop(name) for name in RENORM if name in held}
+        layers[path] = LayerStats(**held, renorm=renorm or None)
     return {"layers": layers, **{name: header[name] for name in ATTRIBUTES}}
 
 
@@ -103,10 +104,13 @@ def _renew(header, arrays):
     """Make the header and arrays of format 2 those of format 3, in place."""
     if header["calls"] is not None or header["level"] != header["levels"]:
         raise ValueError("part of a sweep, which only tfbn 0.1.0 goes on with")
+    header |= {"population_size": 0, "tolerance": None, "source_weight": 0}
     paths = header["previous"]
     if paths is not None:
-        numbers = {"samples": 0, "batches": 0, "batch_size": 0, "levels": 1}
-        header["previous"] = {"method": "assigned", "fingerprint": "", "layers": paths, **numbers}
+        read = {"method": "assigned", "fingerprint": "", "levels": 1, "tolerance": None}
+        none = {"samples": 0, "batches": 0, "batch_size": 0, "population_size": 0}
+        none["source_weight"] = 0
+        header["previous"] = {"layers": paths, **read, **none}
         for name in list(arrays):
             if name.startswith("previous_mean_"):
                 arrays[name.replace("mean", "count")] = np.int64(0)

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from tfbn import keras_models, training_state
 from tfbn.callback_lists import enclosing, shared_copy
+from tfbn.population import check_tolerance
 from tfbn.sweep.methods import check_method
 from tfbn.sweep.run import check, check_batch, collect
 from tfbn.sweep.state import Site
@@ -58,6 +59,7 @@ class StatsTracker(keras.callbacks.Callback):
         method: `"exact"`, `"pooled"` or `"algorithm2"`, see `tfbn.collect`.
         batch_size: Of the sweep, for arrays; 32 by default. One-pass methods want it large.
         steps: Number of batches of the sweep; endless data needs it.
+        tolerance: Of the sweep, see `tfbn.collect`.
         validation_batch_size: For arrays; 32 by default. For mini-batch statistics as in
             training, the batch size of training.
         log_dir: A directory for TensorBoard, best the one given to
@@ -89,6 +91,7 @@ class StatsTracker(keras.callbacks.Callback):
         steps=None,
         validation_batch_size=None,
         log_dir=None,
+        tolerance=None,
     ):
         super().__init__()
         check_method(method)
@@ -104,6 +107,7 @@ class StatsTracker(keras.callbacks.Callback):
         self._x = x
         self._validation_data = validation_data
         self._options = {"method": method, "batch_size": batch_size, "steps": steps}
+        self._tolerance = check_tolerance(tolerance)
         self._validation_batch_size = validation_batch_size
         self._log_dir = log_dir
         self._mini_batch_function = None
@@ -141,7 +145,9 @@ class StatsTracker(keras.callbacks.Callback):
         others = training_state.put_back(self.model)
         try:
             with training_state.unchanged(self.model):
-                self.stats = collect(self.model, self._x, verbose=0, **self._options)
+                self.stats = collect(
+                    self.model, self._x, verbose=0, tolerance=self._tolerance, **self._options
+                )
                 found = {"moving_average": self._evaluate()}
                 training_state.put_in(self.model, self.stats)
                 found["population"] = self._evaluate()

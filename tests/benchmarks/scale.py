@@ -32,8 +32,7 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
-from tfbn.sweep import batches as data
-from tfbn.sweep import run, workers
+from tfbn.sweep import data, run, workers
 from tfbn.sweep.state import SweepState
 
 BATCH = 100

@@ -104,7 +104,11 @@ def _files(args):
 
 
 def _sweep(args):
-    return {"method": args.method, "verbose": 0 if args.json else "auto"}
+    return {
+        "method": args.method,
+        "tolerance": args.tolerance,
+        "verbose": 0 if args.json else "auto",
+    }
 
 
 def _print_recalibrated(args, stats, out, text):

@@ -107,6 +107,13 @@ def _add_recalibrate(commands):
         help="for few samples from the field: weight the statistics that the model holds as if "
         "they were of N samples more (try 16; default: 0)",
     )
+    added.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        metavar="E",
+        help="sweep no more data than it takes for means and standard deviations to have standard "
+        "errors of at most E standard deviations, for example 0.02",
+    )
     added.add_argument("--features", metavar="JSON", help="for a TFRecord file, see below")
     added.add_argument(
         "--scale",
@@ -177,6 +184,17 @@ def _size(text):
     if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def _tolerance(text):
+    """A number over 0 and up to 1, from the command line."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number over 0 and up to 1")
+    return number
 
 
 def _factor(text):

@@ -11,9 +11,9 @@ has. The distance of a layer is D, D^2 the mean over channels of a^2 + b^2; that
 the root mean square over its layers.
 
 Noise. With requests in G blocks (see `Blocks`) of n_i values, whose a and b make the vectors x_i
-of mean x, the sampling error of x has the covariance Sigma, estimated by
+of mean x, the sampling error of x has the covariance Sigma, estimated as in `tfbn.moments` by
 
-    sum_i n_i (x_i - x) (x_i - x)' / ((G - 1) N),  N = sum_i n_i,
+    G / (G - 1) sum_i n_i^2 (x_i - x) (x_i - x)' / N^2,  N = sum_i n_i,
 
 times 1 + N / M because the population is an average too, of M values. Noise alone gives D^2 the
 expectation tr Sigma (in units of the mean over channels), and D^2 / tr Sigma a distribution close
@@ -23,6 +23,12 @@ of variance problems, I"; Brunner, Dette & Munk 1997, "Box-type approximations i
 factorial designs"). There is one test for all channels of all layers, and nothing to correct for
 their number. The traces are estimated without bias as in Bai & Saranadasa (1996), "Effect of high
 dimension: by an example of a two sample problem", section 3.
+
+Requests that follow one another may be alike: frames of a film, a folder of one class. Blocks take
+that in where they are longer than what is alike. For what is longer than a block, Sigma and the
+second degrees of freedom are corrected by the Bartlett window over the 4 next blocks (Newey & West
+1987, "A simple, positive semi-definite, heteroskedasticity and autocorrelation consistent
+covariance matrix"), never downwards.
 """
 
 import functools
@@ -38,8 +44,9 @@ from tfbn.moments import Moments
 # far from the data it was trained on.
 TOLERANCE = 0.05
 
-# Fewer blocks do not tell their own spread well enough.
-_FEWEST_BLOCKS = 8
+# Fewer blocks do not tell their own spread well enough, nor whether neighbours are alike.
+_FEWEST_BLOCKS = 16
+_LAG = 4
 _MOST_BLOCKS = 32
 _MOST_DIMENSIONS = 100.0
 
@@ -77,17 +84,20 @@ class Blocks:
             self._size *= 2
 
     def total(self) -> Moments:
-        """The moments of all requests."""
-        return functools.reduce(_merged, self._blocks)
+        """The moments of all requests, with the spread between blocks."""
+        return functools.reduce(functools.partial(moments.merge, method="pooled"), self._blocks)
 
     def stacked(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Count, mean and variance, each of shape `(blocks, channels)`."""
-        count, mean, _ = (np.stack(arrays) for arrays in zip(*self._blocks, strict=True))
-        return count, mean, np.stack([moments.variance(block) for block in self._blocks])
+        count, mean, variance = zip(
+            *((block.count, block.mean, moments.variance(block)) for block in self._blocks),
+            strict=True,
+        )
+        return np.stack(count), np.stack(mean), np.stack(variance)
 
 
 def _merged(a, b):
-    return moments.merge(a, b, method="pooled")
+    return moments.merge_one_batch(a, b, method="pooled")
 
 
 class Movement(NamedTuple):
@@ -105,13 +115,21 @@ class Movement(NamedTuple):
 
     @property
     def distance(self) -> float:
-        """The distance without what noise adds to it."""
-        return float(np.sqrt(max(0.0, self.squared - np.trace(self.noise))))
+        """The distance without what noise adds to it; NaN for one block."""
+        added = np.trace(self.noise) * self._alike
+        return float(np.sqrt(np.maximum(0.0, self.squared - added)))
 
     @property
-    def noise_alone(self) -> float:
-        """The distance that noise alone would show."""
-        return float(np.sqrt(np.trace(self.noise)))
+    def _alike(self):
+        """How much larger Sigma is because blocks are like their neighbours, at least 1."""
+        blocks, trace = len(self.noise), np.trace(self.noise)
+        apart = np.abs(np.subtract.outer(np.arange(blocks), np.arange(blocks)))
+        window = np.maximum(0.0, 1 - apart / (_LAG + 1))
+        # Without any likeness the ratio is this, since the blocks' average is subtracted.
+        independent = (blocks - window.sum() / blocks) / (blocks - 1) if blocks > 1 else 1.0
+        # Equal requests have no spread.
+        ratio = np.sum(window * self.noise) / trace if trace > 0 else 1.0
+        return max(1.0, ratio / independent)
 
     @property
     def p_value(self) -> float:
@@ -126,8 +144,8 @@ class Movement(NamedTuple):
         # Equal requests have no spread, which would be 0 / 0; few blocks may give a spread over
         # more dimensions than they can tell.
         dimensions = float(np.clip(dimensions, 1.0, _MOST_DIMENSIONS))
-        ratio = self.squared / (trace + TOLERANCE**2)
-        return _survival(ratio, dimensions, dimensions * free)
+        ratio = self.squared / (trace * self._alike + TOLERANCE**2)
+        return _survival(ratio, dimensions, dimensions * free / self._alike)
 
 
 def _survival(ratio, first, second):
@@ -148,17 +166,18 @@ def movement(
         epsilon: What the layer adds to its variance.
     """
     n, means, variances = blocks.stacked()
-    scale = _scale(variance, epsilon)
+    scale = scaled(mean, variance, epsilon).variance
     shift, _ = drift.by_channel(Scaled(mean, scale), Scaled(means, scale))
     second = (variances + (means - mean) ** 2 - variance) / (2 * scale)
     total = n.sum(0)
     own = np.divide(total, count, out=np.zeros_like(mean), where=count > 0)
+    share = n / np.maximum(total, 1)
     squared, noise = 0.0, np.zeros([len(n)] * 2)
     for moved in (shift, second):
         moved = np.where(n > 0, moved, 0.0)
-        average = np.sum(n * moved, 0) / np.maximum(total, 1)
-        apart = np.sqrt(n / np.maximum(total, 1) * (1 + own)) * (moved - average)
-        noise += apart @ apart.T / (max(len(n) - 1, 1) * mean.size)
+        average = np.sum(share * moved, 0)
+        apart = np.sqrt(1 + own) * share * (moved - average)
+        noise += _free(n) * apart @ apart.T / mean.size
         squared += float(np.mean(average**2))
     return Movement(squared, noise)
 
@@ -171,41 +190,33 @@ def together(movements: list[Movement]) -> Movement:
     )
 
 
-def errors(blocks: Blocks, variance: np.ndarray, epsilon: float) -> dict[str, float]:
-    """What noise does to the drift of a layer from its population, see `tfbn.drift.of_layer`.
+def std_ratio_error(blocks: Blocks, variance: np.ndarray, epsilon: float) -> float:
+    """The standard error of `std_ratio`, see `tfbn.drift.of_layer`, of requests in blocks.
 
-    With m and v the mean and variance of all requests and u_i = v_i + (m_i - m)^2, the standard
-    error of m is the root of sum_i n_i (m_i - m)^2 / ((G - 1) N), and that of the mean over
-    channels of log(v) / 2 is the root of G / (G - 1) times the sum over blocks of the squared
-    mean over channels of n_i (u_i - v) / (2 N v).
+    With m and v the mean and variance of all requests and u_i = v_i + (m_i - m)^2, that of its
+    logarithm, the mean over channels of log(v) / 2, is the root of G / (G - 1) times the sum over
+    blocks of the squared mean over channels of n_i (u_i - v) / (2 N v).
 
     Args:
         blocks: The moments of the requests.
         variance: Of the population, of shape `(channels,)`.
         epsilon: What the layer adds to its variance.
-
-    Returns:
-        `mean_shift_error`: the `mean_shift` that noise alone would show, the root mean square over
-        channels of the standard error of m; `std_ratio_error`: the standard error of `std_ratio`.
-        Both are infinite for one block.
     """
     n, means, variances = blocks.stacked()
-    free = len(n) - 1
-    if not free:
-        return {"mean_shift_error": np.inf, "std_ratio_error": np.inf}
     share = n / np.maximum(n.sum(0), 1)
-    mean = np.sum(share * means, 0)
-    around = variances + (means - mean) ** 2
-    ours, theirs = _scale(variance, epsilon), _scale(np.sum(share * around, 0), epsilon)
-    shift = np.sum(share * (means - mean) ** 2, 0) / (free * ours)
+    around = variances + (means - np.sum(share * means, 0)) ** 2
+    ours = scaled(means, variance, epsilon).variance
+    theirs = scaled(means, np.sum(share * around, 0), epsilon).variance
     logs = np.mean(share * (around + epsilon - theirs) / (2 * theirs), 1)
     ratio = np.exp(np.mean(np.log(theirs / ours)) / 2)
-    return {
-        "mean_shift_error": float(np.sqrt(np.mean(shift))),
-        "std_ratio_error": float(ratio * np.sqrt(len(n) / free * np.sum(logs**2))),
-    }
+    return float(ratio * np.sqrt(_free(n) * np.sum(logs**2)))
 
 
-def _scale(variance, epsilon):
-    """The square of what a layer divides by, never 0."""
-    return np.maximum(variance + epsilon, float(np.finfo(np.float32).tiny))
+def _free(n):
+    """G / (G - 1) for an array of G rows; one row does not tell its spread."""
+    return len(n) / (len(n) - 1) if len(n) > 1 else np.nan
+
+
+def scaled(mean: np.ndarray, variance: np.ndarray, epsilon: float) -> Scaled:
+    """A mean, and as its variance the square of what a layer divides by, never 0."""
+    return Scaled(mean, np.maximum(variance + epsilon, float(np.finfo(np.float32).tiny)))

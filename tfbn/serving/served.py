@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework import tensor_pb2
 
-from tfbn import drift, moments
+from tfbn import drift, layer_stats, moments
 from tfbn.layer_stats import LayerStats
 from tfbn.population import PopulationStats
 from tfbn.serving import alarm, monitor, provenance
@@ -26,7 +26,7 @@ class ServedDrift:
     Attributes:
         p_value: The one number for an alarm: the probability that requests would be as far from
             the population as these are, if their own population were within 0.05 standard
-            deviations of it. 1.0 for fewer than 8 requests.
+            deviations of it. 1.0 for fewer than 16 requests.
         requests: How many requests it was taken from.
         distance: How far the network has moved, the root mean square of `distance` over layers.
         layers: By path of each layer, in units of sqrt(variance + epsilon) of its population:
@@ -35,7 +35,8 @@ class ServedDrift:
             alone would show, and `std_ratio_error`, the standard error of `std_ratio`;
             `distance`, the root mean square over channels of the shift and of half the relative
             change of the mean square, without what noise adds to it; and the layer's own
-            `p_value`. Errors come from the spread between requests.
+            `p_value`. Errors come from the spread between requests; of one they are NaN, and so
+            is the distance.
     """
 
     p_value: float
@@ -83,9 +84,10 @@ class ServedStats:
             served.add(answer)
         served.compare().summary()
 
-    Requests should be a random sample of the traffic, such as one in ten. They are kept as at
-    most 31 blocks of neighbours, so that memory does not grow with their number and that, of many
-    requests, those that are alike because they came together count as one.
+    Requests should be a random sample of the traffic, such as one in ten. Add answers in their
+    order: requests that are alike because they came together are then taken for fewer than they
+    are. They are kept as at most 31 blocks of neighbours, so memory does not grow with their
+    number; to see what is new, begin another `ServedStats`, every hour or every 500 requests.
 
     Args:
         path: The directory of the version that answers, or that of a model, whose highest version
@@ -102,10 +104,9 @@ class ServedStats:
                 "Expected a model that was exported with monitor. Received: "
                 f"{os.fspath(path)!r}, which was not. Export it again with monitor=True."
             )
-        file = provenance.file_of(path).with_name(os.path.basename(monitor.FILE))
         self._identity = recorded["population"]
         self._epsilon = recorded["epsilon"]
-        self.population = PopulationStats.load(file)
+        self.population = _population(path, self._epsilon)
         self._blocks = {path: alarm.Blocks() for path in self.population}
 
     @property
@@ -163,14 +164,14 @@ class ServedStats:
     def layers(self) -> dict[str, LayerStats]:
         """The statistics of all values that entered each layer so far, by path.
 
-        The layers below normalise with the population, so that these are not the statistics of
+        Their standard errors are from the spread between requests, or between blocks of them. The
+        layers below normalise with the population, so that these are not the statistics of
         an `"exact"` sweep over the same data, and are of no use to `assign`.
         """
         self._require_answers()
         found = {}
         for path, blocks in self._blocks.items():
-            count, mean, m2 = blocks.total()
-            found[path] = LayerStats(count, mean, m2 / np.maximum(count, 1))
+            found[path] = layer_stats.of_calls([blocks.total()], "pooled")
         return found
 
     def compare(self) -> ServedDrift:
@@ -182,14 +183,14 @@ class ServedStats:
         served = self.layers()
         moved, found = [], {}
         for path, ours in self.population.items():
-            blocks, epsilon = self._blocks[path], self._epsilon[path]
+            blocks, theirs, epsilon = self._blocks[path], served[path], self._epsilon[path]
             moved.append(alarm.movement(blocks, ours.mean, ours.variance, ours.counts, epsilon))
-            scaled = [
-                alarm.Scaled(stats.mean, stats.variance + epsilon) for stats in (ours, served[path])
-            ]
+            scaled = [alarm.scaled(stats.mean, stats.variance, epsilon) for stats in (ours, theirs)]
+            errors = theirs.mean_error / np.sqrt(scaled[0].variance)
             found[path] = {
                 **drift.of_layer(*scaled),
-                **alarm.errors(blocks, ours.variance, epsilon),
+                "mean_shift_error": float(np.sqrt(np.mean(errors**2))),
+                "std_ratio_error": alarm.std_ratio_error(blocks, ours.variance, epsilon),
                 "distance": moved[-1].distance,
                 "p_value": moved[-1].p_value,
             }
@@ -201,6 +202,21 @@ class ServedStats:
             raise ValueError(
                 "Expected answers of a server. Received: none so far. Add them with add."
             )
+
+
+def _population(path, layers):
+    """The population of the monitored layers of a version."""
+    file = provenance.file_of(path).with_name(os.path.basename(monitor.FILE))
+    try:
+        population = PopulationStats.load(file)
+        if set(population) != set(layers):
+            raise ValueError(f"it has the layers {list(population)}, not {list(layers)}")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            "Expected the population that tfbn.export wrote beside a model. Received: "
+            f"{str(file)!r} ({error}). Copy assets.extra of the version again, or export it again."
+        ) from error
+    return population
 
 
 def _outputs(answer):

@@ -9,7 +9,8 @@ from typing import Any
 
 import keras
 
-from tfbn.sweep import batches as data
+from tfbn.sweep.batches import prepared
+from tfbn.sweep.caveats import warn_of
 from tfbn.sweep.run import layers_to_sweep
 from tfbn.sweep.shard import ShardSweep
 from tfbn.sweep.sources import check_source, load
@@ -72,7 +73,6 @@ class Replica:
     Attributes:
         model: The model.
         layers: The layers to sweep, by path.
-        begin: The state that the sweep begins at.
     """
 
     def __init__(self, recipe):
@@ -82,11 +82,30 @@ class Replica:
         if recipe.paths is not None and len(recipe.paths) == len(layers):
             layers = dict(zip(recipe.paths, layers.values(), strict=True))
         self.layers = layers
-        self._sweep = ShardSweep(
-            self.model, layers, data.none(), recipe.method, include_frozen=recipe.include_frozen
-        )
-        self.begin = self._sweep.begin
+        self._recipe = recipe
+        self._sweeps = {}
         self._lock = threading.Lock()
+        self._sweep_by(recipe.method)
+
+    @property
+    def begin(self):
+        """The state that the sweep begins at."""
+        return self.begin_by(self._recipe.method)
+
+    def begin_by(self, method):
+        """The state that a sweep by another method begins at."""
+        return self._sweep_by(method).begin
+
+    def _sweep_by(self, method):
+        if method not in self._sweeps:
+            self._sweeps[method] = ShardSweep(
+                self.model,
+                self.layers,
+                prepared([]),
+                method,
+                include_frozen=self._recipe.include_frozen,
+            )
+        return self._sweeps[method]
 
     def sweep_level(self, state, batches):
         """One level over some batches.
@@ -99,12 +118,15 @@ class Replica:
             The state after them, without the levels before, which all processes have.
         """
         with self._lock:
-            swept = self._sweep.continue_sweep(state, batches)
+            swept = self._sweep_by(state.method).continue_sweep(state, batches)
         return dataclasses.replace(swept, settled={})
 
     def finish(self, state):
-        """The `tfbn.PopulationStats` of a complete sweep."""
-        return state.finish(self.model, self._sweep.previous_of(state.paths))
+        """The `tfbn.PopulationStats` of a complete sweep, with warnings where they are due."""
+        sweep = self._sweep_by(state.method)
+        stats = state.finish(self.model, sweep.previous_of(state.paths))
+        warn_of(state, stats, sweep)
+        return stats
 
 
 # Here rather than in the tasks, which are new objects every time that they are sent. As long as

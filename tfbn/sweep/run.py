@@ -1,26 +1,21 @@
 """`collect`: the sweep, from its arguments to its result."""
 
 import functools
-import warnings
+import math
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from tfbn import keras_models
-from tfbn.sweep import batches as data
-from tfbn.sweep import memory
+from tfbn.population import check_tolerance
+from tfbn.sweep import data, memory
+from tfbn.sweep.batches import empty, prepared
+from tfbn.sweep.caveats import warn_of
 from tfbn.sweep.methods import METHODS, check_method
+from tfbn.sweep.sampling import Pilot, Sample
 from tfbn.sweep.shard import ShardSweep, trace_first
 from tfbn.sweep.state import merged
 from tfbn.sweep.workers import Workers
-
-# Fewer samples a batch than this, and one-pass statistics depend visibly on how many: the
-# README has the figures.
-_SMALL_BATCH = 16
-# Calls of one layer whose populations differ by more than this, in standard deviations, are worth
-# a warning: such networks lost accuracy in inference (`tests/benchmarks/shared_layers.py`).
-_SPREAD = 0.05
 
 
 def collect(
@@ -33,6 +28,7 @@ def collect(
     verbose="auto",
     memory_limit=None,
     checkpoint=None,
+    tolerance=None,
 ):
     """Sweep data through a model and return its population statistics.
 
@@ -69,8 +65,8 @@ def collect(
     A model built under `tf.distribute.MirroredStrategy` is swept on all of its devices, which
     take the batches in turn. One built under `tf.distribute.MultiWorkerMirroredStrategy` is swept
     by all workers together: each calls `collect` with the data that it is to sweep, its shard,
-    which may be empty, and all get the statistics of all the data. They exchange three numbers
-    per channel.
+    which may be empty, and all get the statistics of all the data. They exchange ten numbers per
+    channel: count, mean, variance, and the spread between batches, of which the errors are made.
 
     Args:
         model: A built Keras model. Its batch norm layers may be tfbn's or Keras's, nested,
@@ -94,7 +90,16 @@ def collect(
             2 % of the time. After a crash the same call goes on where that file ends, to the
             same result; a sweep that is done deletes the file. The data must come in the same
             order every time, which is checked. With several workers, each adds its number to the
-            name.
+            name. With a `tolerance`, only the levels of `"exact"` are saved.
+        tolerance: Sweep no more data than it takes for every channel's mean to be known within
+            `tolerance` population standard deviations, and its standard deviation within
+            `tolerance` of itself, as one standard error (`LayerStats.relative_error`). Of arrays,
+            samples are drawn at random without replacement, the same in every call; other data is
+            taken in its order, which therefore has to be random, and a warning says where its
+            first and second half disagree. For `"exact"`, a `"pooled"` sweep finds how many
+            batches it takes, at least 20, and all levels are swept over these, which are kept in
+            memory where they fit into `memory_limit`. Where the data ends first, all of it is
+            swept, and `summary` says so. Workers take the same number of batches each.
 
     Returns:
         `tfbn.PopulationStats`; its `assign(model)` puts the statistics into the model.
@@ -111,67 +116,112 @@ def collect(
             if one of them fails.
     """
     check_method(method)
+    tolerance = check_tolerance(tolerance)
     workers = Workers(model)
-
-    @functools.cache  # Made in the first `gather`, so that all workers learn if one cannot.
-    def shard():
-        several = len(workers) > 1
-        layers, batches = check(model, x, batch_size, steps, include_frozen, several)
-        return ShardSweep(
-            model,
-            layers,
-            batches,
-            method,
-            include_frozen=include_frozen,
-            memory_limit=memory.default_limit() if memory_limit is None else memory_limit,
-            checkpoint=f"{checkpoint}.{workers.index}" if checkpoint and several else checkpoint,
-            verbose=verbose if workers.index == 0 else 0,
-        )
-
-    # After a crash a worker may be a level ahead: the levels before are the same for all.
-    state = max(workers.gather(lambda: shard().begin), key=lambda begin: begin.level)
-    while not state.complete:
-        swept = workers.gather(
-            lambda state=state: shard().sweep_level(state), settled=state.settled
-        )
-        reached = merged(swept, state)
-        if reached is None:
-            raise data.empty()
-        if reached.whole and not state.whole:
-            state = state.whole_passes()
-            shard().forget_frontiers()
-        else:
-            state = reached.next_level()
-    stats = state.finish(model, shard().previous_of(state.paths))
-    _warn_of_calls(state)
-    shard().end()
-    _warn_of_small_batches(stats, shard())
-    return stats
+    sweep = _Sweep(
+        model,
+        lambda: check(
+            model, x, batch_size, steps, include_frozen, len(workers) > 1, tolerance is not None
+        ),
+        method,
+        workers,
+        include_frozen=include_frozen,
+        verbose=verbose if workers.index == 0 else 0,
+        memory_limit=memory.default_limit() if memory_limit is None else memory_limit,
+        checkpoint=f"{checkpoint}.{workers.index}"
+        if checkpoint and len(workers) > 1
+        else checkpoint,
+    )
+    state, shard, pilot = sweep.of_all() if tolerance is None else sweep.of_sample(tolerance)
+    stats = state.finish(model, shard.previous_of(state.paths))
+    warn_of(state, stats, shard)
+    shard.end()
+    return stats if pilot is None else pilot.with_errors(stats, tolerance)
 
 
-def _warn_of_calls(state):
-    """Warn where the calls of one layer have populations of their own."""
-    for path, (calls, found) in state.spreads().items():
-        if found["mean_shift"] > _SPREAD or abs(np.log(found["std_ratio"])) > _SPREAD:
-            warnings.warn(
-                f"Layer {path!r} is called {calls} times on inputs whose statistics differ: those "
-                f"of one call are off from those of all by {found['mean_shift']:.2g} standard "
-                f"deviations in the mean, and by a factor of {found['std_ratio']:.2g} in the "
-                "standard deviation. In training every call is normalised by its own, in "
-                "inference all by the same. A layer for every call has no such difference.",
-                stacklevel=3,
-            )
+class _Sweep:
+    """One call of `collect`.
 
+    Args:
+        model: The model.
+        check: Gives the layers to sweep, by path, and the batches of this worker.
+        method: The name of the method.
+        workers: The `Workers` that share the sweep.
+        options: Those of `ShardSweep`.
+    """
 
-def _warn_of_small_batches(stats, shard):
-    small = stats.batch_size < _SMALL_BATCH and stats.batches > 1
-    if METHODS[stats.method].batches_matter and small and shard.deep:
-        warnings.warn(
-            f"A one-pass sweep over batches of {stats.batch_size} samples gives deeper layers "
-            f"statistics that depend on the batch size. Use batches of at least {_SMALL_BATCH} "
-            "samples, or method='exact', which gives the same for any.",
-            stacklevel=3,
-        )
+    def __init__(self, model, check, method, workers, *, memory_limit, checkpoint, **options):
+        self._model = model
+        # Called in the first `gather`, so that all workers learn if one cannot.
+        self._checked = functools.cache(check)
+        self._method = method
+        self._workers = workers
+        self._memory_limit = memory_limit
+        self._checkpoint = checkpoint
+        self._options = options
+
+    def of_all(self):
+        """Sweep all data: the complete state, the `ShardSweep`, and no `Pilot`."""
+        return *self._whole(lambda: self._checked()[1], self._memory_limit), None
+
+    def of_sample(self, tolerance):
+        """Sweep as much data as a tolerance takes: see `of_all`, and the `Pilot` that found it."""
+        by_level = METHODS[self._method].by_level
+
+        @functools.cache
+        def start():
+            """The `Sample`, and the `ShardSweep` of the pilot."""
+            batches = self._checked()[1]
+            if not by_level:
+                return Sample(batches, None), self._shard(prepared([]), self._method)
+            pilot = self._shard(prepared([]), "pooled", verbose=0)
+            return Sample(batches, self._memory_limit), pilot
+
+        def sweep(more):
+            sample, shard = start()
+            each = math.ceil(more / len(self._workers))
+            begin = shard.begin
+            swept = self._workers.gather(lambda: shard.continue_sweep(begin, sample.more(each)))
+            return merged(swept, begin)
+
+        self._workers.gather(lambda: start()[1].begin)
+        sample, shard = start()
+        drawn = self._checked()[1].population_size
+        # No worker knows how much data the others have.
+        pilot = Pilot(sweep, drawn if len(self._workers) == 1 else 0)
+        pilot.reach(tolerance)
+        if not drawn:
+            pilot.warn_of_halves()
+        if not by_level:
+            return pilot.state, shard, pilot
+        return *self._whole(sample.whole, self._memory_limit - sample.nbytes), pilot
+
+    def _whole(self, batches, memory_limit):
+        """Sweep some batches, level by level: the complete state, and the `ShardSweep`."""
+
+        @functools.cache
+        def shard():
+            limits = {"memory_limit": memory_limit, "checkpoint": self._checkpoint}
+            return self._shard(batches(), self._method, **limits)
+
+        # After a crash a worker may be a level ahead: the levels before are the same for all.
+        gather = self._workers.gather
+        state = max(gather(lambda: shard().begin), key=lambda begin: begin.level)
+        while not state.complete:
+            swept = gather(lambda state=state: shard().sweep_level(state), settled=state.settled)
+            reached = merged(swept, state)
+            if reached is None:
+                raise empty()
+            if reached.whole and not state.whole:
+                state = state.whole_passes()
+                shard().forget_frontiers()
+            else:
+                state = reached.next_level()
+        return state, shard()
+
+    def _shard(self, batches, method, **options):
+        layers, _ = self._checked()
+        return ShardSweep(self._model, layers, batches, method, **{**self._options, **options})
 
 
 def update_population_stats(model, x, **options):
@@ -192,14 +242,16 @@ def update_population_stats(model, x, **options):
     return stats
 
 
-def check(model, x, batch_size=None, steps=None, include_frozen=False, may_be_empty=False):
+def check(
+    model, x, batch_size=None, steps=None, include_frozen=False, may_be_empty=False, sample=False
+):
     """The layers that `collect` would sweep, by path, and the batches it would sweep.
 
     Raises:
         ValueError: All that `collect` would raise before it reads the first batch.
     """
     layers = layers_to_sweep(model, include_frozen)
-    return layers, data.batches(x, batch_size, steps, may_be_empty, model)
+    return layers, data.batches(x, batch_size, steps, may_be_empty, model, sample)
 
 
 def check_batch(model, x, method="exact", batch_size=None, steps=None):
@@ -232,7 +284,7 @@ def check_batch(model, x, method="exact", batch_size=None, steps=None):
     else:
         first = batches.first()
         if first is None:
-            raise data.empty()
+            raise empty()
         inputs = first.inputs
     return trace_first(model, layers, inputs, method, static=batches.static)
 

@@ -1,12 +1,19 @@
 """`collect_shards`: one sweep over data in many places, on any engine that has a map."""
 
+import collections
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from tfbn.sweep import batches as data
-from tfbn.sweep.methods import check_method
+import numpy as np
+
+from tfbn.population import check_tolerance
+from tfbn.sweep import data
+from tfbn.sweep.batches import empty
+from tfbn.sweep.methods import METHODS, check_method
 from tfbn.sweep.replicas import Recipe, forget, replica, source_of
 from tfbn.sweep.report import Report
+from tfbn.sweep.sampling import Pilot
 from tfbn.sweep.state import SweepState, merged
 
 
@@ -20,14 +27,16 @@ def collect_shards(
     batch_size=None,
     steps=None,
     include_frozen=False,
+    tolerance=None,
     verbose="auto",
 ):
     """Sweep data that lies in many shards, on the engine that `map` belongs to.
 
     The same as `tfbn.collect` on all the data: `"exact"` up to rounding whatever the shards, the
     one-pass methods for the same batches. Every level is one call of `map`. A task sweeps one
-    shard at one level and returns count, mean and M2 of the layers of that level; a task that the
-    engine runs twice counts once. Every process loads the model, and traces it, once a sweep.
+    shard at one level and returns the moments of the layers of that level, ten numbers a channel;
+    a task that the engine runs twice counts once. Every process loads the model, and traces it,
+    once a sweep.
 
     ```python
     spawn = multiprocessing.get_context("spawn")  # TensorFlow does not survive a fork.
@@ -47,6 +56,9 @@ def collect_shards(
         batch_size: See `tfbn.collect`.
         steps: Number of batches of every shard; endless data needs it.
         include_frozen: See `tfbn.collect`.
+        tolerance: See `tfbn.collect`. Batches are drawn at random from those of all shards: from a
+            shard of arrays as random samples, from other data the first ones. How many there are
+            must be known of every shard, and one more call of `map` asks for it.
         verbose: 0 for silence, 1 for a progress bar over shards and levels. `"auto"` is 1.
 
     Returns:
@@ -58,60 +70,83 @@ def collect_shards(
         RuntimeError: If sweeping a shard fails, with the shard's name and the error's words.
     """
     check_method(method)
+    tolerance = check_tolerance(tolerance)
     data.check_positive(batch_size=batch_size, steps=steps)
-    shards = list(shards)
     recipe = Recipe(source_of(model), method, include_frozen)
+    reader = _Reader(load, batch_size, steps, sample=tolerance is not None)
+    cluster = _Cluster(recipe, list(shards), map, reader, verbose)
     try:
-        return _collect(recipe, shards, map, load, batch_size, steps, verbose)
+        if tolerance is None:
+            return replica(recipe).finish(cluster.sweep())
+        return _collect_sample(recipe, cluster, tolerance)
     finally:
         forget(recipe)
 
 
-def _collect(recipe, shards, map, load, batch_size, steps, verbose):
+def _collect_sample(recipe, cluster, tolerance):
+    """Sweep as much of all shards as a tolerance takes."""
     here = replica(recipe)
-    state, seen = here.begin, {}
-    recipe = dataclasses.replace(recipe, paths=state.paths)
-    report = Report(recipe.method, verbose, len(shards), unit="shard")
-    report.begin()
-    while not state.complete:
-        report.begin_level(state.level)
-        task = _Task(recipe, state, load, batch_size, steps)
-        after = _sweep_level(task, shards, map, seen, report)
-        if after.whole and not state.whole:
-            state, seen = after.whole_passes(), {}
-            continue
-        state = after.next_level()
-    report.end()
-    return here.finish(state)
+    by_level = METHODS[recipe.method].by_level
+    begin = here.begin_by("pooled") if by_level else here.begin
+    sizes = cluster.sizes()
+    owners = np.repeat(np.arange(len(sizes)), [size.batches for size in sizes])
+    owners = np.random.default_rng(0).permutation(owners)
+    taken = 0
+
+    def sweep(more):
+        nonlocal taken
+        start, taken = taken, min(taken + more, len(owners))
+        return cluster.sweep_level(begin, _Parts(owners, start, taken))
+
+    known = all(size.samples for size in sizes if size.batches)
+    pilot = Pilot(sweep, sum(size.samples for size in sizes) if known else 0)
+    pilot.reach(tolerance)
+    state = cluster.sweep(_Parts(owners, 0, taken)) if by_level else pilot.state
+    return pilot.with_errors(here.finish(state), tolerance)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """How a task reads its shard. See `collect_shards`, and `tfbn.sweep.data` for `sample`."""
+
+    load: Callable | None
+    batch_size: int | None
+    steps: int | None
+    sample: bool
+
+    def batches(self, shard, model):
+        """The `Batches` of a shard."""
+        x = shard if self.load is None else self.load(shard)
+        return data.batches(
+            x, self.batch_size, self.steps, may_be_empty=True, model=model, sample=self.sample
+        )
+
+
+class _Size(NamedTuple):
+    """How many batches a shard has, and how many samples; 0 where that is not known."""
+
+    batches: int
+    samples: int
 
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """The sweep of one shard at one level, to be sent to another process.
+    """The work on one shard, to be sent to another process.
 
     Attributes:
         recipe: The `Recipe` of the sweep.
-        state: The state at the beginning of the level.
-        load: From a shard to its data.
-        batch_size, steps: See `collect_shards`.
+        reader: The `_Reader`.
     """
 
     recipe: Recipe
-    state: SweepState
-    load: Any
-    batch_size: int | None
-    steps: int | None
+    reader: _Reader
 
-    def __call__(self, numbered):
-        """The number of a shard, and the bytes of its state after the level."""
-        number, shard = numbered
+    def __call__(self, item):
+        """The number of a shard, and what `run` gives for it."""
+        number, shard = item
         try:
             here = replica(self.recipe)
-            x = shard if self.load is None else self.load(shard)
-            batches = data.batches(
-                x, self.batch_size, self.steps, may_be_empty=True, model=here.model
-            )
-            return number, here.sweep_level(self.state, batches).to_bytes()
+            return number, self.run(here, number, self.reader.batches(shard, here.model))
         except Exception as error:
             # A string alone: the error itself may not survive the way back.
             raise RuntimeError(
@@ -120,33 +155,143 @@ class _Task:
             ) from None
 
 
-def _sweep_level(task, shards, map, seen, report):
-    """The merged state of all shards after one level."""
-    swept = {}
-    for number, content in map(task, list(enumerate(shards))):
-        if number in swept:
-            continue
-        state = swept[number] = SweepState.from_bytes(content)
-        begins_anew = state.whole and not task.state.whole
-        found = state.samples, state.data
-        if not begins_anew and seen.setdefault(number, found) != found:
+@dataclasses.dataclass(frozen=True)
+class _Measure(_Task):
+    """Asks for the `_Size` of a shard."""
+
+    def run(self, here, number, batches):
+        """The size."""
+        if batches.total is None:
             raise ValueError(
-                f"Expected the same data at every level. Received: {_named(number, shards[number])}"
-                f", which had {seen[number][0]} samples at level 1 and at level {task.state.level} "
-                f"has {found[0]}, or other ones. Give shards that do not change."
+                "Expected a number of batches that is known before they are read, for `tolerance`. "
+                "Received: data that does not tell. Give `steps`, or arrays."
             )
-        report.batch(max(state.levels.values(), default=0))
-    missing = [number for number in range(len(shards)) if number not in swept]
-    if missing:
-        raise ValueError(
-            "Expected a result for every shard. Received: none for "
-            f"{_named(missing[0], shards[missing[0]])}. Look at the engine that `map` belongs to."
-        )
-    # In the order of the shards, so that rounding is the same for any order of results.
-    state = merged((swept[number] for number in range(len(shards))), task.state)
-    if state is None:
-        raise data.empty()
-    return state
+        return tuple(_Size(batches.total, batches.population_size))
+
+
+@dataclasses.dataclass(frozen=True)
+class _SweepLevel(_Task):
+    """Sweeps a shard at one level.
+
+    Attributes:
+        state: The state at the beginning of the level.
+        parts: The `_Parts` of the shards to sweep, or `None` for all of them.
+    """
+
+    state: SweepState
+    parts: Any
+
+    def run(self, here, number, batches):
+        """The bytes of the state after the level."""
+        if self.parts is not None:
+            batches = batches.part(*self.parts.of(number))
+        return here.sweep_level(self.state, batches).to_bytes()
+
+
+class _Parts:
+    """The batches from `start` to `stop` of all shards in random order.
+
+    Args:
+        owners: For every batch, in that order, the number of its shard.
+    """
+
+    def __init__(self, owners, start, stop):
+        self._before = collections.Counter(owners[:start].tolist())
+        self._taken = collections.Counter(owners[start:stop].tolist())
+
+    def of(self, number):
+        """Which of its batches a shard gives, from and to."""
+        start = self._before[number]
+        return start, start + self._taken[number]
+
+
+class _Cluster:
+    """The shards, and the processes that sweep them.
+
+    Args:
+        recipe: The `Recipe` of the sweep.
+        shards: All of them.
+        map: See `collect_shards`.
+        reader: The `_Reader`.
+        verbose: See `collect_shards`.
+    """
+
+    def __init__(self, recipe, shards, map, reader, verbose):
+        self._recipe = recipe
+        self._shards = shards
+        self._map = map
+        self._reader = reader
+        self._verbose = verbose
+
+    def sizes(self):
+        """The `_Size` of every shard."""
+        results = dict(self._results(_Measure(self._recipe, self._reader)))
+        return [_Size(*results[number]) for number in range(len(self._shards))]
+
+    def sweep(self, parts=None):
+        """Sweep all levels: the complete state.
+
+        Args:
+            parts: The `_Parts` of the shards to sweep; all of them by default.
+        """
+        state, seen = replica(self._recipe).begin, {}
+        report = Report(self._recipe.method, self._verbose, len(self._shards), unit="shard")
+        report.begin()
+        while not state.complete:
+            report.begin_level(state.level)
+            after = self.sweep_level(state, parts, seen, report)
+            if after is None:
+                raise empty()
+            if after.whole and not state.whole:
+                state, seen = after.whole_passes(), {}
+                continue
+            state = after.next_level()
+        report.end()
+        return state
+
+    def sweep_level(self, state, parts=None, seen=None, report=None):
+        """The merged state of all shards after one level, or `None` if they have no batch.
+
+        Args:
+            state: The state at the beginning of the level.
+            parts: See `sweep`.
+            seen: By number what a shard had at the level before, to which this level is added.
+            report: The `Report` to count shards in.
+        """
+        recipe = dataclasses.replace(self._recipe, paths=state.paths)
+        swept = {}
+        for number, content in self._results(_SweepLevel(recipe, self._reader, state, parts)):
+            found = swept[number] = SweepState.from_bytes(content)
+            if seen is not None and (state.whole or not found.whole):
+                self._check_same(number, found, seen, state.level)
+            if report is not None:
+                report.batch(max(found.levels.values(), default=0))
+        # In the order of the shards, so that rounding is the same for any order of results.
+        return merged((swept[number] for number in range(len(self._shards))), state)
+
+    def _check_same(self, number, state, seen, level):
+        found = state.samples, state.data
+        if seen.setdefault(number, found) != found:
+            raise ValueError(
+                "Expected the same data at every level. Received: "
+                f"{_named(number, self._shards[number])}, which had {seen[number][0]} samples at "
+                f"level 1 and at level {level} has {found[0]}, or other ones. Give shards that do "
+                "not change."
+            )
+
+    def _results(self, task):
+        """Yield number and result of every shard once, in the order in which they come."""
+        missing = set(range(len(self._shards)))
+        for number, result in self._map(task, list(enumerate(self._shards))):
+            if number in missing:  # An engine may run a task twice.
+                missing.remove(number)
+                yield number, result
+        if missing:
+            number = min(missing)
+            raise ValueError(
+                "Expected a result for every shard. Received: none for "
+                f"{_named(number, self._shards[number])}. Look at the engine that `map` belongs to."
+            )
 
 
 def _named(number, shard):

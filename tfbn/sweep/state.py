@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tfbn import drift, moments, storage
+from tfbn import drift, layer_stats, moments, storage
 from tfbn.moments import Moments
-from tfbn.population import LayerStats, PopulationStats
+from tfbn.population import PopulationStats
 from tfbn.sweep.methods import METHODS
 
 # A pass has settled where the statistics that it found are those that it was made with, up to
@@ -56,11 +56,10 @@ def _union_of_paths(ours, theirs, method):
 
 
 def _by_site(ours, theirs, method):
-    merged = dict(ours)
-    for site, brought in theirs.items():
-        held = merged.get(site)
-        merged[site] = brought if held is None else moments.merge(held, brought, method=method)
-    return merged
+    both = [site for site in theirs if site in ours]
+    merge = functools.partial(moments.merge, method=method)
+    merged = moments.together(merge, [(ours[site], theirs[site]) for site in both])
+    return {**ours, **theirs, **dict(zip(both, merged, strict=True))}
 
 
 def _field(merge, default):
@@ -123,8 +122,14 @@ class SweepState:
             random: Whether it has shown random draws.
             recurrent: The paths of recurrent layers that it has shown.
         """
+        brought = {}
+        for site, values in found:  # The body of a loop brings several for one site.
+            held = brought.get(site)
+            merge = functools.partial(moments.merge_one_batch, method=self.method)
+            brought[site] = values if held is None else merge(held, values)
         shard = dataclasses.replace(
             self.without_batches(),
+            moments=brought,
             levels=levels,
             random=random,
             recurrent=tuple(recurrent),
@@ -134,15 +139,12 @@ class SweepState:
             data=batch.data,
             keys=batch.key,
         )
-        for site, brought in found:  # The body of a loop brings several for one site.
-            merged = _by_site(shard.moments, {site: brought}, self.method)
-            shard = dataclasses.replace(shard, moments=merged)
         return self.merge(shard)
 
     def without_batches(self):
         """The state at the beginning of its level."""
-        zero = {"samples": 0, "batches": 0, "batch_size": 0, "data": 0, "keys": 0}
-        return dataclasses.replace(self, **zero, moments={}, levels={})
+        zero = {"samples": 0, "batches": 0, "batch_size": 0, "data": 0, "keys": 0, "moments": {}}
+        return dataclasses.replace(self, **zero, levels={})
 
     def whole_passes(self):
         """The state of a sweep that begins anew, by whole passes."""
@@ -210,11 +212,11 @@ class SweepState:
         calls = {}
         for site, found in self.settled.items():
             if np.any(found.count):
-                calls.setdefault(site.path, []).append(layer_stats(found))
+                calls.setdefault(site.path, []).append(layer_stats.of_calls([found], self.method))
         spreads = {}
         for path, single in calls.items():
             if len(single) > 1:
-                together = layer_stats(self.layers[path])
+                together = layer_stats.of_calls([self.layers[path]], self.method)
                 drifts = [drift.of_layer(together, one) for one in single]
                 furthest = max(drifts, key=lambda off: off["mean_shift"] + off["std_ratio_max"])
                 spreads[path] = len(single), furthest
@@ -280,7 +282,7 @@ class SweepState:
         arrays = {}
         for name, found in sites.items():
             header[name] = [list(site) for site in found]
-            arrays |= {f"{name}_{i}": np.stack(m) for i, m in enumerate(found.values())}
+            arrays |= {f"{name}_{i}": m.rows for i, m in enumerate(found.values())}
         return storage.pack({"kind": _KIND, "state": header}, arrays)
 
     @classmethod
@@ -328,6 +330,13 @@ class SweepState:
         if not possible:
             raise ValueError("values that no sweep has")
 
+    def statistics(self):
+        """By path the `LayerStats` of the layers of all settled levels."""
+        calls = {}
+        for site, found in self.settled.items():
+            calls.setdefault(site.path, []).append(found)
+        return {path: layer_stats.of_calls(found, self.method) for path, found in calls.items()}
+
     def finish(self, model, previous):
         """The result of a complete sweep.
 
@@ -338,17 +347,17 @@ class SweepState:
         Raises:
             ValueError: If a layer was never called, or without any value.
         """
-        populations = self.layers
+        found = self.statistics()
         for path in self.paths:
-            if path not in populations:
+            if path not in found:
                 raise never_called(model, path)
-            if not np.any(populations[path].count):
+            if not found[path].counts.any():
                 raise ValueError(
                     f"Expected values for layer {path!r}. Received: none, or only masked ones. "
                     "Look at the data and its masks."
                 )
         return PopulationStats(
-            {path: layer_stats(populations[path]) for path in self.paths},
+            {path: found[path] for path in self.paths},
             method=self.method,
             samples=self.samples,
             batches=self.batches,
@@ -384,11 +393,6 @@ def merged(states, begin):
     return whole
 
 
-def layer_stats(found: Moments) -> LayerStats:
-    """The statistics that moments come to."""
-    return LayerStats(found.count, found.mean, moments.variance(found))
-
-
 def _check_same_data(first, now, random):
     if first[:2] != now[:2]:
         raise ValueError(
@@ -408,10 +412,10 @@ def _check_same_data(first, now, random):
 
 def _possible(values):
     """The moments in an array, unless no data has such."""
-    if values.ndim != 2 or len(values) != 3 or values.dtype != np.float64:
-        raise ValueError("an array that is no count, mean and M2")
-    found = Moments(*values)
-    if not (np.isfinite(values).all() and (found.count >= 0).all() and (found.m2 >= 0).all()):
+    if values.ndim != 2 or len(values) != 10 or values.dtype != np.float64:
+        raise ValueError("an array that is no moments")
+    found = Moments(values)
+    if not (np.isfinite(values).all() and (values[[0, 2, 3, 4, 7, 9]] >= 0).all()):
         raise ValueError("moments that no data has")
     return found
 
@@ -426,7 +430,7 @@ def _by_path(by_site, method):
 
 def _same_moments(ours, theirs):
     return ours.keys() == theirs.keys() and all(
-        all(map(np.array_equal, ours[site], theirs[site])) for site in ours
+        np.array_equal(ours[site].rows, theirs[site].rows) for site in ours
     )
 
 

@@ -1,11 +1,11 @@
-"""Tests of `tfbn.sweep.batches` beyond what the sweep's tests cover with whole sweeps."""
+"""Tests of `tfbn.sweep.data` beyond what the sweep's tests cover with whole sweeps."""
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfbn.sweep import batches as data
+from tfbn.sweep import data
 
 
 def test_float64_arrays_come_in_keras_float_type():

@@ -1,0 +1,268 @@
+"""Tests of `tolerance`, and of the standard errors that sweeps give."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from sklearn.datasets import load_digits
+
+import tfbn
+
+METHODS = ["exact", "pooled", "algorithm2"]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Real images, sorted by class."""
+    images, labels = load_digits(return_X_y=True)
+    order = np.argsort(labels, kind="stable")
+    return (images[order] / 16).astype("float32").reshape(-1, 8, 8, 1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A convolutional network with four batch norm layers, one of them over samples alone."""
+    keras.utils.set_random_seed(0)
+    x = inputs = keras.Input((8, 8, 1), name="image")
+    for filters in (8, 16):
+        x = layers.Conv2D(filters, 3, padding="same")(x)
+        x = layers.ReLU()(tfbn.BatchNormalization()(x))
+    x = layers.Dense(16)(layers.GlobalAveragePooling2D()(x))
+    return keras.Model(inputs, layers.Dense(4)(layers.BatchNormalization()(x)))
+
+
+@pytest.fixture(scope="module")
+def population(model, digits):
+    """The statistics of all images."""
+    return tfbn.collect(model, digits, verbose=0)
+
+
+def off(stats, population):
+    """By how much the worst channel is off: means in standard deviations, and those in parts."""
+    return max(
+        max(
+            np.max(np.abs(stats[path].mean - p.mean) / np.sqrt(p.variance)),
+            np.max(np.abs(np.sqrt(stats[path].variance / p.variance) - 1)),
+        )
+        for path, p in population.items()
+    )
+
+
+def drawn(digits, samples, seed):
+    """Images drawn at random, with replacement."""
+    return digits[np.random.default_rng(seed).integers(0, len(digits), samples)]
+
+
+def test_95_percent_intervals_cover_the_population_in_95_percent(model, digits):
+    # The population of a one-pass method is the mean over all batches of that size.
+    options = {"method": "pooled", "batch_size": 16, "verbose": 0}
+    truth = tfbn.collect(model, drawn(digits, 1500 * 16, 0), **options)
+    hits = {"mean": [], "variance": []}
+    for seed in range(1, 61):
+        stats = tfbn.collect(model, drawn(digits, 640, seed), **options)
+        for path, found in stats.items():
+            for name, covered in hits.items():
+                distance = np.abs(getattr(found, name) - getattr(truth[path], name))
+                covered.append(distance <= 1.96 * getattr(found, f"{name}_error"))
+    for covered in hits.values():
+        assert 0.93 <= np.mean(np.concatenate(covered)) <= 0.97
+
+
+def test_errors_with_a_tolerance_cover_the_population_of_exact_statistics(
+    model, digits, population
+):
+    hits = {"mean": [], "variance": []}
+    for seed in range(60):
+        images = np.array_split(drawn(digits, 640, seed), 40)
+        stats = tfbn.collect(model, iter(images), tolerance=1e-6, verbose=0)
+        for path, found in stats.items():
+            for name, covered in hits.items():
+                distance = np.abs(getattr(found, name) - getattr(population[path], name))
+                covered.append(distance <= 1.96 * getattr(found, f"{name}_error"))
+    for covered in hits.values():
+        assert 0.93 <= np.mean(np.concatenate(covered)) <= 0.97
+
+
+def test_errors_of_the_first_layer_are_those_of_cluster_sampling(model, digits):
+    stats = tfbn.collect(model, digits, batch_size=300, verbose=0)
+    inner = keras.Model(model.input, model.layers[1].output)
+    values = [inner(digits[i : i + 300]).numpy().astype(np.float64) for i in range(0, 1797, 300)]
+    n = np.array([[len(v)] for v in values])
+    means = np.array([v.mean((0, 1, 2)) for v in values])
+    mean = np.sum(n * means, 0) / n.sum()
+    error = np.sqrt(6 / 5 * np.sum((n * (means - mean)) ** 2, 0)) / n.sum()
+    np.testing.assert_allclose(next(iter(stats.values())).mean_error, error, rtol=1e-4)
+
+
+def test_one_batch_tells_no_errors(model, digits):
+    stats = tfbn.collect(model, digits[:50], batch_size=50, verbose=0)
+    assert np.isnan(stats.relative_error)
+    assert all(np.isnan(layer.mean_error).all() for layer in stats.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sample_of_sorted_data_is_as_close_as_it_was_asked_to_be(
+    model, digits, population, method
+):
+    stats = tfbn.collect(model, digits, method=method, batch_size=16, tolerance=0.03, verbose=0)
+    assert 320 <= stats.samples < len(digits)
+    assert stats.relative_error <= stats.tolerance == 0.03
+    assert stats.population_size == len(digits)
+    assert off(stats, population) < 3 * 0.03
+    again = tfbn.collect(model, digits, method=method, batch_size=16, tolerance=0.03, verbose=0)
+    assert again == stats
+
+
+def test_a_smaller_tolerance_takes_more_and_is_closer(model, digits, population):
+    samples, errors = [], []
+    for tolerance in (0.05, 0.02, 0.01):
+        stats = tfbn.collect(model, digits, batch_size=8, tolerance=tolerance, verbose=0)
+        assert stats.relative_error <= tolerance
+        samples.append(stats.samples)
+        errors.append(off(stats, population))
+    assert samples == sorted(set(samples)) and errors[-1] < errors[0]
+
+
+@pytest.mark.parametrize("method", ["exact", "pooled"])
+def test_all_of_the_data_has_no_error_left(model, digits, population, method):
+    """Its population is the data itself."""
+    stats = tfbn.collect(model, digits[:200], method=method, tolerance=1e-6, verbose=0)
+    assert stats.samples == stats.population_size == 200
+    assert stats.relative_error == 0
+    if method == "exact":
+        everything = tfbn.collect(model, digits[:200], verbose=0)
+        for path, layer in stats.items():
+            np.testing.assert_allclose(layer.mean, everything[path].mean, atol=1e-5)
+
+
+def test_a_stream_that_ends_first_is_swept_whole(model, digits, capsys):
+    dataset = tf.data.Dataset.from_tensor_slices(digits[::3]).batch(16)
+    stats = tfbn.collect(model, dataset, tolerance=1e-4, verbose=0)
+    whole = tfbn.collect(model, dataset, verbose=0)
+    assert stats.samples == whole.samples and stats.population_size == 0
+    for path, layer in stats.items():
+        np.testing.assert_allclose(layer.mean, whole[path].mean, atol=1e-6)
+    stats.summary()
+    assert "tolerance=0.0001 (data ended first)" in capsys.readouterr().out
+
+
+def shuffled(digits):
+    """Data that comes in another order, and other noise, every time."""
+    dataset = tf.data.Dataset.from_tensor_slices(digits).shuffle(2000).batch(16)
+    return dataset.map(lambda x: x + tf.random.normal(tf.shape(x), stddev=0.01))
+
+
+@pytest.mark.parametrize("source", ["generator", "shuffled", "endless"])
+def test_all_levels_see_the_same_sample_of_any_stream(model, digits, population, source):
+    order = np.random.default_rng(0).permutation(len(digits))
+    x = {
+        "generator": lambda: (digits[part] for part in np.array_split(order, 110)),
+        "shuffled": lambda: shuffled(digits),
+        "endless": lambda: shuffled(digits).repeat(),
+    }[source]()
+    stats = tfbn.collect(model, x, tolerance=0.05, verbose=0)
+    assert stats.samples < len(digits) and stats.levels == 3
+    assert off(stats, population) < 3 * 0.05
+
+
+def test_only_the_sample_is_read(model, digits):
+    read = []
+
+    def batches():
+        for i in range(0, len(digits), 16):
+            read.append(i)
+            yield digits[i : i + 16]
+
+    stats = tfbn.collect(model, batches(), tolerance=0.1, verbose=0)
+    assert len(read) == stats.batches == 20
+
+
+def test_a_sample_that_does_not_fit_is_read_again_or_refused(model, digits):
+    order = np.random.default_rng(0).permutation(len(digits))
+    dataset = tf.data.Dataset.from_tensor_slices(digits[order]).batch(16)
+    small = tfbn.collect(model, dataset, tolerance=0.05, memory_limit=5000, verbose=0)
+    large = tfbn.collect(model, dataset, tolerance=0.05, verbose=0)
+    assert small.samples == large.samples
+    for path, layer in small.items():
+        np.testing.assert_allclose(layer.mean, large[path].mean, atol=1e-5)
+    with pytest.raises(ValueError, match="memory_limit=5000"):
+        tfbn.collect(model, iter(dataset), tolerance=0.05, memory_limit=5000, verbose=0)
+
+
+def test_halves_that_disagree_are_a_warning(model, digits):
+    """Not on data in random order, for which a tolerance is made."""
+    dark = np.concatenate([digits[::4] * 0.3, digits[::4]])
+    for images, expected in ((dark, 1), (digits[np.random.default_rng(0).permutation(1797)], 0)):
+        dataset = tf.data.Dataset.from_tensor_slices(images).batch(8)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tfbn.collect(model, dataset, tolerance=0.01, verbose=0)
+        assert sum("half of the sample" in str(w.message) for w in caught) == expected
+
+
+@pytest.mark.parametrize("tolerance", [0, -0.1, 2, np.nan, "a"])
+def test_wrong_tolerances_are_refused_before_anything_is_read(model, tolerance):
+    with pytest.raises(ValueError, match=r"Expected tolerance .* Received"):
+        tfbn.collect(model, iter(()), tolerance=tolerance)
+    with pytest.raises(ValueError, match=r"Expected tolerance .* Received"):
+        tfbn.PopulationStatsCallback(np.zeros((3, 2)), tolerance=tolerance)
+
+
+def test_no_data_is_an_error(model):
+    with pytest.raises(ValueError, match="at least one batch"):
+        tfbn.collect(model, iter(()), tolerance=0.1)
+
+
+def test_nothing_is_changed(model, digits):
+    before = [np.array(w) for w in model.get_weights()]
+    tfbn.collect(model, digits, tolerance=0.05, verbose=0)
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("method", ["exact", "pooled"])
+def test_shards_give_a_random_sample_of_all(model, digits, population, method):
+    # A shard a class, and one that is empty.
+    shards = [*np.array_split(digits, 10), digits[:0]]
+    stats = tfbn.collect_shards(
+        model, shards, method=method, batch_size=8, tolerance=0.03, verbose=0
+    )
+    assert stats.population_size == len(digits) and stats.tolerance == 0.03
+    assert stats.samples < len(digits) and stats.relative_error <= 0.03
+    if method == "pooled":  # Batches of one class normalise deeper layers in another way.
+        population = dict([next(iter(population.items()))])
+    assert off(stats, population) < 4 * 0.03
+
+
+def test_shards_of_other_sizes_are_weighted_by_them(model, digits, population):
+    shards = np.split(digits, [30, 60, 90, 120])
+    stats = tfbn.collect_shards(model, shards, batch_size=4, tolerance=0.03, verbose=0)
+    assert off(stats, population) < 3 * 0.03
+
+
+def test_shards_that_end_first_are_swept_whole(model, digits):
+    shards = np.array_split(digits[:300], 3)
+    stats = tfbn.collect_shards(model, shards, tolerance=1e-6, verbose=0)
+    assert stats.samples == stats.population_size == 300 and stats.relative_error == 0
+    whole = tfbn.collect(model, digits[:300], verbose=0)
+    for path, layer in stats.items():
+        np.testing.assert_allclose(layer.mean, whole[path].mean, atol=1e-5)
+
+
+def test_shards_of_unknown_length_are_refused(model, digits):
+    with pytest.raises(RuntimeError, match=r"shard 0 .*number of batches that is known"):
+        tfbn.collect_shards(model, [0], load=lambda _: iter([digits]), tolerance=0.1, verbose=0)
+
+
+def test_devices_and_callbacks_take_a_tolerance(model, digits):
+    network = keras.models.clone_model(model)
+    network.compile("sgd", "mse")
+    targets = np.zeros((len(digits), 4), "float32")
+    callback = tfbn.PopulationStatsCallback(digits, batch_size=16, tolerance=0.05, verbose=0)
+    tracker = tfbn.StatsTracker(digits, (digits[:50], targets[:50]), batch_size=16, tolerance=0.05)
+    network.fit(digits, targets, batch_size=256, callbacks=[tracker, callback], verbose=0)
+    for stats in (callback.stats, tracker.stats):
+        assert stats.tolerance == 0.05 and stats.samples < len(digits)
