@@ -25,7 +25,7 @@ example:
   tfbn recalibrate model.keras --data train.npz --out recalibrated.keras
   tfbn compare model.keras model.keras recalibrated.keras
   tfbn export recalibrated.keras serving/model
-  tfbn recalibrate serving/model --data field.npz --blend-samples 16"""
+  tfbn recalibrate serving/model --data field.npz"""
 
 _DATA_HELP = """\
 data, already preprocessed as for model.fit:
@@ -105,7 +105,8 @@ def _add_recalibrate(commands):
         type=_size,
         metavar="N",
         help="for few samples from the field: weight the statistics that the model holds as if "
-        "they were of N samples more (try 16; default: 0)",
+        "they were of N samples more. 4 protects where fewer than 16 samples from the field may not "
+        "have moved at all, and costs where they have (default: 0)",
     )
     added.add_argument(
         "--tolerance",

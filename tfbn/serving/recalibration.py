@@ -51,6 +51,7 @@ def recalibrate(
     batch_size: int | None = None,
     steps: int | None = None,
     blend_samples: int = 0,
+    tolerance: float | None = None,
     verbose: Any = "auto",
 ) -> Recalibrated:
     """Sweep data through a model that is served, and write its next version with what was found.
@@ -80,6 +81,7 @@ def recalibrate(
         steps: Number of batches that make the data; endless data needs it.
         blend_samples: N, as how many samples the statistics that the version holds count beside
             those of the data, see `PopulationStats.blend`; 0 for the data's own.
+        tolerance: See `tfbn.collect`.
         verbose: See `tfbn.collect`.
 
     Returns:
@@ -92,8 +94,16 @@ def recalibrate(
             if the data cannot be swept, see `tfbn.collect`; or if the new version does not predict
             as it should. Nothing is written then.
     """
-    options = {"method": method, "batch_size": batch_size, "steps": steps, "verbose": verbose}
-    return next_version(opened(path), x, blend_samples=blend_samples, **options)
+    return next_version(
+        opened(path),
+        x,
+        blend_samples=blend_samples,
+        batch_size=batch_size,
+        steps=steps,
+        method=method,
+        tolerance=tolerance,
+        verbose=verbose,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
