@@ -121,10 +121,10 @@ def load(name, seed):
     return tuple(((x / 255).astype("float32")[..., None], y) for x, y in data)
 
 
-def read_idx(part):
+def read_idx(part, directory=FASHION_MNIST):
     """Images and labels from the gzipped IDX files of Fashion-MNIST."""
-    images = gzip.decompress((FASHION_MNIST / f"{part}-images-idx3-ubyte.gz").read_bytes())
-    labels = gzip.decompress((FASHION_MNIST / f"{part}-labels-idx1-ubyte.gz").read_bytes())
+    images = gzip.decompress((directory / f"{part}-images-idx3-ubyte.gz").read_bytes())
+    labels = gzip.decompress((directory / f"{part}-labels-idx1-ubyte.gz").read_bytes())
     x = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
     return x, np.frombuffer(labels, np.uint8, offset=8)
 

@@ -4,6 +4,7 @@ The other way is Keras alone: models that were saved or trained again, and batch
 momentum 0, whose statistics after a step in training mode are those of that batch.
 """
 
+import argparse
 import json
 import os
 import pathlib
@@ -295,3 +296,69 @@ def test_the_quickstart_does_today_what_its_outputs_show(tmp_path):
     np.testing.assert_allclose(printed, committed, atol=0.05)
     assert printed[1] > 0.9 > printed[0]
     assert "largest difference" in done.stdout and (tmp_path / "models/digits/1").is_dir()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """Results and directory of the served population, with networks that know little."""
+    out = tmp_path_factory.mktemp("served") / "out"
+    return run("served_population.py", out, "--seeds", 2, "--epochs", 3), out
+
+
+def arguments_of_digits():
+    """What the example's `load` asks for."""
+    return argparse.Namespace(data="digits", data_dir=None)
+
+
+def test_served_population_accuracy(served):
+    """With blends by NumPy of statistics by Keras alone."""
+    import served_population as example
+
+    results, out = served
+    count, weight, seed, shift = 16, 4, 1, "darker, x 0.3"
+    _, requests, (x, y) = example.load(arguments_of_digits(), seed)
+    saved = out / f"seed_{seed}.keras"
+    held = keras.models.load_model(saved)
+    x, field = example.shifted(shift, x, seed + 1), example.shifted(shift, requests[0], seed)
+    swept = with_population(saved, field[:count])
+    [run] = [r for r in results["runs"] if (r["seed"], r["shift"]) == (seed, shift)]
+    place = results["counts"].index(count)
+    assert run["as_trained"] == pytest.approx(metrics(held, x, y)["accuracy"], abs=0.003)
+    found = metrics(swept, x, y)["accuracy"]
+    assert run["accuracy"]["0"][place] == pytest.approx(found, abs=0.003)
+    for ours, theirs in zip(swept.layers, held.layers, strict=True):
+        if isinstance(ours, layers.BatchNormalization):
+            for name in ("moving_mean", "moving_variance"):
+                own, source = (np.float64(getattr(layer, name)) for layer in (ours, theirs))
+                blended = (weight * source + count * own) / (weight + count)
+                getattr(ours, name).assign(blended)
+    found = metrics(swept, x, y)["accuracy"]
+    assert run["accuracy"][str(weight)][place] == pytest.approx(found, abs=0.003)
+
+
+def test_served_population_serves_it(served):
+    """The second version answers as often right as the model with the same statistics."""
+    results, out = served
+    assert results["served"]["before"][0] == 1 and results["served"]["after"][0] == 2
+    [run] = [
+        run
+        for run in results["runs"]
+        if (run["seed"], run["shift"]) == (0, "contrast to a quarter")
+    ]
+    assert results["served"]["before"][1] == pytest.approx(run["as_trained"], abs=0.003)
+    place = results["counts"].index(64)
+    assert results["served"]["after"][1] == pytest.approx(run["accuracy"]["0"][place], abs=0.003)
+    assert (out / "models" / "seed_0" / "2" / "saved_model.pb").exists()
+
+
+def test_served_population_report(served):
+    """The table's numbers, from the results by SciPy."""
+    results, out = served
+    report = (out / "report.md").read_text()
+    place = results["counts"].index(8)
+    runs = [run for run in results["runs"] if run["shift"] == "none"]
+    accuracy = np.array([100 * run["accuracy"]["0"][place] for run in runs])
+    assert f" {accuracy.mean():.1f} ± {stats.sem(accuracy):.1f} |" in report
+    gain = np.array([100 * run["accuracy"]["4"][place] for run in runs]) - accuracy
+    assert f" {gain.mean():+.1f} ± {stats.sem(gain):.1f} |" in report
+    assert is_png(out / "accuracy.png") and "(accuracy.png)" in report

@@ -11,10 +11,12 @@ with moving averages, which lag. With tfbn a model gets its population statistic
 Both work for Keras's own layer and for `tfbn.BatchNormalization`, a faster drop-in for it.
 `tfbn.convert(model)` exchanges the one for the other. `tfbn.export(model, path)` writes a verified
 SavedModel for TensorFlow Serving, `tfbn.describe(path)` says where its statistics came from, and
-`tfbn.fold(model)` is the same network without batch norm layers. `tfbn.StatsTracker` logs
-validation metrics with moving-average, population and mini-batch statistics side by side;
-`tfbn.plot_drift` and `tfbn.plot_history` draw what was found. `python -m tfbn` does the same for
-models in files.
+`tfbn.fold(model)` is the same network without batch norm layers. With `monitor=True` the server
+tells what enters the batch norm layers, and `tfbn.ServedStats(path)` whether that has moved away
+from the population; `tfbn.recalibrate(path, x)` moves the population there, in the model's next
+version. `tfbn.StatsTracker` logs validation metrics with moving-average, population and mini-batch
+statistics side by side; `tfbn.plot_drift` and `tfbn.plot_history` draw what was found.
+`python -m tfbn` does the same for models in files.
 
 A sweep uses all devices and workers of the strategy that a model was built for. Data that lies
 in many places is swept by `tfbn.collect_shards`, on any engine that has a map, and by
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from tfbn.serving.exporting import export
     from tfbn.serving.folding import fold
     from tfbn.serving.provenance import describe
+    from tfbn.serving.recalibration import recalibrate
+    from tfbn.serving.served import ServedStats
     from tfbn.sweep.run import collect, update_population_stats
     from tfbn.sweep.shards import collect_shards
     from tfbn.tracker import StatsTracker
@@ -48,6 +52,7 @@ __all__ = [
     "LayerStats",
     "PopulationStats",
     "PopulationStatsCallback",
+    "ServedStats",
     "StatsTracker",
     "__version__",
     "collect",
@@ -58,6 +63,7 @@ __all__ = [
     "fold",
     "plot_drift",
     "plot_history",
+    "recalibrate",
     "update_population_stats",
 ]
 
@@ -68,6 +74,7 @@ _MODULES = {
     "LayerStats": "tfbn.population",
     "PopulationStats": "tfbn.population",
     "PopulationStatsCallback": "tfbn.callback",
+    "ServedStats": "tfbn.serving.served",
     "StatsTracker": "tfbn.tracker",
     "collect": "tfbn.sweep.run",
     "collect_shards": "tfbn.sweep.shards",
@@ -77,6 +84,7 @@ _MODULES = {
     "fold": "tfbn.serving.folding",
     "plot_drift": "tfbn.plots",
     "plot_history": "tfbn.plots",
+    "recalibrate": "tfbn.serving.recalibration",
     "update_population_stats": "tfbn.sweep.run",
 }
 

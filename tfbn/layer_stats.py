@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn import keras_models, moments
+from tfbn import blending, keras_models, moments
 
 RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
 ERRORS = ("mean_error", "variance_error")
@@ -162,6 +162,35 @@ class LayerStats:
         with np.errstate(invalid="ignore", divide="ignore"):
             relative = errors / np.stack([np.sqrt(variance), 2 * variance])
         return float(np.max(np.where(errors == 0, 0.0, relative), initial=0.0))
+
+    def blend(self, source: "LayerStats", samples: int, field_samples: int) -> "LayerStats":
+        """These statistics, blended with those of a source; see `PopulationStats.blend`.
+
+        Args:
+            source: The statistics of the same layer over the source.
+            samples: N, as how many samples the source counts.
+            field_samples: n, the number of samples behind these statistics. (`count` is the
+                number of values: samples times positions.)
+
+        Returns:
+            The mean and the variance N / (N + n) of the source's plus n / (N + n) of these, with
+            the count of these, and n / (N + n) of their standard errors, as if the source were
+            known without any.
+
+        Raises:
+            ValueError: If the shapes differ, if a number is not whole, or if the source has a mean
+                or variance that no data has.
+        """
+        share = blending.share(samples, field_samples)
+        require_same_shape("of both", self, source)
+        impossible = source.impossible()
+        if impossible is not None:
+            raise ValueError(
+                f"Expected a source with finite means and variances of at least 0. Received: "
+                f"{impossible}. Sweep the training data to have another."
+            )
+        blended = LayerStats(self.counts, *blending.weighted(self, source, share))
+        return blended.with_errors(*((1 - share) * error for error in self.errors.values()))
 
     def _moments(self):
         count = self.counts.astype(np.float64)

@@ -30,6 +30,7 @@ ATTRIBUTES = (
     "levels",
     "population_size",
     "tolerance",
+    "source_weight",
 )
 
 
@@ -103,11 +104,12 @@ def _renew(header, arrays):
     """Make the header and arrays of format 2 those of format 3, in place."""
     if header["calls"] is not None or header["level"] != header["levels"]:
         raise ValueError("part of a sweep, which only tfbn 0.1.0 goes on with")
-    header |= {"population_size": 0, "tolerance": None}
+    header |= {"population_size": 0, "tolerance": None, "source_weight": 0}
     paths = header["previous"]
     if paths is not None:
         read = {"method": "assigned", "fingerprint": "", "levels": 1, "tolerance": None}
         none = {"samples": 0, "batches": 0, "batch_size": 0, "population_size": 0}
+        none["source_weight"] = 0
         header["previous"] = {"layers": paths, **read, **none}
         for name in list(arrays):
             if name.startswith("previous_mean_"):

@@ -414,13 +414,13 @@ def test_a_name_that_is_taken_during_the_sweep_is_not_overwritten(
     capsys, monkeypatch, tmp_path, saved
 ):
     out = tmp_path / "out.keras"
-    sweep = tfbn.update_population_stats
+    sweep = tfbn.collect
 
     def sweep_while_another_writes(*args, **options):
         out.write_text("theirs")
         return sweep(*args, **options)
 
-    monkeypatch.setattr(tfbn, "update_population_stats", sweep_while_another_writes)
+    monkeypatch.setattr(tfbn, "collect", sweep_while_another_writes)
     data = as_npy(tmp_path)
     code, _, err = run(capsys, "recalibrate", saved, "--data", *data, "--out", out, "--json")
     assert code == 1 and "exists" in err

@@ -4,14 +4,16 @@ import argparse
 import contextlib
 import io
 import json
+import os
 from collections.abc import Callable
 
 import tfbn
 from tfbn import drift, keras_models, storage
+from tfbn.blending import in_words
 from tfbn.cli import formats, keras_files
 from tfbn.cli.errors import FileError, naming, reading
 from tfbn.layer_stats import require_same_shape
-from tfbn.serving import provenance
+from tfbn.serving import provenance, recalibration
 
 DONE, NOT_SWEPT = 0, 3
 
@@ -42,33 +44,83 @@ def inspect(args: argparse.Namespace) -> int:
 
 def recalibrate(args: argparse.Namespace) -> int:
     """Sweep data through a model and write it with the statistics found."""
-    keras_files.require_free(args.out)
+    served = os.path.isdir(args.model)
+    _check_out(args, served)
     options = formats.Options(args.batch_size, args.features, args.scale)
     read = formats.find_reader(args.data, options)
+    return (_recalibrate_served if served else _recalibrate_file)(args, read, options)
+
+
+def _recalibrate_file(args, read, options):
     model = keras_files.load(args.model, args.unsafe, compiled=True)
     _require_unfrozen(model, args)
     x, batch_size = read(args.data, model, options)
-    files = [path for path in (args.data, args.features, args.model) if path is not None]
-    with _naming_images(args.data), naming(*files):
-        stats = tfbn.update_population_stats(
-            model,
-            x,
-            method=args.method,
-            batch_size=batch_size,
-            include_frozen=args.include_frozen,
-            tolerance=args.tolerance,
-            verbose=0 if args.json else "auto",
+    with _naming_images(args.data), naming(*_files(args)):
+        stats = tfbn.collect(
+            model, x, batch_size=batch_size, include_frozen=args.include_frozen, **_sweep(args)
         )
+        if args.blend_samples:
+            stats = stats.blend(stats.previous, samples=args.blend_samples)
+        stats.assign(model)
     keras_files.save(model, stats, args.out)
-    if args.json:
-        found = stats.to_dict()
-        for path, off in stats.compare(stats.previous).items():
-            found["layers"][path] = {"count": stats[path].count, **off}
-        _print_json({"out": args.out, **found})
-    else:
-        stats.summary()
-        print(f"Wrote {args.out}. {args.model} is as it was.")
+    _print_recalibrated(args, stats, args.out, f"{args.model} is as it was.")
     return DONE
+
+
+def _recalibrate_served(args, read, options):
+    with naming(args.model):
+        before = recalibration.opened(args.model)
+    x, batch_size = read(args.data, before.network, options)
+    with _naming_images(args.data), naming(*_files(args)):
+        found = recalibration.next_version(
+            before,
+            x,
+            batch_size=batch_size,
+            blend_samples=args.blend_samples or 0,
+            **_sweep(args),
+        )
+    text = f"{before.path} is as it was."
+    _print_recalibrated(args, found.stats, str(found.path), text)
+    return DONE
+
+
+def _check_out(args, served):
+    """Raise `FileError` unless the options fit the kind of model, and its new place is free."""
+    if served and (args.out or args.include_frozen or args.unsafe):
+        raise FileError(
+            "Expected a model's directory without --out, --include-frozen and --unsafe: its next "
+            "version is written into it, all its layers are swept, and no code in it is run. "
+            f"Received: {args.model} with one of them."
+        )
+    if not served and not args.out:
+        raise FileError(
+            f"Expected --out with a name for the new .keras file. Received: none, for {args.model}."
+        )
+    if not served:
+        keras_files.require_free(args.out)
+
+
+def _files(args):
+    return [path for path in (args.data, args.features, args.model) if path is not None]
+
+
+def _sweep(args):
+    return {
+        "method": args.method,
+        "tolerance": args.tolerance,
+        "verbose": 0 if args.json else "auto",
+    }
+
+
+def _print_recalibrated(args, stats, out, text):
+    if not args.json:
+        stats.summary()
+        print(f"Wrote {out}. {text}")
+        return
+    found = stats.to_dict()
+    for path, off in stats.compare(stats.previous).items():
+        found["layers"][path] = {"count": stats[path].count, **off}
+    _print_json({"out": out, **found})
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -169,7 +221,8 @@ def _state(model, sweep):
     return (
         "swept",
         f"swept, method={swept.method!r}, {swept.samples} samples in {swept.batches} "
-        f"batches of at most {swept.batch_size}",
+        f"batches of at most {swept.batch_size}"
+        + (f", {words}" if (words := in_words(swept.samples, swept.source_weight)) else ""),
     )
 
 

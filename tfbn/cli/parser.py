@@ -24,7 +24,8 @@ example:
   tfbn inspect model.keras
   tfbn recalibrate model.keras --data train.npz --out recalibrated.keras
   tfbn compare model.keras model.keras recalibrated.keras
-  tfbn export recalibrated.keras serving/model"""
+  tfbn export recalibrated.keras serving/model
+  tfbn recalibrate serving/model --data field.npz"""
 
 _DATA_HELP = """\
 data, already preprocessed as for model.fit:
@@ -76,17 +77,21 @@ def _add_recalibrate(commands):
     added = _add(
         commands,
         "recalibrate",
-        "sweep the training data through a model and write it with the statistics found",
+        "sweep data through a model and write it with the statistics found",
         epilog=_DATA_HELP,
     )
-    _add_model(added)
+    _add_model(added, ", or the directory of a model that `tfbn export` wrote")
     added.add_argument(
         "--data",
         required=True,
         metavar="FILE",
-        help="the training data, see below",
+        help="the training data, or unlabelled data from the field, see below",
     )
-    added.add_argument("--out", required=True, metavar="MODEL2", help="a new .keras file")
+    added.add_argument(
+        "--out",
+        metavar="MODEL2",
+        help="a new .keras file. Not for a directory, into which its next version is written",
+    )
     added.add_argument(
         "--method",
         choices=METHODS,
@@ -95,6 +100,14 @@ def _add_recalibrate(commands):
         "time and wants large batches. algorithm2: one pass, the paper to the letter",
     )
     added.add_argument("--batch-size", type=_size, metavar="N", help="in samples (default: 32)")
+    added.add_argument(
+        "--blend-samples",
+        type=_size,
+        metavar="N",
+        help="for few samples from the field: weight the statistics that the model holds as if "
+        "they were of N samples more. 4 protects where fewer than 16 samples from the field may not "
+        "have moved at all, and costs where they have (default: 0)",
+    )
     added.add_argument(
         "--tolerance",
         type=_tolerance,
@@ -168,14 +181,14 @@ def _add(commands, name, text, epilog=None):
     return added
 
 
-def _add_model(command):
+def _add_model(command, more=""):
     command.add_argument(
         "--unsafe",
         action="store_true",
         help="load code that is stored in the model file (Lambda layers). It can do "
         "anything you can: only for files that you trust",
     )
-    command.add_argument("model", metavar="MODEL", help="a .keras, .h5 or .hdf5 file")
+    command.add_argument("model", metavar="MODEL", help=f"a .keras, .h5 or .hdf5 file{more}")
 
 
 def _size(text):

@@ -33,6 +33,7 @@ class Written:
         origin: Where these are from, in words.
         saved: The names of outputs and the ops of training, from when it was written.
         allow_nan: Whether outputs may be without a finite value.
+        monitor: The endpoint `monitor` as it was loaded, or `None` without one.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Written:
         saved: Saved,
         *,
         allow_nan: bool,
+        monitor: Callable | None = None,
     ):
         self.model = model
         self.serve = serve
@@ -53,6 +55,7 @@ class Written:
         self.origin = origin
         self.saved = saved
         self.allow_nan = allow_nan
+        self.monitor = monitor
 
     @functools.cached_property
     def expected(self) -> dict[str, Any]:
@@ -228,6 +231,20 @@ def samples_are_independent(written: Written) -> None:
         )
 
 
+def monitor_answers_like_serve(written: Written) -> None:
+    """The endpoint `monitor` has the outputs of `serve`, up to the rounding of another graph."""
+    if written.monitor is None:
+        return
+    outputs = written.monitor(*written.inputs)
+    for name, (off, scale) in differences(outputs, written.answers).items():
+        if off > written.tolerance(scale) and not off <= _ROUNDINGS * written.rounding[name]:
+            raise ValueError(
+                "Expected the endpoint monitor to predict what serve predicts. Received: model "
+                f"{written.model.name!r}, whose outputs {name!r} differ by {off:.3g} on "
+                f"{written.origin}. Export without monitor."
+            )
+
+
 def _among_others(written):
     """The answers to the first sample and to zeros, or to itself again if zeros are an error."""
 
@@ -289,4 +306,5 @@ CHECKS = (
     calls_agree,
     predicts_like_the_model,
     samples_are_independent,
+    monitor_answers_like_serve,
 )

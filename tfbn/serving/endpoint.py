@@ -3,14 +3,14 @@
 import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import keras
 import tensorflow as tf
 
 from tfbn import keras_models
-from tfbn.serving import signature
+from tfbn.serving import batch_norms, monitor, signature
 
 # Ops that no batch norm layer needs for inference: reductions over the data and new moving
 # averages.
@@ -29,10 +29,12 @@ class Saved(NamedTuple):
     Attributes:
         output_names: The endpoint's names of its outputs by the model's, in the model's order.
         training_ops: Path of a batch norm layer and type of an op of training that it ran.
+        batch_norms: Where the batch norm layers are in the graph.
     """
 
     output_names: dict[str, str]
     training_ops: list[tuple[str, str]]
+    batch_norms: batch_norms.BatchNorms
 
 
 def save(
@@ -40,6 +42,7 @@ def save(
     specs: list,
     path: pathlib.Path,
     name_outputs: Callable[[dict[str, tf.TensorSpec]], dict[str, str]],
+    monitored: Mapping[str, keras.Layer] | None = None,
 ) -> Saved:
     """Write the SavedModel of a model's inference network, with the endpoint `serve`.
 
@@ -48,24 +51,34 @@ def save(
         specs: The endpoint's arguments, with the names that clients will use.
         path: The directory to make.
         name_outputs: Gives the endpoint's names of outputs, by the model's.
+        monitored: Batch norm layers by path: a second endpoint, `monitor`, tells what entered
+            these. It has a graph of its own, so that `serve` is what it is without.
     """
     traced = []
 
     def serve(*args):  # The name is part of the endpoint: unnamed inputs become `args_0`.
         args = _checked(args, specs)
-        training_ops = []
-        with _training_ops(model, training_ops):  # Here, since saving traces more than this.
+        training_ops, found = [], batch_norms.BatchNorms({}, [])
+        with _observed(model, training_ops, found):  # Here, since saving traces more than this.
             outputs = model(*args, training=False)
         named = signature.named_outputs(outputs)
         names = name_outputs({name: _spec(name, output) for name, output in named.items()})
-        traced.append(Saved(names, training_ops))
+        traced.append(Saved(names, training_ops, found.ordered(model)))
         if all(name == new for name, new in names.items()) and signature.are_flat(outputs):
             return outputs
         return {names[name]: output for name, output in named.items()}
 
+    def monitor_(*args):
+        outputs, moments = monitor.run(model, _checked(args, specs), monitored)
+        named = signature.named_outputs(outputs)
+        beside = monitor.answers(model, monitored, moments)
+        return _apart({traced[0].output_names[name]: y for name, y in named.items()}, beside)
+
     archive = keras.export.ExportArchive()
     archive.track(model)  # For lookup tables, which are no variables.
     archive.add_endpoint("serve", serve, input_signature=specs)
+    if monitored is not None:
+        archive.add_endpoint("monitor", monitor_, input_signature=specs)
     archive.write_out(os.fspath(path), verbose=False)
     return traced[0]
 
@@ -91,6 +104,17 @@ def _checked(args, specs):
         return tf.nest.map_structure(tf.identity, args)
 
 
+def _apart(outputs, beside):
+    """Two dicts as one."""
+    for name in outputs:
+        if name in beside:
+            raise ValueError(
+                "Expected outputs with names that the monitor's own answers do not have. Received: "
+                f"output {name!r}. Give it another name, or export without monitor."
+            )
+    return outputs | beside
+
+
 def _spec(name, output):
     if not tf.is_tensor(output):
         raise ValueError(
@@ -101,18 +125,29 @@ def _spec(name, output):
 
 
 @contextlib.contextmanager
-def _training_ops(model: keras.Model, ops: list[tuple[str, str]]) -> Iterator[None]:
-    """Add (path, op type) to `ops` for each op of training that a batch norm layer makes.
+def _observed(
+    model: keras.Model, ops: list[tuple[str, str]], found: batch_norms.BatchNorms
+) -> Iterator[None]:
+    """Note the calls of batch norm layers while a model is traced.
 
     Only the layer itself knows which ops are its own: names of ops may be shared, and a
     mean elsewhere in the model is no concern of batch norm.
+
+    Args:
+        model: The model.
+        ops: (path, op type) is added for each op of training that a layer makes.
+        found: The calls are added, and their layers.
     """
+    outer = tf.compat.v1.get_default_graph()
 
     def observe(path, layer, call, inputs, training, mask):
         graph = tf.compat.v1.get_default_graph()
-        before = len(graph.get_operations())
+        before, calls = len(graph.get_operations()), len(found.calls)
         outputs = call(inputs, training=training, mask=mask)
         ops.extend((path, op.type) for op in graph.get_operations()[before:] if _is_of_training(op))
+        if len(found.calls) == calls:  # Else this is a subclass's call, around the layer's own.
+            found.layers[path] = batch_norms.layer_of(layer, model, inputs)
+            found.calls.append(batch_norms.call_of(path, outer, inputs, mask, outputs))
         return outputs
 
     layers = keras_models.batch_norm_layers(model)

@@ -5,14 +5,16 @@ import functools
 import os
 import pathlib
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn.serving import checks, endpoint, provenance, signature, versions
+from tfbn.serving import batch_norms, checks, endpoint, provenance, signature, versions
 from tfbn.serving.folding import fold as folded_copy
+from tfbn.serving.monitor import monitored_layers, write_population
 from tfbn.serving.warmup import requests_in, require_serving_api, write_requests
 
 
@@ -44,6 +46,7 @@ def export(
     require_population: bool = False,
     allow_new_signature: bool = False,
     allow_nan: bool = False,
+    monitor: bool | Iterable[str | keras.Layer] = False,
 ) -> Exported:
     """Write a model's inference network to `path/<version>/` as TensorFlow Serving wants it.
 
@@ -105,6 +108,15 @@ def export(
         allow_new_signature: Whether the inputs and outputs may be others than those of the
             highest version there, with which its clients would fail.
         allow_nan: Whether an output may be NaN or infinite in every value.
+        monitor: `True`, or a list of batch norm layers or their paths, to add the signature
+            `monitor` beside `serving_default`, which stays as it is. It takes the same inputs and
+            answers the same outputs, and beside them for each of these layers what entered it in
+            the request: `<path>/count`, the number of values per channel (int64, a scalar, or of
+            shape `(channels,)` where a mask tells channels apart), `<path>/mean` and
+            `<path>/variance` (biased, of shape `(channels,)`). All calls of a layer are one
+            population, and masked positions do not count. `tfbn.ServedStats` makes an alarm of
+            many such answers. A server that merges requests (`--enable_batching`) cannot take
+            statistics apart again and answers requests for `monitor` with an error.
 
     Returns:
         An `Exported` with the version's directory and the difference that was found.
@@ -116,14 +128,16 @@ def export(
             `warmup` does not fit the inputs, if the model cannot be folded, if a batch norm
             layer computes batch statistics even in inference mode, if statistics are stale and
             `require_population`, if the signature is not that of the version before, or if
-            the verification fails. An output may differ by 1e-3 of its largest absolute value
-            (or of 1, if that is larger), 2e-2 where layers compute in 16 bits, or by 4 times
-            the network's own rounding: how far the output moves when every weight and input
-            changes by one unit in the last place.
+            the verification fails, or if `monitor` is asked of a folded network, of layers that
+            the model does not have, or that it calls in loops or branches. An output may differ
+            by 1e-3 of its largest absolute value (or of 1, if that is larger), 2e-2 where layers
+            compute in 16 bits, or by 4 times the network's own rounding: how far the output
+            moves when every weight and input changes by one unit in the last place.
     """
     directory = versions.local(path)
     version = versions.checked(directory, version)
     specs = signature.arguments(model, input_signature)
+    monitored = _monitored(model, monitor, fold)
     requests = _requests(warmup, specs, warmup_batch_size)
     inputs, origin = _inputs_to_verify_on(specs, sample, requests)
     sweep = provenance.sweep_of(model)
@@ -135,10 +149,19 @@ def export(
     network = folded_copy(model) if fold else model
 
     with versions.unfinished(directory) as partial:
-        saved = endpoint.save(network, specs, partial, functools.partial(kept, "outputs"))
+        saved = endpoint.save(
+            network, specs, partial, functools.partial(kept, "outputs"), monitored
+        )
         loaded = tf.saved_model.load(os.fspath(partial))
         written = checks.Written(
-            model, loaded.serve, specs, inputs, origin, saved, allow_nan=allow_nan
+            model,
+            loaded.serve,
+            specs,
+            inputs,
+            origin,
+            saved,
+            allow_nan=allow_nan,
+            monitor=None if monitored is None else loaded.monitor,
         )
         for check in checks.CHECKS:
             check(written)
@@ -150,11 +173,27 @@ def export(
             max_abs_difference=written.max_abs_difference,
             inputs=list(input_names.values()),
             outputs=list(saved.output_names.values()),
+            monitored=monitored,
         )
+        batch_norms.write(partial, saved.batch_norms)
+        if monitored is not None:
+            write_population(partial, monitored, sweep.stats if sweep.stale is None else None)
         if requests is not None:
             write_requests(partial, directory.name, list(input_names.values()), requests())
         version = versions.put_in_place(partial, directory, version)
     return Exported(directory / str(version), version, written.max_abs_difference)
+
+
+def _monitored(model, chosen, fold):
+    """The layers to monitor by path, or `None` without any."""
+    if chosen is False or chosen is None:
+        return None
+    if fold:
+        raise ValueError(
+            "Expected monitor without fold. Received: both, but a folded network has no batch norm "
+            "layers left to monitor. Give one of the two."
+        )
+    return monitored_layers(model, chosen)
 
 
 def _requests(data, specs, batch_size):

@@ -5,15 +5,16 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from tfbn import fingerprints, keras_models, layer_stats, origins, stats_file
+from tfbn import blending, fingerprints, keras_models, layer_stats, origins, stats_file
 from tfbn._version import __version__
 from tfbn.population import PopulationStats
-from tfbn.serving import upstream, versions
+from tfbn.serving import monitor, upstream, versions
 
 FILE = "assets.extra/tfbn.json"
 
@@ -136,6 +137,7 @@ def write(
     max_abs_difference: float,
     inputs: list[str],
     outputs: list[str],
+    monitored: Mapping[str, keras.Layer] | None = None,
 ) -> None:
     """Write the provenance of a model into a version that is not yet in place."""
     provenance = {
@@ -150,6 +152,49 @@ def write(
         "outputs": outputs,
         "statistics": _swept(sweep.stats),
     }
+    if monitored is not None:
+        provenance["monitor"] = {
+            "population": monitor.identity(model).numpy().decode(),
+            "epsilon": {path: layer.epsilon for path, layer in monitored.items()},
+        }
+    _write(version, provenance)
+
+
+def write_next(
+    version: pathlib.Path,
+    number: str,
+    before: dict[str, Any],
+    stats: PopulationStats,
+    max_abs_difference: float,
+    population: str | None,
+) -> None:
+    """Write the provenance of a version that was recalibrated into it; it is not yet in place.
+
+    Args:
+        version: The directory of the new version.
+        number: That of the version that it came from.
+        before: The provenance of that version.
+        stats: The statistics of the new one.
+        max_abs_difference: See `describe`.
+        population: The identity of its statistics that the monitor answers, `None` without one.
+    """
+    kept = ("tfbn", "stale", "max_abs_difference")
+    statistics = before["statistics"] and {**before["statistics"], "layers": {}}
+    step = {"version": int(number), **{k: before[k] for k in kept}, "statistics": statistics}
+    provenance = {
+        **{name: value for name, value in before.items() if name != "checksum"},
+        "stale": None,
+        "max_abs_difference": max_abs_difference,
+        "statistics": _swept(stats),
+        "recalibrated_by": f"tfbn {__version__} with TensorFlow {tf.__version__}",
+        "history": [*before.get("history", []), step],
+    }
+    if population is not None:
+        provenance["monitor"] = {**before["monitor"], "population": population}
+    _write(version, provenance)
+
+
+def _write(version, provenance):
     file = version / FILE
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps({**provenance, "checksum": _checksum(provenance)}, indent=1))
@@ -165,6 +210,7 @@ def _swept(stats):
         "batches": stats.batches,
         "batch_size": stats.batch_size,
         "fingerprint": stats.fingerprint,
+        "source_weight": stats.source_weight,
         "layers": {
             path: {"channels": len(layer.mean), "count": _count(layer), **off.get(path, {})}
             for path, layer in stats.items()
@@ -191,10 +237,11 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ValueError: If there is none, or if it is damaged.
     """
-    return _read(_file(path), path)
+    return _read(file_of(path), path)
 
 
-def _file(path):
+def file_of(path: str | os.PathLike) -> pathlib.Path:
+    """The file of a version's provenance, or of that of a model's highest version."""
     path = versions.local(path)
     if (path / FILE).exists():
         return path / FILE
@@ -252,15 +299,19 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
         A dict with the versions of tfbn, Keras and TensorFlow, the fingerprint of the
         model's weights, `folded`, `stale` (`None`, or why the statistics are not those of the
         population), `max_abs_difference`, `inputs` and `outputs` (the names in requests and
-        answers, in the model's order), a `checksum` of all this, and `statistics`: `None` if
+        answers, in the model's order), a `checksum` of all this, with `monitor` the `epsilon` of
+        the monitored layers and the identity of their `population`, and `statistics`: `None` if
         no sweep of the model was known, else the method, samples, batches and batch size of the
-        sweep and for each layer its channels, values per channel and how far its moving
-        averages were off (see `PopulationStats.compare`).
+        sweep, `source_weight` (0 unless they were blended, see `PopulationStats.blend`) and for
+        each layer its channels, values per channel and how far its moving averages were off (see
+        `PopulationStats.compare`). A version that `tfbn.recalibrate` wrote has
+        `recalibrated_by`, the versions of tfbn and TensorFlow, and `history`, a list of the same
+        of each version that it came from, oldest first, without the layers.
 
     Raises:
         ValueError: If there is no such description, or if it is damaged.
     """
-    file = _file(path)
+    file = file_of(path)
     provenance = _read(file, path)
     for line in _lines(file.parent.parent, provenance):
         print(line)
@@ -268,15 +319,26 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _lines(directory, provenance):
+    by = f"tfbn {provenance['tfbn']} with Keras {provenance['keras']}"
+    if provenance["tfbn"] is None:  # `tfbn.recalibrate` takes models of others too.
+        by = "another tool"
     lines = [
-        f"{directory}: exported by tfbn {provenance['tfbn']} with Keras {provenance['keras']} and "
-        f"TensorFlow {provenance['tensorflow']}",
+        f"{directory}: exported by {by} and TensorFlow {provenance['tensorflow']}",
         f"weights: {provenance['fingerprint']}",
     ]
     if provenance["folded"]:
         lines.append("batch norm is folded away")
     lines.append(f"differs from the model by at most {provenance['max_abs_difference']:.3g}")
     lines.append(f"batch norm statistics: {_sweep_in_words(provenance)}")
+    if provenance.get("history"):
+        lines.append(f"recalibrated by {provenance['recalibrated_by']}, after:")
+        lines += [
+            f"  version {step['version']}: {_sweep_in_words(step)}"
+            for step in provenance["history"]
+        ]
+    if "monitor" in provenance:
+        paths = list(provenance["monitor"]["epsilon"])
+        lines.append(f"monitored batch norm layers: {len(paths)}, {', '.join(paths)}")
     for name, layer in ((provenance["statistics"] or {}).get("layers") or {}).items():
         off = f", mean off by {layer['mean_shift']:.3f} std before" if "mean_shift" in layer else ""
         lines.append(f"  {name}: {layer['channels']} channels, {layer['count']} values each{off}")
@@ -291,4 +353,7 @@ def _sweep_in_words(provenance):
         f"method={swept['method']!r} over {swept['samples']} samples in {swept['batches']} "
         f"batches of at most {swept['batch_size']}"
     )
+    blended = blending.in_words(swept["samples"], swept.get("source_weight", 0))
+    if blended:
+        text += f", {blended}"
     return f"{text}, but {stale}" if stale else text

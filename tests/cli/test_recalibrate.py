@@ -1,0 +1,148 @@
+"""`tfbn recalibrate` for models that are served, and with few samples."""
+
+import json
+import os
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import tfbn
+from tfbn.cli import main
+
+IMAGES = np.random.default_rng(0).random((30, 6, 5, 1)).astype("float32")
+
+
+def network():
+    """Two convolutions with batch norm on images of 6 by 5 pixels."""
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [
+            keras.Input((6, 5, 1), name="image"),
+            layers.Conv2D(4, 3),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+            layers.Conv2D(3, 3),
+            tfbn.BatchNormalization(),
+            layers.Flatten(),
+            layers.Dense(2),
+        ],
+        name="small",
+    )
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A model's file, the directory of its export, and data from the field."""
+    model = network()
+    tfbn.update_population_stats(model, IMAGES, verbose=0)
+    model.save(tmp_path / "model.keras")
+    tfbn.export(model, tmp_path / "served")
+    np.savez(tmp_path / "field.npz", image=0.3 * IMAGES + 0.5)
+    return tmp_path / "model.keras", tmp_path / "served", tmp_path / "field.npz"
+
+
+def run(capsys, *arguments):
+    """Exit code, and what was written to stdout and stderr."""
+    capsys.readouterr()
+    code = main([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def run_for_json(capsys, *arguments):
+    """What a command that succeeds prints with --json."""
+    code, out, err = run(capsys, *arguments, "--json")
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+def fails(capsys, *arguments):
+    """The one line on stderr of a command that fails."""
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1 and err.startswith("tfbn: Expected") and "Received: " in err
+    return err
+
+
+def held(model):
+    """Mean and variance of its layers, one after the other."""
+    norms = [layer for layer in model.layers if isinstance(layer, layers.BatchNormalization)]
+    return [np.float64(v) for n in norms for v in (n.moving_mean, n.moving_variance)]
+
+
+def of_one_batch(path, x):
+    """What the layers hold of all data as a batch, by Keras alone."""
+    twin = keras.models.load_model(path)
+    for layer in twin.layers:
+        if isinstance(layer, layers.BatchNormalization):
+            layer.momentum = 0.0
+    twin(x, training=True)
+    return held(twin)
+
+
+def test_few_samples_are_blended_with_what_the_file_holds(capsys, tmp_path, files):
+    model, _, field = files
+    out = tmp_path / "out.keras"
+    arguments = ["recalibrate", model, "--data", field, "--out", out, "--blend-samples", 10]
+    found = run_for_json(capsys, *arguments)
+    assert (found["samples"], found["source_weight"]) == (30, 10)
+    before = held(keras.models.load_model(model))
+    swept = of_one_batch(model, np.load(field)["image"])
+    after = held(keras.models.load_model(out))
+    for source, own, blended in zip(before, swept, after, strict=True):
+        np.testing.assert_allclose(blended, (10 * source + 30 * own) / 40, rtol=1e-4, atol=1e-5)
+    code, text, _ = run(capsys, "inspect", out, "--check")
+    assert code == 0 and "blended: 30 field samples, source weight 10" in text
+    # Its export knows, too.
+    run(capsys, "export", out, tmp_path / "served")
+    code, text, _ = run(capsys, "describe", tmp_path / "served")
+    assert "blended: 30 field samples, source weight 10" in text
+
+
+def test_a_served_model_gets_its_next_version(capsys, files):
+    model, served, field = files
+    code, text, err = run(capsys, "recalibrate", served, "--data", field)
+    assert (code, err) == (0, "")
+    assert f"Wrote {served / '2'}. {served / '1'} is as it was." in text
+    x = np.load(field)["image"]
+    keras_model = keras.models.load_model(model)
+    tfbn.update_population_stats(keras_model, x, verbose=0)
+    loaded = tf.saved_model.load(os.fspath(served / "2"))
+    [answer] = loaded.signatures["serving_default"](image=x).values()
+    np.testing.assert_allclose(answer, keras_model(x), rtol=1e-5, atol=1e-6)
+    options = ["--blend-samples", 10, "--method", "pooled", "--batch-size", 20]
+    found = run_for_json(capsys, "recalibrate", served, "--data", field, *options)
+    assert found["out"] == str(served / "3")
+    assert (found["method"], found["source_weight"], found["batch_size"]) == ("pooled", 10, 20)
+    code, text, _ = run(capsys, "describe", served)
+    assert "blended: 30 field samples, source weight 10" in text
+    assert "version 1: method='exact' over 30" in text and "version 2: method='exact'" in text
+
+
+def test_a_folder_of_images_for_a_served_model(capsys, tmp_path, files):
+    _, served, _ = files
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(IMAGES):
+        keras.utils.save_img(tmp_path / "images" / f"{i}.png", image)
+    found = run_for_json(
+        capsys, "recalibrate", served, "--data", tmp_path / "images", "--scale", "1/255"
+    )
+    assert found["samples"] == 30
+
+
+def test_errors_leave_the_versions_alone(capsys, tmp_path, files):
+    model, served, field = files
+    np.savez(tmp_path / "wide.npz", image=np.zeros((4, 6, 5, 3)))
+    np.savez(tmp_path / "nan.npz", image=np.where(IMAGES > 0.99, np.nan, IMAGES))
+    data = ["--data", field]
+    assert "--out" in fails(capsys, "recalibrate", served, *data, "--out", "x.keras")
+    assert "--out" in fails(capsys, "recalibrate", served, *data, "--include-frozen")
+    assert "--out" in fails(capsys, "recalibrate", model, *data)
+    assert "batch 0" in fails(
+        capsys, "recalibrate", served, "--data", tmp_path / "nan.npz", "--json"
+    )
+    assert "wide.npz" in fails(capsys, "recalibrate", served, "--data", tmp_path / "wide.npz")
+    assert "numbered" in fails(capsys, "recalibrate", tmp_path, *data)
+    assert os.listdir(served) == ["1"]

@@ -1,0 +1,219 @@
+"""Tests of `tfbn.recalibrate` on SavedModels that tfbn did not write."""
+
+import os
+
+import exported_models
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import tfbn
+
+rng = np.random.default_rng(0)
+
+
+def field(*shape):
+    """Data that is unlike what the statistics are from."""
+    return (rng.normal(size=(23, *shape)) * 3 + 2).astype("float32")
+
+
+def residual():
+    """All forms of Keras's layer on images."""
+    x = inputs = keras.Input((6, 6, 2))
+    for options in ({}, {"scale": False}, {"center": False}, {"scale": False, "center": False}):
+        y = layers.Conv2D(4, 3, padding="same")(x)
+        y = layers.ReLU()(layers.BatchNormalization(epsilon=0.1, **options)(y))
+        x = layers.Conv2D(4, 1)(x) + y
+    return keras.Model(inputs, layers.BatchNormalization(axis=1)(x))
+
+
+class TwoOfAName(keras.Model):
+    """Keras gives the variables of both layers one name."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = layers.BatchNormalization()
+        self.second = layers.BatchNormalization()
+
+    def call(self, x, training=None):
+        x = self.first(x, training=training)
+        return self.second(tf.nn.relu(x), training=training)
+
+
+def shared():
+    """One layer, two calls."""
+    layer = layers.BatchNormalization()
+    return keras.Sequential([keras.Input((4,)), layer, layers.ReLU(), layer])
+
+
+MODELS = {
+    "residual": (residual, lambda: field(6, 6, 2)),
+    "two of a name": (
+        lambda: exported_models.called(TwoOfAName(), field(4)),
+        lambda: field(4),
+    ),
+    "shared": (shared, lambda: field(4)),
+}
+
+
+def answers(version, x):
+    """What a client gets, of the only output."""
+    signature = tf.saved_model.load(os.fspath(version)).signatures["serving_default"]
+    [name] = signature.structured_input_signature[1]
+    [answer] = signature(**{name: x}).values()
+    return np.asarray(answer)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore:Layer '.*' is called")
+def test_what_keras_exports(tmp_path, capsys, name):
+    build, data = MODELS[name]
+    keras.utils.set_random_seed(0)
+    model, x = exported_models.sweep(build()), data()
+    model.export(tmp_path / "m" / "1", verbose=False)
+    before = {p: p.read_bytes() for p in (tmp_path / "m" / "1").rglob("*") if p.is_file()}
+    found = tfbn.recalibrate(tmp_path / "m", x, batch_size=8, verbose=0)
+    own = tfbn.update_population_stats(model, x, batch_size=8, verbose=0)
+    for ours, theirs in zip(found.stats.values(), own.values(), strict=True):
+        np.testing.assert_allclose(ours.mean, theirs.mean, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(ours.variance, theirs.variance, rtol=1e-5)
+    expected = model.predict(x, verbose=0)
+    np.testing.assert_allclose(answers(found.path, x), expected, rtol=1e-4, atol=1e-4)
+    assert before == {p: p.read_bytes() for p in (tmp_path / "m" / "1").rglob("*") if p.is_file()}
+    # Again, by the record that lies beside the new version, and blended.
+    again = tfbn.recalibrate(tmp_path / "m", x + 1, blend_samples=46, verbose=0)
+    assert (again.version, again.stats.source_weight) == (3, 46)
+    described = tfbn.describe(tmp_path / "m")
+    assert [step["version"] for step in described["history"]] == [1, 2]
+    out = capsys.readouterr().out
+    assert "exported by another tool" in out and "version 1: they are those of a model that" in out
+
+
+class Fused(tf.Module):
+    """As TensorFlow 1 and `tf.keras` infer: one kernel."""
+
+    def __init__(self):
+        super().__init__()
+        start = {"mean": 0.3, "variance": 2.0, "scale": 1.5, "offset": -1.0}
+        self.bn = {
+            name: tf.Variable(tf.fill([3], value), name={"mean": "bn/moving_mean"}.get(name, name))
+            for name, value in start.items()
+        }
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 5, 5, 3), name="image")])
+    def infer(self, x):
+        """Batch norm and ReLU."""
+        bn = self.bn
+        y, *_ = tf.compat.v1.nn.fused_batch_norm(
+            x, bn["scale"], bn["offset"], bn["mean"], bn["variance"], 0.01, is_training=False
+        )
+        return {"y": tf.nn.relu(y)}
+
+
+def test_a_fused_kernel_by_numpy(tmp_path):
+    module = Fused()
+    tf.saved_model.save(module, tmp_path / "m" / "7", signatures=module.infer)
+    x = field(5, 5, 3)
+    found = tfbn.recalibrate(tmp_path / "m", x, batch_size=4, verbose=0)
+    mean, variance = np.float64(x).mean((0, 1, 2)), np.float64(x).var((0, 1, 2))
+    assert found.version == 8 and list(found.stats) == ["bn"]
+    np.testing.assert_allclose(found.stats["bn"].mean, mean, rtol=1e-5)
+    np.testing.assert_allclose(found.stats["bn"].variance, variance, rtol=1e-5)
+    right = np.maximum(1.5 * (x - mean) / np.sqrt(variance + 0.01) - 1, 0)
+    np.testing.assert_allclose(answers(found.path, x), right, rtol=1e-4, atol=1e-4)
+
+
+class Reader(tf.Module):
+    """Uses the mean for something else too."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = tf.Variable([0.3] * 3, name="bn/moving_mean")
+        self.variance = tf.Variable([2.0] * 3, name="bn/moving_variance")
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 3), name="x")])
+    def infer(self, x):
+        """Batch norm, and its mean besides."""
+        y = tf.nn.batch_normalization(x, self.mean, self.variance, None, None, 0.01)
+        return {"y": y + self.mean}
+
+
+class Frozen(tf.Module):
+    """Statistics that are constants, as of a frozen graph."""
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 5, 5, 3), name="x")])
+    def infer(self, x):
+        """One fused batch norm."""
+        ones = tf.ones(3)
+        y, *_ = tf.compat.v1.nn.fused_batch_norm(x, ones, ones, ones, ones, is_training=False)
+        return {"y": y}
+
+
+class Hidden(tf.Module):
+    """Its signature is a function that the object does not have."""
+
+
+def keras_model(*inner):
+    """A network with some layers, as Keras exports it."""
+
+    def write(path):
+        exported_models.sweep(keras.Sequential(list(inner))).export(path, verbose=False)
+
+    return write
+
+
+def module(make, function=lambda made: made.infer):
+    """A module, as TensorFlow saves it."""
+
+    def write(path):
+        made = make()
+        tf.saved_model.save(made, path, signatures=function(made))
+
+    return write
+
+
+def of_hidden(made):
+    """A function that the module does not hold."""
+    spec = tf.TensorSpec((None, 3), name="x")
+    return tf.function(lambda x: {"y": x}).get_concrete_function(spec)
+
+
+REFUSED = {
+    "sequences": (
+        keras_model(
+            keras.Input((None,), dtype="int32"),
+            layers.Embedding(9, 4, mask_zero=True),
+            layers.BatchNormalization(),
+        ),
+        "over sequences",
+    ),
+    "tfbn's layer": (
+        keras_model(keras.Input((4,)), layers.BatchNormalization(), tfbn.BatchNormalization()),
+        "of no batch norm layer that was recognized",
+    ),
+    "none": (keras_model(keras.Input((4,)), layers.Dense(2)), "no batch norm layer"),
+    "another reader": (module(Reader), "that reads a statistic for itself"),
+    "constants": (module(Frozen), "whose statistics are of no variables"),
+    "hidden": (module(Hidden, of_hidden), "no function of its own"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_may_have_more_than_is_recognized_is_refused(tmp_path, name):
+    write, says = REFUSED[name]
+    write(tmp_path / "m" / "1")
+    with pytest.raises(ValueError, match=f"^Expected a SavedModel of .*Received: .*{says}"):
+        tfbn.recalibrate(tmp_path / "m", field(4), verbose=0)
+    assert os.listdir(tmp_path / "m") == ["1"]
+
+
+def test_a_model_of_tensorflow_1_is_refused(tmp_path):
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        x = tf.compat.v1.placeholder(tf.float32, (None, 3), name="x")
+        tf.compat.v1.saved_model.simple_save(
+            session, os.fspath(tmp_path / "m" / "1"), {"x": x}, {"y": x * 2}
+        )
+    with pytest.raises(ValueError, match=r"^Expected a SavedModel of .*no function of its own"):
+        tfbn.recalibrate(tmp_path / "m", field(3), verbose=0)

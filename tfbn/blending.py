@@ -1,0 +1,79 @@
+"""Population statistics of few samples, blended with those of the population before.
+
+Few samples from the field estimate its statistics with a large error; the statistics of the
+source, the data that a model was trained on, have no such error but are of other data. Between
+the two lies their weighted average (Schneider et al. 2020, "Improving robustness against common
+corruptions by covariate shift adaptation", section 3, https://arxiv.org/abs/2006.16971).
+"""
+
+import operator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from tfbn.layer_stats import LayerStats
+    from tfbn.population import PopulationStats
+
+
+def share(samples: int, field_samples: int) -> float:
+    """The weight of the source, samples / (samples + field_samples), from 0 to 1.
+
+    Raises:
+        ValueError: If `samples` is no whole number from 0 to 2**53, or `field_samples` none from 1.
+    """
+    for name, value, least in (("samples", samples, 0), ("field_samples", field_samples, 1)):
+        try:
+            number = -1 if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            number = -1
+        if not least <= number <= 2**53:
+            raise ValueError(
+                f"Expected {name} to be a whole number of samples, at least {least}. Received: "
+                f"{value!r}."
+            )
+    return int(samples) / (int(samples) + int(field_samples))
+
+
+def weighted(
+    own: "LayerStats", source: "LayerStats", share: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance, each share of the source's plus 1 - share of its own."""
+    return tuple(
+        share * theirs + (1 - share) * ours
+        for ours, theirs in ((own.mean, source.mean), (own.variance, source.variance))
+    )
+
+
+def require_blendable(own: "PopulationStats", source: "PopulationStats") -> None:
+    """Raise `ValueError` unless the statistics of a source can be blended into those of a sweep."""
+    if own.method == "assigned" or own.source_weight or not own.samples:
+        raise ValueError(
+            "Expected statistics of a sweep over samples from the field, not blended yet. "
+            f"Received: {own!r}. Blend what tfbn.collect returned."
+        )
+    if not hasattr(source, "fingerprint"):
+        raise ValueError(
+            f"Expected PopulationStats of the source. Received: {type(source)}. `stats.previous` "
+            "is what the model held before the sweep."
+        )
+    for path in own:
+        if path not in source:
+            raise ValueError(
+                f"Expected a source with the same layers. Received: one without layer {path!r}; "
+                f"it has {list(source)}. These statistics belong to different models."
+            )
+    if own.fingerprint != source.fingerprint or not own.fingerprint:
+        raise ValueError(
+            "Expected a source and a sweep of the same weights. Received: fingerprints "
+            f"{source.fingerprint[:12]!r} of the source and {own.fingerprint[:12]!r} of the sweep. "
+            "Blend with `stats.previous`, what the model held when it was swept, or with "
+            "a sweep of the same weights over the training data."
+        )
+
+
+def in_words(samples: int, source_weight: int) -> str:
+    """The record of a blend, for people; empty without one."""
+    if not source_weight:
+        return ""
+    return f"blended: {samples} field samples, source weight {source_weight}"

@@ -1,0 +1,99 @@
+"""The variables of a SavedModel on disk: read by their places, and written with other values.
+
+A SavedModel keeps its variables in a checkpoint, apart from its graphs. Only the checkpoint is
+written anew, so that the graphs, their signatures and assets stay those of before, to the byte.
+"""
+
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.protobuf import trackable_object_graph_pb2
+
+# Private. The fingerprint of a SavedModel has a hash of its checkpoint, and only saving a whole
+# model writes one in public.
+from tensorflow.python.saved_model.fingerprinting_utils import write_fingerprint
+
+_FOLDER, _NAME = "variables", "variables"
+_OBJECTS = "_CHECKPOINTABLE_OBJECT_GRAPH"
+_VALUE = "VARIABLE_VALUE"
+
+
+def read(version: pathlib.Path, paths: list[str]) -> list[np.ndarray]:
+    """The values of some variables.
+
+    Args:
+        version: The directory of a SavedModel.
+        paths: The paths of variables in its tree of objects: `"variables/3"`.
+
+    Raises:
+        ValueError: If one of them is not there.
+    """
+    reader = tf.train.load_checkpoint(_prefix(version))
+    return [reader.get_tensor(key) for key in _keys(version, reader, paths)]
+
+
+def copy_with(version: pathlib.Path, target: pathlib.Path, values: dict[str, np.ndarray]) -> None:
+    """Write a copy of a SavedModel in which some variables have other values.
+
+    Args:
+        version: The directory of a SavedModel.
+        target: The directory to make.
+        values: By path, see `read`. They are cast to the variables' dtypes.
+
+    Raises:
+        ValueError: If a variable is not there or has another shape.
+    """
+    shutil.copytree(version, target, ignore=shutil.ignore_patterns(f"{_NAME}.data*"))
+    reader = tf.train.load_checkpoint(_prefix(version))
+    dtypes = reader.get_variable_to_dtype_map()
+    names = list(dtypes)
+    with tf.device("CPU"):
+        restored = tf.raw_ops.RestoreV2(
+            prefix=_prefix(version),
+            tensor_names=names,
+            shape_and_slices=[""] * len(names),
+            dtypes=[dtypes[name] for name in names],
+        )
+        tensors = dict(zip(names, restored, strict=True))
+        for key, value in zip(_keys(version, reader, list(values)), values.values(), strict=True):
+            if tensors[key].shape != value.shape:
+                raise ValueError(
+                    f"Expected values of shape {tuple(tensors[key].shape)} for {key!r}. Received: "
+                    f"{value.shape}."
+                )
+            tensors[key] = tf.cast(value, tensors[key].dtype)
+        tf.raw_ops.SaveV2(
+            prefix=_prefix(target),
+            tensor_names=names,
+            shape_and_slices=[""] * len(names),
+            tensors=list(tensors.values()),
+        )
+    write_fingerprint(os.fspath(target))
+
+
+def _prefix(version):
+    return os.path.join(version, _FOLDER, _NAME)
+
+
+def _keys(version, reader, paths):
+    """The names in the checkpoint of the variables at some paths."""
+    content = reader.get_tensor(_OBJECTS)
+    nodes = trackable_object_graph_pb2.TrackableObjectGraph.FromString(content).nodes
+    children = [{child.local_name: child.node_id for child in node.children} for node in nodes]
+    found = []
+    for path in paths:
+        node = 0
+        for name in path.split("/"):
+            node = children[node].get(name) if node is not None else None
+        keys = [] if node is None else nodes[node].attributes
+        keys = [attribute.checkpoint_key for attribute in keys if attribute.name == _VALUE]
+        if len(keys) != 1:
+            raise ValueError(
+                f"Expected a SavedModel with a variable at {path!r}. Received: {str(version)!r}, "
+                "which has none there. Export the model again."
+            )
+        found += keys
+    return found
