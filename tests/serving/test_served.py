@@ -160,7 +160,11 @@ def test_channels_that_never_vary_and_rounding_are_no_drift(tmp_path):
     tfbn.update_population_stats(model, x, verbose=0)
     path = export(model, tmp_path, monitor=True).path
     loaded = tf.saved_model.load(os.fspath(path))
-    answers = [loaded.signatures["monitor"](x=tf.constant(x[i : i + 1])) for i in range(40)]
+    answers = []
+    for i in range(40):
+        answer = {k: v.numpy() for k, v in loaded.signatures["monitor"](x=x[i : i + 1]).items()}
+        answer["bn/mean"] = np.nextafter(answer["bn/mean"], np.float32(9))  # Another kernel's.
+        answers.append(answer)
     found = served_by(path, answers).compare()
     assert found.p_value > 0.01
     assert found.layers["bn"]["mean_shift_max"] < 1
