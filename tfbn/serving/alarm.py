@@ -31,7 +31,6 @@ second degrees of freedom are corrected by the Bartlett window over the 4 next b
 covariance matrix"), never downwards.
 """
 
-import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -84,8 +83,16 @@ class Blocks:
             self._size *= 2
 
     def total(self) -> Moments:
-        """The moments of all requests, with the spread between blocks."""
-        return functools.reduce(functools.partial(moments.merge, method="pooled"), self._blocks)
+        """The moments of all requests, with the spread between blocks: all merged at once."""
+        n, means, variances = self.stacked()
+        count = n.sum(0)
+        mean = np.sum(n * means, 0) / np.maximum(count, 1)
+        d = np.where(n > 0, means - mean, 0.0)
+        around = np.where(n > 0, variances, 0.0) + d * d
+        m2 = np.sum(n * around, 0)
+        e = around - m2 / np.maximum(count, 1)
+        spread = [np.sum(n * n * term, 0) for term in (1.0, d, e, d * d, d * e, e * e)]
+        return Moments(np.stack([count, mean, m2, np.sum(n > 0, 0), *spread]))
 
     def stacked(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Count, mean and variance, each of shape `(blocks, channels)`."""
@@ -150,8 +157,8 @@ class Movement(NamedTuple):
 
 def _survival(ratio, first, second):
     """The probability that F with these degrees of freedom is larger than `ratio`."""
-    first, second, ratio = (tf.constant(value, tf.float64) for value in (first, second, ratio))
-    return float(tf.math.betainc(second / 2, first / 2, second / (second + first * ratio)))
+    place = second / (second + first * ratio)
+    return float(tf.math.betainc(np.float64(second / 2), np.float64(first / 2), np.float64(place)))
 
 
 def movement(
