@@ -105,7 +105,7 @@ def _add_recalibrate(commands):
         type=_size,
         metavar="N",
         help="for few samples from the field: weight the statistics that the model holds as if "
-        "they were of N samples more. 4 protects where fewer than 16 samples from the field may not "
+        "they were of N samples more. 4 protects where fewer than 16 samples of the field may not "
         "have moved at all, and costs where they have (default: 0)",
     )
     added.add_argument(
