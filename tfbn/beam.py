@@ -19,7 +19,7 @@ except ImportError as error:
         "`pip install 'tfbn[beam]'`."
     ) from error
 
-from tfbn import keras_models
+from tfbn import arguments, keras_models
 from tfbn.sweep import data
 from tfbn.sweep.batches import Batch, empty
 from tfbn.sweep.graph_passes import depth, levels_of, recurrent
@@ -94,7 +94,7 @@ class Collect(beam.PTransform):
     def __init__(self, model, method="exact", batch_size=None, include_frozen=False):
         super().__init__()
         check_method(method)
-        data.check_positive(batch_size=batch_size)
+        arguments.positive(batch_size=batch_size)
         self._source = check_source(model)
         self._method = method
         self._batch_size = None if batch_size is None else int(batch_size)

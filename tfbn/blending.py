@@ -4,12 +4,20 @@ Few samples from the field estimate its statistics with a large error; the stati
 source, the data that a model was trained on, have no such error but are of other data. Between
 the two lies their weighted average (Schneider et al. 2020, "Improving robustness against common
 corruptions by covariate shift adaptation", section 3, https://arxiv.org/abs/2006.16971).
+
+It is insurance, and costs what it insures against. With images of digits (500 test images,
+`examples/served_population.py`), which had not shifted at all, one request alone cost 22
+points of accuracy, four 6, eight 2; N = 4 left 1 or less of that. Where light or contrast
+had shifted much, N = 1 cost up to 34 points of what few requests gain and N = 16 up to 59,
+and N cost nothing from about n = 64 N on. So take 0 where a monitor says that the data has
+moved, or from 16 samples on, and 4 for fewer samples of data that may not have moved.
 """
 
-import operator
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from tfbn import arguments
 
 if TYPE_CHECKING:
     from tfbn.layer_stats import LayerStats
@@ -22,17 +30,8 @@ def share(samples: int, field_samples: int) -> float:
     Raises:
         ValueError: If `samples` is no whole number from 0 to 2**53, or `field_samples` none from 1.
     """
-    for name, value, least in (("samples", samples, 0), ("field_samples", field_samples, 1)):
-        try:
-            number = -1 if isinstance(value, bool) else operator.index(value)
-        except TypeError:
-            number = -1
-        if not least <= number <= 2**53:
-            raise ValueError(
-                f"Expected {name} to be a whole number of samples, at least {least}. Received: "
-                f"{value!r}."
-            )
-    return int(samples) / (int(samples) + int(field_samples))
+    source = arguments.whole("samples", samples)
+    return source / (source + arguments.whole("field_samples", field_samples, least=1))
 
 
 def weighted(

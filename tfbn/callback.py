@@ -5,10 +5,8 @@ import itertools
 import keras
 import numpy as np
 
-from tfbn import drift, fingerprints, keras_models, training_state
+from tfbn import arguments, drift, fingerprints, keras_models, training_state
 from tfbn.callback_lists import enclosing, pickled_state, shallow_copy, shared_copy
-from tfbn.population import check_tolerance
-from tfbn.sweep import data
 from tfbn.sweep.methods import check_method
 from tfbn.sweep.run import check_batch, collect
 
@@ -97,12 +95,16 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     ):
         super().__init__()
         check_method(method)
-        data.check_positive(every_n_epochs=every_n_epochs)
+        arguments.positive(every_n_epochs=every_n_epochs)
         self.stats = None
         self.validation = None
         self._x = x
-        self._options = {"method": method, "batch_size": batch_size, "steps": steps}
-        self._tolerance = check_tolerance(tolerance)
+        self._options = {
+            "method": method,
+            "batch_size": batch_size,
+            "steps": steps,
+            "tolerance": arguments.tolerance(tolerance),
+        }
         self._every_n_epochs = every_n_epochs
         self._before_validation = before_validation
         self._freeze = freeze
@@ -232,13 +234,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         """Put population statistics in, from a new sweep if the weights are others."""
         training_state.put_back(self._network)
         if self._stepped or not fingerprints.has_fingerprint(self._network, self.stats.fingerprint):
-            self.stats = collect(
-                self._network,
-                self._x,
-                verbose=verbose,
-                tolerance=self._tolerance,
-                **self._options,
-            )
+            self.stats = collect(self._network, self._x, verbose=verbose, **self._options)
             self._stepped = False
         training_state.put_in(self._network, self.stats)
 

@@ -290,3 +290,14 @@ def all_statistics(model):
         for layer in batch_norm_layers(model).values()
         for variable in statistics(layer).values()
     ]
+
+
+@contextlib.contextmanager
+def put_back_on_error(model, variables):
+    """A stretch after which some variables hold their old values, if it ends with an error."""
+    before = Snapshot(model, variables)
+    try:
+        yield
+    except BaseException:  # Ctrl-C too: all layers or none.
+        before.restore()
+        raise

@@ -315,6 +315,27 @@ def checked(layers: Mapping[str, LayerStats]) -> dict[str, LayerStats]:
     return layers
 
 
+def require_possible(layers: Mapping[str, LayerStats], where_counted: bool = False) -> None:
+    """Raise `ValueError` if statistics are none that data has. See `LayerStats.impossible`."""
+    for path, stats in layers.items():
+        why = stats.impossible(where_counted)
+        if why is not None:
+            raise ValueError(
+                f"Expected finite means and variances of at least 0. Received: {why} of layer "
+                f"{path!r}. Look for NaN, Inf or very large values in the data of the sweep."
+            )
+
+
+def require_values(layers: Mapping[str, LayerStats]) -> None:
+    """Raise `ValueError` if there were no values for a layer."""
+    for path, stats in layers.items():
+        if not stats.counts.any():
+            raise ValueError(
+                f"Expected values for layer {path!r}. Received: none, or only masked ones. "
+                "Look at the data and its masks."
+            )
+
+
 def require_same_layers(a: Mapping[str, LayerStats], b: Mapping[str, LayerStats]) -> None:
     """Raise `ValueError` unless the two have the same layers, in order, of the same shapes."""
     for ours, theirs in zip(a, b, strict=False):

@@ -1,10 +1,7 @@
 """`PopulationStats`: what a sweep found, and everything one does with it."""
 
 import collections.abc
-import contextlib
 import html
-import numbers
-import operator
 import os
 from typing import Any
 
@@ -12,6 +9,7 @@ import keras
 import numpy as np
 
 from tfbn import (
+    arguments,
     blending,
     drift,
     fingerprints,
@@ -20,6 +18,7 @@ from tfbn import (
     origins,
     stats_file,
     storage,
+    summary,
 )
 from tfbn.layer_stats import LayerStats
 
@@ -74,15 +73,15 @@ class PopulationStats(collections.abc.Mapping):
             raise ValueError(f"Expected fingerprint to be a string. Received: {fingerprint!r}.")
         self._layers = layer_stats.checked(layers)
         self.method = method
-        self.samples = _whole("samples", samples)
-        self.batches = _whole("batches", batches)
-        self.batch_size = _whole("batch_size", batch_size)
+        self.samples = arguments.whole("samples", samples)
+        self.batches = arguments.whole("batches", batches)
+        self.batch_size = arguments.whole("batch_size", batch_size)
         self.fingerprint = fingerprint
         self.previous = previous
-        self.levels = _whole("levels", levels)
-        self.population_size = _whole("population_size", population_size)
-        self.tolerance = check_tolerance(tolerance)
-        self.source_weight = _whole("source_weight", source_weight)
+        self.levels = arguments.whole("levels", levels)
+        self.population_size = arguments.whole("population_size", population_size)
+        self.tolerance = arguments.tolerance(tolerance)
+        self.source_weight = arguments.whole("source_weight", source_weight)
         for path in () if previous is None else previous:
             if path in self._layers:
                 layer_stats.require_same_shape(path, self[path], previous[path])
@@ -110,7 +109,7 @@ class PopulationStats(collections.abc.Mapping):
 
     def _repr_html_(self) -> str:
         """The table of `summary`, for notebooks."""
-        title, head, rows = self._table()
+        title, head, rows = summary.table(self)
         return f"<p>{html.escape(title)}</p>\n{drift.html_table(head, rows)}"
 
     @classmethod
@@ -160,8 +159,9 @@ class PopulationStats(collections.abc.Mapping):
                 negative, or if a layer had no values. Statistics that were read from a model
                 may be anything: they are put back as they were. The model is then unchanged.
         """
-        self._require_possible()
-        self._require_values()
+        if self.method != "assigned":
+            layer_stats.require_possible(self)
+            layer_stats.require_values(self)
         layers = layer_stats.layers_of(model, self)
         writes = [
             write
@@ -171,7 +171,7 @@ class PopulationStats(collections.abc.Mapping):
         previous = PopulationStats(
             {path: layer_stats.of_layer(layers[path]) for path in self}, method="assigned"
         )
-        with _put_back_on_error(model, [variable for variable, _ in writes]):
+        with keras_models.put_back_on_error(model, [variable for variable, _ in writes]):
             for variable, value in writes:
                 variable.assign(value)
         origins.forget(layers.values())
@@ -239,7 +239,8 @@ class PopulationStats(collections.abc.Mapping):
                 "the same weights."
             )
         for part in (self, other):
-            part._require_possible(where_counted=True)
+            layer_stats.require_possible(part, where_counted=True)
+        sizes = [self.population_size, other.population_size]
         return PopulationStats(
             {path: ours.merge(other[path], self.method) for path, ours in self.items()},
             method=self.method,
@@ -249,8 +250,7 @@ class PopulationStats(collections.abc.Mapping):
             fingerprint=self.fingerprint,
             previous=other.previous if self.previous is None else self.previous,
             levels=max(self.levels, other.levels),
-            population_size=bool(self.population_size and other.population_size)
-            and self.population_size + other.population_size,
+            population_size=sum(sizes) if all(sizes) else 0,
         )
 
     def blend(self, source: "PopulationStats", *, samples: int) -> "PopulationStats":
@@ -268,12 +268,9 @@ class PopulationStats(collections.abc.Mapping):
         larger by N n / (N + n)^2 (mean_source - mean_these)^2: the aim is an estimate of the
         field's own variance, not of a mixture's.
 
-        It is insurance, and costs what it insures against. With images of digits (500 test images,
-        `examples/served_population.py`), which had not shifted at all, one request alone cost 22
-        points of accuracy, four 6, eight 2; N = 4 left 1 or less of that. Where light or contrast
-        had shifted much, N = 1 cost up to 34 points of what few requests gain and N = 16 up to 59,
-        and N cost nothing from about n = 64 N on. So take 0 where a monitor says that the data has
-        moved, or from 16 samples on, and 4 for fewer samples of data that may not have moved.
+        It is insurance, and costs what it insures against. Take N = 0 where a monitor says that the
+        data has moved, or from 16 samples on, and N = 4 for fewer samples of data that may not have
+        moved: `tfbn.blending` has the measurements.
 
         Args:
             source: Statistics of the data that the model was trained on, or of what it held
@@ -322,23 +319,7 @@ class PopulationStats(collections.abc.Mapping):
 
     def to_dict(self) -> dict[str, Any]:
         """All but `previous`, as plain numbers, lists and strings that `json.dumps` takes."""
-        return {
-            **{name: getattr(self, name) for name in stats_file.ATTRIBUTES},
-            "layers": {
-                path: {
-                    "count": stats.count,
-                    "counts": stats.counts.tolist(),
-                    "mean": stats.mean.tolist(),
-                    "variance": stats.variance.tolist(),
-                    **{
-                        # NaN is no JSON.
-                        name: [None if np.isnan(value) else value for value in error.tolist()]
-                        for name, error in stats.errors.items()
-                    },
-                }
-                for path, stats in self.items()
-            },
-        }
+        return summary.as_dict(self)
 
     def summary(self, print_fn: collections.abc.Callable[[str], Any] | None = None) -> None:
         """Print a table of the layers, those whose moving averages were furthest off first.
@@ -355,7 +336,7 @@ class PopulationStats(collections.abc.Mapping):
             print_fn: Called with each line instead of `print`.
         """
         print_fn = print_fn or print
-        title, head, rows = self._table()
+        title, head, rows = summary.table(self)
         for line in [title, *drift.table(head, rows)]:
             print_fn(line)
 
@@ -422,84 +403,9 @@ class PopulationStats(collections.abc.Mapping):
         try:
             found, previous = stats_file.unpack(content)
             stats = cls(previous=None if previous is None else cls(**previous), **found)
-            stats._require_possible()
+            if stats.method != "assigned":
+                layer_stats.require_possible(stats)
         except ValueError as error:
             # A name in the file may have any length.
             raise ValueError(str(error)[:300]) from error
         return stats
-
-    def _require_possible(self, where_counted=False):
-        """Raise `ValueError` if values were swept that no data has."""
-        if self.method == "assigned":
-            return
-        for path, stats in self.items():
-            why = stats.impossible(where_counted)
-            if why is not None:
-                raise ValueError(
-                    f"Expected finite means and variances of at least 0. Received: {why} of layer "
-                    f"{path!r}. Look for NaN, Inf or very large values in the data of the sweep."
-                )
-
-    def _require_values(self):
-        """Raise `ValueError` if there were no values for a layer that was swept."""
-        for path, stats in self.items():
-            if self.method != "assigned" and not stats.counts.any():
-                raise ValueError(
-                    f"Expected values for layer {path!r}. Received: none, or only masked ones. "
-                    "Look at the data and its masks."
-                )
-
-    def _table(self):
-        """Title, head and rows of `summary`."""
-        title = (
-            f"Population statistics: method={self.method!r}, {self.samples} samples "
-            f"in {self.batches} batches of at most {self.batch_size}"
-        )
-        if self.tolerance is not None:
-            why = "reached" if self.relative_error <= self.tolerance else "data ended first"
-            title += f", tolerance={self.tolerance:g} ({why})"
-        if self.source_weight:
-            title += f", {blending.in_words(self.samples, self.source_weight)}"
-        off = {} if self.previous is None else drift.of_layers(self, self.previous)
-        rows = []
-        for path in [*off, *(path for path in self if path not in off)]:
-            error = self[path].relative_error
-            known = "-" if np.isnan(error) else f"{error:.4f}"
-            rows.append([path, self[path].count, *drift.cells(off.get(path))[::2], known])
-        return title, ["layer", "values/channel", *drift.COLUMNS[::2], "std error"], rows
-
-
-@contextlib.contextmanager
-def _put_back_on_error(model, variables):
-    """A stretch after which some variables hold what they did, if it ends with an error."""
-    held = keras_models.Snapshot(model, variables)
-    try:
-        yield
-    except BaseException:  # Ctrl-C too: all layers or none.
-        held.restore()
-        raise
-
-
-def check_tolerance(tolerance: float | None) -> float | None:
-    """The tolerance as a float; `ValueError` unless it is one from 0 to 1, or `None`."""
-    if tolerance is None:
-        return None
-    if isinstance(tolerance, bool) or not isinstance(tolerance, numbers.Real):
-        tolerance = np.nan
-    if not 0 < tolerance <= 1:
-        raise ValueError(
-            "Expected tolerance to be a number over 0 and up to 1, in standard deviations. "
-            f"Received: {tolerance!r}."
-        )
-    return float(tolerance)
-
-
-def _whole(name, value):
-    """A number of things, as an int."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = -1
-    if not 0 <= number <= 2**53:
-        raise ValueError(f"Expected {name} to be a whole number, at least 0. Received: {value!r}.")
-    return number

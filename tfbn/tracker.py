@@ -8,9 +8,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn import keras_models, training_state
+from tfbn import arguments, keras_models, training_state
 from tfbn.callback_lists import enclosing, pickled_state, shallow_copy, shared_copy
-from tfbn.population import check_tolerance
 from tfbn.sweep.methods import check_method
 from tfbn.sweep.run import check, check_batch, collect
 from tfbn.sweep.state import Site
@@ -106,8 +105,12 @@ class StatsTracker(keras.callbacks.Callback):
         self.stats = None
         self._x = x
         self._validation_data = validation_data
-        self._options = {"method": method, "batch_size": batch_size, "steps": steps}
-        self._tolerance = check_tolerance(tolerance)
+        self._options = {
+            "method": method,
+            "batch_size": batch_size,
+            "steps": steps,
+            "tolerance": arguments.tolerance(tolerance),
+        }
         self._validation_batch_size = validation_batch_size
         self._log_dir = log_dir
         self._mini_batch_function = None
@@ -127,7 +130,13 @@ class StatsTracker(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         """Check all that can be checked by now."""
-        _, batches = check(self.model, self._x, self._options["batch_size"], self._options["steps"])
+        _, batches = check(
+            self.model,
+            self._x,
+            self._options["batch_size"],
+            self._options["steps"],
+            sample=self._options["tolerance"] is not None,
+        )
         if not batches.repeatable:
             raise ValueError(
                 "Expected data that can be swept in every epoch. Received: a generator, which "
@@ -148,9 +157,7 @@ class StatsTracker(keras.callbacks.Callback):
         others = training_state.put_back(self.model)
         try:
             with training_state.unchanged(self.model):
-                self.stats = collect(
-                    self.model, self._x, verbose=0, tolerance=self._tolerance, **self._options
-                )
+                self.stats = collect(self.model, self._x, verbose=0, **self._options)
                 found = {"moving_average": self._evaluate()}
                 training_state.put_in(self.model, self.stats)
                 found["population"] = self._evaluate()

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn import keras_models
+from tfbn import arguments, keras_models
 from tfbn.sweep.batches import Batches, NotABatchError, empty, to_tensors, too_short
 
 DEFAULT_BATCH_SIZE = 32  # As in `model.fit`.
@@ -37,7 +37,7 @@ def batches(x, batch_size=None, steps=None, may_be_empty=False, model=None, samp
             arrays of different lengths, or comes in batches of its own and `batch_size` is given
             too.
     """
-    check_positive(batch_size=batch_size, steps=steps)
+    arguments.positive(batch_size=batch_size, steps=steps)
     repeatable, static, population_size = True, False, 0
     specs = _single_input(model)
     if isinstance(x, keras.utils.PyDataset):
@@ -97,13 +97,6 @@ def batches(x, batch_size=None, steps=None, may_be_empty=False, model=None, samp
     total = length if steps is None else int(steps)
     options |= {"static": static, "population_size": population_size}
     return Batches(elements, total, **options, steps=steps)
-
-
-def check_positive(**values):
-    """Raise `ValueError` unless all are positive integers or `None`."""
-    for name, value in values.items():
-        if value is not None and (value != int(value) or value < 1):
-            raise ValueError(f"Expected {name} to be a positive integer. Received: {value!r}.")
 
 
 def _from_pydataset(dataset, length):

@@ -6,8 +6,7 @@ import math
 import keras
 import tensorflow as tf
 
-from tfbn import keras_models
-from tfbn.population import check_tolerance
+from tfbn import arguments, keras_models
 from tfbn.sweep import data, memory
 from tfbn.sweep.batches import empty, prepared
 from tfbn.sweep.caveats import warn_of
@@ -116,7 +115,7 @@ def collect(
             if one of them fails.
     """
     check_method(method)
-    tolerance = check_tolerance(tolerance)
+    tolerance = arguments.tolerance(tolerance)
     workers = Workers(model)
     sweep = _Sweep(
         model,
@@ -254,7 +253,7 @@ def check(
     return layers, data.batches(x, batch_size, steps, may_be_empty, model, sample)
 
 
-def check_batch(model, x, method="exact", batch_size=None, steps=None):
+def check_batch(model, x, method="exact", batch_size=None, steps=None, tolerance=None):
     """Trace on one batch what `collect` would run, which then need not be traced again.
 
     A `tf.data.Dataset` is not read for it, because that would change the order in which a shuffled
@@ -274,7 +273,7 @@ def check_batch(model, x, method="exact", batch_size=None, steps=None):
             "only holds others, as a GAN holds its generator. Sweep the network inside: pass it "
             "as `model`, for example PopulationStatsCallback(x, model=gan.generator)."
         )
-    layers, batches = check(model, x, batch_size, steps)
+    layers, batches = check(model, x, batch_size, steps, sample=tolerance is not None)
     if isinstance(x, tf.data.Dataset):
         inputs = keras.utils.unpack_x_y_sample_weight(x.element_spec)[0]
         unknown = any(spec.shape.rank is None for spec in keras.tree.flatten(inputs))

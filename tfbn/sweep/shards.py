@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tfbn.population import check_tolerance
+from tfbn import arguments
 from tfbn.sweep import data
 from tfbn.sweep.batches import empty
 from tfbn.sweep.methods import METHODS, check_method
@@ -70,8 +70,8 @@ def collect_shards(
         RuntimeError: If sweeping a shard fails, with the shard's name and the error's words.
     """
     check_method(method)
-    tolerance = check_tolerance(tolerance)
-    data.check_positive(batch_size=batch_size, steps=steps)
+    tolerance = arguments.tolerance(tolerance)
+    arguments.positive(batch_size=batch_size, steps=steps)
     recipe = Recipe(source_of(model), method, include_frozen)
     reader = _Reader(load, batch_size, steps, sample=tolerance is not None)
     cluster = _Cluster(recipe, list(shards), map, reader, verbose)
