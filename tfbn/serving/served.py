@@ -14,8 +14,8 @@ from tfbn.layer_stats import LayerStats
 from tfbn.population import PopulationStats
 from tfbn.serving import alarm, monitor, provenance
 
-# Of the p-value. A run in which it is looked at after every request, 500 times, and nothing has
-# moved raises a false alarm in fewer than 1 % of cases: tests/benchmarks/monitor.py.
+# Of the p-value. It may be looked at after every request: tests/benchmarks/monitor.py counts the
+# runs over data that has not moved in which it is below this at any of these looks.
 _ALARM = 0.001
 
 
