@@ -7,8 +7,10 @@ epsilon, by which the layer divides. Requests of n values with mean m and varian
 
 the second being about the logarithm of the ratio of standard deviations. Both are averages over
 values, so that for requests from the population they are 0 on average however few values a request
-has. The distance of a layer is D, D^2 the mean over channels of a^2 + b^2; that of a network is
-the root mean square over its layers.
+has. The distance of a layer is D, D^2 the mean over channels of a^2 + b^2. That of a network is the
+root mean square over its layers, weighted by 1 / (noise + 0.05^2), noise being what it adds to the
+layer's D^2: first layers average over many positions, while of the few values of the last ones, one
+for a class, sixteen requests may miss some and not show it.
 
 Noise. With requests in G blocks (see `Blocks`) of n_i values, whose a and b make the vectors x_i
 of mean x, the sampling error of x has the covariance Sigma, estimated as in `tfbn.moments` by
@@ -190,10 +192,13 @@ def movement(
 
 
 def together(movements: list[Movement]) -> Movement:
-    """The movement of a network from those of its layers."""
+    """The movement of a network from those of its layers, weighted by how well each is known."""
+    noise = np.array([np.trace(movement.noise) for movement in movements])
+    weights = 1 / (noise + TOLERANCE**2)
+    weights /= weights.sum()
     return Movement(
-        float(np.mean([movement.squared for movement in movements])),
-        np.mean([movement.noise for movement in movements], 0),
+        float(sum(w * movement.squared for w, movement in zip(weights, movements, strict=True))),
+        sum(w * movement.noise for w, movement in zip(weights, movements, strict=True)),
     )
 
 

@@ -14,8 +14,8 @@ from tfbn.layer_stats import LayerStats
 from tfbn.population import PopulationStats
 from tfbn.serving import alarm, monitor, provenance
 
-# Of the p-value. A run in which it is looked at after every request, 500 times, and nothing has
-# moved raises a false alarm in fewer than 1 % of cases: tests/benchmarks/monitor.py.
+# Of the p-value. It may be looked at after every request: tests/benchmarks/monitor.py counts the
+# runs over data that has not moved in which it is below this at any of these looks.
 _ALARM = 0.001
 
 
@@ -28,15 +28,17 @@ class ServedDrift:
             the population as these are, if their own population were within 0.05 standard
             deviations of it. 1.0 for fewer than 16 requests.
         requests: How many requests it was taken from.
-        distance: How far the network has moved, the root mean square of `distance` over layers.
+        distance: How far the network has moved, the root mean square of `distance` over layers,
+            weighted by how well each is known.
         layers: By path of each layer, in units of sqrt(variance + epsilon) of its population:
             `mean_shift`, `mean_shift_max`, `std_ratio` and `std_ratio_max` as
             `PopulationStats.compare` has them; `mean_shift_error`, the `mean_shift` that noise
             alone would show, and `std_ratio_error`, the standard error of `std_ratio`;
             `distance`, the root mean square over channels of the shift and of half the relative
             change of the mean square, without what noise adds to it; and the layer's own
-            `p_value`. Errors come from the spread between requests; of one they are NaN, and so
-            is the distance.
+            `p_value`, which is not corrected for the number of layers: where to look, not an
+            alarm. Errors come from the spread between requests; of one they are NaN, and so is
+            the distance.
     """
 
     p_value: float
