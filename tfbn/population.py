@@ -266,8 +266,8 @@ class PopulationStats(collections.abc.Mapping):
         `examples/served_population.py`), which had not shifted at all, one request alone cost 22
         points of accuracy, four 6, eight 2; N = 4 left 1 or less of that. Where light or contrast
         had shifted much, N = 1 cost up to 34 points of what few requests gain and N = 16 up to 59,
-        and N cost nothing from about n = 64 N on. So take 0 where a monitor says that the data has
-        moved, or from 16 samples on, and 4 for fewer samples of data that may not have moved.
+        and from about n = 64 N on it cost a point or less. So take 0 where a monitor says that the
+        data has moved, or from 16 samples on, and 4 for fewer samples of data that may not have.
 
         Args:
             source: Statistics of the data that the model was trained on, or of what it held
