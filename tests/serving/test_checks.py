@@ -268,13 +268,13 @@ def test_each_output_is_compared_on_its_own_scale(tmp_path, monkeypatch):
 
     model = keras.Sequential([keras.Input((4,)), Scales()])
 
-    def off(network, specs, path, name_outputs):
+    def off(network, specs, path, *rest):
         class Off(keras.Model):
             def call(self, x):
                 outputs = network(x)
                 return {**outputs, "small": outputs["small"] + 0.5}
 
-        return save(called(Off(), ONES), specs, path, name_outputs)
+        return save(called(Off(), ONES), specs, path, *rest)
 
     save = endpoint.save
     monkeypatch.setattr(endpoint, "save", off)

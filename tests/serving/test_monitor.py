@@ -111,6 +111,19 @@ def test_serve_is_what_it_is_without(tmp_path):
     assert not (plain.path / monitor.FILE).exists()
 
 
+def test_a_monitor_with_other_outputs_is_not_put_in_place(tmp_path, monkeypatch):
+    run = monitor.run
+
+    def off(*args):
+        outputs, moments = run(*args)
+        return outputs + 0.1, moments
+
+    monkeypatch.setattr(monitor, "run", off)
+    with pytest.raises(ValueError, match="monitor to predict what serve predicts"):
+        export(conv_model(), tmp_path, monitor=True)
+    assert everything_under(tmp_path) == []
+
+
 @pytest.mark.parametrize("axis", [-1, 1])
 def test_masked_positions_do_not_count(axis):
     layer = layers.BatchNormalization(axis=axis, name="bn")

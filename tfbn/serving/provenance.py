@@ -17,6 +17,9 @@ from tfbn.serving import monitor, versions
 
 FILE = "assets.extra/tfbn.json"
 
+# Monitored layers that are named in the first lines of a description.
+_FEW = 8
+
 # The entries before names of inputs and outputs and a checksum were added.
 _FIRST_FORMAT = {
     "tfbn",
@@ -312,7 +315,8 @@ def _lines(directory, provenance):
         ]
     if "monitor" in provenance:
         paths = list(provenance["monitor"]["epsilon"])
-        lines.append(f"monitored batch norm layers: {len(paths)}, {', '.join(paths)}")
+        few = f", {', '.join(paths)}" if len(paths) <= _FEW else ""
+        lines.append(f"monitored batch norm layers: {len(paths)}{few}")
     for name, layer in ((provenance["statistics"] or {}).get("layers") or {}).items():
         off = f", mean off by {layer['mean_shift']:.3f} std before" if "mean_shift" in layer else ""
         lines.append(f"  {name}: {layer['channels']} channels, {layer['count']} values each{off}")

@@ -28,15 +28,17 @@ class ServedDrift:
             the population as these are, if their own population were within 0.05 standard
             deviations of it. 1.0 for fewer than 16 requests.
         requests: How many requests it was taken from.
-        distance: How far the network has moved, the root mean square of `distance` over layers.
+        distance: How far the network has moved, the root mean square of `distance` over layers,
+            weighted by how well each is known.
         layers: By path of each layer, in units of sqrt(variance + epsilon) of its population:
             `mean_shift`, `mean_shift_max`, `std_ratio` and `std_ratio_max` as
             `PopulationStats.compare` has them; `mean_shift_error`, the `mean_shift` that noise
             alone would show, and `std_ratio_error`, the standard error of `std_ratio`;
             `distance`, the root mean square over channels of the shift and of half the relative
             change of the mean square, without what noise adds to it; and the layer's own
-            `p_value`. Errors come from the spread between requests; of one they are NaN, and so
-            is the distance.
+            `p_value`, which is not corrected for the number of layers: where to look, not an
+            alarm. Errors come from the spread between requests; of one they are NaN, and so is
+            the distance.
     """
 
     p_value: float
