@@ -262,10 +262,10 @@ class PopulationStats(collections.abc.Mapping):
         larger by N n / (N + n)^2 (mean_source - mean_these)^2: the aim is an estimate of the
         field's own variance, not of a mixture's.
 
-        It is insurance, and costs what it insures against. With images of digits (500 test images,
-        `examples/served_population.py`), which had not shifted at all, one request alone cost 22
-        points of accuracy, four 6, eight 2; N = 4 left 1 or less of that. Where light or contrast
-        had shifted much, N = 1 cost up to 34 points of what few requests gain and N = 16 up to 59,
+        It is insurance, and costs what it insures against. With images of digits
+        (`examples/served_population.py`) that had not shifted at all, one request alone cost 13
+        points of accuracy, four 7, eight 3; N = 4 left about 1 of that. Where light or contrast
+        had shifted much, N = 1 cost up to 40 points of what few requests gain and N = 16 up to 60,
         and from about n = 64 N on it cost a point or less. So take 0 where a monitor says that the
         data has moved, or from 16 samples on, and 4 for fewer samples of data that may not have.
 
