@@ -5,12 +5,12 @@ source, the data that a model was trained on, have no such error but are of othe
 the two lies their weighted average (Schneider et al. 2020, "Improving robustness against common
 corruptions by covariate shift adaptation", section 3, https://arxiv.org/abs/2006.16971).
 
-It is insurance, and costs what it insures against. With images of digits (500 test images,
-`examples/served_population.py`), which had not shifted at all, one request alone cost 22
-points of accuracy, four 6, eight 2; N = 4 left 1 or less of that. Where light or contrast
-had shifted much, N = 1 cost up to 34 points of what few requests gain and N = 16 up to 59,
-and N cost nothing from about n = 64 N on. So take 0 where a monitor says that the data has
-moved, or from 16 samples on, and 4 for fewer samples of data that may not have moved.
+It is insurance, and costs what it insures against. With images of digits
+(`examples/served_population.py`) that had not shifted at all, one request alone cost 13 points of
+accuracy, four 7, eight 3; N = 4 left about 1 of that. Where light or contrast had shifted much,
+N = 1 cost up to 40 points of what few requests gain and N = 16 up to 60, and from about n = 64 N on
+it cost a point or less. So take 0 where a monitor says that the data has moved, or from 16 samples
+on, and 4 for fewer samples of data that may not have.
 """
 
 from typing import TYPE_CHECKING

@@ -143,7 +143,7 @@ def assert_close(found, expected, tolerance=1e-5):
 
 
 EVERY_DAY = {
-    ("nested", "exact"),
+    ("siblings", "exact"),
     ("masked", "pooled"),
     ("several", "exact"),
     ("of a kind", "exact"),

@@ -104,9 +104,9 @@ def _add_recalibrate(commands):
         "--blend-samples",
         type=_size,
         metavar="N",
-        help="for few samples from the field: weight the statistics that the model holds as if "
-        "they were of N samples more. 4 protects where fewer than 16 samples of the field may not "
-        "have moved at all, and costs where they have (default: 0)",
+        help="for few samples: count the statistics that the model holds as N samples more. "
+        "4 protects where fewer than 16 samples may be of data that has not moved at all, and "
+        "costs where it has (default: 0)",
     )
     added.add_argument(
         "--tolerance",
