@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 
@@ -39,7 +39,9 @@ def enclosing(callback: keras.callbacks.Callback) -> list[Place]:
     return found
 
 
-def _place(callbacks, inside):
+def _place(
+    callbacks: keras.callbacks.CallbackList, inside: list[keras.callbacks.Callback]
+) -> Place:
     for i, element in enumerate(callbacks.callbacks):
         if any(element is one for one in inside):
             return Place(callbacks, callbacks.callbacks[:i], callbacks.callbacks[i + 1 :])
@@ -51,6 +53,7 @@ def shared_copy(
 ) -> keras.callbacks.Callback:
     """A deep copy of a callback that shares the values of some attributes with it."""
     memo.update((id(getattr(callback, name)), getattr(callback, name)) for name in shared)
-    copied = memo[id(callback)] = type(callback).__new__(type(callback))
+    kind: Any = type(callback)
+    copied = memo[id(callback)] = kind.__new__(kind)
     copied.__dict__.update(copy.deepcopy(callback.__dict__, memo))
     return copied

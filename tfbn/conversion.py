@@ -5,7 +5,7 @@ import keras
 from tfbn import copying, keras_models
 
 
-def convert(model):
+def convert(model: keras.Model) -> keras.Model:
     """A copy of `model` with `tfbn.BatchNormalization` in place of Keras's layer.
 
     The copy has the class, names, dtype policies and `trainable` flags of `model` and all of its

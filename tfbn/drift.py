@@ -23,8 +23,11 @@ COLUMNS = ("mean off by", "largest", "std ratio", "largest")
 class Statistics(Protocol):
     """Mean and variance per channel, float64, each of shape `(channels,)`."""
 
-    mean: np.ndarray
-    variance: np.ndarray
+    @property
+    def mean(self) -> np.ndarray: ...
+
+    @property
+    def variance(self) -> np.ndarray: ...
 
 
 def by_channel(ours: Statistics, theirs: Statistics) -> tuple[np.ndarray, np.ndarray]:
@@ -114,7 +117,7 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     )
 
 
-def _html_row(tag, row):
+def _html_row(tag: str, row: Sequence[object]) -> str:
     left, right = "text-align: left", "text-align: right"
     cells = [
         f'<{tag} style="{right if i else left}">{html.escape(str(cell))}</{tag}>'
@@ -123,12 +126,12 @@ def _html_row(tag, row):
     return f"<tr>{''.join(cells)}</tr>"
 
 
-def _cut(rows):
+def _cut(rows: Iterable[Sequence[object]]) -> tuple[list[Sequence[object]], int]:
     rows = list(rows)
     left_out = max(0, len(rows) - _FIRST - _LAST)
     return rows if not left_out else rows[:_FIRST] + rows[-_LAST:], left_out
 
 
-def _severity(found):
+def _severity(found: Mapping[str, float]) -> float:
     severity = found["mean_shift"] + abs(np.log(found["std_ratio"]))
     return np.inf if np.isnan(severity) else severity

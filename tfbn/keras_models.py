@@ -4,6 +4,8 @@ import contextlib
 import functools
 import hashlib
 import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -11,6 +13,14 @@ import tensorflow as tf
 
 from tfbn.detours import detour
 from tfbn.layer import BatchNormalization
+
+# A tensor, or its spec, or a list, tuple or dict of such structures.
+Structure = Any
+# From the path, the layer, its own call, the inputs, `training` and the mask to the outputs.
+Observe = Callable[
+    [str, keras.Layer, Callable[..., tf.Tensor], tf.Tensor, bool | None, tf.Tensor | None],
+    tf.Tensor,
+]
 
 _STATISTICS = (
     "moving_mean",
@@ -21,7 +31,7 @@ _STATISTICS = (
 )
 
 
-def batch_norm_layers(model):
+def batch_norm_layers(model: keras.Layer) -> dict[str, keras.layers.BatchNormalization]:
     """Every `keras.layers.BatchNormalization` (or subclass) in a model, by path.
 
     The path joins the names of the layers on the way from the model, whose own name is
@@ -38,17 +48,17 @@ def batch_norm_layers(model):
     }
 
 
-def layers(model):
+def layers(model: keras.Layer) -> dict[str, keras.Layer]:
     """Every layer in a model, by path; outer layers before those inside them."""
     found = {}
     seen = set()
 
-    def visit(layer, path):
+    def visit(layer: keras.Layer, path: str) -> None:
         if id(layer) in seen:
             return
         seen.add(id(layer))
         found[path] = layer
-        names = {}
+        names: dict[str, int] = {}
         # Keras has no public list of a layer's direct sublayers that also covers custom
         # layers and wrappers; `Model.layers` knows only a model's own.
         for child in layer._layers:
@@ -64,7 +74,7 @@ def layers(model):
     return found
 
 
-def input_specs(model):
+def input_specs(model: keras.Model) -> list[Structure] | None:
     """What a model takes, as far as Keras knows: for each argument the specs of a batch.
 
     Returns:
@@ -79,17 +89,17 @@ def input_specs(model):
     if shape is None:
         return None
 
-    def spec(shape):
+    def spec(shape: Sequence[int | None]) -> tf.TensorSpec:
         return tf.TensorSpec((None, *shape[1:]), model.input_dtype)
 
     return [keras.tree.map_shape_structure(spec, shape)]
 
 
-def _any_batch(tensor):
+def _any_batch(tensor: keras.KerasTensor) -> tf.TensorSpec:
     return tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype, tensor.name)
 
 
-def statistics(layer):
+def statistics(layer: keras.layers.BatchNormalization) -> dict[str, keras.Variable]:
     """The variables that hold a batch norm layer's statistics, by attribute name.
 
     `moving_mean` and `moving_variance`, and with `renorm=True` also `moving_stddev`,
@@ -99,7 +109,7 @@ def statistics(layer):
     return {name: variable for name, variable in found.items() if variable is not None}
 
 
-def always_passes_training_on(model):
+def always_passes_training_on(model: keras.Model) -> bool:
     """Whether it is certain that every layer in a model trains where the model does.
 
     That is so where all code is Keras's or tfbn's own, and no call in a Functional model fixes
@@ -117,7 +127,7 @@ def always_passes_training_on(model):
     return True
 
 
-def structure(model):
+def structure(model: keras.Model) -> tuple:
     """All that a trace of a model depends on but its weights, to be compared with `==`.
 
     These are the layers and for each its path, class, `call`, dtype policy, flags, variables and
@@ -127,7 +137,7 @@ def structure(model):
     return tuple((path, *_structure_of(layer)) for path, layer in layers(model).items())
 
 
-def _structure_of(layer):
+def _structure_of(layer: keras.Layer) -> tuple:
     # Keras's own layers keep caches under private names: the dropout mask of an RNN's cell.
     private = type(layer).__module__.partition(".")[0] == "keras"
     books = _bookkeeping()
@@ -152,19 +162,19 @@ def _structure_of(layer):
 class _Same:
     """An object held weakly, equal only to itself for as long as it lives."""
 
-    def __init__(self, value):
+    def __init__(self, value: object):
         self._reference = weakref.ref(value)
         self._hash = id(value)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         value = self._reference()
         return isinstance(other, _Same) and value is not None and value is other._reference()
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return self._hash
 
 
-def _comparable(value):
+def _comparable(value: object) -> object:
     if isinstance(value, _PLAIN):
         return type(value), value
     if isinstance(value, np.ndarray | np.generic):
@@ -183,7 +193,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 @functools.cache
-def _bookkeeping():
+def _bookkeeping() -> frozenset[str]:
     """The attributes by which Keras keeps its own books on any layer or model."""
     layer, model = keras.Layer(), keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile(loss="mse")
@@ -194,7 +204,9 @@ def _bookkeeping():
 
 
 @contextlib.contextmanager
-def observed_calls(layers, observe, outermost=False):
+def observed_calls(
+    layers: Mapping[str, keras.Layer], observe: Observe, outermost: bool = False
+) -> Iterator[None]:
     """Within the context this thread's calls of some batch norm layers run `observe`.
 
     The call is replaced in the two classes that define it, so that a subclass that adds to
@@ -225,7 +237,7 @@ def observed_calls(layers, observe, outermost=False):
 
 
 @contextlib.contextmanager
-def inlined_functions():
+def inlined_functions() -> Iterator[None]:
     """Within the context this thread runs what `tf.function` gave as part of its caller.
 
     A trace from before would not have the changes of the context, and one from now must not be
@@ -253,7 +265,7 @@ class Snapshot:
         variables: Variables of it.
     """
 
-    def __init__(self, model, variables):
+    def __init__(self, model: keras.Model, variables: Iterable[keras.Variable]):
         strategy = model.distribute_strategy
         self._values = [
             (local, local.numpy().copy())
@@ -261,19 +273,19 @@ class Snapshot:
             for local in strategy.experimental_local_results(variable.value)
         ]
 
-    def restore(self):
+    def restore(self) -> None:
         """Write all values back."""
         for variable, value in self._values:
             variable.assign(value)
 
-    def holds(self):
+    def holds(self) -> bool:
         """Whether every variable still has its value, to the bit."""
         return all(
             variable.numpy().tobytes() == value.tobytes() for variable, value in self._values
         )
 
 
-def all_statistics(model):
+def all_statistics(model: keras.Model) -> list[keras.Variable]:
     """The variables that hold the statistics of all batch norm layers of a model, in order."""
     return [
         variable
@@ -282,7 +294,7 @@ def all_statistics(model):
     ]
 
 
-def fingerprint(model):
+def fingerprint(model: keras.Model) -> str:
     """A digest of the weights that population statistics depend on, as a string.
 
     These are all floating-point weights but the statistics of the batch norm layers
@@ -292,7 +304,7 @@ def fingerprint(model):
     weights = _owned_weights(model)
     held = tuple(map(_Same, weights))
     known, digests = _fingerprint_functions.get(model, (None, None))
-    if known != held:
+    if digests is None or known != held:
         # One graph, because reading every weight by itself takes longer than its digest.
         digests = _concrete_digests([variable.value for variable in weights])
         _fingerprint_functions[model] = held, digests
@@ -301,7 +313,7 @@ def fingerprint(model):
     return _FINGERPRINT_2 + digest.hexdigest()
 
 
-def has_fingerprint(model, known):
+def has_fingerprint(model: keras.Model, known: str) -> bool:
     """Whether a model's weights are those of a fingerprint, from this version or an older one."""
     if known.startswith(_FINGERPRINT_2):
         return known == fingerprint(model)
@@ -311,10 +323,13 @@ def has_fingerprint(model, known):
 # The first version took SHA-256 of all bytes, which is ten times slower.
 _FINGERPRINT_2 = "2:"
 
-_fingerprint_functions = weakref.WeakKeyDictionary()
+# By model: its weights, and the function that gives their digests.
+_fingerprint_functions: weakref.WeakKeyDictionary[
+    keras.Model, tuple[tuple[_Same, ...], Callable[[], tf.Tensor]]
+] = weakref.WeakKeyDictionary()
 
 
-def _concrete_digests(variables):
+def _concrete_digests(variables: Sequence[tf.Variable]) -> Callable[[], tf.Tensor]:
     def digests():
         rows = [tf.fingerprint(tf.reshape(variable, [1, -1])) for variable in variables]
         return tf.concat(rows, 0) if rows else tf.zeros([0, 8], tf.uint8)
@@ -323,16 +338,16 @@ def _concrete_digests(variables):
         return tf.function(digests, autograph=False).get_concrete_function()
 
 
-def _sha256(model):
+def _sha256(model: keras.Model) -> str:
     digest = hashlib.sha256()
     for variable in _owned_weights(model):
         value = tf.convert_to_tensor(variable).numpy()
         digest.update(f"{value.shape} {variable.dtype};".encode())
-        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
-def _owned_weights(model):
+def _owned_weights(model: keras.Model) -> list[keras.Variable]:
     """The floating-point weights of a model but its statistics, each once.
 
     Innermost layers come first, so that each weight is met in the one layer that owns it: the

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -48,22 +49,23 @@ class LayerStats:
             Mean and variance may be any numbers here, as a broken model may hold any.
     """
 
-    count: int
+    count: int | np.ndarray
     mean: np.ndarray
     variance: np.ndarray
     renorm: dict[str, np.ndarray] | None = None
-    mean_error: np.ndarray | None = None
-    variance_error: np.ndarray | None = None
+    mean_error: np.ndarray = None  # type: ignore[assignment]  # Made NaN below.
+    variance_error: np.ndarray = None  # type: ignore[assignment]
     counts: np.ndarray = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
-        found = {"mean": self.mean, "variance": self.variance, **(self.renorm or {})}
+        given: dict[str, Any] = {"mean": self.mean, "variance": self.variance}
+        given |= self.renorm or {}
         for name in ERRORS:
             error = getattr(self, name)
-            found[name] = np.full(np.shape(self.mean), np.nan) if error is None else error
-        found = {name: _read_only(value, np.float64) for name, value in found.items()}
-        shape = found["mean"].shape
-        for name, value in found.items():
+            given[name] = np.full(np.shape(self.mean), np.nan) if error is None else error
+        arrays = {name: _read_only(value, np.float64) for name, value in given.items()}
+        shape = arrays["mean"].shape
+        for name, value in arrays.items():
             if value.shape != shape or len(shape) != 1 or not value.size:
                 raise ValueError(
                     "Expected mean, variance and their errors of one shape (channels,). Received: "
@@ -72,18 +74,18 @@ class LayerStats:
         if self.renorm is not None and set(self.renorm) != set(RENORM):
             raise ValueError(f"Expected renorm with {RENORM}. Received: {list(self.renorm)}.")
         counts = _counts(self.count, shape)
-        held = {"count": int(counts.min()), "counts": counts, **found}
-        held["renorm"] = self.renorm and {name: held.pop(name) for name in RENORM}
-        for name, value in held.items():
+        fields: dict[str, Any] = {"count": int(counts.min()), "counts": counts, **arrays}
+        fields["renorm"] = self.renorm and {name: fields.pop(name) for name in RENORM}
+        for name, value in fields.items():
             object.__setattr__(self, name, value)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         """Whether the two hold the same numbers, to the bit."""
         if not isinstance(other, LayerStats):
             return NotImplemented
         return _bits(self) == _bits(other)
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def impossible(self, where_counted: bool = False) -> str | None:
         """Which of the values no data can have, in words, or `None`.
@@ -163,7 +165,7 @@ class LayerStats:
             relative = errors / np.stack([np.sqrt(variance), 2 * variance])
         return float(np.max(np.where(errors == 0, 0.0, relative), initial=0.0))
 
-    def _moments(self):
+    def _moments(self) -> moments.Moments:
         count = self.counts.astype(np.float64)
         return moments.of_values(count, self.mean, self.variance * count)
 
@@ -227,7 +229,10 @@ def of_calls(calls: list[moments.Moments], method: str) -> LayerStats:
     merge = functools.partial(moments.merge, method=method)
     found = functools.reduce(merge, calls)
     whole = LayerStats(found.count, found.mean, moments.variance(found))
-    return whole.with_errors(*sum(call.errors_in(whole, method) for call in each))
+    mean_error, variance_error = functools.reduce(
+        np.add, [call.errors_in(whole, method) for call in each]
+    )
+    return whole.with_errors(mean_error, variance_error)
 
 
 def of_layer(layer: keras.Layer) -> LayerStats:
@@ -237,7 +242,7 @@ def of_layer(layer: keras.Layer) -> LayerStats:
     return LayerStats(0, mean, variance, held or None)
 
 
-def value_of(variable) -> np.ndarray:
+def value_of(variable: keras.Variable) -> np.ndarray:
     """A copy of what a variable holds, in its dtype."""
     return tf.convert_to_tensor(variable).numpy().copy()
 
@@ -303,13 +308,13 @@ def require_same_shape(path: str, ours: LayerStats, theirs: LayerStats) -> None:
         )
 
 
-def _read_only(value, dtype):
+def _read_only(value: Any, dtype: type) -> np.ndarray:
     value = np.array(value, dtype)
     value.flags.writeable = False
     return value
 
 
-def _counts(count, shape):
+def _counts(count: Any, shape: tuple[int, ...]) -> np.ndarray:
     found = np.asarray(count)
     whole = found.dtype.kind in "iuf" and np.all(
         (found >= 0) & (found <= _MOST) & (found == np.floor(found))
@@ -322,7 +327,7 @@ def _counts(count, shape):
     return _read_only(np.broadcast_to(found, shape), np.int64)
 
 
-def _bits(stats):
+def _bits(stats: LayerStats) -> list[bytes]:
     arrays = [stats.counts, stats.mean, stats.variance, stats.mean_error, stats.variance_error]
     arrays += (stats.renorm or {}).values()
     return [array.tobytes() for array in arrays]

@@ -9,8 +9,7 @@ Format 2 (tfbn 0.1.0) is read too. It has no checksum, `previous` is a list of p
 are two attributes more, and it could hold parts of a sweep, which are refused.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -18,6 +17,9 @@ import numpy as np
 from tfbn import storage
 from tfbn._version import __version__
 from tfbn.layer_stats import ERRORS, RENORM, LayerStats
+
+if TYPE_CHECKING:
+    from tfbn.population import PopulationStats
 
 _FORMAT = 3
 _OLD = 2
@@ -33,7 +35,7 @@ ATTRIBUTES = (
 )
 
 
-def pack(stats: Mapping[str, LayerStats]) -> bytes:
+def pack(stats: "PopulationStats") -> bytes:
     """The bytes of a file with a `PopulationStats`."""
     header, arrays = _packed(stats, "")
     header["previous"] = None
@@ -69,9 +71,9 @@ def unpack(content: bytes) -> tuple[dict[str, Any], dict[str, Any] | None]:
     return found, previous
 
 
-def _packed(stats, prefix):
+def _packed(stats: "PopulationStats", prefix: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     header = {name: getattr(stats, name) for name in ATTRIBUTES}
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for i, layer in enumerate(stats.values()):
         parts = {"count": layer.counts, "mean": layer.mean, "variance": layer.variance}
         parts |= layer.renorm or {}
@@ -80,7 +82,7 @@ def _packed(stats, prefix):
     return {**header, "layers": list(stats)}, arrays
 
 
-def _unpacked(header, arrays, prefix):
+def _unpacked(header: dict[str, Any], arrays: dict[str, np.ndarray], prefix: str) -> dict[str, Any]:
     paths = header["layers"]
     if not isinstance(paths, list) or len(set(paths)) < len(paths):
         raise ValueError("layers that are no list of different paths")
@@ -99,7 +101,7 @@ def _unpacked(header, arrays, prefix):
     return {"layers": layers, **{name: header[name] for name in ATTRIBUTES}}
 
 
-def _renew(header, arrays):
+def _renew(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Make the header and arrays of format 2 those of format 3, in place."""
     if header["calls"] is not None or header["level"] != header["levels"]:
         raise ValueError("part of a sweep, which only tfbn 0.1.0 goes on with")
@@ -111,4 +113,4 @@ def _renew(header, arrays):
         header["previous"] = {"layers": paths, **read, **none}
         for name in list(arrays):
             if name.startswith("previous_mean_"):
-                arrays[name.replace("mean", "count")] = np.int64(0)
+                arrays[name.replace("mean", "count")] = np.zeros((), np.int64)

@@ -23,7 +23,7 @@ import numpy as np
 try:
     import fcntl
 except ImportError:  # Windows, where no file can be deleted that another process has open.
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _SEAL = b"SHA-256 of all bytes before: "
 _DIGITS = 64
@@ -130,14 +130,13 @@ def write(path: str | os.PathLike, content: bytes) -> None:
         raise OSError(error.errno, error.strerror, os.fsdecode(path)) from error
 
 
-def remove_abandoned(folder: str | os.PathLike) -> None:
+def remove_abandoned(folder: str | os.PathLike[str]) -> None:
     """Remove the hidden files in a folder that killed processes of this host have left.
 
     A process holds a lock on the file that it writes, and the lock ends with the process: no
     number that another process may have by now, or that is another in a container.
     """
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries]
+    names = os.listdir(folder)
     prefix, suffix = _PARTIAL
     for name in names:
         if name.startswith(prefix) and name.endswith(suffix):
@@ -187,13 +186,12 @@ def _header(encoded: np.ndarray) -> dict:
     return header
 
 
-def _write(path, target: str, content: bytes) -> None:
+def _write(path: str | os.PathLike, target: str, content: bytes) -> None:
     folder = os.path.dirname(target)
-    try:
+    before = None
+    with contextlib.suppress(FileNotFoundError):
         before = os.stat(target)
-    except FileNotFoundError:
-        before = None
-    else:
+    if before is not None:
         _require_regular(path, before)
         if not os.access(target, os.W_OK):
             raise PermissionError(13, "Permission denied", target)
@@ -251,7 +249,7 @@ def _locked(name: str, flags: int, wait: bool = False) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _require_regular(path, found: os.stat_result) -> None:
+def _require_regular(path: str | os.PathLike, found: os.stat_result) -> None:
     kinds = {
         stat.S_IFDIR: "a folder",
         stat.S_IFIFO: "a named pipe",

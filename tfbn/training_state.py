@@ -6,8 +6,8 @@ It is kept by model and not by callback, so that several callbacks of one `fit` 
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import keras
 
@@ -19,8 +19,8 @@ from tfbn.population import PopulationStats
 # may be in the model.
 _HOOKS = ("on_epoch_end", "on_test_begin", "on_test_end", "on_train_end")
 
-_exchanged = weakref.WeakKeyDictionary()  # By model.
-_flags = weakref.WeakKeyDictionary()  # By model: by path, a layer's `trainable` before the freeze.
+# By model: by path, a layer's `trainable` before the freeze.
+_flags: weakref.WeakKeyDictionary[keras.Model, dict[str, bool]] = weakref.WeakKeyDictionary()
 
 
 class _Exchanged(NamedTuple):
@@ -30,6 +30,9 @@ class _Exchanged(NamedTuple):
     previous: PopulationStats
     stats: PopulationStats
     put: Snapshot | None  # `None` until all of it is in.
+
+
+_exchanged: weakref.WeakKeyDictionary[keras.Model, _Exchanged] = weakref.WeakKeyDictionary()
 
 
 def put_in(model: keras.Model, stats: PopulationStats) -> None:
@@ -66,7 +69,7 @@ def keep(model: keras.Model) -> None:
 
 
 @contextlib.contextmanager
-def unchanged(model: keras.Model):
+def unchanged(model: keras.Model) -> Iterator[None]:
     """A stretch of evaluations, after which metrics, counters and random seeds are as before."""
     state = Snapshot(model, model.non_trainable_variables + model.metrics_variables)
     try:
@@ -139,7 +142,7 @@ def guard_validation(trained: keras.Model, model: keras.Model) -> None:
                 put_back(model)
             raise
 
-    guarded.guards, guarded.original = models, vars(trained).get("evaluate")
+    vars(guarded).update(guards=models, original=vars(trained).get("evaluate"))
     trained.evaluate = guarded
 
 
@@ -152,7 +155,7 @@ def release(trained: keras.Model) -> None:
             trained.evaluate = guarded.original
 
 
-def _guarded(name: str, hook: Callable, models: weakref.WeakSet, *args, **kwargs):
+def _guarded(name: str, hook: Any, models: weakref.WeakSet, *args: Any, **kwargs: Any) -> None:
     try:
         hook(*args, **kwargs)
     except BaseException:
@@ -161,6 +164,8 @@ def _guarded(name: str, hook: Callable, models: weakref.WeakSet, *args, **kwargs
             if put_back(model) is not None and name == "on_train_end":
                 unfreeze(model)
         raise
-    finish = {"on_epoch_end": put_back, "on_train_end": keep}.get(name)
-    for model in models if finish else ():
-        finish(model)
+    for model in models:
+        if name == "on_epoch_end":
+            put_back(model)
+        elif name == "on_train_end":
+            keep(model)

@@ -1,5 +1,7 @@
 """`tfbn.BatchNormalization`: Keras's layer on tfbn's kernels."""
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -28,7 +30,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         ValueError: A mask whose rank is not that of the inputs less one.
     """
 
-    def call(self, inputs, training=None, mask=None):
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> tf.Tensor:
         x = tf.convert_to_tensor(inputs)
         if not x.dtype.is_floating:
             # Whole numbers as large as they may be, which half precision would not hold.
@@ -86,7 +88,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return tf.cast(y, self.compute_dtype)
 
     @staticmethod
-    def _move(variable, value, momentum, usable):
+    def _move(
+        variable: keras.Variable, value: tf.Tensor, momentum: float, usable: tf.Tensor
+    ) -> tf.Tensor:
         old = tf.convert_to_tensor(variable)
         new = old * momentum + value * (1.0 - momentum)
         # Setting the momentum to 1 would not do for what is not usable: 0 * NaN is NaN.
@@ -94,7 +98,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         variable.assign(new)
         return new
 
-    def _renorm_corrections(self, mean, variance):
+    def _renorm_corrections(
+        self, mean: tf.Tensor, variance: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         return kernels.renorm_corrections(
             mean,
             variance,

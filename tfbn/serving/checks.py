@@ -71,7 +71,7 @@ class Written:
         predict = tf.function(lambda *args: self.model(*args, training=False), autograph=False)
         return predict.get_concrete_function(*self.specs)
 
-    def _predict(self):
+    def _predict(self) -> dict[str, tf.Tensor]:
         return self._renamed(self._network(*keras.tree.flatten(self.inputs)))
 
     @functools.cached_property
@@ -118,7 +118,7 @@ class Written:
         """The outputs of the model itself, called a second time."""
         return self._predict()
 
-    def _renamed(self, outputs):
+    def _renamed(self, outputs: Any) -> dict[str, tf.Tensor]:
         named = signature.named_outputs(outputs)
         return {self.saved.output_names[name]: output for name, output in named.items()}
 
@@ -138,7 +138,7 @@ class Written:
         return scale * (2e-2 if low else 1e-3)
 
 
-def _compute_dtypes(model):
+def _compute_dtypes(model: keras.Model) -> set[str]:
     return {layer.compute_dtype for layer in keras_models.layers(model).values()}
 
 
@@ -228,7 +228,7 @@ def samples_are_independent(written: Written) -> None:
         )
 
 
-def _among_others(written):
+def _among_others(written: Written) -> dict[str, tf.Tensor]:
     """The answers to the first sample and to zeros, or to itself again if zeros are an error."""
 
     def others(x, spec, value):
@@ -250,11 +250,11 @@ def _among_others(written):
     raise refused
 
 
-def _repeated(first, rest):
+def _repeated(first: tf.Tensor, rest: tf.Tensor) -> tf.Tensor:
     return tf.repeat(first, rest.shape[0], 0)
 
 
-def _first(outputs):
+def _first(outputs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     return {name: y[:1] if y.shape.rank else y for name, y in outputs.items()}
 
 
@@ -269,7 +269,7 @@ def differences(
     return {name: _difference(outputs[name], want) for name, want in expected.items()}
 
 
-def _difference(got, want):
+def _difference(got: tf.Tensor, want: tf.Tensor) -> tuple[float, float]:
     if got.shape != want.shape:
         return np.inf, 1.0
     if want.dtype == tf.string:

@@ -14,7 +14,7 @@ import numpy as np
 try:
     import fcntl
 except ImportError:  # Windows has no such locks: nothing is cleared there.
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 # TensorFlow Serving reads the name of a version as a signed integer of 64 bits.
 MAX_VERSION = 2**63 - 1
@@ -108,7 +108,7 @@ def put_in_place(written: pathlib.Path, directory: pathlib.Path, version: int | 
     return number
 
 
-def _next(directory):
+def _next(directory: pathlib.Path) -> int:
     version = max(numbered(directory), default=0) + 1
     if version > MAX_VERSION:
         raise ValueError(
@@ -119,7 +119,7 @@ def _next(directory):
     return version
 
 
-def _exists(directory, version):
+def _exists(directory: pathlib.Path, version: int) -> FileExistsError:
     return FileExistsError(
         f"Expected a version that does not exist yet. Received: {version}, and "
         f"{str(directory / str(version))!r} is there. Leave the version out for the next free one."
@@ -127,7 +127,7 @@ def _exists(directory, version):
 
 
 @contextlib.contextmanager
-def _made(path):
+def _made(path: pathlib.Path) -> Iterator[None]:
     """A directory that exists; if an error follows, the directories that had to be made go."""
     missing = [p for p in (path, *path.parents) if not p.exists()]
     path.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ def _made(path):
 
 
 @contextlib.contextmanager
-def _hidden(directory):
+def _hidden(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     prefix = f"{_HIDDEN}{os.getpid()}-{socket.gethostname()}-"
     while True:
         with tempfile.TemporaryDirectory(
@@ -157,7 +157,7 @@ def _hidden(directory):
 
 
 @contextlib.contextmanager
-def _owned(hidden):
+def _owned(hidden: pathlib.Path) -> Iterator[bool]:
     """Hold the lock of a hidden directory; `False` if another export is just clearing it."""
     if fcntl is None:
         yield True
@@ -173,7 +173,7 @@ def _owned(hidden):
         yield True
 
 
-def _clear(directory):
+def _clear(directory: pathlib.Path) -> None:
     """Remove the hidden directories of this host that no process owns any more.
 
     The lock tells, not the process's number: a container has numbers of its own, and may have
@@ -191,7 +191,7 @@ def _clear(directory):
             shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _flush_all(directory):
+def _flush_all(directory: pathlib.Path) -> None:
     """Write every file in a directory, and every list of files, from memory to the disk."""
     for parent, _, names in os.walk(directory, topdown=False):
         for name in names:
@@ -200,7 +200,7 @@ def _flush_all(directory):
         _flush_directory(parent)
 
 
-def _flush_directory(path):
+def _flush_directory(path: str | os.PathLike) -> None:
     with contextlib.suppress(OSError):  # Not every file system can.
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -4,7 +4,9 @@ import warnings
 
 import numpy as np
 
+from tfbn.population import PopulationStats
 from tfbn.sweep.methods import METHODS
+from tfbn.sweep.state import SweepState
 
 # Fewer samples a batch than this, and one-pass statistics depend visibly on how many: the
 # README has the figures.
@@ -14,7 +16,7 @@ _SMALL_BATCH = 16
 _SPREAD = 0.05
 
 
-def warn_of(state, stats):
+def warn_of(state: SweepState, stats: PopulationStats) -> None:
     """Warn where statistics are not all that their user may expect.
 
     Args:
