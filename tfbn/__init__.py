@@ -13,15 +13,15 @@ Both work for Keras's own layer and for `tfbn.BatchNormalization`, a faster drop
 SavedModel for TensorFlow Serving, `tfbn.describe(path)` says where its statistics came from, and
 `tfbn.fold(model)` is the same network without batch norm layers. `tfbn.StatsTracker` logs
 validation metrics with moving-average, population and mini-batch statistics side by side;
-`tfbn.plot_drift` and `tfbn.plot_history` draw what was found. `python -m tfbn` does the same for
+`tfbn.plot_drift` and `tfbn.plot_history` draw the difference. `python -m tfbn` does the same for
 models in files.
 
 A sweep uses all devices and workers of the strategy that a model was built for. Data that lies
 in many places is swept by `tfbn.collect_shards`, on any engine that has a map, and by
 `tfbn.beam.Collect` (to be imported by itself), an Apache Beam transform.
 
-Every function says what it computes, in which shapes and units, what it raises, and where the
-method comes from: `help(tfbn.collect)` is the place to begin.
+Every function has its formula, shapes, units, errors and the source of its method in its
+documentation: `help(tfbn.collect)` is the place to begin.
 """
 
 import importlib

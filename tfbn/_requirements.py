@@ -1,4 +1,4 @@
-"""What must be true of the installation, and what Keras must know as soon as both are imported.
+"""The check of the installation, and the registration of the layer once Keras is imported.
 
 tfbn does not require a TensorFlow distribution by name, because `tensorflow` and
 `tensorflow-cpu` provide the same package and pip would install one over the other.

@@ -39,7 +39,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     (`every_n_epochs`). However `fit` ends, also by an error or Ctrl-C, the model holds the moving
     averages of its last step, or after a regular end the population statistics.
 
-    To resume training exactly, keep what training had: `ModelCheckpoint("train.keras")` listed
+    To resume training exactly, keep the state of training: `ModelCheckpoint("train.keras")` listed
     before this callback saves at the end of every epoch the moving averages, the flags and the
     optimizer, and `load_model("train.keras").fit(..., initial_epoch=...)` goes on to the bit. After
     `fit`, `callback.unfreeze()` and `callback.stats.previous.assign(model)` bring them back.
@@ -65,7 +65,8 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             overwriting the statistics. `unfreeze()` undoes it, and so does another `fit` with
             such a callback.
         verbose: 0 for silence, 1 for a progress bar, 2 for one line per pass. `"auto"`
-            follows `fit`. Unless it is silent, a few lines at the end say what the sweep changed.
+            follows `fit`. Unless it is silent, a few lines at the end say how far the moving
+            averages were off.
         model: The network to sweep, where the model that is trained only holds it: the generator
             of a GAN. It must have seen a batch before `fit`, or in its first step.
         tolerance: See `tfbn.collect`.
@@ -73,7 +74,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             evaluated with the moving averages and with the population statistics.
 
     Attributes:
-        stats: The `PopulationStats` of the latest sweep; `None` before the first.
+        stats: The `PopulationStats` of the last sweep; `None` before the first.
         validation: With `validation_data`, the metrics by name, each a tuple of the one before
             the last sweep and the one after it; else `None`.
 
@@ -112,7 +113,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         self._inner = model
         self._validation_data = validation_data
         self._training = False
-        self._stepped = True  # Since the latest sweep.
+        self._stepped = True  # Since the last sweep.
         self._checked = False
         self._guarded = False
 
@@ -121,7 +122,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         return shared_copy(self, memo, ("_x", "_validation_data", "_inner", "_model", "stats"))
 
     def unfreeze(self) -> None:
-        """Put every layer's `trainable` flag back to what it was before the freeze.
+        """Put every layer's `trainable` flag back to its value before the freeze.
 
         The statistics stay as they are.
         """
@@ -129,7 +130,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             _trace_anew(self.model)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Unfreeze what an earlier `fit` froze, and check all that can be checked by now."""
+        """Undo the freeze of an earlier `fit`, and check all that can be checked by now."""
         network = self._network
         training_state.put_back(network)  # Left by a loop of the user's own that failed.
         lists = enclosing(self)
@@ -179,7 +180,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             self._sweep(verbose=0)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Sweep, say what it changed, and freeze if asked to."""
+        """Sweep, say how far the moving averages were off, and freeze if asked to."""
         self._training = False
         training_state.release(self.model)
         # Another such callback may have come to its end before.
@@ -219,7 +220,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         if not self._checked:
             return
         x = self._x
-        if hasattr(x, "__next__"):  # What the check reads comes again.
+        if hasattr(x, "__next__"):  # The batches that the check reads come again.
             self._x, x = itertools.tee(x)
         check_batch(self._network, x, **self._options)
 

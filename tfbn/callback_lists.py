@@ -1,4 +1,4 @@
-"""What a callback can learn of the others, and how it is copied."""
+"""The other callbacks of a `fit`, as one of them sees them, and copies of a callback."""
 
 import copy
 import inspect
@@ -24,19 +24,19 @@ class Place(NamedTuple):
 def enclosing(callback: keras.callbacks.Callback) -> list[Place]:
     """The lists that are just calling a callback, the innermost first, `fit`'s own last."""
     # A callback is not told of the others, and Keras keeps their list in a local variable of `fit`.
-    # The list itself is what calls the callback: it is among the callers.
-    inside, found = [callback], []
+    # The list itself calls the callback, so it is among the callers.
+    inside, places = [callback], []
     frame = inspect.currentframe()
     while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, keras.Model) and frame.f_code.co_name == "fit":
             break
         if isinstance(caller, keras.callbacks.CallbackList):
-            found.append(_place(caller, inside))
+            places.append(_place(caller, inside))
         if isinstance(caller, keras.callbacks.Callback) and caller is not callback:
             inside.append(caller)
         frame = frame.f_back
-    return found
+    return places
 
 
 def _place(

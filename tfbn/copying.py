@@ -1,7 +1,7 @@
 """Copies of Keras models: the same layers with the same state, and the check that they agree.
 
 `convert` and `fold` both start from one. Neither way that Keras has is enough: `clone_model` and
-`from_config` carry no state, and `get_weights` leaves behind what is no weight, such as the
+`from_config` carry no state, and `get_weights` leaves behind all state but weights, such as the
 constants of an adapted `Normalization` or the table of a `StringLookup`.
 """
 
@@ -55,7 +55,7 @@ def made_again(operation: keras.Operation) -> keras.Operation:
         config, custom_objects=_custom_objects(operation), safe_mode=False
     )
     if isinstance(operation, keras.layers.Lambda):
-        # What a config has of a lambda does not know the names that surround it.
+        # The code of a lambda in a config does not know the names that surround it.
         made.function, made.mask = operation.function, operation.mask
     return made
 
@@ -142,7 +142,7 @@ def verify(model: keras.Model, copied: keras.Model) -> None:
         own = _difference(outputs, _predicted(model, inputs))
         if own < 0.01 and off > 10 * own:
             raise ValueError(
-                f"Expected a copy that predicts what the model predicts. Received: {model!r}, "
+                f"Expected a copy that predicts the same as the model. Received: {model!r}, "
                 f"whose copy is off by {off:.1e} of the largest value. A layer has state that "
                 f"saving and loading would lose: of custom classes it has {custom_classes(model)}. "
                 "Override save_own_variables() and load_own_variables() there."
@@ -219,17 +219,17 @@ def _custom_objects(operation: keras.Operation) -> dict[str, Any]:
     layers = [operation]
     if isinstance(operation, keras.Layer):
         layers = list(keras_models.layers(operation).values())
-    found = {}
+    custom = {}
     for layer in layers:
-        held = [layer]
+        values = [layer]
         for value in vars(layer).values():
-            held += [value, *(value if isinstance(value, list | tuple) else ())]
-            held += value.values() if isinstance(value, dict) else ()
-        for value in held:
+            values += [value, *(value if isinstance(value, list | tuple) else ())]
+            values += value.values() if isinstance(value, dict) else ()
+        for value in values:
             thing = value if isinstance(value, types.FunctionType) else type(value)
             if not is_known(thing) and (thing is value or hasattr(thing, "from_config")):
-                found[keras.saving.get_registered_name(thing)] = thing
-    return found
+                custom[keras.saving.get_registered_name(thing)] = thing
+    return custom
 
 
 def _pairs(source: keras.Layer, target: keras.Layer) -> list[tuple[keras.Layer, keras.Layer]]:
@@ -265,7 +265,7 @@ def _run(model: keras.Model) -> tuple[Structure | None, list[np.ndarray], str]:
     specs = [model.input] if isinstance(model, keras.Function) else getattr(model, "inputs", None)
     specs = specs or keras_models.input_specs(model)
     if specs is None:
-        return None, [], "Keras does not know what the model takes"
+        return None, [], "Keras does not know the inputs of the model"
     # Words and categories may be few, and images have a least size.
     for size, categories in ((32, 2), (32, 1), (128, 2), (320, 2)):
         made_up = _MadeUp(model, size, categories)

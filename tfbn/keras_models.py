@@ -1,4 +1,4 @@
-"""What tfbn needs to know of a Keras model: its batch norm layers and its weights."""
+"""The batch norm layers of a Keras model, their calls and variables, and the model's weights."""
 
 import contextlib
 import functools
@@ -50,14 +50,14 @@ def batch_norm_layers(model: keras.Layer) -> dict[str, keras.layers.BatchNormali
 
 def layers(model: keras.Layer) -> dict[str, keras.Layer]:
     """Every layer in a model, by path; outer layers before those inside them."""
-    found = {}
+    by_path = {}
     seen = set()
 
     def visit(layer: keras.Layer, path: str) -> None:
         if id(layer) in seen:
             return
         seen.add(id(layer))
-        found[path] = layer
+        by_path[path] = layer
         names: dict[str, int] = {}
         # Keras has no public list of a layer's direct sublayers that also covers custom
         # layers and wrappers; `Model.layers` knows only a model's own.
@@ -71,11 +71,11 @@ def layers(model: keras.Layer) -> dict[str, keras.Layer]:
     # A model's own path is empty, unless it is itself the one layer of interest.
     is_batch_norm = isinstance(model, keras.layers.BatchNormalization)
     visit(model, model.name if is_batch_norm else "")
-    return found
+    return by_path
 
 
 def input_specs(model: keras.Model) -> list[Structure] | None:
-    """What a model takes, as far as Keras knows: for each argument the specs of a batch.
+    """The inputs of a model, as far as Keras knows: for each argument the specs of a batch.
 
     Returns:
         A list of structures of `tf.TensorSpec` with a batch axis of any size, or `None` for
@@ -105,8 +105,8 @@ def statistics(layer: keras.layers.BatchNormalization) -> dict[str, keras.Variab
     `moving_mean` and `moving_variance`, and with `renorm=True` also `moving_stddev`,
     `renorm_mean` and `renorm_stddev`.
     """
-    found = {name: getattr(layer, name, None) for name in _STATISTICS}
-    return {name: variable for name, variable in found.items() if variable is not None}
+    variables = {name: getattr(layer, name, None) for name in _STATISTICS}
+    return {name: variable for name, variable in variables.items() if variable is not None}
 
 
 def always_passes_training_on(model: keras.Model) -> bool:
@@ -216,7 +216,7 @@ def observed_calls(
         layers: Batch norm layers by path.
         observe: Called as `observe(path, layer, call, inputs, training, mask)`, gives the
             outputs. `call(inputs, training=..., mask=...)` is the layer's own.
-        outermost: Whether to observe what subclasses add too, in their own `call`.
+        outermost: Whether to observe the additions of subclasses too, in their own `call`.
     """
     classes = {keras.layers.BatchNormalization, BatchNormalization}
     if outermost:
@@ -238,10 +238,10 @@ def observed_calls(
 
 @contextlib.contextmanager
 def inlined_functions() -> Iterator[None]:
-    """Within the context this thread runs what `tf.function` gave as part of its caller.
+    """Within the context this thread runs the functions of `tf.function` as part of their caller.
 
-    A trace from before would not have the changes of the context, and one from now must not be
-    found later.
+    A trace from before would not have the changes of the context, and nobody may run one from now
+    later.
     """
 
     def inlined(call, function, *args, **kwargs):
@@ -251,7 +251,7 @@ def inlined_functions() -> Iterator[None]:
         yield
 
 
-# The type of what `tf.function` returns has no public name.
+# The type that `tf.function` returns has no public name.
 _Function = type(tf.function(lambda: None))
 
 
@@ -302,12 +302,12 @@ def fingerprint(model: keras.Model) -> str:
     not change its fingerprint; counters and random seeds do not either.
     """
     weights = _owned_weights(model)
-    held = tuple(map(_Same, weights))
-    known, digests = _fingerprint_functions.get(model, (None, None))
-    if digests is None or known != held:
+    identities = tuple(map(_Same, weights))
+    known_identities, digests = _fingerprint_functions.get(model, (None, None))
+    if digests is None or known_identities != identities:
         # One graph, because reading every weight by itself takes longer than its digest.
         digests = _concrete_digests([variable.value for variable in weights])
-        _fingerprint_functions[model] = held, digests
+        _fingerprint_functions[model] = identities, digests
     digest = hashlib.sha256(digests().numpy())
     digest.update("".join(f"{tuple(v.shape)} {v.dtype};" for v in weights).encode())
     return _FINGERPRINT_2 + digest.hexdigest()

@@ -40,7 +40,7 @@ class LayerStats:
             fewer than two batches had values, and for statistics that were read from a model.
             For layers behind others, an `"exact"` sweep without `tolerance` gives more than the
             true error of the mean: these are measured while the layers before them normalise
-            with the statistics of the same samples, which takes out what samples have in common.
+            with the statistics of the same samples, which takes out the part that samples share.
         variance_error: The same of the variance.
         counts: `count` of every channel, int64, shape `(channels,)`.
 
@@ -110,8 +110,8 @@ class LayerStats:
             return self  # To the bit.
         if not self.counts.any():
             return other
-        found = moments.merge(self._moments(), other._moments(), method=method)
-        merged = LayerStats(found.count, found.mean, moments.variance(found))
+        both = moments.merge(self._moments(), other._moments(), method=method)
+        merged = LayerStats(both.count, both.mean, moments.variance(both))
         # The two are of different data, so their errors are independent.
         squares = [np.square(part.errors_in(merged, method)) for part in (self, other)]
         return merged.with_errors(*np.sqrt(np.sum(squares, axis=0)))
@@ -132,7 +132,7 @@ class LayerStats:
 
         Args:
             other: Statistics of the same layer by another method.
-            factor: What to multiply them by.
+            factor: To multiply them by.
         """
         ratio = self.variance / np.where(other.variance > 0, other.variance, 1)
         return self.with_errors(
@@ -171,25 +171,25 @@ class LayerStats:
 
 
 def values(stats: LayerStats, layer: keras.Layer) -> dict[str, np.ndarray]:
-    """What the statistics variables of a layer should hold, float64, by attribute name."""
-    found = {"moving_mean": stats.mean, "moving_variance": stats.variance}
+    """The values for the statistics variables of a layer, float64, by attribute name."""
+    by_name = {"moving_mean": stats.mean, "moving_variance": stats.variance}
     if getattr(layer, "renorm", False):
         stddev = np.sqrt(stats.variance + layer.epsilon)
-        found |= stats.renorm or {
+        by_name |= stats.renorm or {
             "moving_stddev": stddev,
             "renorm_mean": stats.mean,
             "renorm_stddev": stddev,
         }
-    return found
+    return by_name
 
 
 def writes(path: str, stats: LayerStats, layer: keras.Layer) -> list[tuple]:
-    """The variables of a layer and what they are to hold, in their dtype.
+    """The statistics variables of a layer and their new values, in their dtype.
 
     Raises:
         ValueError: If a shape differs, or a value is too large for the dtype.
     """
-    found = []
+    assignments = []
     for name, value in values(stats, layer).items():
         variable = getattr(layer, name)
         if tuple(variable.shape) != value.shape:
@@ -208,8 +208,8 @@ def writes(path: str, stats: LayerStats, layer: keras.Layer) -> list[tuple]:
                 f"{name} {value[channel]} in channel {channel}. Look for very large values in the "
                 "data of the sweep."
             )
-        found.append((variable, cast))
-    return found
+        assignments.append((variable, cast))
+    return assignments
 
 
 def of_calls(calls: list[moments.Moments], method: str) -> LayerStats:
@@ -220,15 +220,15 @@ def of_calls(calls: list[moments.Moments], method: str) -> LayerStats:
     """
     each = [
         LayerStats(
-            found.count, found.mean, moments.variance(found), None, *moments.standard_errors(found)
+            call.count, call.mean, moments.variance(call), None, *moments.standard_errors(call)
         )
-        for found in calls
+        for call in calls
     ]
     if len(each) == 1:
         return each[0]
     merge = functools.partial(moments.merge, method=method)
-    found = functools.reduce(merge, calls)
-    whole = LayerStats(found.count, found.mean, moments.variance(found))
+    together = functools.reduce(merge, calls)
+    whole = LayerStats(together.count, together.mean, moments.variance(together))
     mean_error, variance_error = functools.reduce(
         np.add, [call.errors_in(whole, method) for call in each]
     )
@@ -237,13 +237,13 @@ def of_calls(calls: list[moments.Moments], method: str) -> LayerStats:
 
 def of_layer(layer: keras.Layer) -> LayerStats:
     """The `LayerStats` that a layer holds."""
-    held = {name: value_of(v) for name, v in keras_models.statistics(layer).items()}
-    mean, variance = held.pop("moving_mean"), held.pop("moving_variance")
-    return LayerStats(0, mean, variance, held or None)
+    by_name = {name: value_of(v) for name, v in keras_models.statistics(layer).items()}
+    mean, variance = by_name.pop("moving_mean"), by_name.pop("moving_variance")
+    return LayerStats(0, mean, variance, by_name or None)
 
 
 def value_of(variable: keras.Variable) -> np.ndarray:
-    """A copy of what a variable holds, in its dtype."""
+    """A copy of a variable's value, in its dtype."""
     return tf.convert_to_tensor(variable).numpy().copy()
 
 
@@ -315,16 +315,16 @@ def _read_only(value: Any, dtype: type) -> np.ndarray:
 
 
 def _counts(count: Any, shape: tuple[int, ...]) -> np.ndarray:
-    found = np.asarray(count)
-    whole = found.dtype.kind in "iuf" and np.all(
-        (found >= 0) & (found <= _MOST) & (found == np.floor(found))
+    numbers = np.asarray(count)
+    whole = numbers.dtype.kind in "iuf" and np.all(
+        (numbers >= 0) & (numbers <= _MOST) & (numbers == np.floor(numbers))
     )
-    if not whole or found.shape not in ((), shape):
+    if not whole or numbers.shape not in ((), shape):
         raise ValueError(
             "Expected count to be a whole number from 0 to 2**53, or one for each of "
             f"{shape[0]} channels. Received: {count}."
         )
-    return _read_only(np.broadcast_to(found, shape), np.int64)
+    return _read_only(np.broadcast_to(numbers, shape), np.int64)
 
 
 def _bits(stats: LayerStats) -> list[bytes]:

@@ -46,8 +46,8 @@ def plot_drift(
 
     Args:
         stats: `tfbn.PopulationStats`.
-        other: The `PopulationStats` that are compared with it. By default what the model held
-            when it was swept, `stats.previous`.
+        other: The `PopulationStats` that are compared with it. By default those that the model
+            held when it was swept, `stats.previous`.
         ax: Two matplotlib axes to draw in, as `plt.subplots(1, 2)` gives them. By default those
             of a new figure.
 
@@ -66,7 +66,7 @@ def plot_drift(
     if other is None:
         raise ValueError(
             "Expected statistics to compare with. Received: other=None, and stats that do not "
-            "know what the model held before the sweep. Pass `other`, for example "
+            "know those that the model held before the sweep. Pass `other`, for example "
             "PopulationStats.read(model)."
         )
     drift = stats.compare(other)
@@ -127,7 +127,7 @@ def plot_history(history: Any, ax: "Axes | Sequence[Axes] | np.ndarray | None" =
         >>> tfbn.plot_history(history).savefig("history.png")
 
     Args:
-        history: What `fit` returned with `tfbn.StatsTracker` among its callbacks, or its
+        history: The history of a `fit` with `tfbn.StatsTracker` among its callbacks, or its
             `history` dict: lists by `val_<metric>_<way>`. A metric whose values are all
             positive and spread over more than a factor of 10 has a logarithmic axis.
         ax: A matplotlib axes for each metric to draw in, as `plt.subplots` gives them. By

@@ -1,7 +1,8 @@
 """The format of files of population statistics.
 
 Format 3 is the one that is written. The header has the attributes of the statistics, the paths of
-their layers and, under `previous`, the same of what the model held before. Layer `i` has the
+their layers and, under `previous`, the same of the statistics that the model held before the
+sweep. Layer `i` has the
 arrays `count_i`, `mean_i`, `variance_i`, where they are known their two errors, and with
 `renorm=True` three more; those of `previous` have that word before their names.
 
@@ -47,7 +48,7 @@ def pack(stats: "PopulationStats") -> bytes:
 
 
 def unpack(content: bytes) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """What to make a `PopulationStats` of, and its `previous`: two dicts of arguments.
+    """The arguments of a `PopulationStats`, and those of its `previous`.
 
     Raises:
         ValueError: If it is damaged, of a later format or something else.
@@ -61,14 +62,14 @@ def unpack(content: bytes) -> tuple[dict[str, Any], dict[str, Any] | None]:
                 f"format {header['format']!r}, as tfbn {header['tfbn']!r} writes it, where this "
                 f"is {__version__}"
             )
-        found = _unpacked(header, arrays, "")
+        arguments = _unpacked(header, arrays, "")
         before = header["previous"]
         previous = None if before is None else _unpacked(before, arrays, "previous_")
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     if arrays:
         raise ValueError(f"an array {next(iter(arrays))!r} of no layer")
-    return found, previous
+    return arguments, previous
 
 
 def _packed(stats: "PopulationStats", prefix: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -91,13 +92,13 @@ def _unpacked(header: dict[str, Any], arrays: dict[str, np.ndarray], prefix: str
         names = ["count", "mean", "variance"]
         for optional in (RENORM, ERRORS):
             names += optional if f"{prefix}{optional[0]}_{i}" in arrays else ()
-        held = {name: arrays.pop(f"{prefix}{name}_{i}") for name in names}
-        for name, array in held.items():
+        of_layer = {name: arrays.pop(f"{prefix}{name}_{i}") for name in names}
+        for name, array in of_layer.items():
             # Nothing grows when it is made an array of 8 bytes a number.
             if array.dtype not in ((np.int32, np.int64) if name == "count" else (np.float64,)):
                 raise ValueError(f"{name} of dtype {array.dtype} for layer {path!r}")
-        renorm = {name: held.pop(name) for name in RENORM if name in held}
-        layers[path] = LayerStats(**held, renorm=renorm or None)
+        renorm = {name: of_layer.pop(name) for name in RENORM if name in of_layer}
+        layers[path] = LayerStats(**of_layer, renorm=renorm or None)
     return {"layers": layers, **{name: header[name] for name in ATTRIBUTES}}
 
 

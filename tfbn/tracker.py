@@ -27,10 +27,10 @@ class StatsTracker(keras.callbacks.Callback):
 
     Ioffe & Szegedy 2015 (https://arxiv.org/abs/1502.03167, section 3.1) use moving averages
     "to track the accuracy of the model as it trains", and infer with population statistics.
-    This callback shows what the difference is worth. At the end of every epoch it evaluates
+    This callback shows how much the two differ. At the end of every epoch it evaluates
     `validation_data` with batch norm layers that normalise with
 
-    - `moving_average`: what the layers hold;
+    - `moving_average`: the statistics that the layers hold;
     - `population`: the statistics of a sweep over `x` with the weights of this moment, see
       `tfbn.collect`;
     - `mini_batch`: the mean and variance of the validation batch itself, as in training.
@@ -77,7 +77,7 @@ class StatsTracker(keras.callbacks.Callback):
             and `batch_norm_log2_std_ratio_by_channel/<layer>`.
 
     Attributes:
-        stats: The `PopulationStats` of the latest sweep, with the moving averages of that
+        stats: The `PopulationStats` of the last sweep, with the moving averages of that
             moment as `stats.previous`; `None` before the first.
 
     Raises:
@@ -124,7 +124,7 @@ class StatsTracker(keras.callbacks.Callback):
         return shared_copy(self, memo, ("_x", "_validation_data", "_model", "stats"))
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what belongs to a running `fit`."""
+        """All attributes but those of a running `fit`."""
         return {**vars(self), "_mini_batch_function": None, "_writers": {}}
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
@@ -227,7 +227,7 @@ def _with_mini_batches(
     test_step: Callable,
     data: Structure,
 ) -> Structure:
-    """A model's test step, with batch norm layers in training mode that forget what they saw.
+    """A model's test step, with batch norm layers in training mode that keep their statistics.
 
     The layers are changed only while the step is traced, and only in the calls that `fit` trains.
     """

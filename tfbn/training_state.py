@@ -1,4 +1,4 @@
-"""What training left in a model, while the population's statistics or a freeze stand in its place.
+"""Moving averages and flags of training, while a model has population statistics or is frozen.
 
 It is kept by model and not by callback, so that several callbacks of one `fit` agree on it.
 """
@@ -24,7 +24,7 @@ _flags: weakref.WeakKeyDictionary[keras.Model, dict[str, bool]] = weakref.WeakKe
 
 
 class _Exchanged(NamedTuple):
-    """What a model held before population statistics were put in, and these."""
+    """The statistics of a model before population statistics were put in, and these."""
 
     moving: Snapshot
     previous: PopulationStats
@@ -52,19 +52,19 @@ def put_back(model: keras.Model) -> PopulationStats | None:
     Returns:
         The statistics that were in the model, or `None` if there were none.
     """
-    held = _exchanged.get(model)
-    if held is None:
+    exchanged = _exchanged.get(model)
+    if exchanged is None:
         return None
-    intact = held.put is None or held.put.holds()
+    intact = exchanged.put is None or exchanged.put.holds()
     if intact:
-        held.previous.assign(model)  # It also forgets that statistics are assigned.
-        held.moving.restore()
+        exchanged.previous.assign(model)  # It also forgets that statistics are assigned.
+        exchanged.moving.restore()
     del _exchanged[model]
-    return held.stats if intact else None
+    return exchanged.stats if intact else None
 
 
 def keep(model: keras.Model) -> None:
-    """Make what `put_in` did final."""
+    """Make the statistics of `put_in` final."""
     _exchanged.pop(model, None)
 
 
@@ -79,7 +79,7 @@ def unchanged(model: keras.Model) -> Iterator[None]:
 
 
 def freeze(model: keras.Model) -> None:
-    """Set `trainable=False` in all layers, and remember what it was."""
+    """Set `trainable=False` in all layers, and remember the flags."""
     layers = keras_models.layers(model)
     _flags[model] = {path: layer.trainable for path, layer in layers.items()}
     model.trainable = False

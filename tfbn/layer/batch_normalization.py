@@ -12,10 +12,10 @@ from tfbn.layer import kernels
 class BatchNormalization(keras.layers.BatchNormalization):
     """Drop-in for `keras.layers.BatchNormalization`, faster and with statistics to rely on.
 
-    Arguments, weights and config are those of the installed Keras's layer, and so is what is
-    computed: in training `gamma * (x - mean) / sqrt(variance + epsilon) + beta` with the mean and
-    the biased variance of the batch (Ioffe & Szegedy 2015, Algorithm 1), in inference the same
-    with `moving_mean` and `moving_variance`. What differs:
+    Arguments, weights, config and formula are those of the installed Keras's layer: in training
+    `gamma * (x - mean) / sqrt(variance + epsilon) + beta` with the mean and the biased variance
+    of the batch (Ioffe & Szegedy 2015, Algorithm 1), in inference the same with `moving_mean` and
+    `moving_variance`. The differences:
 
     - The batch variance is right to 1e-4, relative, wherever the mean is up to 1e4 standard
       deviations from zero: in eager and graph mode, under XLA and with `synchronized=True`.
@@ -93,7 +93,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     ) -> tf.Tensor:
         old = tf.convert_to_tensor(variable)
         new = old * momentum + value * (1.0 - momentum)
-        # Setting the momentum to 1 would not do for what is not usable: 0 * NaN is NaN.
+        # Setting the momentum to 1 would not do for an unusable batch: 0 * NaN is NaN.
         new = tf.where(usable, new, old)
         variable.assign(new)
         return new

@@ -84,7 +84,7 @@ def normalize(
 def centred_moments(
     x: tf.Tensor, axis: int, mask: tf.Tensor | None, *, sampled: bool
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """`(x - shift, shift, count, mean, variance)` for a shift near the mean of what counts.
+    """`(x - shift, shift, count, mean, variance)` for a shift near the mean of unmasked values.
 
     With d = x - shift, mean = shift + sum(d) / count and
     variance = sum(d^2) / count - (sum(d) / count)^2. The identity holds for any shift; one near
@@ -99,7 +99,7 @@ def centred_moments(
     counted = x
     if mask is not None:
         mask = tf.broadcast_to(tf.cast(mask, tf.bool), tf.shape(x)[:-1])[..., tf.newaxis]
-        # Before anything else, so that no gradient ever meets what is behind the mask.
+        # Before anything else, so that no gradient ever meets the values behind the mask.
         counted = tf.where(mask, x, tf.zeros((), x.dtype))
     count = sums.values_per_channel(x, axis, mask)
     if mask is None and sampled:
@@ -126,7 +126,7 @@ def scale_centred(
 ) -> tf.Tensor:
     """gamma * (r * (centred - rest) / sqrt(variance + epsilon) + d) + beta.
 
-    `rest`, what centring left of the mean, is small beside the standard deviation. So it may go
+    `rest`, the mean after centring, is small beside the standard deviation. So it may go
     into the offset without the cancellation that the mean itself would cause there.
     """
     dtype = variance.dtype

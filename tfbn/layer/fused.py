@@ -113,7 +113,8 @@ def _training_step(within: int, dtype: tf.DType, epsilon: float) -> Callable:
         return (y, count, shift + mean, variance), gradient
 
     signature = [tf.TensorSpec([None] * 3, dtype), *[tf.TensorSpec([None])] * 2]
-    # Of the caller's device, tape and control flow nothing may get into what others call, too.
+    # Of the caller's device, tape and control flow nothing may get into a function that others
+    # call, too.
     with tf.init_scope(), tf.device(None):
         # Inlined, it would be optimized anew at each of a network's layers, in the first step.
         function = tf.function(step, autograph=False, experimental_attributes={"_noinline": True})

@@ -15,7 +15,7 @@ Two ways compute a training step; which one runs is decided while a function is 
 In inference, where there are no statistics to compute, the fused operation is used only where
 it is the faster one:
 
-- on what `Conv2D` returns, channels last and as it is, for there TensorFlow's graph optimizer
+- on the output of `Conv2D`, channels last and as it is, for there TensorFlow's graph optimizer
   makes one operation of convolution, normalization and activation. A reshape, or a bias, between
   the two keeps it from that;
 - on channels-last input that is used elsewhere too: the arguments of a function, everything in
@@ -98,7 +98,7 @@ def normalize(
         mean, variance: Shape `[channels]`, float32 or float64.
         gamma, beta: Shape `[channels]`, or `None` for 1 and 0.
         axis: The axis of the channels.
-        epsilon: What is added to the variance.
+        epsilon: Added to the variance.
     """
     x = _floating(x)
     mean, variance = tf.stop_gradient(mean), tf.stop_gradient(variance)
@@ -132,13 +132,13 @@ def train(
         x: Tensor of rank 2 or more. Whole numbers are taken as float32.
         gamma, beta: Shape `[channels]`, or `None` for 1 and 0.
         axis: The axis of the channels.
-        epsilon: What is added to the variance.
+        epsilon: Added to the variance.
         mask: As in `moments`. Masked positions are normalized too, they only do not count.
         synchronized: Whether the statistics are those of all replicas' batches together, under
             a `tf.distribute` strategy.
         renorm: Function from `(mean, variance)` to the corrections `(r, d)` of Batch
-            Renormalization. What takes the place of the normalized value v is then r * v + d,
-            with r and d constants for the gradient (Ioffe 2017, Algorithm 1).
+            Renormalization. The normalized value v is then replaced by r * v + d, with r and d
+            constants for the gradient (Ioffe 2017, Algorithm 1).
 
     Returns:
         `(y, count, mean, variance)`: `y` in the dtype of `x`, the others as from `moments`, but

@@ -200,7 +200,7 @@ def predicts_like_the_model(written: Written) -> None:
         rounding = written.rounding[name]
         if not off <= _ROUNDINGS * rounding:
             raise ValueError(
-                f"Expected the SavedModel to predict what model {written.model.name!r} predicts, "
+                f"Expected the SavedModel to predict the same as model {written.model.name!r}, "
                 f"within {written.tolerance(scale):.3g} or {_ROUNDINGS} times the network's own "
                 f"rounding, {rounding:.3g}. Received: outputs {name!r} that differ by {off:.3g} on "
                 f"{written.origin}. Give inputs of its own as sample."

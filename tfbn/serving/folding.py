@@ -43,16 +43,15 @@ def fold(model: keras.Model) -> keras.Model:
     activation, and channels and precision are the same. Elsewhere `keras.layers.Rescaling`,
     under the name of the batch norm layer, multiplies by scale and adds offset.
 
-    Nested Functional and Sequential models are folded too. What is left as it is, with a
-    warning that names it: batch norm in custom layers, wrappers and subclassed models, custom
-    subclasses of batch norm, and layers that are called with `training=True` and are not
-    frozen.
+    Nested Functional and Sequential models are folded too. Left as they are, with a warning that
+    names them: batch norm in custom layers, wrappers and subclassed models, custom subclasses of
+    batch norm, and layers that are called with `training=True` and are not frozen.
 
     Args:
         model: A built Functional or Sequential model. It is not changed.
 
     Returns:
-        A Functional model of stock Keras layers (and of what was left), with the same
+        A Functional model of stock Keras layers (and of those left as they are), with the same
         names, inputs and outputs. It is not compiled. `training=True` does not bring
         batch statistics back.
 
@@ -110,7 +109,7 @@ class _Graph(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What becomes of the layers of all models nested in one another, by their ids.
+    """The fate of the layers of all models nested in one another, by their ids.
 
     `graphs`: the graphs of these models. `into`: the batch norm layer that a Dense or
     convolution layer takes in. `gone`: those layers. `rescaled`: the others that need not stay.
@@ -186,7 +185,7 @@ def _tensors(config: Any) -> list[tuple]:
 
 
 def _takes_in(layer: keras.Operation, batch_norm: layers.BatchNormalization) -> bool:
-    """Whether a layer, other weights given, computes what the batch norm layer after it does."""
+    """Whether a layer, other weights given, can do the work of the batch norm layer after it."""
     if type(layer) not in _CHANNELS or layer.activation is not keras.activations.linear:
         return False
     if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):

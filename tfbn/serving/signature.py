@@ -17,8 +17,8 @@ from tfbn.serving import provenance, versions
 
 DEFAULT = "serving_default"
 
-# Names that Keras or TensorFlow make up for tensors without one. They count what was made in
-# the process before, so the same model may have others in the next process.
+# Names that Keras or TensorFlow make up for tensors without one. They count the tensors that the
+# process made before, so the same model may have others in the next process.
 _MADE_UP = re.compile(r"(keras_tensor|input_layer|args)(_\d+)*")
 
 

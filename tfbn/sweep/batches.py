@@ -119,19 +119,19 @@ class Batches:
         Raises:
             ValueError: If they take more than `limit` bytes.
         """
-        held, taken = [], 0
+        inputs, taken = [], 0
         for batch in self:
-            held.append(batch.inputs)
+            inputs.append(batch.inputs)
             taken += nbytes(batch.inputs)
             if taken > limit:
-                raise too_large(len(held), limit)
-        return prepared(held)
+                raise too_large(len(inputs), limit)
+        return prepared(inputs)
 
     def _read(self) -> Iterator[Batch]:
         """Yield each `Batch`.
 
         Raises:
-            ValueError: If the data ends before `steps`, or is not what the model takes.
+            ValueError: If the data ends before `steps`, or the model does not take it.
             RuntimeError: If the data raises an error, from that error.
         """
         iterator = self._elements()
@@ -162,11 +162,11 @@ def nbytes(structure: Structure) -> int:
 
 
 def _numbered(number: int, inputs: Structure, seen: collections.Counter[int]) -> Batch:
-    found = digests.of_samples(inputs)
-    content = digests.of_batch(found, 0)
-    key = digests.of_batch(found, seen[content]) if seen[content] else content
+    of_samples = digests.of_samples(inputs)
+    content = digests.of_batch(of_samples, 0)
+    key = digests.of_batch(of_samples, seen[content]) if seen[content] else content
     seen[content] += 1
-    return Batch(number, inputs, batch_size_of(inputs), digests.total(found), key)
+    return Batch(number, inputs, batch_size_of(inputs), digests.total(of_samples), key)
 
 
 def prepared(inputs: Sequence[Structure], static: bool = False) -> Batches:

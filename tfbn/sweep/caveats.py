@@ -23,12 +23,12 @@ def warn_of(state: SweepState, stats: PopulationStats) -> None:
         state: The complete `SweepState`.
         stats: The `PopulationStats` that it came to.
     """
-    for path, (calls, found) in state.spreads().items():
-        if found["mean_shift"] > _SPREAD or abs(np.log(found["std_ratio"])) > _SPREAD:
+    for path, (calls, furthest) in state.spreads().items():
+        if furthest["mean_shift"] > _SPREAD or abs(np.log(furthest["std_ratio"])) > _SPREAD:
             warnings.warn(
                 f"Layer {path!r} is called {calls} times on inputs whose statistics differ: those "
-                f"of one call are off from those of all by {found['mean_shift']:.2g} standard "
-                f"deviations in the mean, and by a factor of {found['std_ratio']:.2g} in the "
+                f"of one call are off from those of all by {furthest['mean_shift']:.2g} standard "
+                f"deviations in the mean, and by a factor of {furthest['std_ratio']:.2g} in the "
                 "standard deviation. In training every call is normalised by its own, in "
                 "inference all by the same. A layer for every call has no such difference.",
                 stacklevel=3,

@@ -86,8 +86,8 @@ def batches(
         elements = _from_elements(x)
     else:
         raise ValueError(
-            "Expected what `model.fit` takes as x: arrays or tensors (one, a list or a dict), a "
-            "tf.data.Dataset, a keras.utils.PyDataset, or an iterable of batches. "
+            "Expected data as `model.fit` takes it as x: arrays or tensors (one, a list or a "
+            "dict), a tf.data.Dataset, a keras.utils.PyDataset, or an iterable of batches. "
             f"Received: {type(x)}."
         )
     if batch_size is not None and not _is_arrays(x):
@@ -124,7 +124,7 @@ def check_positive(**values: int | None) -> None:
 def _from_pydataset(
     dataset: keras.utils.PyDataset, length: int | None
 ) -> Callable[[], Iterator[Structure]]:
-    # Not `on_epoch_end`: it may shuffle, and a sweep must not change what `fit` sees.
+    # Not `on_epoch_end`: it may shuffle, and a sweep must not change the order that `fit` sees.
     return lambda: (
         _inputs(dataset[i]) for i in (itertools.count() if length is None else range(length))
     )

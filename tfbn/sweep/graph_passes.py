@@ -135,11 +135,11 @@ class Levels:
         outputs = function(*values, *(_population(populations, site) for site in sites))
         entered = len(outputs) - len(self._frontiers[level])
         fetched = iter(outputs[:entered])
-        found = [
+        site_moments = [
             (call.site, call.measure(*(next(fetched) for _ in call.fetches or ())))
             for call in self._calls[level]
         ]
-        return found, outputs[entered:]
+        return site_moments, outputs[entered:]
 
     def _segment(self, level: int) -> tuple[Callable[..., list[tf.Tensor]], list[Site]]:
         with self._trace.lock:

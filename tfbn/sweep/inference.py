@@ -58,13 +58,13 @@ def inference(
 
     - Calls of `layers` go to `observe`, see `tfbn.keras_models.observed_calls`.
     - A function that the model's own code has compiled is traced anew as a part of the caller:
-      its old trace does not observe, and a new one must not be found later.
+      its old trace does not observe, and nobody may run the new one later.
     - Keras's variables keep their values, and layers keep the losses of their last call.
     - Random numbers come from `draws`.
     - No gradient is made or registered.
 
     Yields:
-        The `keras.StatelessScope` that holds what variables would have become.
+        The `keras.StatelessScope` that holds the values that variables would have been given.
     """
 
     def next_seed(call, generator, *args, **kwargs):
@@ -74,7 +74,7 @@ def inference(
         return call(draws.made if seed is None else seed)
 
     def skipped(call, generator, delta):
-        # The state is a counter and a key, and `skip` gives what it was before.
+        # The state is a counter and a key, and `skip` returns the state before.
         state = generator.state.read_value()
         return tf.concat([draws.seed(state[:2] + state[-1]), state[2:]], 0)
 

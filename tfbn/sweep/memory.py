@@ -31,7 +31,7 @@ def _host(root: pathlib.Path) -> Iterator[int]:
 
 
 def _container(root: pathlib.Path) -> Iterator[int]:
-    """What the control groups of this process leave, those of version 2 and version 1."""
+    """The bytes that the control groups of this process leave, of version 2 and version 1."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:

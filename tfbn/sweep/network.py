@@ -60,7 +60,7 @@ class Trace:
         calls: The calls of observed layers in their order.
         random: Whether the network draws random numbers.
         lock: To be held while `pieces` changes, and while the graph runs with calls in loops.
-        pieces: Room for what passes make of the graph once, by the name of its kind.
+        pieces: Objects that passes make of the graph once, by the name of their kind.
 
     Raises:
         UnobservableError: If the inference on one batch depends on the batch before.

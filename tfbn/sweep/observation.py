@@ -124,13 +124,15 @@ class Observer:
         A recurrent layer keeps its state in a list, and Keras does not count it among the layer's
         variables.
         """
-        found = {}
+        variables = {}
         for path, layer in keras_models.layers(self._model()).items():
-            held = [v for v in vars(layer).values() if isinstance(v, keras.Variable | list | tuple)]
-            for variable in [*layer.variables, *keras.tree.flatten(held)]:
+            state = [
+                v for v in vars(layer).values() if isinstance(v, keras.Variable | list | tuple)
+            ]
+            for variable in [*layer.variables, *keras.tree.flatten(state)]:
                 if isinstance(variable, keras.Variable):
-                    found[id(variable)] = path, variable
-        return found
+                    variables[id(variable)] = path, variable
+        return variables
 
     def _waiting(self, call: Call, channels: int) -> Call:
         """A call in the body of a loop or branch, of which only the outputs' needs are run."""
@@ -188,7 +190,7 @@ def untrained_sites(
     specs = [tf.TensorSpec(value.shape, value.dtype) for value in flat]
     try:
         tf.compat.v1.wrap_function(run, [tf.TensorSpec([], tf.int64), *specs])
-    except Exception:  # The sweep itself says what the model does not take.
+    except Exception:  # The sweep itself raises the error for a batch that the model refuses.
         return set(), set()
     return met - trained, trained
 

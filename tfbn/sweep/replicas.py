@@ -58,7 +58,7 @@ class OnlyHere:
 
 
 def source_of(model: keras.Model | str | os.PathLike | Callable[[], keras.Model]) -> Source:
-    """The source of a model, from what the user gave as `model`.
+    """The source of a model, from the user's argument `model`.
 
     Raises:
         ValueError: See `tfbn.sweep.sources.check_source`.
@@ -67,7 +67,7 @@ def source_of(model: keras.Model | str | os.PathLike | Callable[[], keras.Model]
 
 
 class Replica:
-    """The model of a sweep in this process, and what is made of it once for all tasks.
+    """The model of a sweep in this process, and its `ShardSweep`s, made once for all tasks.
 
     Args:
         recipe: The `Recipe` of the sweep.
@@ -154,12 +154,12 @@ def replica(recipe: Recipe) -> Replica:
             "with multiprocessing.get_context('spawn')."
         )
     with _making:
-        found = _replicas.get(recipe.sweep)
-        if found is None:
+        made = _replicas.get(recipe.sweep)
+        if made is None:
             _last.clear()
-            found = _replicas[recipe.sweep] = Replica(recipe)
-        _last[:] = [found]
-        return found
+            made = _replicas[recipe.sweep] = Replica(recipe)
+        _last[:] = [made]
+        return made
 
 
 def forget(recipe: Recipe) -> None:

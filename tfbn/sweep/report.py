@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs."""
+"""The progress of a sweep, in words or as a bar."""
 
 import keras
 
@@ -10,7 +10,7 @@ class Report:
         method: The name of the method.
         verbose: 0 for silence, 1 for a progress bar, 2 for one line per pass. `"auto"` is 1.
         total: How many batches there are, `None` if unknown.
-        unit: What they are called.
+        unit: The word for one of them.
     """
 
     def __init__(self, method: str, verbose: int | str, total: int | None, unit: str = "batch"):

@@ -250,7 +250,7 @@ def update_population_stats(model: keras.Model, x: Any, **options: Any) -> Popul
         **options: The other arguments of `collect`.
 
     Returns:
-        The new statistics; `stats.previous.assign(model)` puts back what was there.
+        The new statistics; `stats.previous.assign(model)` puts the old ones back.
     """
     stats = collect(model, x, **options)
     stats.assign(model)
@@ -282,7 +282,7 @@ def check_batch(
     batch_size: int | None = None,
     steps: int | None = None,
 ) -> tuple[frozenset[str], frozenset[Site]]:
-    """Trace on one batch what `collect` would run, which then need not be traced again.
+    """Make the traces of `collect` on one batch, so that it need not make them again.
 
     A `tf.data.Dataset` is not read for it, because that would change the order in which a shuffled
     one comes to `fit`: its specs tell. A generator is read from.

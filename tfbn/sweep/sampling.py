@@ -136,11 +136,11 @@ class Pilot:
         return math.sqrt(1 - samples / size) if size else 1.0
 
     def with_errors(self, stats: PopulationStats, tolerance: float) -> PopulationStats:
-        """The `PopulationStats` of the same sample, with the errors that this sweep found.
+        """The `PopulationStats` of the same sample, with the standard errors of this sweep.
 
         Between the batches of an `"exact"` sweep, layers behind others spread more than their
         statistics are off: they are measured while the layers before them normalise with the
-        statistics of the same sample, which takes out what is common to its values. In a
+        statistics of the same sample, which takes out the part that its values share. In a
         one-pass method each batch normalises with its own, so that its spread shows the whole.
         """
         factor = self._factor(stats.samples)

@@ -29,13 +29,13 @@ from tfbn.sweep.state import Site, SweepState, never_called
 from tfbn.sweep.whole_passes import WholePasses
 
 
-class _Swept(NamedTuple):
-    """A batch that a pass has run.
+class _BatchResult(NamedTuple):
+    """The results of a pass for one batch.
 
     Attributes:
         batch: The `Batch`.
         frontier: The `Frontier` that it has reached.
-        found: (site, moments) of the calls that were observed.
+        site_moments: (site, moments) of the calls that were observed.
         levels: By path the levels of the layers; `None` if the network cannot be cut there.
         random: Whether the network drew random numbers.
         recurrent: The paths of layers whose calls depend on their own output, in whole passes.
@@ -43,15 +43,10 @@ class _Swept(NamedTuple):
 
     batch: Batch
     frontier: Frontier
-    found: list
-    levels: dict | None
+    site_moments: list[tuple[Site, Moments]]
+    levels: dict[str, int] | None
     random: bool
-    recurrent: frozenset = frozenset()
-
-    @property
-    def told(self) -> tuple:
-        """The arguments of `SweepState.add`."""
-        return self.batch, self.found, self.levels, self.random, self.recurrent
+    recurrent: frozenset[str] = frozenset()
 
 
 class ShardSweep:
@@ -166,13 +161,14 @@ class ShardSweep:
         self._saved = None
         self._begin_passes(state)
         try:
-            for swept in in_turn(self._jobs(state, reached, digest), len(self._networks)):
-                if swept.levels is None:
+            for result in in_turn(self._jobs(state, reached, digest), len(self._networks)):
+                batch, frontier, site_moments, levels, random, recurrent = result
+                if levels is None:
                     return dataclasses.replace(reached, whole=True)
-                self._frontiers.put(swept.batch, swept.frontier)
-                added = reached.add(*swept.told)
+                self._frontiers.put(batch, frontier)
+                added = reached.add(batch, site_moments, levels, random, recurrent)
                 # As one, because Ctrl-C may come at any point.
-                reached, digest = added, digests.of_sequence(digest, swept.batch.key)
+                reached, digest = added, digests.of_sequence(digest, batch.key)
                 if reached.whole and not state.whole:
                     return reached
                 self._report.batch(max(reached.levels.values(), default=0))
@@ -232,7 +228,7 @@ class ShardSweep:
 
     def _jobs(
         self, state: SweepState, reached: SweepState, expected: bytes
-    ) -> Iterator[Callable[[], _Swept]]:
+    ) -> Iterator[Callable[[], _BatchResult]]:
         """A function for every batch that the level still lacks, on each device in turn."""
         digest, index, checkpoint = b"", -1, self._checkpoint
         for batch in self._frontiers if self._all_kept else self._batches:
@@ -246,7 +242,7 @@ class ShardSweep:
         if checkpoint is not None and index + 1 < reached.batches:
             raise checkpoint.other_data(reached.batches)
 
-    def _run(self, batch: Batch, state: SweepState) -> _Swept:
+    def _run(self, batch: Batch, state: SweepState) -> _BatchResult:
         level = state.level
         place = batch.index % len(self._networks)
         passes = self._passes[place]
@@ -255,23 +251,23 @@ class ShardSweep:
                 frontier = start = self._frontiers.get(batch) or passes.start(batch)
                 levels = passes.levels(frontier)
                 if levels is None:
-                    return _Swept(batch, frontier, [], None, False)
+                    return _BatchResult(batch, frontier, [], None, False)
                 recurrent: frozenset[str] = frozenset()
                 if state.whole and isinstance(passes, WholePasses):
                     recurrent = passes.recurrent(frontier)
                 populations = {path: value for path, (_, value) in self._populations[place].items()}
                 called, frontier, random = passes.advance(frontier, level, populations)
-            found = self._moments(
+            site_moments = self._moments(
                 batch, [(site, values) for site, entered in called for values in entered]
             )
             if level == 1:
                 _refuse_nan(batch, passes.not_nan(start))
-        return _Swept(batch, frontier, found, levels, random, recurrent)
+        return _BatchResult(batch, frontier, site_moments, levels, random, recurrent)
 
     def _moments(
         self, batch: Batch, entered: Sequence[tuple[Site, CallMoments]]
     ) -> list[tuple[Site, Moments]]:
-        """(site, moments) that a batch brings; an error that names both if not finite."""
+        """(site, moments) of a batch; an error that names site and batch if not finite."""
         if not entered:
             return []
         sites = [site for site, _ in entered]
@@ -280,15 +276,15 @@ class ShardSweep:
         counts, means, variances = zip(
             *(np.broadcast_arrays(*value) for value in values), strict=True
         )
-        found = moments.of_batch(
+        batch_moments = moments.of_batch(
             *map(np.concatenate, (counts, means, variances)), method=self._method
         )
-        finite = moments.finite(found)
+        finite = moments.finite(batch_moments)
         channels = list(map(len, means))
         if not finite.all():
             first = np.searchsorted(np.cumsum(channels), np.argmin(finite), side="right")
             self._refuse(batch, sites[first], *values[first])
-        return list(zip(sites, found.split(channels), strict=True))
+        return list(zip(sites, batch_moments.split(channels), strict=True))
 
     def _refuse(
         self, batch: Batch, site: Site, count: np.ndarray, mean: np.ndarray, variance: np.ndarray
@@ -317,7 +313,7 @@ def trace_first(
     *,
     static: bool,
 ) -> tuple[frozenset[str], frozenset[Site]]:
-    """Trace what the sweep of one process runs.
+    """Make the traces that the sweep of one process runs.
 
     Args:
         model: A built model.

@@ -148,7 +148,7 @@ class _Task:
         raise NotImplementedError
 
     def __call__(self, item: tuple[int, Any]) -> tuple[int, Any]:
-        """The number of a shard, and what `run` gives for it."""
+        """The number of a shard, and the result of `run` for it."""
         number, shard = item
         try:
             here = replica(self.recipe)
@@ -275,29 +275,30 @@ class _Cluster:
         Args:
             state: The state at the beginning of the level.
             parts: See `sweep`.
-            seen: By number what a shard had at the level before, to which this level is added.
+            seen: By the number of a shard its samples and digest at level 1; those of shards that
+                it lacks are added.
             report: The `Report` to count shards in.
         """
         recipe = dataclasses.replace(self._recipe, paths=state.paths)
         swept = {}
         for number, content in self._results(_SweepLevel(recipe, self._reader, state, parts)):
-            found = swept[number] = SweepState.from_bytes(content)
-            if seen is not None and (state.whole or not found.whole):
-                self._check_same(number, found, seen, state.level)
+            shard_state = swept[number] = SweepState.from_bytes(content)
+            if seen is not None and (state.whole or not shard_state.whole):
+                self._check_same(number, shard_state, seen, state.level)
             if report is not None:
-                report.batch(max(found.levels.values(), default=0))
+                report.batch(max(shard_state.levels.values(), default=0))
         # In the order of the shards, so that rounding is the same for any order of results.
         return merged((swept[number] for number in range(len(self._shards))), state)
 
     def _check_same(
         self, number: int, state: SweepState, seen: dict[int, tuple[int, int]], level: int
     ) -> None:
-        found = state.samples, state.data
-        if seen.setdefault(number, found) != found:
+        now = state.samples, state.data
+        if seen.setdefault(number, now) != now:
             raise ValueError(
                 "Expected the same data at every level. Received: "
                 f"{_named(number, self._shards[number])}, which had {seen[number][0]} samples at "
-                f"level 1 and at level {level} has {found[0]}, or other ones. Give shards that do "
+                f"level 1 and at level {level} has {now[0]}, or other ones. Give shards that do "
                 "not change."
             )
 

@@ -1,4 +1,4 @@
-"""The accumulator of a sweep: the moments found so far, merged, advanced and finished."""
+"""The accumulator of a sweep: moments of batches, merged, advanced and finished."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from tfbn.population import PopulationStats
 from tfbn.sweep.batches import Batch
 from tfbn.sweep.methods import METHODS
 
-# A pass has settled where the statistics that it found are those that it was made with, up to
+# A pass has settled where the statistics that it measured are those that it was made with, up to
 # this share of a standard deviation, or of a variance. Rounding in float32 stays below it.
 _SETTLED = 1e-5
 
@@ -125,7 +125,7 @@ class SweepState:
     def add(
         self,
         batch: Batch,
-        found: Iterable[tuple[Site, Moments]],
+        site_moments: Iterable[tuple[Site, Moments]],
         levels: dict[str, int],
         random: bool,
         recurrent: Iterable[str] = (),
@@ -134,16 +134,16 @@ class SweepState:
 
         Args:
             batch: The `tfbn.sweep.batches.Batch`.
-            found: (site, moments) of the calls that the batch has run through.
+            site_moments: (site, moments) of the calls that the batch has run through.
             levels: By path the level of the layers that it has shown.
             random: Whether it has shown random draws.
             recurrent: The paths of recurrent layers that it has shown.
         """
         by_site: dict[Site, Moments] = {}
-        for site, values in found:  # The body of a loop brings several for one site.
+        for site, of_call in site_moments:  # The body of a loop has several for one site.
             before = by_site.get(site)
             merge = functools.partial(moments.merge_one_batch, method=self.method)
-            by_site[site] = values if before is None else merge(before, values)
+            by_site[site] = of_call if before is None else merge(before, of_call)
         shard = dataclasses.replace(
             self.without_batches(),
             moments=by_site,
@@ -219,7 +219,7 @@ class SweepState:
         """
         if self.behind:
             return self.layers
-        own = {site: found for site, found in self.settled.items() if site.path in self.recurrent}
+        own = {site: m for site, m in self.settled.items() if site.path in self.recurrent}
         return {**self.layers, **own}
 
     def spreads(self) -> dict[str, tuple[int, dict[str, float]]]:
@@ -273,24 +273,24 @@ class SweepState:
         The statistics of recurrent layers are those of the passes in which each of their calls
         normalised by its own. Then only the layers behind them go on.
         """
-        found = self.moments
+        settled = self.moments
         if self.behind:
-            found = found | {s: m for s, m in self.settled.items() if s.path in self.recurrent}
-        now = dataclasses.replace(self, settled=found).populations
+            settled = settled | {s: m for s, m in self.settled.items() if s.path in self.recurrent}
+        now = dataclasses.replace(self, settled=settled).populations
         moving = [key for key in now if not _close(now[key], self.populations.get(key))]
         if not moving:
             if self.recurrent and not self.behind:
-                return self._after(found, complete=False, behind=True, first=swept, settling=1)
-            return self._after(found, complete=True, first=swept)
+                return self._after(settled, complete=False, behind=True, first=swept, settling=1)
+            return self._after(settled, complete=True, first=swept)
         # Every pass settles one more call on the longest path.
-        if self.settling > len(found) + 1:
+        if self.settling > len(settled) + 1:
             moved = moving[0].path if isinstance(moving[0], Site) else moving[0]
             raise ValueError(
                 "Expected a network whose batch norm layers have exact statistics. Received: layer "
                 f"{moved!r}, which is called in a loop that feeds its output back to it, and whose "
                 f"statistics still move after {self.level} passes. Use method='pooled'."
             )
-        return self._after(found, complete=False, first=swept, settling=self.settling + 1)
+        return self._after(settled, complete=False, first=swept, settling=self.settling + 1)
 
     def to_bytes(self) -> bytes:
         """The state as bytes, for `from_bytes`."""
@@ -301,9 +301,9 @@ class SweepState:
             if field.name not in sites
         }
         arrays: dict[str, np.ndarray] = {}
-        for name, found in sites.items():
-            header[name] = [list(site) for site in found]
-            arrays |= {f"{name}_{i}": m.rows for i, m in enumerate(found.values())}
+        for name, by_site in sites.items():
+            header[name] = [list(site) for site in by_site]
+            arrays |= {f"{name}_{i}": m.rows for i, m in enumerate(by_site.values())}
         return storage.pack({"kind": _KIND, "state": header}, arrays)
 
     @classmethod
@@ -368,17 +368,17 @@ class SweepState:
         Raises:
             ValueError: If a layer was never called, or without any value.
         """
-        found = self.statistics()
+        statistics = self.statistics()
         for path in self.paths:
-            if path not in found:
+            if path not in statistics:
                 raise never_called(model, path)
-            if not found[path].counts.any():
+            if not statistics[path].counts.any():
                 raise ValueError(
                     f"Expected values for layer {path!r}. Received: none, or only masked ones. "
                     "Look at the data and its masks."
                 )
         return PopulationStats(
-            {path: found[path] for path in self.paths},
+            {path: statistics[path] for path in self.paths},
             method=self.method,
             samples=self.samples,
             batches=self.batches,
@@ -435,17 +435,18 @@ def _possible(values: np.ndarray) -> Moments:
     """The moments in an array, unless no data has such."""
     if values.ndim != 2 or len(values) != 10 or values.dtype != np.float64:
         raise ValueError("an array that is no moments")
-    found = Moments(values)
     if not (np.isfinite(values).all() and (values[[0, 2, 3, 4, 7, 9]] >= 0).all()):
         raise ValueError("moments that no data has")
-    return found
+    return Moments(values)
 
 
 def _by_path(by_site: Mapping[Site, Moments], method: str) -> dict[str, Moments]:
     merged: dict[str, Moments] = {}
-    for site, brought in by_site.items():
-        held = merged.get(site.path)
-        merged[site.path] = brought if held is None else moments.merge(held, brought, method=method)
+    for site, of_site in by_site.items():
+        before = merged.get(site.path)
+        merged[site.path] = (
+            of_site if before is None else moments.merge(before, of_site, method=method)
+        )
     return merged
 
 

@@ -89,8 +89,8 @@ class WholePasses:
         self, inputs: Structure, number: tf.Tensor, populations: Populations
     ) -> tuple[list[SiteMoments], bool]:
         def population(site: Site, channels: int) -> list[tf.Tensor] | None:
-            held = populations.get(site, populations.get(site.path))
-            return None if held is None else tf.unstack(held)
+            given = populations.get(site, populations.get(site.path))
+            return None if given is None else tf.unstack(given)
 
         _, calls, draws, _ = self._network.observer.run(inputs, number, population)
         return [(call.site, call.measure(*(call.fetches or ()))) for call in calls], draws > 0
@@ -112,9 +112,9 @@ class WholePasses:
 
 
 def _population(trace: Trace, populations: Populations, site: Site) -> tf.Tensor:
-    held = populations.get(site, populations.get(site.path))
-    if held is not None:
-        return held
+    given = populations.get(site, populations.get(site.path))
+    if given is not None:
+        return given
     # Mean 0 and variance 1, for a layer that the pass before did not reach.
     _, channels = trace.populations[site].shape
     return tf.stack([tf.zeros(channels, tf.float64), tf.ones(channels, tf.float64)])

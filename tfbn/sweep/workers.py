@@ -25,7 +25,8 @@ class Workers:
 
     def __init__(self, model: keras.Model):
         self.index, self._count = 0, 1
-        strategy = getattr(model, "distribute_strategy", None)  # What is no model is told later.
+        # Something that is no model is refused later.
+        strategy = getattr(model, "distribute_strategy", None)
         if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
             return
         # `cluster_resolver.task_id` counts a chief and the others separately.
@@ -57,7 +58,7 @@ class Workers:
                 need not be sent.
 
         Raises:
-            Exception: What `compute` raises here.
+            Exception: The error that `compute` raises here.
             RuntimeError: If it raises on another worker, or another worker has ended. Workers
                 that take their time are waited for.
         """
@@ -116,7 +117,10 @@ class Workers:
 def _interruptible(
     function: Callable[[np.ndarray], np.ndarray], argument: np.ndarray
 ) -> np.ndarray:
-    """What a function gives. While TensorFlow waits, Python hears of no Ctrl-C in that thread."""
+    """The result of a function that runs in a thread of its own.
+
+    While TensorFlow waits, Python hears of no Ctrl-C in that thread.
+    """
     answer: concurrent.futures.Future[np.ndarray] = concurrent.futures.Future()
 
     def run():
