@@ -29,7 +29,7 @@ class WholePasses:
         self._network = network
         self._static = static
         self._eager = eager
-        self._tells_nothing = False
+        self._untraceable = False
 
     def start(self, batch: Batch) -> Frontier:
         """The batch itself: no pass takes it further."""
@@ -42,12 +42,12 @@ class WholePasses:
     def recurrent(self, frontier: Frontier) -> frozenset[str]:
         """The paths of the layers whose calls depend on their own output."""
         inputs, _ = frontier.values
-        trace = self._told_by(inputs, settled=True)
+        trace = self._trace_if_any(inputs, settled=True)
         return frozenset() if trace is None else recurrent(trace)
 
     def not_nan(self, frontier: Frontier) -> list[int]:
         """The places of the inputs in which NaN would be an error."""
-        trace = self._told_by(frontier.values[0], settled=False)
+        trace = self._trace_if_any(frontier.values[0], settled=False)
         return [] if trace is None else trace.not_nan
 
     def advance(
@@ -71,9 +71,9 @@ class WholePasses:
         called, random = run(inputs, number, populations)
         return called, frontier, random
 
-    def _told_by(self, inputs: Structure, settled: bool) -> Trace | None:
-        """The trace, or `None` for a model that only runs eagerly, which tells nothing."""
-        if self._tells_nothing:
+    def _trace_if_any(self, inputs: Structure, settled: bool) -> Trace | None:
+        """The trace, or `None` for a model that only runs eagerly."""
+        if self._untraceable:
             return None
         try:
             return self._network.trace(inputs, settled=settled, static=self._static)
@@ -82,7 +82,7 @@ class WholePasses:
         except Exception:
             if not self._eager:
                 raise
-            self._tells_nothing = True
+            self._untraceable = True
             return None
 
     def _run_eagerly(
