@@ -15,15 +15,15 @@ SavedModel for TensorFlow Serving, `tfbn.describe(path)` says where its statisti
 tells what enters the batch norm layers, and `tfbn.ServedStats(path)` whether that has moved away
 from the population; `tfbn.recalibrate(path, x)` moves the population there, in the model's next
 version. `tfbn.StatsTracker` logs validation metrics with moving-average, population and mini-batch
-statistics side by side; `tfbn.plot_drift` and `tfbn.plot_history` draw what was found.
+statistics side by side; `tfbn.plot_drift` and `tfbn.plot_history` draw the difference.
 `python -m tfbn` does the same for models in files.
 
 A sweep uses all devices and workers of the strategy that a model was built for. Data that lies
 in many places is swept by `tfbn.collect_shards`, on any engine that has a map, and by
 `tfbn.beam.Collect` (to be imported by itself), an Apache Beam transform.
 
-Every function says what it computes, in which shapes and units, what it raises, and where the
-method comes from: `help(tfbn.collect)` is the place to begin.
+Every function has its formula, shapes, units, errors and the source of its method in its
+documentation: `help(tfbn.collect)` is the place to begin.
 """
 
 import importlib

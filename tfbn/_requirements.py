@@ -1,4 +1,4 @@
-"""What must be true of the installation, and what Keras must know as soon as both are imported.
+"""The check of the installation, and the registration of the layer once Keras is imported.
 
 tfbn does not require a TensorFlow distribution by name, because `tensorflow` and
 `tensorflow-cpu` provide the same package and pip would install one over the other.
@@ -15,6 +15,10 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
 
 def check() -> None:
@@ -57,17 +61,19 @@ def register_with_keras() -> None:
 class _AfterKeras(importlib.abc.MetaPathFinder):
     """Imports the layer right after Keras, and leaves everything else to the other finders."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name != "keras":
             return None
         specs = (other.find_spec(name, path, target) for other in sys.meta_path if other != self)
         spec = next(filter(None, specs), None)
         if spec is not None:  # TensorFlow asks for it without importing it.
-            execute = spec.loader.exec_module
-            spec.loader.exec_module = functools.partial(self._execute, execute)
+            loader: Any = spec.loader
+            loader.exec_module = functools.partial(self._execute, loader.exec_module)
         return spec
 
-    def _execute(self, execute, module):
+    def _execute(self, execute: Callable[[ModuleType], object], module: ModuleType) -> None:
         execute(module)
         if self in sys.meta_path:
             sys.meta_path.remove(self)
@@ -78,7 +84,7 @@ class _AfterKeras(importlib.abc.MetaPathFinder):
         importlib.import_module("tfbn.layer")
 
 
-def _installed_version(distribution):
+def _installed_version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -1,10 +1,9 @@
 """Checks of numbers that users give."""
 
+import math
 import numbers
 import operator
 from typing import Any
-
-import numpy as np
 
 # Up to here every whole number is a float64 too.
 _MOST = 2**53
@@ -34,10 +33,11 @@ def tolerance(value: Any) -> float | None:
     """A tolerance as a float; `ValueError` unless it is a number over 0 and up to 1, or `None`."""
     if value is None:
         return None
-    number = np.nan if isinstance(value, bool) or not isinstance(value, numbers.Real) else value
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    number = float(value) if real else math.nan
     if not 0 < number <= 1:
         raise ValueError(
             "Expected tolerance to be a number over 0 and up to 1, in standard deviations. "
             f"Received: {value!r}."
         )
-    return float(number)
+    return number

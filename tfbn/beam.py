@@ -5,6 +5,8 @@ Import it by its name: `import tfbn` leaves Apache Beam alone.
 
 import dataclasses
 import functools
+import os
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import keras
@@ -20,12 +22,14 @@ except ImportError as error:
     ) from error
 
 from tfbn import arguments, keras_models
+from tfbn.keras_models import Structure
+from tfbn.population import PopulationStats
 from tfbn.sweep import data
 from tfbn.sweep.batches import Batch, empty
 from tfbn.sweep.graph_passes import depth, levels_of, recurrent
 from tfbn.sweep.methods import METHODS, check_method
 from tfbn.sweep.network import Network
-from tfbn.sweep.replicas import Recipe, replica
+from tfbn.sweep.replicas import Recipe, Replica, replica
 from tfbn.sweep.sources import check_source
 from tfbn.sweep.state import SweepState
 
@@ -91,7 +95,13 @@ class Collect(beam.PTransform):
             levels see other samples.
     """
 
-    def __init__(self, model, method="exact", batch_size=None, include_frozen=False):
+    def __init__(
+        self,
+        model: str | os.PathLike | Callable[[], keras.Model],
+        method: str = "exact",
+        batch_size: int | None = None,
+        include_frozen: bool = False,
+    ):
         super().__init__()
         check_method(method)
         arguments.positive(batch_size=batch_size)
@@ -100,7 +110,7 @@ class Collect(beam.PTransform):
         self._batch_size = None if batch_size is None else int(batch_size)
         self._include_frozen = include_frozen
 
-    def expand(self, examples):
+    def expand(self, examples: beam.PCollection) -> beam.PCollection:
         _refuse(examples.pipeline.runner)
         recipe = Recipe(self._source, self._method, self._include_frozen)
         here = replica(recipe)
@@ -139,7 +149,7 @@ class _Stages(NamedTuple):
     whole: bool
 
 
-def _stages(here, method):
+def _stages(here: Replica, method: str) -> _Stages:
     """The `_Stages` of a sweep, from its model alone.
 
     Raises:
@@ -168,13 +178,13 @@ def _stages(here, method):
 class _Level(beam.DoFn):
     """From batches to the state of each after one level."""
 
-    def __init__(self, recipe):
+    def __init__(self, recipe: Recipe):
         self._recipe = recipe
 
-    def setup(self):
+    def setup(self) -> None:
         self._replica = replica(self._recipe)
 
-    def process(self, batch, state):
+    def process(self, batch: Structure, state: SweepState) -> Iterator[SweepState]:
         if state.complete:
             return
         yield self._replica.sweep_level(state, _Element(batch, self._replica.model))
@@ -185,15 +195,15 @@ class _Element:
 
     static = False
 
-    def __init__(self, x, model):
+    def __init__(self, x: Structure, model: keras.Model):
         # In a tuple of one, because it is x alone, which may be a tuple too.
         [batch] = data.batches(iter([(x,)]), model=model)
         self._batch = _Unnumbered(*batch)
 
-    def first(self):
+    def first(self) -> Batch:
         return self._batch
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Batch]:
         yield self._batch
 
 
@@ -207,34 +217,34 @@ class _Unnumbered(Batch):
 class _Merge(beam.CombineFn):
     """The states of all data after one level, without the levels before."""
 
-    def create_accumulator(self):
+    def create_accumulator(self) -> SweepState | None:
         return None
 
-    def add_input(self, accumulator, state):
+    def add_input(self, accumulator: SweepState | None, state: SweepState) -> SweepState:
         return state if accumulator is None else accumulator.merge(state)
 
-    def merge_accumulators(self, accumulators):
+    def merge_accumulators(self, accumulators: Iterable[SweepState | None]) -> SweepState | None:
         states = [state for state in accumulators if state is not None]
         return functools.reduce(SweepState.merge, states) if states else None
 
-    def extract_output(self, accumulator):
+    def extract_output(self, accumulator: SweepState | None) -> SweepState | None:
         return accumulator
 
 
-def _joined(swept, before):
+def _joined(swept: SweepState | None, before: SweepState) -> SweepState:
     """The state at the beginning of the next level."""
     if before.complete:
         return before
-    found = (0, 0) if swept is None else (swept.samples, swept.data)
-    if before.first is None and swept is None:
-        raise empty()
-    if before.first is not None and found != before.first[:2]:
+    samples, digest = (0, 0) if swept is None else (swept.samples, swept.data)
+    if before.first is not None and (samples, digest) != before.first[:2]:
         raise ValueError(
             "Expected the same elements at every level. Received: elements with "
-            f"{before.first[0]} samples at level 1, and at level {before.level} {found[0]}, or "
+            f"{before.first[0]} samples at level 1, and at level {before.level} {samples}, or "
             "other ones. Read and augment them in the same way every time, or use method='pooled', "
             "which reads them once; if nothing is random, the runner is at fault."
         )
+    if swept is None:
+        raise empty()
     if swept.whole and not before.whole:
         raise ValueError(
             "Expected data for which the network can be cut at its levels, as for its recorded "
@@ -244,7 +254,7 @@ def _joined(swept, before):
     return dataclasses.replace(swept, settled=before.settled).next_level()
 
 
-def _finish(state, recipe, stages):
+def _finish(state: SweepState, recipe: Recipe, stages: int) -> PopulationStats:
     here = replica(recipe)
     if not state.complete:
         raise ValueError(
@@ -255,7 +265,7 @@ def _finish(state, recipe, stages):
     return here.finish(state)
 
 
-def _refuse(runner):
+def _refuse(runner: beam.runners.PipelineRunner) -> None:
     if type(runner).__module__.startswith("apache_beam.runners.dask"):
         raise ValueError(
             "Expected a runner that delivers every element once. Received: DaskRunner, which "
@@ -264,11 +274,11 @@ def _refuse(runner):
         )
 
 
-def _inputs(element):
+def _inputs(element: Structure) -> Structure:
     return keras.utils.unpack_x_y_sample_weight(element)[0]
 
 
-def _stack(examples):
+def _stack(examples: list[Structure]) -> Structure:
     try:
         return keras.tree.map_structure(lambda *leaves: np.stack(leaves), *examples)
     except (ValueError, TypeError) as error:

@@ -38,9 +38,9 @@ def weighted(
     own: "LayerStats", source: "LayerStats", share: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance, each share of the source's plus 1 - share of its own."""
-    return tuple(
-        share * theirs + (1 - share) * ours
-        for ours, theirs in ((own.mean, source.mean), (own.variance, source.variance))
+    return (
+        share * source.mean + (1 - share) * own.mean,
+        share * source.variance + (1 - share) * own.variance,
     )
 
 

@@ -1,12 +1,15 @@
 """`PopulationStatsCallback`: when to sweep during `model.fit`."""
 
 import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 
 from tfbn import arguments, drift, fingerprints, keras_models, training_state
 from tfbn.callback_lists import enclosing, pickled_state, shallow_copy, shared_copy
+from tfbn.population import PopulationStats
 from tfbn.sweep.methods import check_method
 from tfbn.sweep.run import check_batch, collect
 
@@ -35,7 +38,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     (`every_n_epochs`). However `fit` ends, also by an error or Ctrl-C, the model holds the moving
     averages of its last step, or after a regular end the population statistics.
 
-    To resume training exactly, keep what training had: `ModelCheckpoint("train.keras")` listed
+    To resume training exactly, keep the state of training: `ModelCheckpoint("train.keras")` listed
     before this callback saves at the end of every epoch the moving averages, the flags and the
     optimizer, and `load_model("train.keras").fit(..., initial_epoch=...)` goes on to the bit. After
     `fit`, `callback.unfreeze()` and `callback.stats.previous.assign(model)` bring them back.
@@ -61,7 +64,8 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             overwriting the statistics. `unfreeze()` undoes it, and so does another `fit` with
             such a callback.
         verbose: 0 for silence, 1 for a progress bar, 2 for one line per pass. `"auto"`
-            follows `fit`. Unless it is silent, a few lines at the end say what the sweep changed.
+            follows `fit`. Unless it is silent, a few lines at the end say how far the moving
+            averages were off.
         model: The network to sweep, where the model that is trained only holds it: the generator
             of a GAN. It must have seen a batch before `fit`, or in its first step.
         tolerance: See `tfbn.collect`.
@@ -69,7 +73,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             evaluated with the moving averages and with the population statistics.
 
     Attributes:
-        stats: The `PopulationStats` of the latest sweep; `None` before the first.
+        stats: The `PopulationStats` of the last sweep; `None` before the first.
         validation: With `validation_data`, the metrics by name, each a tuple of the one before
             the last sweep and the one after it; else `None`.
 
@@ -81,25 +85,25 @@ class PopulationStatsCallback(keras.callbacks.Callback):
 
     def __init__(
         self,
-        x,
-        method="exact",
-        batch_size=None,
-        steps=None,
-        every_n_epochs=None,
-        before_validation=False,
-        freeze=True,
-        verbose="auto",
-        model=None,
-        validation_data=None,
-        tolerance=None,
+        x: Any,
+        method: str = "exact",
+        batch_size: int | None = None,
+        steps: int | None = None,
+        every_n_epochs: int | None = None,
+        before_validation: bool = False,
+        freeze: bool = True,
+        verbose: int | str = "auto",
+        model: keras.Model | None = None,
+        validation_data: Any = None,
+        tolerance: float | None = None,
     ):
         super().__init__()
         check_method(method)
         arguments.positive(every_n_epochs=every_n_epochs)
-        self.stats = None
-        self.validation = None
+        self.stats: PopulationStats | None = None
+        self.validation: dict[str, tuple[Any, Any]] | None = None
         self._x = x
-        self._options = {
+        self._options: dict[str, Any] = {
             "method": method,
             "batch_size": batch_size,
             "steps": steps,
@@ -112,30 +116,30 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         self._inner = model
         self._validation_data = validation_data
         self._training = False
-        self._stepped = True  # Since the latest sweep.
+        self._stepped = True  # Since the last sweep.
         self._checked = False
         self._guarded = False
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict) -> "PopulationStatsCallback":
         """A copy that shares the data and the models."""
         return shared_copy(self, memo, ("_x", "_validation_data", "_inner", "_model", "stats"))
 
     __copy__ = shallow_copy
 
-    def __getstate__(self):
-        """All, unless the data cannot be pickled."""
+    def __getstate__(self) -> dict[str, Any]:
+        """All attributes, unless the data cannot be pickled."""
         return pickled_state(self, ("_x", "_validation_data"))
 
-    def unfreeze(self):
-        """Put every layer's `trainable` flag back to what it was before the freeze.
+    def unfreeze(self) -> None:
+        """Put every layer's `trainable` flag back to its value before the freeze.
 
         The statistics stay as they are.
         """
         if self.model is not None and training_state.unfreeze(self._network):
             _trace_anew(self.model)
 
-    def on_train_begin(self, logs=None):
-        """Unfreeze what an earlier `fit` froze, and check all that can be checked by now."""
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Undo the freeze of an earlier `fit`, and check all that can be checked by now."""
         network = self._network
         training_state.put_back(network)  # Left by a loop of the user's own that failed.
         lists = enclosing(self)
@@ -160,85 +164,91 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             training_state.guard_validation(self.model, network, fits)
         self._training = self._stepped = True
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Note that the weights will change, and check a model that the first step has built."""
         self._stepped = True
         if not self._checked:
             self._check()
 
-    def on_test_begin(self, logs=None):
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Validate with population statistics, if asked to."""
         if self._training and self._before_validation:
             self._sweep(verbose=0)
 
-    def on_test_end(self, logs=None):
+    def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
         """Go back to the moving averages."""
         if self._training:
             training_state.put_back(self._network)
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Train on from the moving averages."""
         training_state.put_back(self._network)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Sweep for the callbacks after this one, if it is the epoch to."""
         if self._every_n_epochs and (epoch + 1) % self._every_n_epochs == 0:
             self._sweep(verbose=0)
 
-    def on_train_end(self, logs=None):
-        """Sweep, say what it changed, and freeze if asked to."""
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Sweep, say how far the moving averages were off, and freeze if asked to."""
         self._training = False
         training_state.release(self.model)
         # Another such callback may have come to its end before.
         training_state.put_back(self._network)
         frozen = training_state.unfreeze(self._network)
         before = self._evaluate()
-        self._sweep(verbose=self._verbosity)
+        stats = self._sweep(verbose=self._verbosity)
         after = self._evaluate()
-        if before is not None:
+        if before is not None and after is not None:
             self.validation = {name: (before[name], after[name]) for name in before}
         if self._freeze or frozen:
             training_state.freeze(self._network)
             _trace_anew(self.model)
         if not self._guarded:
             training_state.keep(self._network)
-        for line in self._report():
+        for line in self._report(stats):
             self._say(line)
 
     @property
-    def _network(self):
+    def _network(self) -> keras.Model:
         return self.model if self._inner is None else self._inner
 
     @property
-    def _verbosity(self):
+    def _verbosity(self) -> int | str:
         if self._verbose != "auto":
             return self._verbose
         return (self.params or {}).get("verbose", "auto")
 
-    def _say(self, line):
+    def _say(self, line: str) -> None:
         if self._verbosity:
             print(line)
 
-    def _check(self):
+    def _check(self) -> None:
         """Trace one batch, as soon as the model has weights, which the first step may give it."""
         layers = keras_models.layers(self._network).values()
         self._checked = self._network.built and all(layer.built for layer in layers)
         if not self._checked:
             return
         x = self._x
-        if hasattr(x, "__next__"):  # What the check reads comes again.
+        if hasattr(x, "__next__"):  # The batches that the check reads come again.
             self._x, x = itertools.tee(x)
         check_batch(self._network, x, **self._options)
 
-    def _sweep(self, verbose):
+    def _sweep(self, verbose: int | str) -> PopulationStats:
         """Put population statistics in, from a new sweep if the weights are others."""
-        training_state.put_back(self._network)
-        if self._stepped or not fingerprints.has_fingerprint(self._network, self.stats.fingerprint):
-            self.stats = collect(self._network, self._x, verbose=verbose, **self._options)
+        network, stats = self._network, self.stats
+        training_state.put_back(network)
+        if (
+            stats is None
+            or self._stepped
+            or not fingerprints.has_fingerprint(network, stats.fingerprint)
+        ):
+            stats = self.stats = collect(network, self._x, verbose=verbose, **self._options)
             self._stepped = False
-        training_state.put_in(self._network, self.stats)
+        training_state.put_in(network, stats)
+        return stats
 
-    def _evaluate(self):
+    def _evaluate(self) -> dict[str, Any] | None:
         """The metrics on the validation data, without a trace in the model."""
         if self._validation_data is None:
             return None
@@ -248,14 +258,14 @@ class PopulationStatsCallback(keras.callbacks.Callback):
                 x, y, sample_weight=sample_weight, verbose=0, return_dict=True
             )
 
-    def _report(self):
-        """What the last sweep has changed, a line each."""
-        found = drift.of_layers(self.stats, self.stats.previous)
-        if found:
-            shift, factor = _overall(found.values())
-            worst, off = next(iter(found.items()))
+    def _report(self, stats: PopulationStats) -> Iterator[str]:
+        """The lines about the changes that the last sweep has made."""
+        drifts = drift.of_layers(stats, stats.previous or {})
+        if drifts:
+            shift, factor = _overall(drifts.values())
+            worst, off = next(iter(drifts.items()))
             yield (
-                f"Population statistics of {len(found)} layers: the moving averages were off by "
+                f"Population statistics of {len(drifts)} layers: the moving averages were off by "
                 f"{shift:.3f} std in the mean and a factor of {factor:.3f} in the std, most in "
                 f"{worst!r} ({off['mean_shift']:.3f} std, {off['std_ratio']:.3f})."
             )
@@ -272,7 +282,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
                 "or pass it freeze=False."
             )
 
-    def _check_repeatable(self):
+    def _check_repeatable(self) -> None:
         several = self._every_n_epochs or self._before_validation
         if several and hasattr(self._x, "__next__") and self._options["steps"] is None:
             raise ValueError(
@@ -281,7 +291,9 @@ class PopulationStatsCallback(keras.callbacks.Callback):
                 "arrays, a tf.data.Dataset or a PyDataset, or `steps` of an endless generator."
             )
 
-    def _check_order(self, before, after):
+    def _check_order(
+        self, before: Sequence[keras.callbacks.Callback], after: Sequence[keras.callbacks.Callback]
+    ) -> None:
         callbacks = keras.callbacks
         saves = _saves_epochs(before, callbacks.ModelCheckpoint)
         # Of two, the one before is for training to go on from.
@@ -308,18 +320,20 @@ class PopulationStatsCallback(keras.callbacks.Callback):
                 )
 
 
-def _saves_epochs(callbacks, kind):
+def _saves_epochs(
+    callbacks: Iterable[keras.callbacks.Callback], kind: type[keras.callbacks.Callback]
+) -> list[keras.callbacks.Callback]:
     """Those of one of Keras's kinds that save at the end of an epoch."""
     return [cb for cb in callbacks if isinstance(cb, kind) and cb.save_freq == "epoch"]
 
 
-def _overall(found):
+def _overall(drifts: Iterable[Mapping[str, float]]) -> tuple[float, float]:
     """Over layers: the root mean square of the shifts, and exp of that of log(ratio)."""
-    shifts, ratios = zip(*((off["mean_shift"], off["std_ratio"]) for off in found), strict=True)
+    shifts, ratios = zip(*((off["mean_shift"], off["std_ratio"]) for off in drifts), strict=True)
     return np.sqrt(np.mean(np.square(shifts))), np.exp(np.sqrt(np.mean(np.log(ratios) ** 2)))
 
 
-def _trace_anew(model):
+def _trace_anew(model: keras.Model) -> None:
     """Have `fit` trace its step again: Keras keeps the trace whatever becomes trainable."""
     if model.train_function is not None:
         model.make_train_function(force=True)

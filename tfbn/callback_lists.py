@@ -1,8 +1,8 @@
-"""What a callback can learn of the others, and how it is copied and pickled."""
+"""The other callbacks of a `fit`, as one of them sees them, and copies of a callback."""
 
 import copy
 import inspect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -25,22 +25,24 @@ class Place(NamedTuple):
 def enclosing(callback: keras.callbacks.Callback) -> list[Place]:
     """The lists that are just calling a callback, the innermost first, `fit`'s own last."""
     # A callback is not told of the others, and Keras keeps their list in a local variable of `fit`.
-    # The list itself is what calls the callback: it is among the callers.
-    inside, found = [callback], []
+    # The list itself calls the callback, so it is among the callers.
+    inside, places = [callback], []
     frame = inspect.currentframe()
     while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, keras.Model) and frame.f_code.co_name == "fit":
             break
         if isinstance(caller, keras.callbacks.CallbackList):
-            found.append(_place(caller, inside))
+            places.append(_place(caller, inside))
         if isinstance(caller, keras.callbacks.Callback) and caller is not callback:
             inside.append(caller)
         frame = frame.f_back
-    return found
+    return places
 
 
-def _place(callbacks, inside):
+def _place(
+    callbacks: keras.callbacks.CallbackList, inside: list[keras.callbacks.Callback]
+) -> Place:
     for i, element in enumerate(callbacks.callbacks):
         if any(element is one for one in inside):
             return Place(callbacks, callbacks.callbacks[:i], callbacks.callbacks[i + 1 :])
@@ -52,14 +54,16 @@ def shared_copy(
 ) -> keras.callbacks.Callback:
     """A deep copy of a callback that shares the values of some attributes with it."""
     memo.update((id(getattr(callback, name)), getattr(callback, name)) for name in shared)
-    copied = memo[id(callback)] = type(callback).__new__(type(callback))
+    kind: Any = type(callback)
+    copied = memo[id(callback)] = kind.__new__(kind)
     copied.__dict__.update(copy.deepcopy(callback.__dict__, memo))
     return copied
 
 
 def shallow_copy(callback: keras.callbacks.Callback) -> keras.callbacks.Callback:
     """As `copy.copy` has it for other classes; it would ask `pickled_state`."""
-    copied = type(callback).__new__(type(callback))
+    kind: Any = type(callback)
+    copied = kind.__new__(kind)
     copied.__dict__.update(callback.__dict__)
     return copied
 

@@ -5,7 +5,7 @@ import keras
 from tfbn import copying, keras_models
 
 
-def convert(model):
+def convert(model: keras.Model) -> keras.Model:
     """A copy of `model` with `tfbn.BatchNormalization` in place of Keras's layer.
 
     The copy has the class, names, dtype policies and `trainable` flags of `model` and all of its
@@ -13,7 +13,7 @@ def convert(model):
     carry. `model` is left as it was and shares no variable with the copy. Layers are found
     wherever they are: in nested models, in layers that are shared, inside wrappers such as
     `TimeDistributed`, and in layers and models whose class makes them, such as those of KerasHub.
-    Subclasses of Keras's layer keep their class, since what they override is not known. The copy
+    Subclasses of Keras's layer keep their class, since they may override anything. The copy
     is not compiled, unless its class does that as KerasHub's tasks do, and the state of the
     optimizer stays behind: compile it before training.
 

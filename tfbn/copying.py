@@ -1,7 +1,7 @@
 """Copies of Keras models: the same layers with the same state, and the check that they agree.
 
 `convert` and `fold` both start from one. Neither way that Keras has is enough: `clone_model` and
-`from_config` carry no state, and `get_weights` leaves behind what is no weight, such as the
+`from_config` carry no state, and `get_weights` leaves behind all state but weights, such as the
 constants of an adapted `Normalization` or the table of a `StringLookup`.
 """
 
@@ -9,15 +9,19 @@ import tempfile
 import textwrap
 import types
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from tfbn import keras_models, origins
+from tfbn.keras_models import Structure
 from tfbn.layer import BatchNormalization
 
 
-def copy(model):
+def copy(model: keras.Model) -> keras.Model:
     """A model of the same class, structure and state, which shares nothing with it.
 
     A Functional or Sequential model of Keras's own class is made again layer by layer, any other
@@ -41,7 +45,7 @@ def copy(model):
     return copied
 
 
-def made_again(operation):
+def made_again(operation: keras.Operation) -> keras.Operation:
     """A layer, operation or model of the same class and config, with a state of its own."""
     config = keras.saving.serialize_keras_object(operation)
     # A loss that only its author knows is nothing to us, and the copy's first call builds it.
@@ -51,12 +55,14 @@ def made_again(operation):
         config, custom_objects=_custom_objects(operation), safe_mode=False
     )
     if isinstance(operation, keras.layers.Lambda):
-        # What a config has of a lambda does not know the names that surround it.
+        # The code of a lambda in a config does not know the names that surround it.
         made.function, made.mask = operation.function, operation.mask
     return made
 
 
-def graph_again(model, copied):
+def graph_again(
+    model: keras.Model, copied: Callable[[keras.Operation], Callable[..., Any]]
+) -> keras.Model:
     """A plain Functional model of the same graph.
 
     Args:
@@ -81,7 +87,7 @@ def graph_again(model, copied):
     )
 
 
-def copy_state(source, target):
+def copy_state(source: keras.Layer, target: keras.Layer) -> None:
     """Names, flags, variables, and all else that saving and loading would carry over.
 
     Raises:
@@ -96,7 +102,7 @@ def copy_state(source, target):
         # Setting the flag of a model sets those of its layers, which come after it here.
         theirs.trainable = mine.trainable
     for mine, theirs in pairs:
-        store = {}
+        store: dict[str, Any] = {}
         mine.save_own_variables(store)
         theirs.load_own_variables({key: _stored(value) for key, value in store.items()})
         if hasattr(mine, "save_assets"):
@@ -116,19 +122,19 @@ def copy_state(source, target):
         theirs.trainable = mine.trainable
 
 
-def _stored(value):
+def _stored(value: Any) -> np.ndarray:
     """An array, as a file would give it back."""
     value = value.value if isinstance(value, keras.Variable) else value
     return value.numpy() if hasattr(value, "numpy") else np.asarray(value)
 
 
-def verify(model, copied):
+def verify(model: keras.Model, copied: keras.Model) -> None:
     """Refuse a copy that predicts something else, on inputs that are made up for it.
 
     Raises:
         ValueError: It does.
     """
-    inputs, outputs = _run(model)
+    inputs, outputs, reason = _run(model)
     if inputs is not None:
         off = _difference(outputs, _predicted(copied, inputs))
         if off <= 1e-5:
@@ -137,22 +143,22 @@ def verify(model, copied):
         own = _difference(outputs, _predicted(model, inputs))
         if own < 0.01 and off > 10 * own:
             raise ValueError(
-                f"Expected a copy that predicts what the model predicts. Received: {model!r}, "
+                f"Expected a copy that predicts the same as the model. Received: {model!r}, "
                 f"whose copy is off by {off:.1e} of the largest value. A layer has state that "
                 f"saving and loading would lose: of custom classes it has {custom_classes(model)}. "
                 "Override save_own_variables() and load_own_variables() there."
             )
         if own < 0.01:
             return
-        outputs = "the model predicts something else each time"
+        reason = "the model predicts something else each time"
     warnings.warn(
         f"The copy of model {model.name!r} has its layers, weights and other state, but the "
-        f"predictions were not compared: {outputs}.",
+        f"predictions were not compared: {reason}.",
         stacklevel=3,
     )
 
 
-def make_ours(layer):
+def make_ours(layer: keras.layers.BatchNormalization) -> None:
     """Turn a `keras.layers.BatchNormalization`, and none of its subclasses, into tfbn's.
 
     Ours is Keras's with other methods: it has the same attributes and variables. Exchanging the
@@ -161,22 +167,22 @@ def make_ours(layer):
     object.__setattr__(layer, "__class__", BatchNormalization)
 
 
-def is_known(thing):
+def is_known(thing: Any) -> bool:
     """Whether a class or function is Keras's own, or ours."""
     return thing.__module__.partition(".")[0] in ("keras", "tfbn")
 
 
-def custom_classes(model):
+def custom_classes(model: keras.Model) -> list[str]:
     """The names of the classes of a model's layers that are neither Keras's nor ours."""
     classes = {type(layer) for layer in keras_models.layers(model).values()}
     return sorted(cls.__name__ for cls in classes if not is_known(cls))
 
 
-def _in_short(error):
+def _in_short(error: Exception) -> str:
     return f"{type(error).__name__}: {textwrap.shorten(str(error), 300)}"
 
 
-def _copied(layer, copies):
+def _copied(layer: keras.Operation, copies: dict[int, keras.Operation]) -> keras.Operation:
     """`copies` has those of the layers that were met before, by id: shared layers stay shared."""
     if id(layer) not in copies:
         plain = is_known(type(layer))
@@ -195,7 +201,9 @@ def _copied(layer, copies):
     return copies[id(layer)]
 
 
-def _sequential_again(model, copied):
+def _sequential_again(
+    model: keras.Sequential, copied: Callable[[keras.Operation], keras.Operation]
+) -> keras.Sequential:
     layers = [copied(layer) for layer in model.layers]
     # A Sequential model's own list leaves its input out.
     first = list(keras_models.layers(model).values())[1:2]
@@ -204,7 +212,7 @@ def _sequential_again(model, copied):
     return keras.Sequential(layers, name=model.name)
 
 
-def _custom_objects(operation):
+def _custom_objects(operation: keras.Operation) -> dict[str, Any]:
     """The classes and functions that a layer's config names, and only this process may know.
 
     Keras's own are left out: of two classes with one name, its config would find the wrong one.
@@ -212,20 +220,20 @@ def _custom_objects(operation):
     layers = [operation]
     if isinstance(operation, keras.Layer):
         layers = list(keras_models.layers(operation).values())
-    found = {}
+    custom = {}
     for layer in layers:
-        held = [layer]
+        values = [layer]
         for value in vars(layer).values():
-            held += [value, *(value if isinstance(value, list | tuple) else ())]
-            held += value.values() if isinstance(value, dict) else ()
-        for value in held:
+            values += [value, *(value if isinstance(value, list | tuple) else ())]
+            values += value.values() if isinstance(value, dict) else ()
+        for value in values:
             thing = value if isinstance(value, types.FunctionType) else type(value)
             if not is_known(thing) and (thing is value or hasattr(thing, "from_config")):
-                found[keras.saving.get_registered_name(thing)] = thing
-    return found
+                custom[keras.saving.get_registered_name(thing)] = thing
+    return custom
 
 
-def _pairs(source, target):
+def _pairs(source: keras.Layer, target: keras.Layer) -> list[tuple[keras.Layer, keras.Layer]]:
     """Each layer that has state, or holds one that has, with its copy."""
     mine, theirs = (
         [layer for layer in keras_models.layers(model).values() if _has_state(layer)]
@@ -240,40 +248,40 @@ def _pairs(source, target):
     return list(zip(mine, theirs, strict=True))
 
 
-def _stock_class(layer):
+def _stock_class(layer: keras.Layer) -> type:
     """A class that makes its batch norm makes Keras's, also where ours has taken its place."""
     is_ours = type(layer) is BatchNormalization
     return keras.layers.BatchNormalization if is_ours else type(layer)
 
 
-def _has_state(layer):
+def _has_state(layer: keras.Layer) -> bool:
     # Models often keep layers that they have no use for any more. Those that matter have state.
     saves = type(layer).save_own_variables is not keras.layers.Layer.save_own_variables
     return bool(layer.variables) or saves or hasattr(layer, "save_assets")
 
 
-def _run(model):
-    """Made-up inputs that the model takes, and what it predicts for them."""
+def _run(model: keras.Model) -> tuple[Structure | None, list[np.ndarray], str]:
+    """Made-up inputs, and the predictions for them; or `None`, nothing, and the reason."""
     # In these the size of a batch may be fixed.
     specs = [model.input] if isinstance(model, keras.Function) else getattr(model, "inputs", None)
     specs = specs or keras_models.input_specs(model)
     if specs is None:
-        return None, "Keras does not know what the model takes"
+        return None, [], "Keras does not know the inputs of the model"
     # Words and categories may be few, and images have a least size.
     for size, categories in ((32, 2), (32, 1), (128, 2), (320, 2)):
         made_up = _MadeUp(model, size, categories)
         inputs = keras.tree.map_structure(made_up, specs)
         try:
-            return inputs, _predicted(model, inputs)
+            return inputs, _predicted(model, inputs), ""
         except Exception as raised:  # Of whatever class its layers raise.
             error = _in_short(raised)
-    return None, f"the model takes none of the inputs made up for it ({error})"
+    return None, [], f"the model takes none of the inputs made up for it ({error})"
 
 
 class _MadeUp:
     """Random inputs: numbers in [0, 1), categories from 0, words that the model knows."""
 
-    def __init__(self, model, size, categories):
+    def __init__(self, model: keras.Model, size: int, categories: int):
         self.size, self.categories = size, categories
         self.generator = np.random.default_rng(0)
         vocabularies = [
@@ -283,7 +291,7 @@ class _MadeUp:
         ]
         self.words = [str(word) for words in vocabularies for word in words[-2:]] or ["a"]
 
-    def __call__(self, spec):
+    def __call__(self, spec: Any) -> tf.Tensor:
         shape = [spec.shape[0] or 2, *(length or self.size for length in spec.shape[1:])]
         dtype = keras.backend.standardize_dtype(spec.dtype)
         if dtype == "string":
@@ -294,7 +302,7 @@ class _MadeUp:
         return keras.ops.convert_to_tensor(values, dtype)
 
 
-def _predicted(model, inputs):
+def _predicted(model: keras.Model, inputs: Structure) -> list[np.ndarray]:
     """All outputs as arrays. Nothing moves, not even the generators of random numbers."""
     outputs, _ = model.stateless_call(
         [variable.value for variable in model.trainable_variables],
@@ -305,12 +313,12 @@ def _predicted(model, inputs):
     return [keras.ops.convert_to_numpy(output) for output in keras.tree.flatten(outputs)]
 
 
-def _difference(outputs, others):
+def _difference(outputs: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
     """The largest, as a part of an output's largest value; infinite where it cannot be told."""
     return max((_difference_of_one(*pair) for pair in zip(outputs, others, strict=True)), default=0)
 
 
-def _difference_of_one(a, b):
+def _difference_of_one(a: np.ndarray, b: np.ndarray) -> float:
     if a.shape != b.shape:
         return np.inf
     if not np.issubdtype(a.dtype, np.inexact):

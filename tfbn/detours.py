@@ -3,12 +3,15 @@
 import contextlib
 import functools
 import threading
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
 
 
 class _Place:
     """A function where it is looked up, with the stand-ins of every thread."""
 
-    def __init__(self, owner, name):
+    def __init__(self, owner: type | ModuleType, name: str):
         self.owner = owner
         self.name = name
         self.original = owner.__dict__[name]
@@ -16,7 +19,7 @@ class _Place:
         self.threads = threading.local()
 
         @functools.wraps(self.original)
-        def dispatch(*args, **kwargs):
+        def dispatch(*args: Any, **kwargs: Any) -> Any:
             stand_ins = getattr(self.threads, "stand_ins", None)
             if not stand_ins:
                 return self.original(*args, **kwargs)
@@ -26,11 +29,11 @@ class _Place:
 
 
 _lock = threading.Lock()
-_places = {}
+_places: dict[tuple[int, str], _Place] = {}
 
 
 @contextlib.contextmanager
-def detour(owner, name, stand_in):
+def detour(owner: type | ModuleType, name: str, stand_in: Callable[..., Any]) -> Iterator[None]:
     """Within the context this thread's calls of a function run `stand_in` in its place.
 
     Other threads keep the original, through one call more. The original is put back when the

@@ -23,8 +23,11 @@ COLUMNS = ("mean off by", "largest", "std ratio", "largest")
 class Statistics(Protocol):
     """Mean and variance per channel, float64, each of shape `(channels,)`."""
 
-    mean: np.ndarray
-    variance: np.ndarray
+    @property
+    def mean(self) -> np.ndarray: ...
+
+    @property
+    def variance(self) -> np.ndarray: ...
 
 
 def by_channel(ours: Statistics, theirs: Statistics) -> tuple[np.ndarray, np.ndarray]:
@@ -65,15 +68,15 @@ def of_layers(
     return dict(sorted(report.items(), key=lambda item: -_severity(item[1])))
 
 
-def cells(found: Mapping[str, float] | None) -> list[str]:
-    """What a table shows of a layer under `COLUMNS`, given what `of_layer` says of it."""
-    if found is None:
+def cells(drift: Mapping[str, float] | None) -> list[str]:
+    """The cells of a layer under `COLUMNS`, from its drift by `of_layer`; dashes for `None`."""
+    if drift is None:
         return ["-"] * len(COLUMNS)
     return [
-        f"{found['mean_shift']:.3f} std",
-        f"{found['mean_shift_max']:.3f} std",
-        f"{found['std_ratio']:.3f}",
-        f"x {found['std_ratio_max']:.3f}",
+        f"{drift['mean_shift']:.3f} std",
+        f"{drift['mean_shift_max']:.3f} std",
+        f"{drift['std_ratio']:.3f}",
+        f"x {drift['std_ratio_max']:.3f}",
     ]
 
 
@@ -114,7 +117,7 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     )
 
 
-def _html_row(tag, row):
+def _html_row(tag: str, row: Sequence[object]) -> str:
     left, right = "text-align: left", "text-align: right"
     cells = [
         f'<{tag} style="{right if i else left}">{html.escape(str(cell))}</{tag}>'
@@ -123,12 +126,12 @@ def _html_row(tag, row):
     return f"<tr>{''.join(cells)}</tr>"
 
 
-def _cut(rows):
+def _cut(rows: Iterable[Sequence[object]]) -> tuple[list[Sequence[object]], int]:
     rows = list(rows)
     left_out = max(0, len(rows) - _FIRST - _LAST)
     return rows if not left_out else rows[:_FIRST] + rows[-_LAST:], left_out
 
 
-def _severity(found):
-    severity = found["mean_shift"] + abs(np.log(found["std_ratio"]))
+def _severity(drift: Mapping[str, float]) -> float:
+    severity = drift["mean_shift"] + abs(np.log(drift["std_ratio"]))
     return np.inf if np.isnan(severity) else severity

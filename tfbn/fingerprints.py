@@ -10,7 +10,7 @@ import tensorflow as tf
 from tfbn import keras_models
 
 
-def fingerprint(model):
+def fingerprint(model: keras.Model) -> str:
     """A digest of the weights that population statistics depend on, as a string.
 
     These are all floating-point weights but the statistics of the batch norm layers
@@ -26,14 +26,14 @@ def fingerprint(model):
     return found
 
 
-def has_fingerprint(model, known):
+def has_fingerprint(model: keras.Model, known: str) -> bool:
     """Whether a model's weights are those of a fingerprint, from this version or an older one."""
     if known.startswith(_FINGERPRINT_2):
         return known == fingerprint(model)
     return known == _sha256(model)
 
 
-def digests_of(model, known):
+def digests_of(model: keras.Model, known: str) -> frozenset[int] | None:
     """The digests of the weights with which a model has a fingerprint, or last had it.
 
     Returns:
@@ -49,8 +49,8 @@ def digests_of(model, known):
     return None
 
 
-def digests(model):
-    """What a model holds: 64 bits for every floating-point weight, statistics included.
+def digests(model: keras.Model) -> list[tuple[keras.Variable, int]]:
+    """Digests of a model: 64 bits for every floating-point weight, statistics included.
 
     They depend on the weight's values, on its name and on the class of its layer, and neither on
     the layer's name nor on its place, so that they are the same in another model or process.
@@ -64,7 +64,7 @@ def digests(model):
     return [*zip(variables, found, strict=True), *digests_of_statistics(model)]
 
 
-def digests_of_statistics(model):
+def digests_of_statistics(model: keras.Model) -> list[tuple[keras.Variable, int]]:
     """The part of `digests` that is about the statistics of batch norm layers."""
     return [
         (variable, _hash(f"{name} {held.shape}".encode() + held.tobytes()))
@@ -88,8 +88,12 @@ def _hash(content):
 # The first version took SHA-256 of all bytes, which is ten times slower.
 _FINGERPRINT_2 = "2:"
 
-_fingerprint_functions = weakref.WeakKeyDictionary()
-_latest = weakref.WeakKeyDictionary()  # By model: its latest fingerprint, and the digests in it.
+# By model: its weights, and the function that gives their digests.
+_fingerprint_functions: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+# By model: its latest fingerprint, and the digests in it.
+_latest: weakref.WeakKeyDictionary[keras.Model, tuple[str, frozenset[int]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _rows(model, weights):
@@ -117,7 +121,7 @@ def _sha256(model):
     for _, variable in _owned_weights(model):
         value = tf.convert_to_tensor(variable).numpy()
         digest.update(f"{value.shape} {variable.dtype};".encode())
-        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

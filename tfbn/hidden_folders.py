@@ -16,7 +16,7 @@ from collections.abc import Iterator
 try:
     import fcntl
 except ImportError:  # Windows has no such locks: nothing is cleared there.
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _OWNER = "owner"
 

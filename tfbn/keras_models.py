@@ -1,8 +1,10 @@
-"""What tfbn needs to know of a Keras model: its layers, their calls and their variables."""
+"""The layers of a Keras model, their calls and their variables."""
 
 import contextlib
 import functools
 import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -10,6 +12,14 @@ import tensorflow as tf
 
 from tfbn.detours import detour
 from tfbn.layer import BatchNormalization
+
+# A tensor, or its spec, or a list, tuple or dict of such structures.
+Structure = Any
+# From the path, the layer, its own call, the inputs, `training` and the mask to the outputs.
+Observe = Callable[
+    [str, keras.Layer, Callable[..., tf.Tensor], tf.Tensor, bool | None, tf.Tensor | None],
+    tf.Tensor,
+]
 
 _STATISTICS = (
     "moving_mean",
@@ -20,7 +30,7 @@ _STATISTICS = (
 )
 
 
-def batch_norm_layers(model):
+def batch_norm_layers(model: keras.Layer) -> dict[str, keras.layers.BatchNormalization]:
     """Every `keras.layers.BatchNormalization` (or subclass) in a model, by path.
 
     The path joins the names of the layers on the way from the model, whose own name is
@@ -37,17 +47,17 @@ def batch_norm_layers(model):
     }
 
 
-def layers(model):
+def layers(model: keras.Layer) -> dict[str, keras.Layer]:
     """Every layer in a model, by path; outer layers before those inside them."""
-    found = {}
+    by_path = {}
     seen = set()
 
-    def visit(layer, path):
+    def visit(layer: keras.Layer, path: str) -> None:
         if id(layer) in seen:
             return
         seen.add(id(layer))
-        found[path] = layer
-        names = {}
+        by_path[path] = layer
+        names: dict[str, int] = {}
         # Keras has no public list of a layer's direct sublayers that also covers custom
         # layers and wrappers; `Model.layers` knows only a model's own.
         for child in layer._layers:
@@ -60,10 +70,10 @@ def layers(model):
     # A model's own path is empty, unless it is itself the one layer of interest.
     is_batch_norm = isinstance(model, keras.layers.BatchNormalization)
     visit(model, model.name if is_batch_norm else "")
-    return found
+    return by_path
 
 
-def require_built(model, layers=()):
+def require_built(model: Any, layers: Iterable[keras.Layer] = ()) -> None:
     """Raise `ValueError` unless a model is one of Keras's and has weights, and so have layers."""
     if not isinstance(model, keras.Model):
         raise ValueError(f"Expected a Keras model. Received: {model!r}. Pass the model itself.")
@@ -74,8 +84,8 @@ def require_built(model, layers=()):
         )
 
 
-def input_specs(model):
-    """What a model takes, as far as Keras knows: for each argument the specs of a batch.
+def input_specs(model: keras.Model) -> list[Structure] | None:
+    """The inputs of a model, as far as Keras knows: for each argument the specs of a batch.
 
     Returns:
         A list of structures of `tf.TensorSpec` with a batch axis of any size, or `None` for
@@ -89,27 +99,27 @@ def input_specs(model):
     if shape is None:
         return None
 
-    def spec(shape):
+    def spec(shape: Sequence[int | None]) -> tf.TensorSpec:
         return tf.TensorSpec((None, *shape[1:]), model.input_dtype)
 
     return [keras.tree.map_shape_structure(spec, shape)]
 
 
-def _any_batch(tensor):
+def _any_batch(tensor: keras.KerasTensor) -> tf.TensorSpec:
     return tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype, tensor.name)
 
 
-def statistics(layer):
+def statistics(layer: keras.layers.BatchNormalization) -> dict[str, keras.Variable]:
     """The variables that hold a batch norm layer's statistics, by attribute name.
 
     `moving_mean` and `moving_variance`, and with `renorm=True` also `moving_stddev`,
     `renorm_mean` and `renorm_stddev`.
     """
-    found = {name: getattr(layer, name, None) for name in _STATISTICS}
-    return {name: variable for name, variable in found.items() if variable is not None}
+    variables = {name: getattr(layer, name, None) for name in _STATISTICS}
+    return {name: variable for name, variable in variables.items() if variable is not None}
 
 
-def always_passes_training_on(model):
+def always_passes_training_on(model: keras.Model) -> bool:
     """Whether it is certain that every layer in a model trains where the model does.
 
     That is so where all code is Keras's or tfbn's own, and no call in a Functional model fixes
@@ -127,7 +137,7 @@ def always_passes_training_on(model):
     return True
 
 
-def structure(model):
+def structure(model: keras.Model) -> tuple:
     """All that a trace of a model depends on but its weights, to be compared with `==`.
 
     These are the layers and for each its path, class, `call`, dtype policy, flags, variables and
@@ -137,7 +147,7 @@ def structure(model):
     return tuple((path, *_structure_of(layer)) for path, layer in layers(model).items())
 
 
-def _structure_of(layer):
+def _structure_of(layer: keras.Layer) -> tuple:
     # Keras's own layers keep caches under private names: the dropout mask of an RNN's cell.
     private = type(layer).__module__.partition(".")[0] == "keras"
     books = _bookkeeping()
@@ -162,19 +172,19 @@ def _structure_of(layer):
 class Same:
     """An object held weakly, equal only to itself for as long as it lives."""
 
-    def __init__(self, value):
+    def __init__(self, value: object):
         self._reference = weakref.ref(value)
         self._hash = id(value)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         value = self._reference()
         return isinstance(other, Same) and value is not None and value is other._reference()
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return self._hash
 
 
-def _comparable(value):
+def _comparable(value: object) -> object:
     if isinstance(value, _PLAIN):
         return type(value), value
     if isinstance(value, np.ndarray | np.generic):
@@ -193,7 +203,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 @functools.cache
-def _bookkeeping():
+def _bookkeeping() -> frozenset[str]:
     """The attributes by which Keras keeps its own books on any layer or model."""
     layer, model = keras.Layer(), keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile(loss="mse")
@@ -204,7 +214,9 @@ def _bookkeeping():
 
 
 @contextlib.contextmanager
-def observed_calls(layers, observe, outermost=False):
+def observed_calls(
+    layers: Mapping[str, keras.Layer], observe: Observe, outermost: bool = False
+) -> Iterator[None]:
     """Within the context this thread's calls of some batch norm layers run `observe`.
 
     The call is replaced in the two classes that define it, so that a subclass that adds to
@@ -214,7 +226,7 @@ def observed_calls(layers, observe, outermost=False):
         layers: Batch norm layers by path.
         observe: Called as `observe(path, layer, call, inputs, training, mask)`, gives the
             outputs. `call(inputs, training=..., mask=...)` is the layer's own.
-        outermost: Whether to observe what subclasses add too, in their own `call`.
+        outermost: Whether to observe the additions of subclasses too, in their own `call`.
     """
     classes = {keras.layers.BatchNormalization, BatchNormalization}
     if outermost:
@@ -235,11 +247,11 @@ def observed_calls(layers, observe, outermost=False):
 
 
 @contextlib.contextmanager
-def inlined_functions():
-    """Within the context this thread runs what `tf.function` gave as part of its caller.
+def inlined_functions() -> Iterator[None]:
+    """Within the context this thread runs the functions of `tf.function` as part of their caller.
 
-    A trace from before would not have the changes of the context, and one from now must not be
-    found later.
+    A trace from before would not have the changes of the context, and nobody may run one from now
+    later.
     """
 
     def inlined(call, function, *args, **kwargs):
@@ -249,7 +261,7 @@ def inlined_functions():
         yield
 
 
-# The type of what `tf.function` returns has no public name.
+# The type that `tf.function` returns has no public name.
 _Function = type(tf.function(lambda: None))
 
 
@@ -263,7 +275,7 @@ class Snapshot:
         variables: Variables of it.
     """
 
-    def __init__(self, model, variables):
+    def __init__(self, model: keras.Model, variables: Iterable[keras.Variable]):
         strategy = model.distribute_strategy
         self._values = [
             (local, local.numpy().copy())
@@ -271,19 +283,19 @@ class Snapshot:
             for local in strategy.experimental_local_results(variable.value)
         ]
 
-    def restore(self):
+    def restore(self) -> None:
         """Write all values back."""
         for variable, value in self._values:
             variable.assign(value)
 
-    def holds(self):
+    def holds(self) -> bool:
         """Whether every variable still has its value, to the bit."""
         return all(
             variable.numpy().tobytes() == value.tobytes() for variable, value in self._values
         )
 
 
-def all_statistics(model):
+def all_statistics(model: keras.Model) -> list[keras.Variable]:
     """The variables that hold the statistics of all batch norm layers of a model, in order."""
     return [
         variable
@@ -293,7 +305,7 @@ def all_statistics(model):
 
 
 @contextlib.contextmanager
-def put_back_on_error(model, variables):
+def put_back_on_error(model: keras.Model, variables: Iterable[keras.Variable]) -> Iterator[None]:
     """A stretch after which some variables hold their old values, if it ends with an error."""
     before = Snapshot(model, variables)
     try:

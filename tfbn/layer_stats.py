@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -39,7 +40,7 @@ class LayerStats:
             fewer than two batches had values, and for statistics that were read from a model.
             For layers behind others, an `"exact"` sweep without `tolerance` gives more than the
             true error of the mean: these are measured while the layers before them normalise
-            with the statistics of the same samples, which takes out what samples have in common.
+            with the statistics of the same samples, which takes out the part that samples share.
         variance_error: The same of the variance.
         counts: `count` of every channel, int64, shape `(channels,)`.
 
@@ -48,22 +49,23 @@ class LayerStats:
             Mean and variance may be any numbers here, as a broken model may hold any.
     """
 
-    count: int
+    count: int | np.ndarray
     mean: np.ndarray
     variance: np.ndarray
     renorm: dict[str, np.ndarray] | None = None
-    mean_error: np.ndarray | None = None
-    variance_error: np.ndarray | None = None
+    mean_error: np.ndarray = None  # type: ignore[assignment]  # Made NaN below.
+    variance_error: np.ndarray = None  # type: ignore[assignment]
     counts: np.ndarray = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
-        found = {"mean": self.mean, "variance": self.variance, **(self.renorm or {})}
+        given: dict[str, Any] = {"mean": self.mean, "variance": self.variance}
+        given |= self.renorm or {}
         for name in ERRORS:
             error = getattr(self, name)
-            found[name] = np.full(np.shape(self.mean), np.nan) if error is None else error
-        found = {name: _read_only(value, np.float64) for name, value in found.items()}
-        shape = found["mean"].shape
-        for name, value in found.items():
+            given[name] = np.full(np.shape(self.mean), np.nan) if error is None else error
+        arrays = {name: _read_only(value, np.float64) for name, value in given.items()}
+        shape = arrays["mean"].shape
+        for name, value in arrays.items():
             if value.shape != shape or len(shape) != 1 or not value.size:
                 raise ValueError(
                     "Expected mean, variance and their errors of one shape (channels,). Received: "
@@ -72,18 +74,18 @@ class LayerStats:
         if self.renorm is not None and set(self.renorm) != set(RENORM):
             raise ValueError(f"Expected renorm with {RENORM}. Received: {list(self.renorm)}.")
         counts = _counts(self.count, shape)
-        held = {"count": int(counts.min()), "counts": counts, **found}
-        held["renorm"] = self.renorm and {name: held.pop(name) for name in RENORM}
-        for name, value in held.items():
+        fields: dict[str, Any] = {"count": int(counts.min()), "counts": counts, **arrays}
+        fields["renorm"] = self.renorm and {name: fields.pop(name) for name in RENORM}
+        for name, value in fields.items():
             object.__setattr__(self, name, value)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         """Whether the two hold the same numbers, to the bit."""
         if not isinstance(other, LayerStats):
             return NotImplemented
         return _bits(self) == _bits(other)
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def impossible(self, where_counted: bool = False) -> str | None:
         """Which of the values no data can have, in words, or `None`.
@@ -108,8 +110,8 @@ class LayerStats:
             return self  # To the bit.
         if not self.counts.any():
             return other
-        found = moments.merge(self._moments(), other._moments(), method=method)
-        merged = LayerStats(found.count, found.mean, moments.variance(found))
+        both = moments.merge(self._moments(), other._moments(), method=method)
+        merged = LayerStats(both.count, both.mean, moments.variance(both))
         # The two are of different data, so their errors are independent.
         squares = [np.square(part.errors_in(merged, method)) for part in (self, other)]
         return merged.with_errors(*np.sqrt(np.sum(squares, axis=0)))
@@ -130,7 +132,7 @@ class LayerStats:
 
         Args:
             other: Statistics of the same layer by another method.
-            factor: What to multiply them by.
+            factor: To multiply them by.
         """
         ratio = self.variance / np.where(other.variance > 0, other.variance, 1)
         return self.with_errors(
@@ -192,31 +194,31 @@ class LayerStats:
         blended = LayerStats(self.counts, *blending.weighted(self, source, share))
         return blended.with_errors(*((1 - share) * error for error in self.errors.values()))
 
-    def _moments(self):
+    def _moments(self) -> moments.Moments:
         count = self.counts.astype(np.float64)
         return moments.of_values(count, self.mean, self.variance * count)
 
 
 def values(stats: LayerStats, layer: keras.Layer) -> dict[str, np.ndarray]:
-    """What the statistics variables of a layer should hold, float64, by attribute name."""
-    found = {"moving_mean": stats.mean, "moving_variance": stats.variance}
+    """The values for the statistics variables of a layer, float64, by attribute name."""
+    by_name = {"moving_mean": stats.mean, "moving_variance": stats.variance}
     if getattr(layer, "renorm", False):
         stddev = np.sqrt(stats.variance + layer.epsilon)
-        found |= stats.renorm or {
+        by_name |= stats.renorm or {
             "moving_stddev": stddev,
             "renorm_mean": stats.mean,
             "renorm_stddev": stddev,
         }
-    return found
+    return by_name
 
 
 def writes(path: str, stats: LayerStats, layer: keras.Layer) -> list[tuple]:
-    """The variables of a layer and what they are to hold, in their dtype.
+    """The statistics variables of a layer and their new values, in their dtype.
 
     Raises:
         ValueError: If a shape differs, or a value is too large for the dtype.
     """
-    found = []
+    assignments = []
     for name, value in values(stats, layer).items():
         variable = getattr(layer, name)
         if tuple(variable.shape) != value.shape:
@@ -235,8 +237,8 @@ def writes(path: str, stats: LayerStats, layer: keras.Layer) -> list[tuple]:
                 f"{name} {value[channel]} in channel {channel}. Look for very large values in the "
                 "data of the sweep."
             )
-        found.append((variable, cast))
-    return found
+        assignments.append((variable, cast))
+    return assignments
 
 
 def of_calls(calls: list[moments.Moments], method: str) -> LayerStats:
@@ -247,27 +249,30 @@ def of_calls(calls: list[moments.Moments], method: str) -> LayerStats:
     """
     each = [
         LayerStats(
-            found.count, found.mean, moments.variance(found), None, *moments.standard_errors(found)
+            call.count, call.mean, moments.variance(call), None, *moments.standard_errors(call)
         )
-        for found in calls
+        for call in calls
     ]
     if len(each) == 1:
         return each[0]
     merge = functools.partial(moments.merge, method=method)
-    found = functools.reduce(merge, calls)
-    whole = LayerStats(found.count, found.mean, moments.variance(found))
-    return whole.with_errors(*sum(call.errors_in(whole, method) for call in each))
+    together = functools.reduce(merge, calls)
+    whole = LayerStats(together.count, together.mean, moments.variance(together))
+    mean_error, variance_error = functools.reduce(
+        np.add, [call.errors_in(whole, method) for call in each]
+    )
+    return whole.with_errors(mean_error, variance_error)
 
 
 def of_layer(layer: keras.Layer) -> LayerStats:
     """The `LayerStats` that a layer holds."""
-    held = {name: value_of(v) for name, v in keras_models.statistics(layer).items()}
-    mean, variance = held.pop("moving_mean"), held.pop("moving_variance")
-    return LayerStats(0, mean, variance, held or None)
+    by_name = {name: value_of(v) for name, v in keras_models.statistics(layer).items()}
+    mean, variance = by_name.pop("moving_mean"), by_name.pop("moving_variance")
+    return LayerStats(0, mean, variance, by_name or None)
 
 
-def value_of(variable) -> np.ndarray:
-    """A copy of what a variable holds, in its dtype."""
+def value_of(variable: keras.Variable) -> np.ndarray:
+    """A copy of a variable's value, in its dtype."""
     return tf.convert_to_tensor(variable).numpy().copy()
 
 
@@ -362,26 +367,26 @@ def require_same_shape(path: str, ours: LayerStats, theirs: LayerStats) -> None:
         )
 
 
-def _read_only(value, dtype):
+def _read_only(value: Any, dtype: type) -> np.ndarray:
     value = np.array(value, dtype)
     value.flags.writeable = False
     return value
 
 
-def _counts(count, shape):
-    found = np.asarray(count)
-    whole = found.dtype.kind in "iuf" and np.all(
-        (found >= 0) & (found <= _MOST) & (found == np.floor(found))
+def _counts(count: Any, shape: tuple[int, ...]) -> np.ndarray:
+    numbers = np.asarray(count)
+    whole = numbers.dtype.kind in "iuf" and np.all(
+        (numbers >= 0) & (numbers <= _MOST) & (numbers == np.floor(numbers))
     )
-    if not whole or found.shape not in ((), shape):
+    if not whole or numbers.shape not in ((), shape):
         raise ValueError(
             "Expected count to be a whole number from 0 to 2**53, or one for each of "
             f"{shape[0]} channels. Received: {count}."
         )
-    return _read_only(np.broadcast_to(found, shape), np.int64)
+    return _read_only(np.broadcast_to(numbers, shape), np.int64)
 
 
-def _bits(stats):
+def _bits(stats: LayerStats) -> list[bytes]:
     arrays = [stats.counts, stats.mean, stats.variance, stats.mean_error, stats.variance_error]
     arrays += (stats.renorm or {}).values()
     return [array.tobytes() for array in arrays]

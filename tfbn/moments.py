@@ -12,7 +12,7 @@ B / (B - 1) sum(m_b^2 d_b^2) / N^2 and the same with e_b: the ratio estimator of
 batches are independent of each other, not the values in one batch.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -51,25 +51,25 @@ class Moments:
         """Number of batches with such values."""
         return self.rows[3]
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         """Whether the two hold the same numbers, to the bit."""
         if not isinstance(other, Moments):
             return NotImplemented
         return self.rows.tobytes() == other.rows.tobytes()
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
-    def split(self, channels: Iterable[int]) -> list["Moments"]:
+    def split(self, channels: Sequence[int]) -> list["Moments"]:
         """The moments of consecutive groups of channels, given how many each has."""
         return [Moments(rows) for rows in np.split(self.rows, np.cumsum(channels)[:-1], axis=1)]
 
 
-def of_values(count, mean, m2) -> Moments:
+def of_values(count: np.ndarray, mean: np.ndarray, m2: np.ndarray) -> Moments:
     """Moments of which nothing tells the spread between batches."""
     return Moments(np.concatenate([[count, mean, m2], np.zeros((7, len(mean)))]))
 
 
-def of_batch(count, mean, variance, *, method: str) -> Moments:
+def of_batch(count: np.ndarray, mean: np.ndarray, variance: np.ndarray, *, method: str) -> Moments:
     """The moments that one batch brings, given its count, mean and biased variance.
 
     `"pooled"` and `"exact"`: M2 = m * sigma2. `"algorithm2"` takes the unbiased
@@ -105,13 +105,13 @@ def merge_one_batch(a: Moments, b: Moments, *, method: str) -> Moments:
     return _as_one_batch(_values_together(a, b, method))
 
 
-def _as_one_batch(moments):
+def _as_one_batch(moments: Moments) -> Moments:
     moments.rows[3] = moments.count > 0
     moments.rows[4] = moments.count**2
     return moments
 
 
-def _values_together(a, b, method):
+def _values_together(a: Moments, b: Moments, method: str) -> Moments:
     """Count, mean and M2 of two parts."""
     count = a.count + b.count
     share = b.count / np.maximum(count, 1)
@@ -130,7 +130,7 @@ def _values_together(a, b, method):
     )
 
 
-def _spread_around(part, whole, method):
+def _spread_around(part: Moments, whole: Moments, method: str) -> np.ndarray:
     """The spread between the batches of a part, with d and e from the moments of the whole.
 
     d grows by s, the difference of the means, and e by 2 s d + c.
@@ -166,10 +166,11 @@ def standard_errors(moments: Moments) -> tuple[np.ndarray, np.ndarray]:
     """The standard errors of mean and variance, per channel; NaN for fewer than two batches."""
     several = moments.batches > 1
     scale = moments.batches / np.maximum(moments.batches - 1, 1) / np.maximum(moments.count, 1) ** 2
-    return tuple(
+    mean_error, variance_error = (
         np.where(several, np.sqrt(np.maximum(scale * squares, 0)), np.nan)
         for squares in (moments.rows[7], moments.rows[9])
     )
+    return mean_error, variance_error
 
 
 def finite(moments: Moments) -> np.ndarray:
@@ -177,7 +178,9 @@ def finite(moments: Moments) -> np.ndarray:
     return np.isfinite(moments.mean) & np.isfinite(moments.m2)
 
 
-def together(merge: Callable, pairs: Iterable[tuple[Moments, Moments]]) -> list[Moments]:
+def together(
+    merge: Callable[[Moments, Moments], Moments], pairs: Iterable[tuple[Moments, Moments]]
+) -> list[Moments]:
     """`merge(a, b)` of many pairs at once, each of its own number of channels."""
     pairs = list(pairs)
     if not pairs:

@@ -11,7 +11,7 @@ import contextlib
 import os
 import weakref
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import keras
 import numpy as np
@@ -19,12 +19,16 @@ import tensorflow as tf
 
 from tfbn import storage
 
+if TYPE_CHECKING:
+    from tfbn.population import PopulationStats
+
 ASSET = "tfbn_sweep.npz"
 
 _FORMAT = 1
 _LONGEST = 64 << 20  # Bytes of an asset. A layer of 100,000 channels has 5 MiB.
 
-_origins = weakref.WeakKeyDictionary()  # By layer: an `Origin`, or its bytes as a file had them.
+# By layer: an `Origin`, or its bytes as a file had them.
+_origins: weakref.WeakKeyDictionary[keras.Layer, "Origin | bytes"] = weakref.WeakKeyDictionary()
 
 
 class Origin(NamedTuple):
@@ -39,12 +43,12 @@ class Origin(NamedTuple):
             assigned to.
     """
 
-    stats: "PopulationStats"  # noqa: F821
+    stats: "PopulationStats"
     path: str
     weights: frozenset[int] | None
 
     def to_bytes(self) -> bytes:
-        """What a file has of it: the statistics of this layer, and all digests."""
+        """The content of an asset: the statistics of this layer, and all digests."""
         before = self.stats.previous
         if before is not None:
             before = before.replace(layers={p: s for p, s in before.items() if p == self.path})
@@ -64,13 +68,15 @@ class Origin(NamedTuple):
         from tfbn.population import PopulationStats  # It needs this module.
 
         header, arrays = storage.unpack(content)
-        stats, weights = arrays.get("stats"), arrays.get("weights")
-        if header.get("format") != _FORMAT or stats is None:
+        packed, weights = arrays.get("stats"), arrays.get("weights")
+        if header.get("format") != _FORMAT or packed is None:
             raise ValueError("another kind of file, or a later format")
-        stats = PopulationStats.from_bytes(stats.tobytes())
+        stats = PopulationStats.from_bytes(packed.tobytes())
         if len(stats) != 1:
             raise ValueError(f"statistics of {len(stats)} layers, not of one")
-        return cls(stats, *stats, None if weights is None else frozenset(weights.ravel().tolist()))
+        [path] = stats
+        digests = None if weights is None else frozenset(weights.ravel().tolist())
+        return cls(stats, path, digests)
 
 
 def keep(layer: keras.Layer, origin: Origin) -> None:

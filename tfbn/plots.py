@@ -1,8 +1,20 @@
 """Figures: `plot_drift` of moving averages by layer, `plot_history` of metrics three ways."""
 
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from tfbn.drift import by_channel
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    from tfbn.layer_stats import LayerStats
+    from tfbn.population import PopulationStats
 
 # Told apart by people who do not see red and green, and in print.
 _WAYS = {
@@ -12,7 +24,11 @@ _WAYS = {
 }
 
 
-def plot_drift(stats, other=None, ax=None):
+def plot_drift(
+    stats: "PopulationStats",
+    other: "PopulationStats | None" = None,
+    ax: "Sequence[Axes] | np.ndarray | None" = None,
+) -> "Figure":
     """Draw how far each layer's moving averages are from its population statistics.
 
     With mu and sigma the population's mean and standard deviation of a channel, and mu', sigma'
@@ -30,8 +46,8 @@ def plot_drift(stats, other=None, ax=None):
 
     Args:
         stats: `tfbn.PopulationStats`.
-        other: The `PopulationStats` that are compared with it. By default what the model held
-            when it was swept, `stats.previous`.
+        other: The `PopulationStats` that are compared with it. By default those that the model
+            held when it was swept, `stats.previous`.
         ax: Two matplotlib axes to draw in, as `plt.subplots(1, 2)` gives them. By default those
             of a new figure.
 
@@ -50,7 +66,7 @@ def plot_drift(stats, other=None, ax=None):
     if other is None:
         raise ValueError(
             "Expected statistics to compare with. Received: other=None, and stats that do not "
-            "know what the model held before the sweep. Pass `other`, for example "
+            "know those that the model held before the sweep. Pass `other`, for example "
             "PopulationStats.read(model)."
         )
     drift = stats.compare(other)
@@ -60,7 +76,12 @@ def plot_drift(stats, other=None, ax=None):
     for place, layer in enumerate(layers):
         error, std_error = _errors(stats[layer])
         if not np.isnan(error):
-            bar = {"color": "tab:blue", "alpha": 0.3, "lw": 7, "solid_capstyle": "butt"}
+            bar: dict[str, Any] = {
+                "color": "tab:blue",
+                "alpha": 0.3,
+                "lw": 7,
+                "solid_capstyle": "butt",
+            }
             bars = left.plot([0, error], [place, place], label="standard error", **bar)
             right.plot([1 / (1 + std_error), 1 + std_error], [place, place], **bar)
         shift, ratio = by_channel(stats[layer], other[layer])
@@ -89,14 +110,14 @@ def plot_drift(stats, other=None, ax=None):
     return _finished(panels, handles, whole=ax is None)
 
 
-def _errors(stats):
+def _errors(stats: "LayerStats") -> list[float]:
     """The standard errors of mean and standard deviation, in standard deviations, as RMS."""
     variance = np.where(stats.variance > 0, stats.variance, np.inf)
     squares = stats.mean_error**2 / variance, (stats.variance_error / (2 * variance)) ** 2
     return [float(np.sqrt(np.mean(square))) for square in squares]
 
 
-def plot_history(history, ax=None):
+def plot_history(history: Any, ax: "Axes | Sequence[Axes] | np.ndarray | None" = None) -> "Figure":
     """Draw validation metrics over epochs with each kind of statistics.
 
     The figure is pyplot's current one, so `plt.savefig` and `plt.show` work as usual; no display
@@ -106,7 +127,7 @@ def plot_history(history, ax=None):
         >>> tfbn.plot_history(history).savefig("history.png")
 
     Args:
-        history: What `fit` returned with `tfbn.StatsTracker` among its callbacks, or its
+        history: The history of a `fit` with `tfbn.StatsTracker` among its callbacks, or its
             `history` dict: lists by `val_<metric>_<way>`. A metric whose values are all
             positive and spread over more than a factor of 10 has a logarithmic axis.
         ax: A matplotlib axes for each metric to draw in, as `plt.subplots` gives them. By
@@ -130,14 +151,14 @@ def plot_history(history, ax=None):
         if drawn.min() > 0 and drawn.max() > 10 * drawn.min():
             axes.set_yscale("log")
             _plain_numbers(axes.yaxis)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("epochs")
         axes.set_ylabel(metric.removeprefix("val_") + ", validation")
         axes.set_title(_ending_in_words(metric.removeprefix("val_"), curves), fontsize=10)
     return _finished(panels, panels[0].lines[-len(_WAYS) :], whole=ax is None)
 
 
-def _require_statistics(name, given):
+def _require_statistics(name: str, given: object) -> None:
     if not hasattr(given, "compare"):
         raise ValueError(
             f"Expected {name} to be tfbn.PopulationStats, as tfbn.collect returns them. Received: "
@@ -146,7 +167,7 @@ def _require_statistics(name, given):
         )
 
 
-def _tracked(history):
+def _tracked(history: Any) -> tuple[dict[str, list[float]], list[str]]:
     """The lists of a history, and the names of the metrics that it has all ways."""
     lists = getattr(history, "history", history)
     names = list(lists) if isinstance(lists, dict) else []
@@ -162,7 +183,9 @@ def _tracked(history):
     return lists, metrics
 
 
-def _panels(ax, count, figsize, sharey=False):
+def _panels(
+    ax: Any, count: int, figsize: tuple[float, float], sharey: bool = False
+) -> "list[Axes]":
     """The axes to draw in: those that were given, or those of a new figure."""
     try:
         from matplotlib import pyplot
@@ -190,11 +213,11 @@ def _panels(ax, count, figsize, sharey=False):
     return list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
 
 
-def _finished(panels, handles, whole):
+def _finished(panels: "list[Axes]", handles: "Sequence[Line2D]", whole: bool) -> "Figure":
     """The figure, with a legend: below the panels where they are the whole of it."""
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
-    figure = panels[0].figure
+    figure: Any = panels[0].figure
     if whole:
         figure.legend(
             handles=handles, loc="outside lower center", ncols=len(handles), frameon=False
@@ -204,7 +227,7 @@ def _finished(panels, handles, whole):
     return figure
 
 
-def _drift_in_words(drift):
+def _drift_in_words(drift: Mapping[str, Mapping[str, float]]) -> str:
     layer, shift = max(
         ((layer, off["mean_shift"]) for layer, off in drift.items()), key=lambda pair: pair[1]
     )
@@ -218,7 +241,7 @@ def _drift_in_words(drift):
     )
 
 
-def _ending_in_words(metric, curves):
+def _ending_in_words(metric: str, curves: Mapping[str, np.ndarray]) -> str:
     moving, population = curves["moving_average"][-1], curves["population"][-1]
     ending = f"{metric} after {len(curves['population'])} epochs: {moving:.3g} with moving averages"
     if f"{moving:.3g}" == f"{population:.3g}":
@@ -226,7 +249,7 @@ def _ending_in_words(metric, curves):
     return f"{ending},\n{population:.3g} with population statistics"
 
 
-def _plain_numbers(axis):
+def _plain_numbers(axis: "Axis") -> None:
     """0.5, 2 and 10 on a logarithmic axis, not powers; on a short one also 0.8 and 1.2."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 

@@ -82,9 +82,9 @@ class PopulationStats(collections.abc.Mapping):
         self.population_size = arguments.whole("population_size", population_size)
         self.tolerance = arguments.tolerance(tolerance)
         self.source_weight = arguments.whole("source_weight", source_weight)
-        for path in () if previous is None else previous:
+        for path, before in ({} if previous is None else previous).items():
             if path in self._layers:
-                layer_stats.require_same_shape(path, self[path], previous[path])
+                layer_stats.require_same_shape(path, self[path], before)
 
     def replace(self, **changes: Any) -> "PopulationStats":
         """These statistics with some of the arguments of the class changed."""

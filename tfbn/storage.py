@@ -23,7 +23,7 @@ import numpy as np
 try:
     import fcntl
 except ImportError:  # Windows, where no file can be deleted that another process has open.
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _SEAL = b"SHA-256 of all bytes before: "
 _DIGITS = 64
@@ -38,7 +38,7 @@ def pack(header: dict, arrays: Mapping[str, np.ndarray]) -> bytes:
     """The bytes of a file with a header and arrays, for `unpack`.
 
     Args:
-        header: What `json.dumps` takes, at most 4 MiB of it.
+        header: Of values that `json.dumps` takes, at most 4 MiB of JSON.
         arrays: By name; of booleans, integers or floating-point numbers that NumPy knows.
 
     Raises:
@@ -90,7 +90,7 @@ def unpack(content: bytes, unsealed: Container[int] = ()) -> tuple[dict, dict[st
         header = _header(arrays.pop("header"))
     except MemoryError:
         raise
-    except Exception as error:  # What a damaged archive raises is not documented.
+    except Exception as error:  # The errors of a damaged archive are not documented.
         raise ValueError(f"{type(error).__name__}: {error}") from error
     if not sealed and header.get("format") not in unsealed:
         raise ValueError("it has no checksum")
@@ -114,8 +114,8 @@ def write(path: str | os.PathLike, content: bytes) -> None:
 
     The content goes into a hidden file in the same folder, is flushed to disk, and takes the name
     in one step. Permissions are those of the old file, or as the umask has it. A symbolic link
-    stays, and the file that it points to is written. What processes that were killed while they
-    wrote into this folder have left behind is removed.
+    stays, and the file that it points to is written. Hidden files of processes that were killed
+    while they wrote into this folder are removed.
 
     Raises:
         OSError: As `open`, or if the disk is full. The old file is then as it was.
@@ -130,14 +130,13 @@ def write(path: str | os.PathLike, content: bytes) -> None:
         raise OSError(error.errno, error.strerror, os.fsdecode(path)) from error
 
 
-def remove_abandoned(folder: str | os.PathLike) -> None:
+def remove_abandoned(folder: str | os.PathLike[str]) -> None:
     """Remove the hidden files in a folder that killed processes of this host have left.
 
     A process holds a lock on the file that it writes, and the lock ends with the process: no
     number that another process may have by now, or that is another in a container.
     """
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries]
+    names = os.listdir(folder)
     prefix, suffix = _PARTIAL
     for name in names:
         if name.startswith(prefix) and name.endswith(suffix):
@@ -187,13 +186,12 @@ def _header(encoded: np.ndarray) -> dict:
     return header
 
 
-def _write(path, target: str, content: bytes) -> None:
+def _write(path: str | os.PathLike, target: str, content: bytes) -> None:
     folder = os.path.dirname(target)
-    try:
+    before = None
+    with contextlib.suppress(FileNotFoundError):
         before = os.stat(target)
-    except FileNotFoundError:
-        before = None
-    else:
+    if before is not None:
         _require_regular(path, before)
         if not os.access(target, os.W_OK):
             raise PermissionError(13, "Permission denied", target)
@@ -243,7 +241,7 @@ def _locked(name: str, flags: int, wait: bool = False) -> Iterator[int]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except OSError:
-                # Some file systems have no locks. What is on them is never removed.
+                # Some file systems have no locks. Files on them are never removed.
                 if not wait:
                     raise
         yield descriptor
@@ -251,7 +249,7 @@ def _locked(name: str, flags: int, wait: bool = False) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _require_regular(path, found: os.stat_result) -> None:
+def _require_regular(path: str | os.PathLike, status: os.stat_result) -> None:
     kinds = {
         stat.S_IFDIR: "a folder",
         stat.S_IFIFO: "a named pipe",
@@ -259,8 +257,8 @@ def _require_regular(path, found: os.stat_result) -> None:
         stat.S_IFCHR: "a device",
         stat.S_IFBLK: "a device",
     }
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError(
             f"Expected the name of a file. Received: {os.fsdecode(path)!r}, which is "
-            f"{kinds.get(stat.S_IFMT(found.st_mode), 'of another kind')}. Give another name."
+            f"{kinds.get(stat.S_IFMT(status.st_mode), 'of another kind')}. Give another name."
         )

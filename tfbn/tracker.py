@@ -2,14 +2,19 @@
 
 import collections
 import functools
+import os
 import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from tfbn import arguments, keras_models, training_state
-from tfbn.callback_lists import enclosing, pickled_state, shallow_copy, shared_copy
+from tfbn.callback_lists import Place, enclosing, pickled_state, shallow_copy, shared_copy
+from tfbn.keras_models import Structure
+from tfbn.population import LayerStats, PopulationStats
 from tfbn.sweep.methods import check_method
 from tfbn.sweep.run import check, check_batch, collect
 from tfbn.sweep.state import Site
@@ -22,10 +27,10 @@ class StatsTracker(keras.callbacks.Callback):
 
     Ioffe & Szegedy 2015 (https://arxiv.org/abs/1502.03167, section 3.1) use moving averages
     "to track the accuracy of the model as it trains", and infer with population statistics.
-    This callback shows what the difference is worth. At the end of every epoch it evaluates
+    This callback shows how much the two differ. At the end of every epoch it evaluates
     `validation_data` with batch norm layers that normalise with
 
-    - `moving_average`: what the layers hold;
+    - `moving_average`: the statistics that the layers hold;
     - `population`: the statistics of a sweep over `x` with the weights of this moment, see
       `tfbn.collect`;
     - `mini_batch`: the mean and variance of the validation batch itself, as in training.
@@ -72,7 +77,7 @@ class StatsTracker(keras.callbacks.Callback):
             and `batch_norm_log2_std_ratio_by_channel/<layer>`.
 
     Attributes:
-        stats: The `PopulationStats` of the latest sweep, with the moving averages of that
+        stats: The `PopulationStats` of the last sweep, with the moving averages of that
             moment as `stats.previous`; `None` before the first.
 
     Raises:
@@ -83,14 +88,14 @@ class StatsTracker(keras.callbacks.Callback):
 
     def __init__(
         self,
-        x,
-        validation_data,
-        method="exact",
-        batch_size=None,
-        steps=None,
-        validation_batch_size=None,
-        log_dir=None,
-        tolerance=None,
+        x: Any,
+        validation_data: Any,
+        method: str = "exact",
+        batch_size: int | None = None,
+        steps: int | None = None,
+        validation_batch_size: int | None = None,
+        log_dir: str | os.PathLike | None = None,
+        tolerance: float | None = None,
     ):
         super().__init__()
         check_method(method)
@@ -102,10 +107,10 @@ class StatsTracker(keras.callbacks.Callback):
             )
         if log_dir is not None:
             _require_tensorboard()
-        self.stats = None
+        self.stats: PopulationStats | None = None
         self._x = x
         self._validation_data = validation_data
-        self._options = {
+        self._options: dict[str, Any] = {
             "method": method,
             "batch_size": batch_size,
             "steps": steps,
@@ -114,21 +119,22 @@ class StatsTracker(keras.callbacks.Callback):
         self._validation_batch_size = validation_batch_size
         self._log_dir = log_dir
         self._mini_batch_function = None
-        self._untrained = None
-        self._writers = {}
+        # The layers and calls that `fit` does not train, see `check_batch`.
+        self._untrained: tuple[frozenset[str], frozenset[Site]] = frozenset(), frozenset()
+        self._writers: dict[str, tf.summary.SummaryWriter] = {}
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict) -> "StatsTracker":
         """A copy that shares the data and the model."""
         return shared_copy(self, memo, ("_x", "_validation_data", "_model", "stats"))
 
     __copy__ = shallow_copy
 
-    def __getstate__(self):
-        """All but what belongs to a running `fit`."""
+    def __getstate__(self) -> dict[str, Any]:
+        """All attributes but those of a running `fit`."""
         state = pickled_state(self, ("_x", "_validation_data"))
         return {**state, "_mini_batch_function": None, "_writers": {}}
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Check all that can be checked by now."""
         _, batches = check(
             self.model,
@@ -151,37 +157,37 @@ class StatsTracker(keras.callbacks.Callback):
                 for way in WAYS
             }
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Sweep, evaluate three ways, and put everything back."""
         # A callback listed before may have put population statistics in for those after it.
         others = training_state.put_back(self.model)
         try:
             with training_state.unchanged(self.model):
-                self.stats = collect(self.model, self._x, verbose=0, **self._options)
-                found = {"moving_average": self._evaluate()}
-                training_state.put_in(self.model, self.stats)
-                found["population"] = self._evaluate()
+                stats = self.stats = collect(self.model, self._x, verbose=0, **self._options)
+                metrics = {"moving_average": self._evaluate()}
+                training_state.put_in(self.model, stats)
+                metrics["population"] = self._evaluate()
                 # Calls that `fit` does not train infer with the moving averages, as in training.
                 training_state.put_back(self.model)
-                found["mini_batch"] = self._evaluate_with_mini_batches()
+                metrics["mini_batch"] = self._evaluate_with_mini_batches()
         finally:
             training_state.put_back(self.model)
             if others is not None:
                 training_state.put_in(self.model, others)
         # Keras hands one dict to all callbacks, and `History`, which it adds, comes last.
-        for way, metrics in found.items():
-            for name, value in metrics.items():
-                logs[f"val_{name}_{way}"] = value
+        if logs is not None:
+            for way, values in metrics.items():
+                logs.update({f"val_{name}_{way}": value for name, value in values.items()})
         if self._writers:
-            self._write(epoch, found)
+            self._write(epoch, metrics, stats)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Close the files."""
         for writer in self._writers.values():
             writer.close()
         self._writers = {}
 
-    def _evaluate(self):
+    def _evaluate(self) -> dict[str, float]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(self._validation_data)
         return self.model.evaluate(
             x,
@@ -192,7 +198,7 @@ class StatsTracker(keras.callbacks.Callback):
             return_dict=True,
         )
 
-    def _evaluate_with_mini_batches(self):
+    def _evaluate_with_mini_batches(self) -> dict[str, float]:
         # Keras traces the test step once and keeps the function. This one is kept beside it.
         model = self.model
         kept = model.test_function
@@ -206,30 +212,39 @@ class StatsTracker(keras.callbacks.Callback):
             model.test_function = kept
             del model.test_step
 
-    def _write(self, epoch, found):
-        for way, metrics in found.items():
+    def _write(
+        self, epoch: int, metrics: Mapping[str, Mapping[str, float]], stats: PopulationStats
+    ) -> None:
+        for way, values in metrics.items():
             with self._writers[way].as_default(step=epoch):
-                for name, value in metrics.items():
+                for name, value in values.items():
                     tf.summary.scalar(f"epoch_{name}", value)
+        moving = stats.previous
+        assert moving is not None  # A sweep keeps them.
         with self._writers["moving_average"].as_default(step=epoch):
-            for path, drift in self.stats.compare(self.stats.previous).items():
+            for path, drift in stats.compare(moving).items():
                 for name in ("mean_shift", "std_ratio"):
                     tf.summary.scalar(f"batch_norm_{name}/{path}", drift[name])
-                shift, log2_ratio = _by_channel(self.stats[path], self.stats.previous[path])
+                shift, log2_ratio = _by_channel(stats[path], moving[path])
                 tf.summary.histogram(f"batch_norm_mean_shift_by_channel/{path}", shift)
                 tf.summary.histogram(f"batch_norm_log2_std_ratio_by_channel/{path}", log2_ratio)
         for writer in self._writers.values():
             writer.flush()
 
 
-def _with_mini_batches(model, untrained, test_step, data):
-    """A model's test step, with batch norm layers in training mode that forget what they saw.
+def _with_mini_batches(
+    model: keras.Model,
+    untrained: tuple[frozenset[str], frozenset[Site]],
+    test_step: Callable,
+    data: Structure,
+) -> Structure:
+    """A model's test step, with batch norm layers in training mode that keep their statistics.
 
     The layers are changed only while the step is traced, and only in the calls that `fit` trains.
     """
     layers = keras_models.batch_norm_layers(model)
     frozen, frozen_calls = untrained
-    counts = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
 
     def observe(path, layer, call, inputs, training, mask):
         site = Site(path, counts[path])
@@ -244,20 +259,22 @@ def _with_mini_batches(model, untrained, test_step, data):
         return test_step(data)
 
 
-def _shorten_progress_bar(places):
+def _shorten_progress_bar(places: Sequence[Place]) -> None:
     """Leave to the logs all metrics but Keras's own and the population's."""
     for callback in places[-1].callbacks.callbacks if places else ():
         if isinstance(callback, keras.callbacks.ProgbarLogger):
             callback.on_epoch_end = functools.partial(_finish_line, callback)
 
 
-def _finish_line(progress, epoch, logs=None):
+def _finish_line(
+    progress: keras.callbacks.ProgbarLogger, epoch: int, logs: dict[str, Any] | None = None
+) -> None:
     hidden = tuple(f"_{way}" for way in WAYS if way != "population")
     shown = {name: value for name, value in (logs or {}).items() if not name.endswith(hidden)}
     type(progress).on_epoch_end(progress, epoch, shown)
 
 
-def _by_channel(population, moving):
+def _by_channel(population: LayerStats, moving: LayerStats) -> tuple[np.ndarray, np.ndarray]:
     """Shift of the mean in standard deviations and log2 of the ratio of these, by channel."""
     # The smallest normal float32 keeps channels that never vary finite.
     tiny = np.finfo(np.float32).tiny
@@ -266,7 +283,7 @@ def _by_channel(population, moving):
     return shift, np.log2(np.maximum(moving.variance, tiny) / variance) / 2
 
 
-def _require_tensorboard():
+def _require_tensorboard() -> None:
     try:
         import tensorboard  # noqa: F401
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What training left in a model, while the population's statistics or a freeze stand in its place.
+"""Moving averages and flags of training, while a model has population statistics or is frozen.
 
 It is kept by model and not by callback, so that several callbacks of one `fit` agree on it.
 """
@@ -6,8 +6,8 @@ It is kept by model and not by callback, so that several callbacks of one `fit` 
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import keras
 
@@ -19,17 +19,20 @@ from tfbn.population import PopulationStats
 # may be in the model.
 _HOOKS = ("on_epoch_end", "on_test_begin", "on_test_end", "on_train_end")
 
-_exchanged = weakref.WeakKeyDictionary()  # By model.
-_flags = weakref.WeakKeyDictionary()  # By model: by path, a layer's `trainable` before the freeze.
+# By model: by path, a layer's `trainable` before the freeze.
+_flags: weakref.WeakKeyDictionary[keras.Model, dict[str, bool]] = weakref.WeakKeyDictionary()
 
 
 class _Exchanged(NamedTuple):
-    """What a model held before population statistics were put in, and these."""
+    """The statistics of a model before population statistics were put in, and these."""
 
     moving: Snapshot
     previous: PopulationStats
     stats: PopulationStats
     put: Snapshot | None  # `None` until all of it is in.
+
+
+_exchanged: weakref.WeakKeyDictionary[keras.Model, _Exchanged] = weakref.WeakKeyDictionary()
 
 
 def put_in(model: keras.Model, stats: PopulationStats) -> None:
@@ -49,24 +52,24 @@ def put_back(model: keras.Model) -> PopulationStats | None:
     Returns:
         The statistics that were in the model, or `None` if there were none.
     """
-    held = _exchanged.get(model)
-    if held is None:
+    exchanged = _exchanged.get(model)
+    if exchanged is None:
         return None
-    intact = held.put is None or held.put.holds()
+    intact = exchanged.put is None or exchanged.put.holds()
     if intact:
-        held.previous.assign(model)  # It also forgets that statistics are assigned.
-        held.moving.restore()
+        exchanged.previous.assign(model)  # It also forgets that statistics are assigned.
+        exchanged.moving.restore()
     del _exchanged[model]
-    return held.stats if intact else None
+    return exchanged.stats if intact else None
 
 
 def keep(model: keras.Model) -> None:
-    """Make what `put_in` did final."""
+    """Make the statistics of `put_in` final."""
     _exchanged.pop(model, None)
 
 
 @contextlib.contextmanager
-def unchanged(model: keras.Model):
+def unchanged(model: keras.Model) -> Iterator[None]:
     """A stretch of evaluations, after which metrics, counters and random seeds are as before."""
     state = Snapshot(model, model.non_trainable_variables + model.metrics_variables)
     try:
@@ -76,7 +79,7 @@ def unchanged(model: keras.Model):
 
 
 def freeze(model: keras.Model) -> None:
-    """Set `trainable=False` in all layers, and remember what it was."""
+    """Set `trainable=False` in all layers, and remember the flags."""
     layers = keras_models.layers(model)
     _flags[model] = {path: layer.trainable for path, layer in layers.items()}
     model.trainable = False
@@ -145,7 +148,7 @@ def guard_validation(
                 put_back(model)
             raise
 
-    guarded.guards, guarded.original = models, vars(trained).get("evaluate")
+    vars(guarded).update(guards=models, original=vars(trained).get("evaluate"))
     trained.evaluate = guarded
     if callbacks is not None:
         _take_away_in_steps(guarded, trained, callbacks)
@@ -175,12 +178,14 @@ def release(trained: keras.Model) -> None:
             trained.evaluate = guarded.original
 
 
-def _guarded(name: str, hook: Callable, models: weakref.WeakSet, *args, **kwargs):
-    finish = {"on_epoch_end": put_back, "on_train_end": keep}.get(name)
+def _guarded(name: str, hook: Any, models: weakref.WeakSet, *args: Any, **kwargs: Any) -> None:
     try:
         hook(*args, **kwargs)
-        for model in models if finish else ():
-            finish(model)
+        for model in models:
+            if name == "on_epoch_end":
+                put_back(model)
+            elif name == "on_train_end":
+                keep(model)
     except BaseException:  # Ctrl-C at any point.
         release(hook.__self__.model)
         for model in models:

@@ -21,7 +21,7 @@ DONE, NOT_SWEPT = 0, 3
 def inspect(args: argparse.Namespace) -> int:
     """List a model's batch norm layers, and say whether a sweep is recorded in its file."""
     model = keras_files.load(args.model, args.unsafe)
-    sweep = _sweep(model, args.model)
+    sweep = _recorded_sweep(model, args.model)
     state, text = _state(model, sweep)
     swept = sweep.stats
     off = swept.compare(swept.previous) if swept and swept.previous else {}
@@ -57,9 +57,13 @@ def _recalibrate_file(args, read, options):
     x, batch_size = read(args.data, model, options)
     with _naming_images(args.data), naming(*_files(args)):
         stats = tfbn.collect(
-            model, x, batch_size=batch_size, include_frozen=args.include_frozen, **_sweep(args)
+            model,
+            x,
+            batch_size=batch_size,
+            include_frozen=args.include_frozen,
+            **_sweep_options(args),
         )
-        if args.blend_samples:
+        if args.blend_samples and stats.previous is not None:
             stats = stats.blend(stats.previous, samples=args.blend_samples)
         stats.assign(model)
     keras_files.save(model, stats, args.out)
@@ -77,7 +81,7 @@ def _recalibrate_served(args, read, options):
             x,
             batch_size=batch_size,
             blend_samples=args.blend_samples or 0,
-            **_sweep(args),
+            **_sweep_options(args),
         )
     text = f"{before.path} is as it was."
     _print_recalibrated(args, found.stats, str(found.path), text)
@@ -104,7 +108,7 @@ def _files(args):
     return [path for path in (args.data, args.features, args.model) if path is not None]
 
 
-def _sweep(args):
+def _sweep_options(args):
     return {
         "method": args.method,
         "tolerance": args.tolerance,
@@ -159,7 +163,7 @@ def export(args: argparse.Namespace) -> int:
     sample = None if args.sample is None else formats.read_sample(args.sample, model)
     files = [path for path in (args.model, args.path, args.sample) if path is not None]
     with naming(*files):
-        _sweep(model, args.model)  # It lets `tfbn.export` know.
+        _recorded_sweep(model, args.model)  # It lets `tfbn.export` know.
         exported = tfbn.export(
             model, args.path, sample=sample, allow_new_signature=args.allow_new_signature
         )
@@ -197,7 +201,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 }
 
 
-def _sweep(model, path):
+def _recorded_sweep(model, path):
     """The sweep that a file records, as `recalibrate` does or in the layers of tfbn."""
     recorded = keras_files.recorded_sweep(path)
     why = None if recorded is None else recorded.mismatch(model)

@@ -46,6 +46,7 @@ def find_reader(path: str, options: Options) -> Reader:
     Raises:
         FileError: There is no such file, no reader is for it, or an option is for other readers.
     """
+    reader: Reader | None
     if os.path.isdir(path):
         reader = read_images
     elif os.path.isfile(path):

@@ -1,5 +1,7 @@
 """`tfbn.BatchNormalization`: Keras's layer on tfbn's kernels."""
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -11,10 +13,10 @@ from tfbn.layer import kernels
 class BatchNormalization(keras.layers.BatchNormalization):
     """Drop-in for `keras.layers.BatchNormalization`, faster and with statistics to rely on.
 
-    Arguments, weights and config are those of the installed Keras's layer, and so is what is
-    computed: in training `gamma * (x - mean) / sqrt(variance + epsilon) + beta` with the mean and
-    the biased variance of the batch (Ioffe & Szegedy 2015, Algorithm 1), in inference the same
-    with `moving_mean` and `moving_variance`. What differs:
+    Arguments, weights, config and formula are those of the installed Keras's layer: in training
+    `gamma * (x - mean) / sqrt(variance + epsilon) + beta` with the mean and the biased variance
+    of the batch (Ioffe & Szegedy 2015, Algorithm 1), in inference the same with `moving_mean` and
+    `moving_variance`. The differences:
 
     - The batch variance is right to 1e-4, relative, wherever the mean is up to 1e4 standard
       deviations from zero: in eager and graph mode, under XLA and with `synchronized=True`.
@@ -31,7 +33,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         ValueError: A mask whose rank is not that of the inputs less one.
     """
 
-    def call(self, inputs, training=None, mask=None):
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> tf.Tensor:
         x = tf.convert_to_tensor(inputs)
         if not x.dtype.is_floating:
             # Whole numbers as large as they may be, which half precision would not hold.
@@ -88,24 +90,28 @@ class BatchNormalization(keras.layers.BatchNormalization):
             self._move(self.moving_variance, variance, self.momentum, usable)
         return tf.cast(y, self.compute_dtype)
 
-    def save_assets(self, dir_path):
+    def save_assets(self, dir_path: str) -> None:
         """Write down which sweep the statistics come from, if any, where Keras calls for it."""
         origins.save(self, dir_path)
 
-    def load_assets(self, dir_path):
+    def load_assets(self, dir_path: str | None) -> None:
         """Read what `save_assets` wrote. Nothing in a file here keeps the layer from loading."""
         origins.load(self, dir_path)
 
     @staticmethod
-    def _move(variable, value, momentum, usable):
+    def _move(
+        variable: keras.Variable, value: tf.Tensor, momentum: float, usable: tf.Tensor
+    ) -> tf.Tensor:
         old = tf.convert_to_tensor(variable)
         new = old * momentum + value * (1.0 - momentum)
-        # Setting the momentum to 1 would not do for what is not usable: 0 * NaN is NaN.
+        # Setting the momentum to 1 would not do for an unusable batch: 0 * NaN is NaN.
         new = tf.where(usable, new, old)
         variable.assign(new)
         return new
 
-    def _renorm_corrections(self, mean, variance):
+    def _renorm_corrections(
+        self, mean: tf.Tensor, variance: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         return kernels.renorm_corrections(
             mean,
             variance,

@@ -1,13 +1,25 @@
 """Batch normalization of plain operations, right on every device and under XLA."""
 
 import functools
+from collections.abc import Callable, Mapping
 
 import tensorflow as tf
 
 from tfbn.layer import sums
 
 
-def train(x, gamma, beta, *, axis, epsilon, mask, sampled, synchronized, renorm):
+def train(
+    x: tf.Tensor,
+    gamma: tf.Tensor | None,
+    beta: tf.Tensor | None,
+    *,
+    axis: int,
+    epsilon: float,
+    mask: tf.Tensor | None,
+    sampled: bool,
+    synchronized: bool,
+    renorm: Callable | None,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     """As `kernels.train`; `sampled` as in `centred_moments`."""
     centred, shift, count, mean, variance = centred_moments(x, axis, mask, sampled=sampled)
     if synchronized:
@@ -17,7 +29,9 @@ def train(x, gamma, beta, *, axis, epsilon, mask, sampled, synchronized, renorm)
     return tf.cast(y, x.dtype), *(tf.stop_gradient(v) for v in (count, mean, variance))
 
 
-def train_compiled(x, gamma, beta, *, axis, epsilon):
+def train_compiled(
+    x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, *, axis: int, epsilon: float
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     """As `kernels.train`, compiled by XLA for itself, so that its operations become few kernels."""
     channels = sums.number_of_channels(x, axis)
     gamma = tf.ones([channels]) if gamma is None else tf.cast(gamma, tf.float32)
@@ -28,12 +42,21 @@ def train_compiled(x, gamma, beta, *, axis, epsilon):
 
 
 @functools.cache
-def _compiled_step(axis, dtype, epsilon):
+def _compiled_step(axis: int, dtype: tf.DType, epsilon: float) -> Callable:
     """From (x, gamma, beta) to the results, for `x` from `sums.stretched`; for all layers."""
-    options = {"mask": None, "sampled": True, "synchronized": False, "renorm": None}
 
     def step(x, gamma, beta):
-        return train(x, gamma, beta, axis=axis, epsilon=epsilon, **options)
+        return train(
+            x,
+            gamma,
+            beta,
+            axis=axis,
+            epsilon=epsilon,
+            mask=None,
+            sampled=True,
+            synchronized=False,
+            renorm=None,
+        )
 
     signature = [tf.TensorSpec([None] * 3, dtype), *[tf.TensorSpec([None])] * 2]
     with tf.init_scope(), tf.device(None):
@@ -41,7 +64,16 @@ def _compiled_step(axis, dtype, epsilon):
         return function.get_concrete_function(*signature)
 
 
-def normalize(x, mean, variance, gamma, beta, *, axis, epsilon):
+def normalize(
+    x: tf.Tensor,
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    gamma: tf.Tensor | None,
+    beta: tf.Tensor | None,
+    *,
+    axis: int,
+    epsilon: float,
+) -> tf.Tensor:
     """As `kernels.normalize`."""
     dtype = sums.statistics_dtype(x.dtype)
     centred = tf.cast(x, dtype) - sums.along(axis, tf.cast(mean, dtype), x)
@@ -49,8 +81,10 @@ def normalize(x, mean, variance, gamma, beta, *, axis, epsilon):
     return tf.cast(y, x.dtype)
 
 
-def centred_moments(x, axis, mask, *, sampled):
-    """`(x - shift, shift, count, mean, variance)` for a shift near the mean of what counts.
+def centred_moments(
+    x: tf.Tensor, axis: int, mask: tf.Tensor | None, *, sampled: bool
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """`(x - shift, shift, count, mean, variance)` for a shift near the mean of unmasked values.
 
     With d = x - shift, mean = shift + sum(d) / count and
     variance = sum(d^2) / count - (sum(d) / count)^2. The identity holds for any shift; one near
@@ -65,7 +99,7 @@ def centred_moments(x, axis, mask, *, sampled):
     counted = x
     if mask is not None:
         mask = tf.broadcast_to(tf.cast(mask, tf.bool), tf.shape(x)[:-1])[..., tf.newaxis]
-        # Before anything else, so that no gradient ever meets what is behind the mask.
+        # Before anything else, so that no gradient ever meets the values behind the mask.
         counted = tf.where(mask, x, tf.zeros((), x.dtype))
     count = sums.values_per_channel(x, axis, mask)
     if mask is None and sampled:
@@ -80,10 +114,19 @@ def centred_moments(x, axis, mask, *, sampled):
     return centred, shift, count, shift + mean, variance
 
 
-def scale_centred(centred, rest, variance, gamma, beta, axis, epsilon, corrections=None):
+def scale_centred(
+    centred: tf.Tensor,
+    rest: tf.Tensor | float,
+    variance: tf.Tensor,
+    gamma: tf.Tensor | None,
+    beta: tf.Tensor | None,
+    axis: int,
+    epsilon: float,
+    corrections: tuple[tf.Tensor, tf.Tensor] | None = None,
+) -> tf.Tensor:
     """gamma * (r * (centred - rest) / sqrt(variance + epsilon) + d) + beta.
 
-    `rest`, what centring left of the mean, is small beside the standard deviation. So it may go
+    `rest`, the mean after centring, is small beside the standard deviation. So it may go
     into the offset without the cancellation that the mean itself would cause there.
     """
     dtype = variance.dtype
@@ -100,7 +143,14 @@ def scale_centred(centred, rest, variance, gamma, beta, axis, epsilon, correctio
     return _affine(centred, tf.cast(scale, centred.dtype), tf.cast(offset, centred.dtype), axis)
 
 
-def renorm_corrections(mean, variance, running_mean, running_stddev, epsilon, clipping):
+def renorm_corrections(
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    running_mean: tf.Tensor,
+    running_stddev: tf.Tensor,
+    epsilon: float,
+    clipping: Mapping[str, float | None],
+) -> tuple[tf.Tensor, tf.Tensor]:
     """The corrections (r, d) of Batch Renormalization (Ioffe 2017, equation 2 and section 3).
 
     r = stddev / running_stddev, clipped to [rmin, rmax], and
@@ -124,7 +174,7 @@ def renorm_corrections(mean, variance, running_mean, running_stddev, epsilon, cl
     return r, d
 
 
-def _affine(x, scale, offset, axis):
+def _affine(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, axis: int) -> tf.Tensor:
     """x * scale + offset.
 
     The gradients of scale and offset are sums over all positions. Here they are those of `sums`,
@@ -144,7 +194,7 @@ def _affine(x, scale, offset, axis):
     return affine(x, scale, offset)
 
 
-def _moments_near_zero(x, axis, count):
+def _moments_near_zero(x: tf.Tensor, axis: int, count: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Mean and variance of values whose mean is not many standard deviations from zero."""
 
     @tf.custom_gradient
@@ -157,10 +207,13 @@ def _moments_near_zero(x, axis, count):
 
         return sums.sums(sums.stretched(x, axis), sums.within_stretches(x, axis)), gradient
 
-    return sums.moments_of_sums(*sums_of(x), count)
+    total, squares = sums_of(x)
+    return sums.moments_of_sums(total, squares, count)
 
 
-def _merge_replicas(count, mean, variance):
+def _merge_replicas(
+    count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """The moments of all replicas' values together (Chan, Golub & LeVeque 1983, section 2)."""
     context = tf.distribute.get_replica_context()
     if context is None:

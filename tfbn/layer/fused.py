@@ -1,13 +1,16 @@
 """Batch normalization by TensorFlow's fused operation."""
 
 import functools
+from collections.abc import Callable
 
 import tensorflow as tf
 
 from tfbn.layer import sums
 
 
-def train(x, gamma, beta, *, axis, epsilon):
+def train(
+    x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, *, axis: int, epsilon: float
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     """As `kernels.train`, on a CPU."""
     gamma, beta = _scale_and_offset(gamma, beta, sums.number_of_channels(x, axis))
     step = _training_step(sums.within_stretches(x, axis), x.dtype, epsilon)
@@ -15,14 +18,32 @@ def train(x, gamma, beta, *, axis, epsilon):
     return tf.reshape(y, tf.shape(x)), *moments
 
 
-def normalize(x, mean, variance, gamma, beta, *, axis, epsilon, one_image):
+def normalize(
+    x: tf.Tensor,
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    gamma: tf.Tensor | None,
+    beta: tf.Tensor | None,
+    *,
+    axis: int,
+    epsilon: float,
+    one_image: bool,
+) -> tf.Tensor:
     """As `kernels.normalize`; `one_image` where a GPU may run it."""
     image, data_format = _as_image(x, axis, one_image=one_image)
     y = normalize_image(image, mean, variance, gamma, beta, epsilon, data_format)
     return tf.reshape(y, tf.shape(x))
 
 
-def normalize_image(x, mean, variance, gamma, beta, epsilon, data_format="NHWC"):
+def normalize_image(
+    x: tf.Tensor,
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    gamma: tf.Tensor | None,
+    beta: tf.Tensor | None,
+    epsilon: float,
+    data_format: str = "NHWC",
+) -> tf.Tensor:
     """As `kernels.normalize`, for `x` of rank 4."""
     gamma, beta = _scale_and_offset(gamma, beta, tf.shape(mean)[0])
     y, *_ = tf.raw_ops.FusedBatchNormV3(
@@ -39,7 +60,7 @@ def normalize_image(x, mean, variance, gamma, beta, epsilon, data_format="NHWC")
 
 
 @functools.cache
-def _training_step(within, dtype, epsilon):
+def _training_step(within: int, dtype: tf.DType, epsilon: float) -> Callable:
     """From (x, gamma, beta) to (y, count, mean, variance), for `x` from `sums.stretched`.
 
     It is traced once, for all layers and shapes, because tracing it anew for every layer would
@@ -92,14 +113,23 @@ def _training_step(within, dtype, epsilon):
         return (y, count, shift + mean, variance), gradient
 
     signature = [tf.TensorSpec([None] * 3, dtype), *[tf.TensorSpec([None])] * 2]
-    # Of the caller's device, tape and control flow nothing may get into what others call, too.
+    # Of the caller's device, tape and control flow nothing may get into a function that others
+    # call, too.
     with tf.init_scope(), tf.device(None):
         # Inlined, it would be optimized anew at each of a network's layers, in the first step.
         function = tf.function(step, autograph=False, experimental_attributes={"_noinline": True})
         return function.get_concrete_function(*signature)
 
 
-def _gradient(x, dy, gamma, mean, variance, within, epsilon):
+def _gradient(
+    x: tf.Tensor,
+    dy: tf.Tensor,
+    gamma: tf.Tensor,
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    within: int,
+    epsilon: float,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """The gradient of the training step by x, gamma and beta.
 
     Its own gradient is given here, because the one that TensorFlow has for the operation is 0,
@@ -121,13 +151,26 @@ def _gradient(x, dy, gamma, mean, variance, within, epsilon):
             is_training=True,
         )
         outputs = tf.reshape(dx, tf.shape(x)), dgamma, dbeta
-        return outputs, lambda *d: _second_gradient(x, dy, gamma, *d, within, epsilon)
+
+        def second(d_dx, d_dgamma, d_dbeta):
+            return _second_gradient(x, dy, gamma, d_dx, d_dgamma, d_dbeta, within, epsilon)
+
+        return outputs, second
 
     # Tensors of the branch that this is in, if it is in one: its gradient may use no others.
     return gradient(*(tf.identity(v) for v in (x, dy, gamma)))
 
 
-def _second_gradient(x, dy, gamma, d_dx, d_dgamma, d_dbeta, within, epsilon):
+def _second_gradient(
+    x: tf.Tensor,
+    dy: tf.Tensor,
+    gamma: tf.Tensor,
+    d_dx: tf.Tensor,
+    d_dgamma: tf.Tensor,
+    d_dbeta: tf.Tensor,
+    within: int,
+    epsilon: float,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """The gradient of `_gradient` by x, dy and gamma.
 
     With v = (x - mean(x)) * s, s = 1 / sqrt(variance + epsilon) and the linear map
@@ -159,12 +202,12 @@ def _second_gradient(x, dy, gamma, d_dx, d_dgamma, d_dbeta, within, epsilon):
     return tf.cast(by_x, dtype), tf.cast(by_dy, dtype), by_gamma
 
 
-def _shifted(x, shift, within):
+def _shifted(x: tf.Tensor, shift: tf.Tensor, within: int) -> tf.Tensor:
     shift = tf.stop_gradient(shift)
     return tf.cast(x, tf.float32) - (tf.expand_dims(shift, -1) if within == 2 else shift)
 
 
-def _as_image(x, axis, *, one_image=False):
+def _as_image(x: tf.Tensor, axis: int, *, one_image: bool = False) -> tuple[tf.Tensor, str]:
     """`x` with rank 4 for the fused operation, and its data format.
 
     Where a position lies is nothing to normalization. To oneDNN it is: it shares out the first
@@ -177,7 +220,9 @@ def _as_image(x, axis, *, one_image=False):
     return tf.reshape(x, [1, -1, 1, channels] if one_image else [-1, 1, 1, channels]), "NHWC"
 
 
-def _scale_and_offset(gamma, beta, channels):
+def _scale_and_offset(
+    gamma: tf.Tensor | None, beta: tf.Tensor | None, channels: int | tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
     gamma = tf.ones([channels]) if gamma is None else tf.cast(gamma, tf.float32)
     beta = tf.zeros([channels]) if beta is None else tf.cast(beta, tf.float32)
     return gamma, beta

@@ -15,7 +15,7 @@ Two ways compute a training step; which one runs is decided while a function is 
 In inference, where there are no statistics to compute, the fused operation is used only where
 it is the faster one:
 
-- on what `Conv2D` returns, channels last and as it is, for there TensorFlow's graph optimizer
+- on the output of `Conv2D`, channels last and as it is, for there TensorFlow's graph optimizer
   makes one operation of convolution, normalization and activation. A reshape, or a bias, between
   the two keeps it from that;
 - on channels-last input that is used elsewhere too: the arguments of a function, everything in
@@ -33,6 +33,7 @@ are float32; from there on they are float64, where there is little left to sum.
 """
 
 from collections.abc import Callable
+from typing import TypedDict
 
 import tensorflow as tf
 
@@ -43,6 +44,13 @@ from tfbn.layer import composite, fused, sums
 from tfbn.layer.composite import renorm_corrections
 
 __all__ = ["moments", "normalize", "renorm_corrections", "train"]
+
+
+class Form(TypedDict):
+    """The axis of the channels and the epsilon of a batch norm layer, as arguments."""
+
+    axis: int
+    epsilon: float
 
 
 def moments(
@@ -90,7 +98,7 @@ def normalize(
         mean, variance: Shape `[channels]`, float32 or float64.
         gamma, beta: Shape `[channels]`, or `None` for 1 and 0.
         axis: The axis of the channels.
-        epsilon: What is added to the variance.
+        epsilon: Added to the variance.
     """
     x = _floating(x)
     mean, variance = tf.stop_gradient(mean), tf.stop_gradient(variance)
@@ -98,8 +106,9 @@ def normalize(
         return composite.normalize(x, mean, variance, gamma, beta, axis=axis, epsilon=epsilon)
     if _from_convolution(x, axis):
         return fused.normalize_image(x, mean, variance, gamma, beta, epsilon)
-    form = {"axis": axis, "epsilon": epsilon, "one_image": _gpu_visible()}
-    return fused.normalize(x, mean, variance, gamma, beta, **form)
+    one_image = _gpu_visible()
+    form: Form = {"axis": axis, "epsilon": epsilon}
+    return fused.normalize(x, mean, variance, gamma, beta, one_image=one_image, **form)
 
 
 def train(
@@ -123,19 +132,20 @@ def train(
         x: Tensor of rank 2 or more. Whole numbers are taken as float32.
         gamma, beta: Shape `[channels]`, or `None` for 1 and 0.
         axis: The axis of the channels.
-        epsilon: What is added to the variance.
+        epsilon: Added to the variance.
         mask: As in `moments`. Masked positions are normalized too, they only do not count.
         synchronized: Whether the statistics are those of all replicas' batches together, under
             a `tf.distribute` strategy.
         renorm: Function from `(mean, variance)` to the corrections `(r, d)` of Batch
-            Renormalization. What takes the place of the normalized value v is then r * v + d,
-            with r and d constants for the gradient (Ioffe 2017, Algorithm 1).
+            Renormalization. The normalized value v is then replaced by r * v + d, with r and d
+            constants for the gradient (Ioffe 2017, Algorithm 1).
 
     Returns:
         `(y, count, mean, variance)`: `y` in the dtype of `x`, the others as from `moments`, but
         constants for the gradient.
     """
-    x, form = _floating(x), {"axis": axis, "epsilon": epsilon}
+    x = _floating(x)
+    form: Form = {"axis": axis, "epsilon": epsilon}
     if _fusable(x) and mask is None and not synchronized and renorm is None:
         if not _gpu_visible():
             return fused.train(x, gamma, beta, **form)
@@ -153,29 +163,29 @@ def train(
     )
 
 
-def _under_xla():
+def _under_xla() -> bool:
     return GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
 
-def _gpu_visible():
+def _gpu_visible() -> bool:
     return bool(tf.config.list_physical_devices("GPU"))
 
 
-def _xla_runs_on_gpu():
+def _xla_runs_on_gpu() -> bool:
     # Not where a plug-in brings the GPU.
     return tf.test.is_built_with_gpu_support()
 
 
-def _floating(x):
+def _floating(x: tf.Tensor) -> tf.Tensor:
     """`x` as it is, or whole numbers as float32: their normalized values are none."""
     return x if x.dtype.is_floating else tf.cast(x, tf.float32)
 
 
-def _fusable(x):
+def _fusable(x: tf.Tensor) -> bool:
     return x.dtype in (tf.float32, tf.float16, tf.bfloat16) and not _under_xla()
 
 
-def _fusion_pays_in_inference(x, axis):
+def _fusion_pays_in_inference(x: tf.Tensor, axis: int) -> bool:
     if _gpu_visible() or _from_convolution(x, axis):
         return True
     # Neither an eager tensor nor a function's argument may be written over.
@@ -183,7 +193,7 @@ def _fusion_pays_in_inference(x, axis):
     return kept and sums.channels_last(x, axis)
 
 
-def _from_convolution(x, axis):
+def _from_convolution(x: tf.Tensor, axis: int) -> bool:
     """Whether `x` is the output of a `Conv2D`, with its channels last, in a graph."""
     convolved = tf.is_symbolic_tensor(x) and x.op.type == "Conv2D"
     return convolved and x.op.get_attr("data_format") == b"NHWC" and sums.channels_last(x, axis)

@@ -13,7 +13,7 @@ _STRETCH = 49
 # E[x^2] - E[x]^2 loses a factor 1 + (mean / std)^2 of precision. At this ratio that is two of
 # the seven digits of float32, of an error that averages out over the stretches.
 SAFE_RATIO = 8.0
-# Where the moments themselves are what is wanted, not a step of a training: half a digit.
+# Where the moments themselves are wanted, not a step of a training: half a digit.
 _EXACT_RATIO = 1.5
 # The part of the data whose mean is the shift where a second read is to be avoided: 1 / 16.
 # Such a mean is within sqrt(16) std of the mean of all, whatever the data (see `sampled_mean`).
@@ -119,16 +119,18 @@ def sum_of_channels(x: tf.Tensor, axis: int) -> tf.Tensor:
     return total(stretched(x, axis), within_stretches(x, axis))
 
 
-def moments_of_sums(total, squares, count):
+def moments_of_sums(
+    total: tf.Tensor, squares: tf.Tensor, count: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Mean and variance of values from their sum and their sum of squares."""
     divisor = tf.maximum(count, 1)
     mean = total / divisor
     return mean, tf.maximum(squares / divisor - tf.square(mean), 0)
 
 
-def near_zero(mean, variance, ratio):
+def near_zero(mean: tf.Tensor, variance: tf.Tensor, ratio: float) -> tf.Tensor:
     """Whether every |mean| / std is at most `ratio`."""
-    # Not the other way round: what is not finite must not count as near.
+    # Not the other way round: a mean that is not finite must not count as near.
     return tf.reduce_all(tf.square(mean) <= ratio**2 * variance)
 
 
@@ -183,7 +185,7 @@ def channels_second(x: tf.Tensor, axis: int) -> tf.Tensor:
     return tf.reshape(x, [before, channels, after])
 
 
-def _length_of_stretch(positions):
+def _length_of_stretch(positions: int | tf.Tensor) -> int | tf.Tensor:
     """The largest divisor of `positions` that is no longer than a stretch may be."""
     if isinstance(positions, int):
         return max(n for n in range(1, _STRETCH + 1) if positions % n == 0)

@@ -1,8 +1,8 @@
 """From a trained model to TensorFlow Serving.
 
 `exporting` is the list of steps; `signature` names inputs and outputs, `endpoint` writes the
-graph, `checks` has the tests that a version must pass, `provenance` and `warmup` write what
-lies beside it, and `versions` puts it in place. `folding` removes batch norm from a network.
+graph, `checks` has the tests that a version must pass, `provenance` and `warmup` write the files
+beside it, and `versions` puts it in place. `folding` removes batch norm from a network.
 """
 
 from tfbn.serving.exporting import Exported, export

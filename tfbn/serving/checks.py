@@ -74,7 +74,7 @@ class Written:
         predict = tf.function(lambda *args: self.model(*args, training=False), autograph=False)
         return predict.get_concrete_function(*self.specs)
 
-    def _predict(self):
+    def _predict(self) -> dict[str, tf.Tensor]:
         return self._renamed(self._network(*keras.tree.flatten(self.inputs)))
 
     @functools.cached_property
@@ -121,7 +121,7 @@ class Written:
         """The outputs of the model itself, called a second time."""
         return self._predict()
 
-    def _renamed(self, outputs):
+    def _renamed(self, outputs: Any) -> dict[str, tf.Tensor]:
         named = signature.named_outputs(outputs)
         return {self.saved.output_names[name]: output for name, output in named.items()}
 
@@ -141,7 +141,7 @@ class Written:
         return scale * (2e-2 if low else 1e-3)
 
 
-def _compute_dtypes(model):
+def _compute_dtypes(model: keras.Model) -> set[str]:
     return {layer.compute_dtype for layer in keras_models.layers(model).values()}
 
 
@@ -203,7 +203,7 @@ def predicts_like_the_model(written: Written) -> None:
         rounding = written.rounding[name]
         if not off <= _ROUNDINGS * rounding:
             raise ValueError(
-                f"Expected the SavedModel to predict what model {written.model.name!r} predicts, "
+                f"Expected the SavedModel to predict the same as model {written.model.name!r}, "
                 f"within {written.tolerance(scale):.3g} or {_ROUNDINGS} times the network's own "
                 f"rounding, {rounding:.3g}. Received: outputs {name!r} that differ by {off:.3g} on "
                 f"{written.origin}. Give inputs of its own as sample."
@@ -245,7 +245,7 @@ def monitor_answers_like_serve(written: Written) -> None:
             )
 
 
-def _among_others(written):
+def _among_others(written: Written) -> dict[str, tf.Tensor]:
     """The answers to the first sample and to zeros, or to itself again if zeros are an error."""
 
     def others(x, spec, value):
@@ -267,11 +267,11 @@ def _among_others(written):
     raise refused
 
 
-def _repeated(first, rest):
+def _repeated(first: tf.Tensor, rest: tf.Tensor) -> tf.Tensor:
     return tf.repeat(first, rest.shape[0], 0)
 
 
-def _first(outputs):
+def _first(outputs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     return {name: y[:1] if y.shape.rank else y for name, y in outputs.items()}
 
 
@@ -286,7 +286,7 @@ def differences(
     return {name: _difference(outputs[name], want) for name, want in expected.items()}
 
 
-def _difference(got, want):
+def _difference(got: tf.Tensor, want: tf.Tensor) -> tuple[float, float]:
     if got.shape != want.shape:
         return np.inf, 1.0
     if want.dtype == tf.string:

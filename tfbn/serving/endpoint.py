@@ -58,7 +58,8 @@ def save(
 
     def serve(*args):  # The name is part of the endpoint: unnamed inputs become `args_0`.
         args = _checked(args, specs)
-        training_ops, found = [], batch_norms.BatchNorms({}, [])
+        training_ops: list[tuple[str, str]] = []
+        found = batch_norms.BatchNorms({}, [])
         with _observed(model, training_ops, found):  # Here, since saving traces more than this.
             outputs = model(*args, training=False)
         named = signature.named_outputs(outputs)
@@ -69,6 +70,7 @@ def save(
         return {names[name]: output for name, output in named.items()}
 
     def monitor_(*args):
+        assert monitored is not None
         outputs, moments = monitor.run(model, _checked(args, specs), monitored)
         named = signature.named_outputs(outputs)
         beside = monitor.answers(model, monitored, moments)

@@ -2,7 +2,8 @@
 
 import collections
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -31,7 +32,7 @@ _CHANNELS = {
 _BATCH_NORMS = (layers.BatchNormalization, BatchNormalization)
 
 
-def fold(model):
+def fold(model: keras.Model) -> keras.Model:
     """A copy of a model's inference network with its batch norm layers folded away.
 
     In inference batch norm is an affine map per channel, y = scale x + offset with
@@ -42,16 +43,15 @@ def fold(model):
     activation, and channels and precision are the same. Elsewhere `keras.layers.Rescaling`,
     under the name of the batch norm layer, multiplies by scale and adds offset.
 
-    Nested Functional and Sequential models are folded too. What is left as it is, with a
-    warning that names it: batch norm in custom layers, wrappers and subclassed models, custom
-    subclasses of batch norm, and layers that are called with `training=True` and are not
-    frozen.
+    Nested Functional and Sequential models are folded too. Left as they are, with a warning that
+    names them: batch norm in custom layers, wrappers and subclassed models, custom subclasses of
+    batch norm, and layers that are called with `training=True` and are not frozen.
 
     Args:
         model: A built Functional or Sequential model. It is not changed.
 
     Returns:
-        A Functional model of stock Keras layers (and of what was left), with the same
+        A Functional model of stock Keras layers (and of those left as they are), with the same
         names, inputs and outputs. It is not compiled. `training=True` does not bring
         batch statistics back.
 
@@ -82,7 +82,7 @@ def fold(model):
     return folded
 
 
-def _is_graph(layer):
+def _is_graph(layer: keras.Operation) -> bool:
     """Whether a layer is a Functional or Sequential model that is called as Keras calls it."""
     if not isinstance(layer, (keras.Function, keras.Sequential)):
         return False
@@ -105,7 +105,7 @@ class _Graph(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What becomes of the layers of all models nested in one another, by their ids.
+    """The fate of the layers of all models nested in one another, by their ids.
 
     `graphs`: the graphs of these models. `into`: the batch norm layer that a Dense or
     convolution layer takes in. `gone`: those layers. `rescaled`: the others that need not stay.
@@ -117,10 +117,10 @@ class _Plan(NamedTuple):
     rescaled: set
 
 
-def _planned(model):
+def _planned(model: keras.Model) -> _Plan:
     plan = _Plan({}, {}, set(), set())
     _add_graphs(model, plan.graphs)
-    calls = collections.Counter()
+    calls: collections.Counter[int] = collections.Counter()
     for graph in plan.graphs.values():
         for operation in graph.model.operations:
             calls[id(operation)] += len(graph.calls[operation.name])
@@ -142,14 +142,14 @@ def _planned(model):
     return plan
 
 
-def _add_graphs(model, graphs):
+def _add_graphs(model: keras.Model, graphs: dict[int, _Graph]) -> None:
     graph = graphs[id(model)] = _graph(model)
     for operation in graph.model.operations:
         if _is_graph(operation) and id(operation) not in graphs:
             _add_graphs(operation, graphs)
 
 
-def _graph(model):
+def _graph(model: keras.Model) -> _Graph:
     if isinstance(model, keras.Sequential):
         [inputs], [outputs] = model.inputs, model.outputs
     else:
@@ -169,7 +169,7 @@ def _graph(model):
     return _Graph(plain, calls, in_training, uses)
 
 
-def _tensors(config):
+def _tensors(config: Any) -> list[tuple]:
     """The tensors in a part of a config, in their order."""
     if isinstance(config, dict):
         if config.get("class_name") == "__keras_tensor__":
@@ -180,8 +180,8 @@ def _tensors(config):
     return [tensor for part in config for tensor in _tensors(part)]
 
 
-def _takes_in(layer, batch_norm):
-    """Whether a layer, other weights given, computes what the batch norm layer after it does."""
+def _takes_in(layer: keras.Operation, batch_norm: layers.BatchNormalization) -> bool:
+    """Whether a layer, other weights given, can do the work of the batch norm layer after it."""
     if type(layer) not in _CHANNELS or layer.activation is not keras.activations.linear:
         return False
     if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
@@ -194,16 +194,16 @@ def _takes_in(layer, batch_norm):
     )
 
 
-def _can_be_rescaled(batch_norm):
+def _can_be_rescaled(batch_norm: layers.BatchNormalization) -> bool:
     # Where images are channels first, Rescaling takes a scale of less than three axes for that
     # of an image.
     return keras.config.image_data_format() == "channels_last" or len(batch_norm.output.shape) > 3
 
 
-def _rebuilt(model, plan, copies):
+def _rebuilt(model: keras.Model, plan: _Plan, copies: dict[int, Any]) -> keras.Model:
     """A model's copy; `copies` has those of layers that were met before, by id."""
 
-    def copy(operation):
+    def copy(operation: keras.Operation) -> Callable:
         if id(operation) not in copies:
             copies[id(operation)] = _copy(operation, plan, copies)
         return copies[id(operation)]
@@ -221,7 +221,7 @@ def _rebuilt(model, plan, copies):
     return rebuilt
 
 
-def _copy(operation, plan, copies):
+def _copy(operation: keras.Operation, plan: _Plan, copies: dict[int, Any]) -> Callable:
     if id(operation) in plan.graphs:
         return _rebuilt(operation, plan, copies)
     if id(operation) in plan.gone:
@@ -234,7 +234,7 @@ def _copy(operation, plan, copies):
     return copying.made_again(operation)
 
 
-def _affine(batch_norm):
+def _affine(batch_norm: layers.BatchNormalization) -> tuple[np.ndarray, np.ndarray]:
     """scale = gamma / sqrt(variance + epsilon) and offset = beta - mean scale, in float64."""
     scale = 1 / np.sqrt(np.float64(batch_norm.moving_variance.numpy()) + batch_norm.epsilon)
     if batch_norm.scale:
@@ -245,7 +245,7 @@ def _affine(batch_norm):
     return scale, offset
 
 
-def _with_batch_norm(layer, batch_norm):
+def _with_batch_norm(layer: keras.Layer, batch_norm: layers.BatchNormalization) -> list[np.ndarray]:
     """The weights of a layer that takes in the batch norm layer after it, bias included."""
     scale, offset = _affine(batch_norm)
     weights = layer.get_weights()
@@ -257,7 +257,7 @@ def _with_batch_norm(layer, batch_norm):
     return [*weights, kernel * scale.reshape(shape), bias * scale + offset]
 
 
-def _rescaling(batch_norm):
+def _rescaling(batch_norm: layers.BatchNormalization) -> layers.Rescaling:
     shape = [1] * len(batch_norm.output.shape)
     shape[batch_norm.axis] = -1
     scale, offset = (

@@ -7,12 +7,13 @@ is a model with these layers, in which everything else is its own code.
 
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from tfbn.keras_models import Structure
 from tfbn.layer import BatchNormalization
 from tfbn.serving import signature, weights
 from tfbn.serving.batch_norms import BatchNorms
@@ -26,7 +27,7 @@ class Graph:
         arguments: How many of its inputs are arguments, not captured variables.
     """
 
-    def __init__(self, function, arguments: int):
+    def __init__(self, function: Any, arguments: int):
         self.function = function
         graph = function.graph
         self._graph_def = graph.as_graph_def()
@@ -70,7 +71,7 @@ class Graph:
 
     def _between(self, names, values):
         body, pending = {}, [name for name in names if name not in values]
-        waiting = []
+        waiting: list = []
         while pending or waiting:
             if pending:
                 name = pending.pop()
@@ -120,7 +121,15 @@ class ServedNetwork(keras.Model):
         name: The name of the model.
     """
 
-    def __init__(self, graph, found: BatchNorms, variables, specs, outputs, name):
+    def __init__(
+        self,
+        graph: Graph,
+        found: BatchNorms,
+        variables: Mapping,
+        specs: Iterable[tf.TensorSpec],
+        outputs: Iterable[str],
+        name: str,
+    ):
         # The graph takes the dtypes that it takes.
         super().__init__(name=re.sub(r"\W", "_", name) or "served", autocast=False)
         self._served = graph
@@ -130,7 +139,8 @@ class ServedNetwork(keras.Model):
         self.inputs = [
             keras.KerasTensor(tuple(spec.shape), spec.dtype.name, name=spec.name) for spec in specs
         ]
-        made, self.inner = {}, []
+        made = {}
+        self.inner: list = []
         for path, layer in found.layers.items():
             made[path] = _layer(path, layer, variables[path])
             _add(self, path.split("/"), made[path])
@@ -138,12 +148,12 @@ class ServedNetwork(keras.Model):
         self.built = True
 
     @property
-    def input(self):
+    def input(self) -> Structure:
         """The inputs in the structure that data has: the only one, or all by name."""
         by_name = {tensor.name: tensor for tensor in self.inputs}
         return self.inputs[0] if len(self.inputs) == 1 else by_name
 
-    def call(self, *args, training=None):
+    def call(self, *args: Structure, training: bool | None = None) -> dict[str, tf.Tensor]:
         """The outputs by name."""
         named = self.by_name(*args)
         values = dict(zip(self._served.inputs, named.values(), strict=True))
@@ -156,9 +166,9 @@ class ServedNetwork(keras.Model):
         outputs = self._served.tensors(self._served.outputs, values)
         return dict(zip(self._output_names, outputs, strict=True))
 
-    def by_name(self, *args):
+    def by_name(self, *args: Structure) -> dict[str, tf.Tensor]:
         """Inputs by the names that clients use, in the dtypes that the endpoint takes."""
-        names = [spec.name for spec in self._specs]
+        names = [str(spec.name) for spec in self._specs]
         if len(args) == 1 and isinstance(args[0], dict) and set(args[0]) == set(names):
             flat = [args[0][name] for name in names]
         else:

@@ -182,7 +182,8 @@ def _vectorized(tensors):
 
     The number of this element is the default of a placeholder.
     """
-    seen, pending = set(), [tensor.op for tensor in tensors]
+    seen: set[int] = set()
+    pending = [tensor.op for tensor in tensors]
     while pending:
         op = pending.pop()
         if op.type == "PlaceholderWithDefault":

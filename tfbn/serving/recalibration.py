@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfbn import keras_models
+from tfbn import fingerprints, keras_models
 from tfbn.population import PopulationStats
 from tfbn.serving import (
     batch_norms,
@@ -22,6 +22,7 @@ from tfbn.serving import (
     versions,
     weights,
 )
+from tfbn.sweep.batches import empty
 from tfbn.sweep.run import check, collect
 
 
@@ -161,11 +162,19 @@ def _opened_of_others(version):
     found = recognition.recognized(version, loaded)
     network = loading.load(version, loaded, found)
     written = recognition.described(loaded)
-    written["fingerprint"] = keras_models.fingerprint(network)  # Of what is known of it.
+    written["fingerprint"] = fingerprints.fingerprint(network)  # Of what is known of it.
     return Opened(version, network, loaded, found, written)
 
 
-def next_version(before: Opened, x, *, blend_samples=0, batch_size=None, steps=None, **options):
+def next_version(
+    before: Opened,
+    x: Any,
+    *,
+    blend_samples: int = 0,
+    batch_size: int | None = None,
+    steps: int | None = None,
+    **options: Any,
+) -> Recalibrated:
     """Sweep, and write the next version; see `recalibrate`."""
     network = before.network
     x, inputs = _with_first(network, x, batch_size, steps)
@@ -221,7 +230,10 @@ def _with_first(network, x, batch_size, steps):
         start = list(itertools.islice(x, 1))
         x, head, steps = itertools.chain(start, x), start, None
     _, batches = check(network, head, batch_size, steps, include_frozen=True)
-    return x, batches.first().inputs
+    first = batches.first()
+    if first is None:
+        raise empty()
+    return x, first.inputs
 
 
 def _of_weights(stats, fingerprint):

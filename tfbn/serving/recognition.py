@@ -59,7 +59,10 @@ def recognized(version: pathlib.Path, loaded: Any) -> BatchNorms:
     graph = function.graph
     captured = graph.inputs[len(graph.inputs) - len(places) :]
     place_of = {tensor.name: place for tensor, place in zip(captured, places, strict=True)}
-    layers, calls, found, paths = {}, [], [], {}
+    layers: dict = {}
+    calls: list = []
+    found: list = []
+    paths: dict = {}
     for call in _calls(graph):
         layer = _layer(call, place_of)
         if layer is None:
@@ -143,7 +146,7 @@ def _path(place, version, taken):
 
 
 def _calls(graph):
-    consumers = {}
+    consumers: dict[str, list] = {}
     for op in graph.get_operations():
         for tensor in op.inputs:
             consumers.setdefault(tensor.name, []).append(op)
@@ -172,7 +175,7 @@ def _unfused(rsqrt, consumers):
 
     def users(tensor):
         """Its consumers, past casts."""
-        found = []
+        found: list[tuple] = []
         for op in consumers.get(tensor.name, []):
             found += users(op.outputs[0]) if op.type == "Cast" else [(op, tensor)]
         return found

@@ -4,7 +4,7 @@ import inspect
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -17,8 +17,8 @@ from tfbn.serving import provenance, versions
 
 DEFAULT = "serving_default"
 
-# Names that Keras or TensorFlow make up for tensors without one. They count what was made in
-# the process before, so the same model may have others in the next process.
+# Names that Keras or TensorFlow make up for tensors without one. They count the tensors that the
+# process made before, so the same model may have others in the next process.
 _MADE_UP = re.compile(r"(keras_tensor|input_layer|args)(_\d+)*")
 
 
@@ -67,7 +67,7 @@ def arguments(model: keras.Model, given: Any = None) -> list:
     return renamed(specs, _names(specs))
 
 
-def _own_arguments(model):
+def _own_arguments(model: keras.Model) -> list:
     specs = keras_models.input_specs(model)
     if specs is None:
         raise ValueError(
@@ -79,7 +79,7 @@ def _own_arguments(model):
     return specs
 
 
-def _tensor_spec(spec):
+def _tensor_spec(spec: Any) -> tf.TensorSpec:
     if isinstance(spec, tf.TensorSpec):
         return spec
     if getattr(spec, "dtype", None) is None:
@@ -90,7 +90,7 @@ def _tensor_spec(spec):
     return tf.TensorSpec(spec.shape, spec.dtype, getattr(spec, "name", None))
 
 
-def _names(specs):
+def _names(specs: list) -> list[str]:
     """The names that TensorFlow gives to the arguments of an endpoint `serve(*args)`."""
 
     def serve(*args):
@@ -137,6 +137,7 @@ def named_outputs(outputs: Any) -> dict[str, Any]:
 
 
 def _named(name, value):
+    items: Iterable[tuple]
     if isinstance(value, Mapping):
         items = value.items()
     elif isinstance(value, (list, tuple)):
@@ -175,20 +176,21 @@ def read(version: str | os.PathLike) -> Endpoint | None:
     if DEFAULT not in graph.signature_def:
         return None
     signature = graph.signature_def[DEFAULT]
-    sides = [
+    inputs, outputs = (
         {name: _spec(info, name) for name, info in side.items()}
         for side in (signature.inputs, signature.outputs)
-    ]
+    )
     orders = provenance.names(version)
-    if orders is None or list(map(sorted, orders)) != list(map(sorted, sides)):
-        return Endpoint(*sides, ordered=False)
+    if orders is None or list(map(sorted, orders)) != [sorted(inputs), sorted(outputs)]:
+        return Endpoint(inputs, outputs, ordered=False)
     inputs, outputs = (
-        {name: side[name] for name in order} for order, side in zip(orders, sides, strict=True)
+        {name: side[name] for name in order}
+        for order, side in zip(orders, (inputs, outputs), strict=True)
     )
     return Endpoint(inputs, outputs, ordered=True)
 
 
-def _spec(info, name):
+def _spec(info: Any, name: str) -> tf.TensorSpec:
     shape = tf.TensorShape(info.tensor_shape)
     return tf.TensorSpec(shape, tf.dtypes.as_dtype(info.dtype), name)
 
@@ -256,7 +258,7 @@ def _matched(new: dict, old: dict, ordered: bool, fits: Callable) -> dict[str, s
     return same | by_spec if len(set(by_spec.values())) == len(left) else None
 
 
-def _in_words(specs):
+def _in_words(specs: Mapping[str, tf.TensorSpec]) -> str:
     return ", ".join(f"{name}: {spec.dtype.name} {spec.shape}" for name, spec in specs.items())
 
 
@@ -271,7 +273,7 @@ def batches(data: Any, specs: list, argument: str) -> Iterator[list]:
     Yields:
         Batches with the structure and the dtypes of `specs`, none of them empty.
     """
-    given = [data]
+    given: Iterable[Any] = [data]
     if isinstance(data, tf.data.Dataset):
         given = (keras.utils.unpack_x_y_sample_weight(element)[0] for element in data)
     empty = True
@@ -287,7 +289,7 @@ def batches(data: Any, specs: list, argument: str) -> Iterator[list]:
         )
 
 
-def _as_arguments(data, specs, argument):
+def _as_arguments(data: Any, specs: list, argument: str) -> list:
     flat = keras.tree.flatten(specs)
     inputs = [tf.convert_to_tensor(x) for x in keras.tree.flatten(data)]
     fitting = len(inputs) == len(flat) and all(

@@ -18,7 +18,7 @@ def variables(model: keras.Model) -> dict[str, set[int]] | None:
     specs = keras_models.input_specs(model)
     if specs is None:
         return None
-    entering = collections.defaultdict(list)
+    entering: dict[str, list] = collections.defaultdict(list)
 
     def observe(path, layer, call, inputs, training, mask):
         entering[path] += tf.nest.flatten([inputs, [] if mask is None else mask], True)

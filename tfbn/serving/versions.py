@@ -94,7 +94,7 @@ def put_in_place(written: pathlib.Path, directory: pathlib.Path, version: int | 
     return number
 
 
-def _next(directory):
+def _next(directory: pathlib.Path) -> int:
     version = max(numbered(directory), default=0) + 1
     if version > MAX_VERSION:
         raise ValueError(
@@ -105,7 +105,7 @@ def _next(directory):
     return version
 
 
-def _exists(directory, version):
+def _exists(directory: pathlib.Path, version: int) -> FileExistsError:
     return FileExistsError(
         f"Expected a version that does not exist yet. Received: {version}, and "
         f"{str(directory / str(version))!r} is there. Leave the version out for the next free one."
@@ -113,7 +113,7 @@ def _exists(directory, version):
 
 
 @contextlib.contextmanager
-def _made(path):
+def _made(path: pathlib.Path) -> Iterator[None]:
     """A directory that exists; if an error follows, the directories that had to be made go."""
     missing = [p for p in (path, *path.parents) if not p.exists()]
     path.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def _made(path):
         raise
 
 
-def _flush_all(directory):
+def _flush_all(directory: pathlib.Path) -> None:
     """Write every file in a directory, and every list of files, from memory to the disk."""
     for parent, _, names in os.walk(directory, topdown=False):
         for name in names:
@@ -137,7 +137,7 @@ def _flush_all(directory):
         _flush_directory(parent)
 
 
-def _flush_directory(path):
+def _flush_directory(path: str | os.PathLike) -> None:
     with contextlib.suppress(OSError):  # Not every file system can.
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -29,13 +29,14 @@ def requests_in(batches: Iterable[list], specs: list, batch_size: int) -> Iterat
     return itertools.islice(parts, MAX_REQUESTS)
 
 
-def _split(batch, specs, batch_size):
+def _split(batch: list, specs: list, batch_size: int) -> Iterator[list]:
     is_open = all(spec.shape.rank and spec.shape[0] is None for spec in keras.tree.flatten(specs))
     sizes = {x.shape[0] for x in keras.tree.flatten(batch)} if is_open else set()
     if len(sizes) != 1:  # Axes of different sizes count no samples: nodes and edges of a graph.
         yield batch
         return
-    for start in range(0, *sizes, batch_size):
+    [size] = sizes
+    for start in range(0, size, batch_size):
         yield keras.tree.map_structure(lambda x, at=start: x[at : at + batch_size], batch)
 
 

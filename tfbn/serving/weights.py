@@ -85,7 +85,7 @@ def _keys(version, reader, paths):
     children = [{child.local_name: child.node_id for child in node.children} for node in nodes]
     found = []
     for path in paths:
-        node = 0
+        node: int | None = 0
         for name in path.split("/"):
             node = children[node].get(name) if node is not None else None
         keys = [] if node is None else nodes[node].attributes

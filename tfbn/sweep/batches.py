@@ -2,12 +2,14 @@
 
 import collections
 import itertools
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from tfbn.keras_models import Structure
 from tfbn.sweep import digests
 
 
@@ -22,21 +24,31 @@ class Batch(NamedTuple):
         key: Its own digest, other than that of an equal batch before it.
     """
 
-    index: int
-    inputs: Any
+    index: int  # type: ignore[assignment]  # It hides a method of tuples.
+    inputs: Structure
     samples: int
     data: int
     key: int
 
     @property
-    def number(self):
+    def number(self) -> tf.Tensor:
         """The number from which its random draws follow, an int64 scalar."""
         return tf.constant(self.key - 2**63, tf.int64)
 
     @property
-    def name(self):
+    def name(self) -> str:
         """The words for it in messages."""
         return f"batch {self.index} (counting from 0)"
+
+
+class BatchReader(Protocol):
+    """The batches that a process sweeps at one level: read once, see `Batches`."""
+
+    static: bool
+
+    def first(self) -> Batch | None: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
 
 
 class Batches:
@@ -53,32 +65,32 @@ class Batches:
 
     def __init__(
         self,
-        elements,
-        total,
+        elements: Callable[[], Iterator[Structure]],
+        total: int | None,
         *,
-        prepare,
-        repeatable=True,
-        static=False,
-        population_size=0,
-        steps=None,
+        prepare: Callable[[Structure], Structure],
+        repeatable: bool = True,
+        static: bool = False,
+        population_size: int = 0,
+        steps: int | None = None,
     ):
         self.population_size = population_size
         self._elements = elements
         self.prepare = prepare
         self._steps = steps
-        self._begun = None
+        self._begun: tuple[Batch | None, Iterator[Batch]] | None = None
         self.total = total
         self.repeatable = repeatable
         self.static = static
 
-    def first(self):
+    def first(self) -> Batch | None:
         """The first batch, or `None`; the next iteration begins with it, and reads on."""
         if self._begun is None:
             iterator = self._read()
             self._begun = next(iterator, None), iterator
         return self._begun[0]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Batch]:
         """Yield each `Batch`.
 
         Raises:
@@ -92,38 +104,38 @@ class Batches:
             yield batch
         yield from iterator
 
-    def part(self, start, stop):
+    def part(self, start: int, stop: int) -> "Batches":
         """The batches from number `start` to `stop`, for which those before are read too."""
         same = {name: getattr(self, name) for name in ("prepare", "repeatable", "static")}
 
-        def elements():
+        def elements() -> Iterator[Structure]:
             return itertools.islice(self._elements(), start, stop)
 
         return Batches(elements, stop - start, **same, steps=stop - start)
 
-    def in_memory(self, limit):
+    def in_memory(self, limit: int) -> "Batches":
         """The same batches, read once and held in main memory.
 
         Raises:
             ValueError: If they take more than `limit` bytes.
         """
-        held, taken = [], 0
+        inputs, taken = [], 0
         for batch in self:
-            held.append(batch.inputs)
+            inputs.append(batch.inputs)
             taken += nbytes(batch.inputs)
             if taken > limit:
-                raise too_large(len(held), limit)
-        return prepared(held)
+                raise too_large(len(inputs), limit)
+        return prepared(inputs)
 
-    def _read(self):
+    def _read(self) -> Iterator[Batch]:
         """Yield each `Batch`.
 
         Raises:
-            ValueError: If the data ends before `steps`, or is not what the model takes.
+            ValueError: If the data ends before `steps`, or the model does not take it.
             RuntimeError: If the data raises an error, from that error.
         """
         iterator = self._elements()
-        seen = collections.Counter()
+        seen: collections.Counter[int] = collections.Counter()
         number = 0
         while number != self._steps:
             try:
@@ -143,31 +155,31 @@ class Batches:
             raise too_short(self._steps, number)
 
 
-def nbytes(structure):
+def nbytes(structure: Structure) -> int:
     """Bytes that a structure of tensors takes."""
     flat = tf.nest.flatten(structure, expand_composites=True)
     return sum(tensor.dtype.size * int(tf.size(tensor)) for tensor in flat)
 
 
-def _numbered(number, inputs, seen):
-    found = digests.of_samples(inputs)
-    content = digests.of_batch(found, 0)
-    key = digests.of_batch(found, seen[content]) if seen[content] else content
+def _numbered(number: int, inputs: Structure, seen: collections.Counter[int]) -> Batch:
+    of_samples = digests.of_samples(inputs)
+    content = digests.of_batch(of_samples, 0)
+    key = digests.of_batch(of_samples, seen[content]) if seen[content] else content
     seen[content] += 1
-    return Batch(number, inputs, batch_size_of(inputs), digests.total(found), key)
+    return Batch(number, inputs, batch_size_of(inputs), digests.total(of_samples), key)
 
 
-def prepared(inputs, static=False):
+def prepared(inputs: Sequence[Structure], static: bool = False) -> Batches:
     """Batches of inputs that are prepared for the model already."""
     return Batches(lambda: iter(inputs), len(inputs), prepare=lambda batch: batch, static=static)
 
 
-def to_tensors(inputs):
+def to_tensors(inputs: Structure) -> Structure:
     """A batch as the model gets it from `fit`."""
     return keras.tree.map_structure(_to_tensor, inputs)
 
 
-def _to_tensor(leaf):
+def _to_tensor(leaf: Any) -> tf.Tensor:
     if not tf.is_tensor(leaf):
         leaf = leaf.toarray() if hasattr(leaf, "toarray") else np.asarray(leaf)
         # As `fit` does it: float64 arrays reach the model in Keras's float type.
@@ -178,7 +190,7 @@ def _to_tensor(leaf):
     return leaf
 
 
-def batch_size_of(inputs):
+def batch_size_of(inputs: Structure) -> int:
     """The number of samples in a batch: the length of the first axis of the first input with one.
 
     A batch need not have the same length everywhere: a graph has nodes and edges.
@@ -193,7 +205,7 @@ class NotABatchError(ValueError):
     """A sample where a batch belongs."""
 
 
-def empty():
+def empty() -> ValueError:
     """The error to raise for data without a batch."""
     return ValueError(
         "Expected data with at least one batch. Received: data that yields nothing. Pass the "
@@ -201,7 +213,7 @@ def empty():
     )
 
 
-def too_large(number, limit):
+def too_large(number: int, limit: int) -> ValueError:
     """The error to raise for data that must be held in memory, and is too large for that."""
     return ValueError(
         "Expected data that can be read several times, or that fits in memory. "
@@ -211,7 +223,7 @@ def too_large(number, limit):
     )
 
 
-def too_short(steps, seen):
+def too_short(steps: int, seen: int) -> ValueError:
     return ValueError(
         f"Expected steps={steps} batches. Received: data that ends after {seen}. Lower `steps`, "
         "or leave it out to take all there is."

@@ -4,7 +4,9 @@ import warnings
 
 import numpy as np
 
+from tfbn.population import PopulationStats
 from tfbn.sweep.methods import METHODS
+from tfbn.sweep.state import SweepState
 
 # Fewer samples a batch than this, and one-pass statistics depend visibly on how many: the
 # README has the figures.
@@ -14,19 +16,19 @@ _SMALL_BATCH = 16
 _SPREAD = 0.05
 
 
-def warn_of(state, stats):
+def warn_of(state: SweepState, stats: PopulationStats) -> None:
     """Warn where statistics are not all that their user may expect.
 
     Args:
         state: The complete `SweepState`.
         stats: The `PopulationStats` that it came to.
     """
-    for path, (calls, found) in state.spreads().items():
-        if found["mean_shift"] > _SPREAD or abs(np.log(found["std_ratio"])) > _SPREAD:
+    for path, (calls, furthest) in state.spreads().items():
+        if furthest["mean_shift"] > _SPREAD or abs(np.log(furthest["std_ratio"])) > _SPREAD:
             warnings.warn(
                 f"Layer {path!r} is called {calls} times on inputs whose statistics differ: those "
-                f"of one call are off from those of all by {found['mean_shift']:.2g} standard "
-                f"deviations in the mean, and by a factor of {found['std_ratio']:.2g} in the "
+                f"of one call are off from those of all by {furthest['mean_shift']:.2g} standard "
+                f"deviations in the mean, and by a factor of {furthest['std_ratio']:.2g} in the "
                 "standard deviation. In training every call is normalised by its own, in "
                 "inference all by the same. A layer for every call has no such difference.",
                 stacklevel=3,

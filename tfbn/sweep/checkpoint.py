@@ -1,11 +1,13 @@
 """The state of a long sweep in a file, so that it can go on after a crash."""
 
+import os
 import pathlib
 import time
 
 import numpy as np
 
 from tfbn import storage
+from tfbn.sweep.batches import Batches
 from tfbn.sweep.state import SweepState
 
 _KIND = "tfbn checkpoint 1"
@@ -30,7 +32,7 @@ class Checkpoint:
             same order.
     """
 
-    def __init__(self, path, batches):
+    def __init__(self, path: str | os.PathLike, batches: Batches):
         self._name = str(path)
         self._path = pathlib.Path(path).absolute()  # Wherever the process goes from here.
         self._saved = time.monotonic()
@@ -45,7 +47,7 @@ class Checkpoint:
         if _first_key(batches) != _first_key(batches):
             raise _not_repeatable("data whose first batch is another every time")
 
-    def read(self, begin):
+    def read(self, begin: SweepState) -> tuple[SweepState, bytes] | None:
         """The state that was saved last, and the digest of its batches; `None` if there is none.
 
         Args:
@@ -71,10 +73,10 @@ class Checkpoint:
         return state, digest
 
     @property
-    def due(self):
+    def due(self) -> bool:
         return time.monotonic() - self._saved >= self._cost / _SHARE
 
-    def save(self, state, digest):
+    def save(self, state: SweepState, digest: bytes) -> None:
         """Write the file, whole or not at all, for `read`."""
         start = time.monotonic()
         content = np.frombuffer(state.to_bytes(), np.uint8)
@@ -83,29 +85,29 @@ class Checkpoint:
         self._saved = time.monotonic()
         self._cost = self._saved - start
 
-    def remove(self):
+    def remove(self) -> None:
         """Delete the file of a sweep that is done."""
         self._path.unlink(missing_ok=True)
 
-    def other_data(self, batches):
+    def other_data(self, batches: int) -> ValueError:
         """The error to raise where the digest of that many batches is not the one saved."""
         return self._unfit(
             f"is of other data, or of the same in another order, up to its end after {batches} "
             "batches"
         )
 
-    def _unfit(self, how):
+    def _unfit(self, how: str) -> ValueError:
         return ValueError(
             f"Expected the checkpoint of this sweep. Received: {self._name!r}, which {how}. "
             "Delete it to begin anew."
         )
 
 
-def _first_key(batches):
+def _first_key(batches: Batches) -> int | None:
     return next((batch.key for batch in batches), None)
 
 
-def _not_repeatable(kind):
+def _not_repeatable(kind: str) -> ValueError:
     return ValueError(
         "Expected data whose batches come in the same order every time, for a sweep with a "
         f"checkpoint. Received: {kind}. Pass arrays, a PyDataset or a tf.data.Dataset that does "

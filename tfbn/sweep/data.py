@@ -3,18 +3,28 @@
 import functools
 import itertools
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from tfbn import arguments, keras_models
+from tfbn.keras_models import Structure
 from tfbn.sweep.batches import Batches, NotABatchError, empty, to_tensors, too_short
 
 DEFAULT_BATCH_SIZE = 32  # As in `model.fit`.
 
 
-def batches(x, batch_size=None, steps=None, may_be_empty=False, model=None, sample=False):
+def batches(
+    x: Any,
+    batch_size: int | None = None,
+    steps: int | None = None,
+    may_be_empty: bool = False,
+    model: keras.Model | None = None,
+    sample: bool = False,
+) -> Batches:
     """Batches of the inputs in `x`; targets and sample weights are dropped.
 
     Args:
@@ -76,8 +86,8 @@ def batches(x, batch_size=None, steps=None, may_be_empty=False, model=None, samp
         elements = _from_elements(x)
     else:
         raise ValueError(
-            "Expected what `model.fit` takes as x: arrays or tensors (one, a list or a dict), a "
-            "tf.data.Dataset, a keras.utils.PyDataset, or an iterable of batches. "
+            "Expected data as `model.fit` takes it as x: arrays or tensors (one, a list or a "
+            "dict), a tf.data.Dataset, a keras.utils.PyDataset, or an iterable of batches. "
             f"Received: {type(x)}."
         )
     if batch_size is not None and not _is_arrays(x):
@@ -88,30 +98,39 @@ def batches(x, batch_size=None, steps=None, may_be_empty=False, model=None, samp
         )
     if length == 0 and not may_be_empty:
         raise empty()
-    if None not in (length, steps) and length < steps:
+    if length is not None and steps is not None and length < steps:
         raise too_short(steps, length)
     prepare = functools.partial(_prepared, getattr(model, "preprocess_samples", None), specs)
-    options = {"prepare": prepare, "repeatable": repeatable}
     if isinstance(x, tf.distribute.DistributedDataset):  # Each of its batches comes as several.
-        return Batches(elements, None, **options)
-    total = length if steps is None else int(steps)
-    options |= {"static": static, "population_size": population_size}
-    return Batches(elements, total, **options, steps=steps)
+        return Batches(elements, None, prepare=prepare)
+    return Batches(
+        elements,
+        length if steps is None else int(steps),
+        prepare=prepare,
+        repeatable=repeatable,
+        static=static,
+        population_size=population_size,
+        steps=steps,
+    )
 
 
-def _from_pydataset(dataset, length):
-    # Not `on_epoch_end`: it may shuffle, and a sweep must not change what `fit` sees.
+def _from_pydataset(
+    dataset: keras.utils.PyDataset, length: int | None
+) -> Callable[[], Iterator[Structure]]:
+    # Not `on_epoch_end`: it may shuffle, and a sweep must not change the order that `fit` sees.
     return lambda: (
         _inputs(dataset[i]) for i in (itertools.count() if length is None else range(length))
     )
 
 
-def _from_elements(iterable):
+def _from_elements(iterable: Iterable) -> Callable[[], Iterator[Structure]]:
     return lambda: (_inputs(element) for element in iterable)
 
 
-def _from_replicas(dataset, steps):
-    def parts():
+def _from_replicas(
+    dataset: tf.distribute.DistributedDataset, steps: int | None
+) -> Callable[[], Iterator[Structure]]:
+    def parts() -> Iterator[Structure]:
         for element in itertools.islice(dataset, steps):
             inputs = _inputs(element)
             several = [
@@ -127,11 +146,13 @@ def _from_replicas(dataset, steps):
     return parts
 
 
-def _on_replica(replica, leaf):
+def _on_replica(replica: int, leaf: Any) -> Any:
     return leaf.values[replica] if isinstance(leaf, tf.distribute.DistributedValues) else leaf
 
 
-def _from_arrays(arrays, size, length, *, shuffle):
+def _from_arrays(
+    arrays: Structure, size: int, length: int, *, shuffle: bool
+) -> Callable[[], Iterator[Structure]]:
     order = np.random.default_rng(0).permutation(length) if shuffle else None
 
     def batch(start):
@@ -144,35 +165,36 @@ def _from_arrays(arrays, size, length, *, shuffle):
     return lambda: (batch(start) for start in range(0, length, size))
 
 
-def _rows(drawn, array):
+def _rows(drawn: np.ndarray, array: Any) -> Any:
     return tf.gather(array, drawn) if tf.is_tensor(array) else array[drawn]
 
 
-def _inputs(element):
+def _inputs(element: Structure) -> Structure:
     return keras.utils.unpack_x_y_sample_weight(element)[0]
 
 
-def _is_arrays(x):
+def _is_arrays(x: Any) -> bool:
     leaves = keras.tree.flatten(x)
     return bool(leaves) and all(hasattr(leaf, "shape") for leaf in leaves)
 
 
-def _to_sliceable(leaf):
+def _to_sliceable(leaf: Any) -> Any:
     if hasattr(leaf, "tocsr"):  # SciPy's sparse matrices
         return leaf.tocsr()
     # `asarray` for pandas and for the tensors of other frameworks.
     return leaf if tf.is_tensor(leaf) else np.asarray(leaf)
 
 
-def samples(arrays):
+def samples(arrays: Structure) -> int:
     """The number of samples in a structure of arrays: the length of their first axis.
 
     Raises:
         ValueError: If they differ in it, or if one has none.
     """
-    lengths = {leaf.shape[0] if len(leaf.shape) else None for leaf in keras.tree.flatten(arrays)}
-    if None in lengths:
+    shapes = [leaf.shape for leaf in keras.tree.flatten(arrays)]
+    if not all(map(len, shapes)):
         raise ValueError("Expected arrays with a batch axis. Received: a scalar.")
+    lengths = {shape[0] for shape in shapes}
     if len(lengths) > 1:
         raise ValueError(
             "Expected all input arrays to have the same number of samples. "
@@ -181,14 +203,14 @@ def samples(arrays):
     return lengths.pop()
 
 
-def _single_input(model):
+def _single_input(model: keras.Model | None) -> tf.TensorSpec | None:
     """The spec of the one input of a model, or `None` where it has others or is not known."""
     specs = None if model is None else keras_models.input_specs(model)
     leaves = keras.tree.flatten(specs)
     return leaves[0] if specs is not None and len(leaves) == 1 else None
 
 
-def _refuse_list_of_batches(x, spec):
+def _refuse_list_of_batches(x: Any, spec: tf.TensorSpec | None) -> None:
     if spec is not None and isinstance(x, list | tuple) and len(x) > 1:
         raise ValueError(
             f"Expected one array, for a model with one input. Received: a {type(x).__name__} of "
@@ -197,7 +219,11 @@ def _refuse_list_of_batches(x, spec):
         )
 
 
-def _prepared(preprocess, spec, inputs):
+def _prepared(
+    preprocess: Callable[[Structure], Structure] | None,
+    spec: tf.TensorSpec | None,
+    inputs: Structure,
+) -> Structure:
     """The inputs as `fit` feeds them to the network: preprocessed, where the model does that."""
     if preprocess is not None:  # KerasHub's tasks do it in `fit`, not in their call.
         inputs = to_tensors(_inputs(preprocess(inputs)))
@@ -205,7 +231,7 @@ def _prepared(preprocess, spec, inputs):
     return inputs
 
 
-def _check_batch(spec, inputs):
+def _check_batch(spec: tf.TensorSpec | None, inputs: Structure) -> None:
     """Raise an error for a sample where a batch belongs.
 
     Keras adds a last axis of 1 to inputs that lack one, which makes a batch of such a sample.
@@ -224,14 +250,14 @@ def _check_batch(spec, inputs):
         )
 
 
-def _is_static(element_spec):
+def _is_static(element_spec: Structure) -> bool:
     """Whether all leaves of a dataset's inputs have a batch axis of known length."""
     leaves = keras.tree.flatten(_inputs(element_spec))
     shapes = [getattr(leaf, "shape", tf.TensorShape(None)) for leaf in leaves]
     return bool(shapes) and all(shape.rank and shape[0] is not None for shape in shapes)
 
 
-def _endless(kind):
+def _endless(kind: str) -> ValueError:
     return ValueError(
         f"Expected data that ends. Received: {kind}, and no `steps`. Say with `steps` how many "
         "batches make the training data."

@@ -2,11 +2,16 @@
 
 import collections
 import concurrent.futures
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
+import keras
 import tensorflow as tf
 
+Result = TypeVar("Result")
 
-def devices(model):
+
+def devices(model: keras.Model) -> list[str | None]:
     """The devices of this process that hold a replica of a model.
 
     `[None]`, TensorFlow's choice, without a strategy that mirrors the model.
@@ -18,7 +23,7 @@ def devices(model):
     return list(strategy.extended.worker_devices)
 
 
-def in_turn(jobs, at_a_time):
+def in_turn(jobs: Iterable[Callable[[], Result]], at_a_time: int) -> Iterator[Result]:
     """The results of some functions in their order, with several of them running at a time.
 
     Args:
@@ -30,7 +35,7 @@ def in_turn(jobs, at_a_time):
             yield job()
         return
     with concurrent.futures.ThreadPoolExecutor(at_a_time) as pool:
-        running = collections.deque()
+        running: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
         for job in jobs:
             if len(running) == at_a_time:
                 yield running.popleft().result()

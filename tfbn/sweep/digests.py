@@ -2,12 +2,15 @@
 
 import hashlib
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
 
+from tfbn.keras_models import Structure
 
-def of_samples(inputs):
+
+def of_samples(inputs: Structure) -> np.ndarray:
     """A 64-bit digest of every sample of a batch.
 
     Inputs whose first axes differ (a graph's nodes and edges) are not taken apart: the whole batch
@@ -31,7 +34,7 @@ def of_samples(inputs):
     return column.numpy().view(np.uint64)[:, 0]
 
 
-def _samples(leaf):
+def _samples(leaf: tf.Tensor) -> int | None:
     """The length of a tensor's first axis, if it has one."""
     if not leaf.shape.rank:
         return None
@@ -40,7 +43,7 @@ def _samples(leaf):
     return int(leaf.shape[0])
 
 
-def _of_rows(leaf):
+def _of_rows(leaf: tf.Tensor) -> tf.Tensor:
     if isinstance(leaf, tf.RaggedTensor):
         return tf.fingerprint(tf.constant(list(_ragged_rows(leaf)), tf.string))
     if isinstance(leaf, tf.SparseTensor):
@@ -48,7 +51,7 @@ def _of_rows(leaf):
     return tf.fingerprint(leaf)
 
 
-def _ragged_rows(leaf):
+def _ragged_rows(leaf: tf.RaggedTensor) -> Iterator[bytes]:
     splits = [level.numpy() for level in leaf.nested_row_splits]
     values = tf.fingerprint(leaf.flat_values).numpy()
     for row in range(int(leaf.nrows())):
@@ -59,7 +62,7 @@ def _ragged_rows(leaf):
         yield b"".join([*lengths, values[begin:end].tobytes()])
 
 
-def _sparse_rows(leaf):
+def _sparse_rows(leaf: tf.SparseTensor) -> Iterator[bytes]:
     indices, values = leaf.indices.numpy(), tf.fingerprint(leaf.values).numpy()
     order = np.argsort(indices[:, 0], kind="stable")
     indices, values = indices[order], values[order]
@@ -68,12 +71,12 @@ def _sparse_rows(leaf):
         yield indices[begin:end, 1:].tobytes() + values[begin:end].tobytes()
 
 
-def total(digests):
+def total(digests: np.ndarray) -> int:
     """The sum of digests modulo 2^64, which depends neither on their order nor on batches."""
     return int(digests.sum(dtype=np.uint64))
 
 
-def of_batch(digests, occurrence):
+def of_batch(digests: np.ndarray, occurrence: int) -> int:
     """A 64-bit digest of a batch: of its samples in their order.
 
     Args:
@@ -85,6 +88,6 @@ def of_batch(digests, occurrence):
     return int.from_bytes(content.digest(), "little")
 
 
-def of_sequence(before, key):
+def of_sequence(before: bytes, key: int) -> bytes:
     """A digest of a batch and, by their own, of all before it; `b""` is that of none."""
     return hashlib.sha256(before + key.to_bytes(8, "little")).digest()

@@ -1,5 +1,7 @@
 """Functions that compute some tensors of a graph from others, of just the operations between."""
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
 import tensorflow as tf
 
 # oneDNN fuses these with the operation before them, and the fused kernel gives 0 for NaN where
@@ -9,12 +11,12 @@ _ADDS_BIAS = {"BiasAdd", "Add", "AddV2"}
 _CONTRACTIONS = {"Conv2D", "Conv3D", "DepthwiseConv2dNative", "MatMul", "BatchMatMulV2"}
 
 
-def sources(op):
+def sources(op: tf.Operation) -> list[tf.Operation]:
     """The operations that an operation waits for."""
     return [tensor.op for tensor in op.inputs] + list(op.control_inputs)
 
 
-def ancestors(tensors):
+def ancestors(tensors: Iterable[tf.Tensor]) -> list[tf.Operation]:
     """The operations that some tensors depend on."""
     seen, pending = {}, [tensor.op for tensor in tensors]
     while pending:
@@ -35,13 +37,19 @@ class Extraction:
         graph: A `FuncGraph`. The variables that it captures are read by the functions.
     """
 
-    def __init__(self, graph):
+    def __init__(self, graph: tf.Graph):
         self._graph_def = graph.as_graph_def()
         self._nodes = {node.name: node for node in self._graph_def.node}
         self._order = {id(op): i for i, op in enumerate(graph.get_operations())}
         self._captured = {id(inner): (inner, outer) for outer, inner in graph.captures}
 
-    def function(self, feeds, optional, fetches, ran=lambda op: False):
+    def function(
+        self,
+        feeds: Sequence[tf.Tensor],
+        optional: Sequence[tf.Tensor],
+        fetches: Sequence[tf.Tensor],
+        ran: Callable[[tf.Operation], bool] = lambda op: False,
+    ) -> tuple[Callable[..., list[tf.Tensor]], list[tf.Tensor]]:
         """The function from some tensors to others.
 
         Args:
@@ -66,16 +74,16 @@ class Extraction:
 
         def run(*values):
             graph = tf.compat.v1.get_default_graph()
-            values = [graph.capture(value) for value in (*values, *outer)]
-            made = tf.graph_util.import_graph_def(
+            inside = [graph.capture(value) for value in (*values, *outer)]
+            imported = tf.graph_util.import_graph_def(
                 graph_def,
-                input_map={name: values[i] for name, i in names.items() if name in used},
+                input_map={name: inside[i] for name, i in names.items() if name in used},
                 return_elements=wanted + seen,
                 name="",
             )
-            made, hidden = iter(made[: len(wanted)]), made[len(wanted) :]
+            made, hidden = iter(imported[: len(wanted)]), imported[len(wanted) :]
             outputs = [
-                tf.identity(values[names[tensor.name]]) if tensor.name in names else next(made)
+                tf.identity(inside[names[tensor.name]]) if tensor.name in names else next(made)
                 for tensor in fetches
             ]
             return outputs, [tensor[:0] for tensor in hidden]
@@ -85,7 +93,13 @@ class Extraction:
         )
         return lambda *values: function(*values)[0], needed
 
-    def _between(self, feeds, optional, fetches, ran):
+    def _between(
+        self,
+        feeds: Sequence[tf.Tensor],
+        optional: Sequence[tf.Tensor],
+        fetches: Sequence[tf.Tensor],
+        ran: Callable[[tf.Operation], bool],
+    ) -> tuple[list[tf.Operation], list[tf.Tensor], list[tf.Tensor]]:
         fed, offered = ({id(tensor) for tensor in tensors} for tensors in (feeds, optional))
         body, needed, captured = {}, {}, {}
         pending = [tensor.op for tensor in fetches if id(tensor) not in fed]
@@ -107,7 +121,7 @@ class Extraction:
         ordered = sorted(body.values(), key=lambda op: self._order[id(op)])
         return ordered, list(needed.values()), list(captured.values())
 
-    def _copied(self, body):
+    def _copied(self, body: Iterable[tf.Operation]) -> tf.compat.v1.GraphDef:
         graph_def = tf.compat.v1.GraphDef(versions=self._graph_def.versions)
         names = {op.name for op in body}
         for op in body:
@@ -121,7 +135,7 @@ class Extraction:
         return graph_def
 
 
-def kept_apart(operations):
+def kept_apart(operations: Iterable[tf.Operation]) -> list[tf.Tensor]:
     """Tensors to fetch so that no kernel hides NaN, each without values.
 
     Another reader of the tensor between a contraction and its activation keeps the two apart.
@@ -129,7 +143,7 @@ def kept_apart(operations):
     return [tensor[:0] for tensor in _before_hiding(operations)]
 
 
-def _before_hiding(body):
+def _before_hiding(body: Iterable[tf.Operation]) -> Iterator[tf.Tensor]:
     """The tensors between a contraction and an activation whose fused kernel hides NaN."""
     for op in body:
         if op.type in _HIDE_NAN:

@@ -1,22 +1,24 @@
 """The tensors that batches have at a level, kept from one pass to the next."""
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import tensorflow as tf
 
-from tfbn.sweep.batches import nbytes
+from tfbn.sweep.batches import Batch, nbytes
+from tfbn.sweep.network import Trace
 
 
 class Frontier(NamedTuple):
     """The tensors of one batch that later levels need of the network up to a level.
 
     Attributes:
-        trace: The trace that they belong to.
+        trace: The trace that they belong to; `None` where the network is not cut.
         level: The level; 0 for the batch itself.
         values: The tensors.
     """
 
-    trace: Any
+    trace: Trace | None
     level: int
     values: list
 
@@ -31,25 +33,26 @@ class Frontiers:
         room: How many bytes the tensors may take.
     """
 
-    def __init__(self, room):
+    def __init__(self, room: int):
         self._room = room
-        self._kept = {}
-        self._used = set()
+        # By key the batch without its inputs, its frontier, and how many bytes that takes.
+        self._kept: dict[int, tuple[Batch, Frontier, int]] = {}
+        self._used: set[int] = set()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._kept)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Batch]:
         """The batches that are kept, in the order of the first pass."""
         return (batch for batch, _, _ in list(self._kept.values()))
 
-    def get(self, batch):
+    def get(self, batch: Batch) -> Frontier | None:
         """The frontier of a batch, or `None`."""
         self._used.add(batch.key)
         _, frontier, _ = self._kept.get(batch.key, (None, None, 0))
         return frontier
 
-    def put(self, batch, frontier):
+    def put(self, batch: Batch, frontier: Frontier) -> None:
         """Keep a frontier in place of the batch's last one, if there is room for it."""
         if not frontier.level or not _can_keep(frontier):
             return
@@ -67,7 +70,7 @@ class Frontiers:
             self._room -= size - before
             self._used.add(batch.key)
 
-    def end_pass(self):
+    def end_pass(self) -> None:
         """Drop the frontiers of batches that the pass did not meet: they are of other data."""
         for key in self._kept.keys() - self._used:
             _, _, size = self._kept.pop(key)
@@ -75,6 +78,6 @@ class Frontiers:
         self._used.clear()
 
 
-def _can_keep(frontier):
+def _can_keep(frontier: Frontier) -> bool:
     """Whether all its tensors have a size that is known."""
     return all(value.dtype not in (tf.variant, tf.resource) for value in frontier.values)

@@ -1,10 +1,21 @@
 """Passes over a network that is cut at its levels: each computes the next level of a batch."""
 
 import collections
+from collections.abc import Callable, Mapping
 
+import tensorflow as tf
+
+from tfbn.sweep.batches import Batch
 from tfbn.sweep.extraction import sources
 from tfbn.sweep.frontiers import Frontier
-from tfbn.sweep.network import UnobservableError, flatten
+from tfbn.sweep.network import Network, Trace, UnobservableError, flatten
+from tfbn.sweep.observation import Call, CallMoments
+from tfbn.sweep.state import Site
+
+# A call, and the moments of the values that entered it.
+SiteMoments = tuple[Site, list[CallMoments]]
+# By path, or by site where a call has its own, mean and variance, of shape (2, channels).
+Populations = Mapping[str | Site, tf.Tensor]
 
 # The types of operations that draw random numbers of their own. Those behind `tf.random.normal`,
 # `uniform` and `truncated_normal`, and Keras's, do not come here: see `tfbn.sweep.inference`.
@@ -20,24 +31,26 @@ class LevelPasses:
         static: See `Network.trace`.
     """
 
-    def __init__(self, network, static):
+    def __init__(self, network: Network, static: bool):
         self._network = network
         self._static = static
 
-    def start(self, batch):
+    def start(self, batch: Batch) -> Frontier:
         """The frontier of level 0 of a batch."""
         trace = self._network.trace(batch.inputs, settled=True, static=self._static)
         return Frontier(trace, 0, [*flatten(batch.inputs), batch.number])
 
-    def levels(self, frontier):
+    def levels(self, frontier: Frontier) -> dict[str, int] | None:
         """By path the levels of the layers, or `None` if the network cannot be cut there."""
-        return levels_of(frontier.trace).of_path
+        return levels_of(_trace_of(frontier)).of_path
 
-    def not_nan(self, frontier):
+    def not_nan(self, frontier: Frontier) -> list[int]:
         """The places of the inputs in which NaN would be an error."""
-        return frontier.trace.not_nan
+        return _trace_of(frontier).not_nan
 
-    def advance(self, frontier, level, populations):
+    def advance(
+        self, frontier: Frontier, level: int, populations: Populations
+    ) -> tuple[list[SiteMoments], Frontier, bool]:
         """Take a batch to a level.
 
         Args:
@@ -51,9 +64,10 @@ class LevelPasses:
             of (count, mean, variance); the frontier of the level; and whether the network draws
             random numbers.
         """
-        levels = levels_of(frontier.trace)
+        trace = _trace_of(frontier)
+        levels = levels_of(trace)
         if level > levels.depth:  # Another signature has more levels.
-            return [], frontier, frontier.trace.random
+            return [], frontier, trace.random
         if frontier.level < level - 1 and levels.drawn is not None:
             raise UnobservableError(
                 "Expected random numbers that can be drawn again. Received: operation "
@@ -64,7 +78,12 @@ class LevelPasses:
         values = frontier.values
         for number in range(frontier.level + 1, level + 1):
             entered, values = levels.run_segment(number, values, populations)
-        return entered, Frontier(frontier.trace, level, values), frontier.trace.random
+        return entered, Frontier(trace, level, values), trace.random
+
+
+def _trace_of(frontier: Frontier) -> Trace:
+    assert frontier.trace is not None  # As in whole passes.
+    return frontier.trace
 
 
 class Levels:
@@ -84,21 +103,24 @@ class Levels:
         drawn: The name of an operation that draws random numbers of its own, or `None`.
     """
 
-    def __init__(self, trace):
+    def __init__(self, trace: Trace):
         self._trace = trace
-        self._segments = {}
+        # By level its function, and the sites whose populations that takes.
+        self._segments: dict[int, tuple[Callable[..., list[tf.Tensor]], list[Site]]] = {}
         self.of_path = _levels(trace) if trace.cuttable else None
         self.drawn = None
         if self.of_path is None:
             return
-        self._calls = collections.defaultdict(list)
+        self._calls: dict[int, list[Call]] = collections.defaultdict(list)
         for call in trace.calls:
             if call.fetches:
                 self._calls[self.of_path[call.site.path]].append(call)
         self.depth = max(self.of_path.values(), default=0)
         self._find_frontiers(self.depth)
 
-    def run_segment(self, level, values, populations):
+    def run_segment(
+        self, level: int, values: list[tf.Tensor], populations: Populations
+    ) -> tuple[list[SiteMoments], list[tf.Tensor]]:
         """Run a batch from the frontier of a level to that of the next.
 
         Args:
@@ -113,19 +135,19 @@ class Levels:
         outputs = function(*values, *(_population(populations, site) for site in sites))
         entered = len(outputs) - len(self._frontiers[level])
         fetched = iter(outputs[:entered])
-        found = [
-            (call.site, call.measure(*(next(fetched) for _ in call.fetches)))
+        site_moments = [
+            (call.site, call.measure(*(next(fetched) for _ in call.fetches or ())))
             for call in self._calls[level]
         ]
-        return found, outputs[entered:]
+        return site_moments, outputs[entered:]
 
-    def _segment(self, level):
+    def _segment(self, level: int) -> tuple[Callable[..., list[tf.Tensor]], list[Site]]:
         with self._trace.lock:
             if level not in self._segments:
                 sites = {id(p): site for site, p in self._trace.populations.items()}
-                fetches = [tensor for call in self._calls[level] for tensor in call.fetches]
+                fetches = [tensor for call in self._calls[level] for tensor in call.fetches or ()]
 
-                def ran(op):  # Operations on the data that an earlier segment needed.
+                def ran(op: tf.Operation) -> bool:
                     return self._first.get(id(op), level) < level and id(op) in self._from_data
 
                 function, needed = self._trace.extraction.function(
@@ -137,7 +159,7 @@ class Levels:
                 self._segments[level] = function, [sites[id(tensor)] for tensor in needed]
         return self._segments[level]
 
-    def _find_frontiers(self, levels):
+    def _find_frontiers(self, levels: int) -> None:
         operations = self._trace.graph.get_operations()  # Inputs come before their users.
         # Weights, and all that follows from them alone, are cheaper to read again than to keep.
         # A random draw may not be made again.
@@ -147,9 +169,9 @@ class Levels:
                 from_data.add(id(op))
         # The first level that needs an operation; the inputs are there before any.
         first = {id(tensor.op): 0 for tensor in self._trace.inputs}
-        last = {}  # By tensor the last level that reads it.
+        last: dict[int, int] = {}  # By tensor the last level that reads it.
         for level in range(1, levels + 1):
-            entering = [tensor for call in self._calls[level] for tensor in call.fetches]
+            entering = [tensor for call in self._calls[level] for tensor in call.fetches or ()]
             last.update((id(tensor), level) for tensor in entering)
             pending = [tensor.op for tensor in entering]
             while pending:
@@ -172,12 +194,12 @@ class Levels:
         self._first, self._from_data = first, from_data
 
 
-def _draws(op):
+def _draws(op: tf.Operation) -> bool:
     """Whether an operation draws random numbers of its own."""
     return op.type.startswith(_DRAWS) and op.type not in _DRAWS_NOT
 
 
-def levels_of(trace):
+def levels_of(trace: Trace) -> Levels:
     """The `Levels` of a trace, made once."""
     with trace.lock:
         if "levels" not in trace.pieces:
@@ -185,7 +207,7 @@ def levels_of(trace):
         return trace.pieces["levels"]
 
 
-def depth(trace):
+def depth(trace: Trace) -> int:
     """The most observed layers on a path through a network, or how many there are in a loop."""
     if "depth" not in trace.pieces:
         levels = _levels(trace) if trace.cuttable else None
@@ -194,7 +216,7 @@ def depth(trace):
     return trace.pieces["depth"]
 
 
-def _population(populations, site):
+def _population(populations: Populations, site: Site) -> tf.Tensor:
     path = site.path
     if path not in populations:
         raise UnobservableError(
@@ -205,9 +227,10 @@ def _population(populations, site):
     return populations[path]
 
 
-def _levels(trace):
+def _levels(trace: Trace) -> dict[str, int] | None:
     """By path the level of a layer, or `None` if a layer depends on its own output."""
-    before, levels = _dependencies(trace), {}
+    before = _dependencies(trace)
+    levels: dict[str, int] = {}
     if recurrent(trace):
         return None
     for path in before:
@@ -222,11 +245,11 @@ def _levels(trace):
     return levels
 
 
-def recurrent(trace):
+def recurrent(trace: Trace) -> frozenset[str]:
     """The paths of the layers whose calls depend on their own output: a cell at every step."""
     before = _dependencies(trace)
 
-    def reaches_itself(path):
+    def reaches_itself(path: str) -> bool:
         seen, pending = set(), list(before[path])
         while pending:
             other = pending.pop()
@@ -239,18 +262,20 @@ def recurrent(trace):
     return frozenset(path for path in several if reaches_itself(path))
 
 
-def _dependencies(trace):
+def _dependencies(trace: Trace) -> dict[str, list[str]]:
     """By path the layers whose outputs reach a call of a layer past no other layer."""
     if "dependencies" not in trace.pieces:
         trace.pieces["dependencies"] = _find_dependencies(trace)
     return trace.pieces["dependencies"]
 
 
-def _find_dependencies(trace):
+def _find_dependencies(trace: Trace) -> dict[str, list[str]]:
     paths = list(dict.fromkeys(call.site.path for call in trace.calls))
     bit = {path: 1 << i for i, path in enumerate(paths)}
     call_at = {id(call.outputs.op): call for call in trace.calls}
-    reaching, before = {}, dict.fromkeys(paths, 0)
+    # By operation, and by path, the layers whose outputs reach it, a bit each.
+    reaching: dict[int, int] = {}
+    before = dict.fromkeys(paths, 0)
     for op in trace.graph.get_operations():  # Inputs come before their users.
         mask = 0
         for source in sources(op):

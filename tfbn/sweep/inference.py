@@ -6,6 +6,8 @@ that is private of them, and is needed for it, stands here.
 
 import contextlib
 import functools
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 
 import keras
 import tensorflow as tf
@@ -19,7 +21,7 @@ from tensorflow.python.framework import random_seed
 from tensorflow.python.ops import custom_gradient, gen_random_ops
 
 from tfbn.detours import detour
-from tfbn.keras_models import inlined_functions, observed_calls
+from tfbn.keras_models import Observe, inlined_functions, observed_calls
 
 
 class Draws:
@@ -36,11 +38,11 @@ class Draws:
         made: How many draws there were.
     """
 
-    def __init__(self, number):
+    def __init__(self, number: tf.Tensor):
         self._number = number
         self.made = 0
 
-    def seed(self, base):
+    def seed(self, base: tf.Tensor) -> tf.Tensor:
         """The seed of the next draw, of shape (2,), from the generator's own."""
         folded = tf.random.fold_in(tf.cast(base, tf.int64), self._number)
         folded = tf.random.fold_in(folded, tf.constant(self.made, tf.int64))
@@ -49,18 +51,20 @@ class Draws:
 
 
 @contextlib.contextmanager
-def inference(layers, observe, draws):
+def inference(
+    layers: Mapping[str, keras.Layer], observe: Observe, draws: Draws
+) -> Iterator[keras.StatelessScope]:
     """Within the context this thread runs models for inference, observed and without effect.
 
     - Calls of `layers` go to `observe`, see `tfbn.keras_models.observed_calls`.
     - A function that the model's own code has compiled is traced anew as a part of the caller:
-      its old trace does not observe, and a new one must not be found later.
+      its old trace does not observe, and nobody may run the new one later.
     - Keras's variables keep their values, and layers keep the losses of their last call.
     - Random numbers come from `draws`.
     - No gradient is made or registered.
 
     Yields:
-        The `keras.StatelessScope` that holds what variables would have become.
+        The `keras.StatelessScope` that holds the values that variables would have been given.
     """
 
     def next_seed(call, generator, *args, **kwargs):
@@ -70,7 +74,7 @@ def inference(layers, observe, draws):
         return call(draws.made if seed is None else seed)
 
     def skipped(call, generator, delta):
-        # The state is a counter and a key, and `skip` gives what it was before.
+        # The state is a counter and a key, and `skip` returns the state before.
         state = generator.state.read_value()
         return tf.concat([draws.seed(state[:2] + state[-1]), state[2:]], 0)
 
@@ -81,25 +85,26 @@ def inference(layers, observe, draws):
     def nothing(call, *args, **kwargs):
         return None
 
+    stand_ins: list[tuple[type | ModuleType, str, Callable]] = [
+        (keras.random.SeedGenerator, "next", next_seed),
+        # Every method of a generator takes its numbers from here.
+        (tf.random.Generator, "skip", skipped),
+        (random_seed, "get_seed", seeds_of),
+        (custom_gradient, "_graph_mode_decorator", forward_only),
+        # Private. The outermost call of a model forgets the losses of the call before.
+        (keras.Layer, "_clear_losses", nothing),
+        (keras.Layer, "add_loss", nothing),
+        *_random_operations(draws),
+    ]
     with contextlib.ExitStack() as stack:
         stack.enter_context(observed_calls(layers, observe))
         stack.enter_context(inlined_functions())
-        for owner, name, stand_in in (
-            (keras.random.SeedGenerator, "next", next_seed),
-            # Every method of a generator takes its numbers from here.
-            (tf.random.Generator, "skip", skipped),
-            (random_seed, "get_seed", seeds_of),
-            (custom_gradient, "_graph_mode_decorator", forward_only),
-            # Private. The outermost call of a model forgets the losses of the call before.
-            (keras.Layer, "_clear_losses", nothing),
-            (keras.Layer, "add_loss", nothing),
-            *_random_operations(draws),
-        ):
+        for owner, name, stand_in in stand_ins:
             stack.enter_context(detour(owner, name, stand_in))
         yield stack.enter_context(keras.StatelessScope())
 
 
-def _random_operations(draws):
+def _random_operations(draws: Draws) -> Iterator[tuple[ModuleType, str, Callable]]:
     def like(stateless, call, shape, dtype, *, seed=0, seed2=0, name=None):
         return stateless(shape, draws.seed([seed or 0, seed2 or 0]), dtype=dtype, name=name)
 

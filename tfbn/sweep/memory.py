@@ -1,12 +1,14 @@
 """How much memory a sweep may take by default."""
 
+import os
 import pathlib
+from collections.abc import Iterator
 
 _SHARE = 4  # A quarter.
 _UNKNOWN = 2**30
 
 
-def default_limit(root="/"):
+def default_limit(root: str | os.PathLike = "/") -> int:
     """A quarter of the free memory of the host or of the container, the smaller one, in bytes.
 
     1 GiB where neither is known.
@@ -18,7 +20,7 @@ def default_limit(root="/"):
     return max(min(free), 0) // _SHARE if free else _UNKNOWN
 
 
-def _host(root):
+def _host(root: pathlib.Path) -> Iterator[int]:
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
     except OSError:
@@ -28,8 +30,8 @@ def _host(root):
             yield int(value.split()[0]) * 1024
 
 
-def _container(root):
-    """What the control groups of this process leave, those of version 2 and version 1."""
+def _container(root: pathlib.Path) -> Iterator[int]:
+    """The bytes that the control groups of this process leave, of version 2 and version 1."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -57,7 +59,7 @@ def _container(root):
                 yield most - used
 
 
-def _inactive_files(path):
+def _inactive_files(path: pathlib.Path) -> int:
     for line in path.read_text().splitlines():
         name, value = line.split()
         if name in ("inactive_file", "total_inactive_file"):

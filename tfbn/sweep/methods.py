@@ -25,7 +25,7 @@ METHODS = {
 }
 
 
-def check_method(method):
+def check_method(method: str) -> None:
     """Raise `ValueError` unless `method` is one of `METHODS`."""
     if method not in METHODS:
         raise ValueError(

@@ -9,12 +9,17 @@ import contextlib
 import functools
 import threading
 import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
+import keras
 import tensorflow as tf
 
 from tfbn import keras_models
+from tfbn.keras_models import Structure
 from tfbn.sweep.extraction import Extraction, ancestors, kept_apart
-from tfbn.sweep.observation import Observer
+from tfbn.sweep.observation import Call, Observer
+from tfbn.sweep.state import Site
 
 # Traces that a model keeps: a few signatures for each of two methods.
 _KEPT_TRACES = 8
@@ -26,7 +31,9 @@ _WITHOUT_NAN = {"Bucketize", "Shape", "ShapeN", "Size", "Rank", "ZerosLike", "On
 _HARMLESS = {"Placeholder", "ReadVariableOp", "VarHandleOp"}
 
 _building = threading.RLock()
-_traces = weakref.WeakKeyDictionary()  # By model: its structure, and traces by key.
+# By model: its structure, and traces by key.
+_traces: "weakref.WeakKeyDictionary[keras.Model, tuple[tuple, Traces]]"
+_traces = weakref.WeakKeyDictionary()
 
 
 class UnobservableError(ValueError):
@@ -53,24 +60,27 @@ class Trace:
         calls: The calls of observed layers in their order.
         random: Whether the network draws random numbers.
         lock: To be held while `pieces` changes, and while the graph runs with calls in loops.
-        pieces: Room for what passes make of the graph once, by the name of its kind.
+        pieces: Objects that passes make of the graph once, by the name of their kind.
 
     Raises:
         UnobservableError: If the inference on one batch depends on the batch before.
     """
 
-    def __init__(self, observer, structure, specs, *, settled):
+    def __init__(
+        self, observer: Observer, structure: Structure, specs: list[tf.TensorSpec], *, settled: bool
+    ):
         self.specs = specs
-        self.populations = {}
+        self.populations: dict[Site, tf.Tensor] = {}
         self.lock = threading.Lock()
-        self.pieces = {}
-        updates = {}
+        self.pieces: dict[str, Any] = {}
+        self.calls: list[Call] = []
+        updates: dict[int, tf.Tensor] = {}
 
-        def run(*flat):
-            *flat, number = flat
+        def run(*flat: tf.Tensor) -> list[tf.Tensor]:
+            *tensors, number = flat
             graph = tf.compat.v1.get_default_graph()
 
-            def population(site, channels):
+            def population(site: Site, channels: int) -> list[tf.Tensor] | None:
                 if not settled:
                     return None
                 with graph.as_default():  # Not in the body of a loop around the call.
@@ -78,14 +88,14 @@ class Trace:
                 self.populations[site] = placeholder
                 return tf.unstack(placeholder)
 
-            inputs = tf.nest.pack_sequence_as(structure, flat, expand_composites=True)
+            inputs = tf.nest.pack_sequence_as(structure, tensors, expand_composites=True)
             outputs, self.calls, draws, updated = observer.run(inputs, number, population)
             self.random = draws > 0
             updates.update(updated)
             self.measured = [tensor for call in self.calls for tensor in call.fetches or ()]
             if not self.cuttable:
-                flat = tf.nest.flatten(outputs, expand_composites=True)
-                self.measured += [tensor for tensor in flat if tf.is_tensor(tensor)]
+                leaves = tf.nest.flatten(outputs, expand_composites=True)
+                self.measured += [leaf for leaf in leaves if tf.is_tensor(leaf)]
             guards = [] if settled else kept_apart(graph.get_operations())
             return [*self.measured, *guards]
 
@@ -97,24 +107,24 @@ class Trace:
         _refuse_memory(self, observer, updates)
 
     @functools.cached_property
-    def extraction(self):
+    def extraction(self) -> Extraction:
         """The functions that can be taken out of the graph."""
         return Extraction(self.graph)
 
     @property
-    def has_effects(self):
+    def has_effects(self) -> bool:
         """Whether the graph has operations that change anything, which a function would run."""
         return any(
             op.op_def.is_stateful and op.type not in _HARMLESS for op in self.graph.get_operations()
         )
 
     @property
-    def cuttable(self):
+    def cuttable(self) -> bool:
         """Whether no call is in the body of a loop or branch."""
         return all(call.fetches is not None for call in self.calls)
 
     @functools.cached_property
-    def not_nan(self):
+    def not_nan(self) -> list[int]:
         """The places of those inputs among `inputs` in which NaN would be an error.
 
         A batch norm layer does not show every NaN: pooling and fused kernels hide some. A
@@ -130,7 +140,7 @@ class Trace:
         ]
 
     @property
-    def vectorized(self):
+    def vectorized(self) -> bool:
         """Whether `tf.vectorized_map` vectorizes a function around a call.
 
         Such a function is traced for one of its elements, the first, whose number is the default
@@ -140,12 +150,12 @@ class Trace:
         return any(op.type == "PlaceholderWithDefault" for op in ancestors(entered))
 
 
-def _looks_for_nan(op):
+def _looks_for_nan(op: tf.Operation) -> bool:
     unequal_to_itself = op.type in ("Equal", "NotEqual") and op.inputs[0] is op.inputs[1]
     return op.type in _LOOKS_FOR_NAN or unequal_to_itself
 
 
-def _carrying_nan(tensors):
+def _carrying_nan(tensors: Iterable[tf.Tensor]) -> set[int]:
     """The ids of the tensors from which NaN could come to others: not through a comparison."""
     seen, pending = set(), list(tensors)
     while pending:
@@ -157,7 +167,7 @@ def _carrying_nan(tensors):
     return seen
 
 
-def _refuse_memory(trace, observer, updates):
+def _refuse_memory(trace: Trace, observer: Observer, updates: Mapping[int, tf.Tensor]) -> None:
     """Raise `UnobservableError` if a variable carries data from one batch to the next.
 
     A sweep takes batches in any order, and each several times.
@@ -167,7 +177,7 @@ def _refuse_memory(trace, observer, updates):
     outer = {id(inner.op): id(captured) for captured, inner in trace.graph.captures}
     handles = {outer[key] for key in read if key in outer}
 
-    def carries(values):
+    def carries(values: Iterable[tf.Tensor]) -> bool:
         return any(id(op) in data for op in ancestors(values))
 
     for variable, value in updates.items():
@@ -187,6 +197,10 @@ def _refuse_memory(trace, observer, updates):
             )
 
 
+# By key those of one signature but for its shapes; the latest used last.
+Traces = collections.OrderedDict[tuple, list[Trace]]
+
+
 class Network:
     """A model as its sweeps see it, on one device.
 
@@ -198,7 +212,13 @@ class Network:
             if `None`.
     """
 
-    def __init__(self, model, layers, ignored=frozenset(), device=None):
+    def __init__(
+        self,
+        model: keras.Model,
+        layers: Mapping[str, keras.Layer],
+        ignored: frozenset[Site] = frozenset(),
+        device: str | None = None,
+    ):
         self.model = model
         self.observer = Observer(model, layers, ignored)
         self._key = tuple(layers), ignored, device
@@ -206,12 +226,12 @@ class Network:
         structure = keras_models.structure(model)
         with _building:
             known, traces = _traces.get(model, (None, None))
-            if known != structure:  # The model's layers have changed since.
-                traces = collections.OrderedDict()  # The latest used last.
+            if traces is None or known != structure:  # The model's layers have changed since.
+                traces = Traces()
                 _traces[model] = structure, traces
         self._traces = traces
 
-    def trace(self, inputs, *, settled, static=False):
+    def trace(self, inputs: Structure, *, settled: bool, static: bool = False) -> Trace:
         """The trace for batches like `inputs`, made if there is none that fits.
 
         Args:
@@ -237,11 +257,18 @@ class Network:
                 self._traces.popitem(last=False)
             return traces[-1]
 
-    def placed(self):
+    def placed(self) -> contextlib.AbstractContextManager:
         """A scope in which operations run on the network's device."""
         return contextlib.nullcontext() if self._device is None else tf.device(self._device)
 
-    def _new_trace(self, opened, flat, traces, settled, static):
+    def _new_trace(
+        self,
+        opened: Structure,
+        flat: list[tf.TensorSpec],
+        traces: list[Trace],
+        settled: bool,
+        static: bool,
+    ) -> Trace:
         # One trace for all batch sizes, and where other dimensions turn out to differ, one for
         # all of these, unless that makes Keras vectorize: TimeDistributed does, where the number
         # of steps is open. Where the model wants the size of the batch, one for each size.
@@ -266,7 +293,7 @@ class Network:
             "layer that is called in tf.vectorized_map. Use tf.map_fn there."
         )
 
-    def _declares(self, specs):
+    def _declares(self, specs: list[tf.TensorSpec]) -> bool:
         """Whether the model's recorded input shapes, as far as they are known, allow these."""
         declared = flatten(keras_models.input_specs(self.model) or [])
         if len(declared) != len(specs):
@@ -277,7 +304,7 @@ class Network:
         )
 
     @contextlib.contextmanager
-    def _traced_for(self):
+    def _traced_for(self) -> Iterator[None]:
         with contextlib.ExitStack() as scope:
             if self._device is not None:
                 # Only within the scope of its strategy is a mirrored variable read on that device.
@@ -286,12 +313,12 @@ class Network:
             yield
 
 
-def flatten(structure):
+def flatten(structure: Structure) -> list:
     """The dense tensors, or their specs, of a structure that may have ragged and sparse ones."""
     return tf.nest.flatten(structure, expand_composites=True)
 
 
-def _open(value):
+def _open(value: Any) -> tf.TypeSpec:
     """The type of a batch's leaf, with a batch axis of any size."""
     spec = value if isinstance(value, tf.TypeSpec) else tf.type_spec_from_value(value)
     if not spec.shape.rank:
@@ -304,12 +331,12 @@ def _open(value):
     return tf.TensorSpec(shape, spec.dtype)
 
 
-def _kind(value):
+def _kind(value: Any) -> tuple[str, str]:
     spec = _open(value)
     return type(spec).__name__, spec.dtype.name
 
 
-def _relaxed(a, b):
+def _relaxed(a: tf.TensorSpec, b: tf.TensorSpec) -> tf.TensorSpec:
     if a.shape.rank != b.shape.rank:
         return a
     pairs = zip(a.shape, b.shape, strict=True)

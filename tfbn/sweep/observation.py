@@ -3,7 +3,7 @@
 import collections
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import keras
@@ -11,9 +11,13 @@ import numpy as np
 import tensorflow as tf
 
 from tfbn import keras_models
+from tfbn.keras_models import Structure
 from tfbn.layer import kernels, sums
 from tfbn.sweep.inference import Draws, inference
 from tfbn.sweep.state import Site
+
+# Count, mean and variance of the values that enter a layer in one call, float64.
+CallMoments = Sequence[tf.Tensor]
 
 
 class Call(NamedTuple):
@@ -34,7 +38,7 @@ class Call(NamedTuple):
     inputs: list
     outputs: tf.Tensor
     fetches: list | None
-    measure: Callable
+    measure: Callable[..., list[CallMoments]]
 
 
 class Observer:
@@ -46,13 +50,23 @@ class Observer:
         ignored: The sites whose values do not count, because `fit` does not train there.
     """
 
-    def __init__(self, model, layers, ignored=frozenset()):
-        self._model = weakref.ref(model)
+    def __init__(
+        self,
+        model: keras.Model,
+        layers: Mapping[str, keras.Layer],
+        ignored: frozenset[Site] = frozenset(),
+    ):
+        self._model: Callable[[], keras.Model] = weakref.ref(model)
         self._layers = weakref.WeakValueDictionary(layers)
         self._ignored = ignored
-        self._queues = {}
+        self._queues: dict[Site, tf.queue.FIFOQueue] = {}
 
-    def run(self, inputs, number, population):
+    def run(
+        self,
+        inputs: Structure,
+        number: tf.Tensor,
+        population: Callable[[Site, int], Sequence[tf.Tensor] | None],
+    ) -> tuple[Structure, list[Call], int, dict[int, tf.Tensor]]:
         """Run the model for inference.
 
         Args:
@@ -66,7 +80,8 @@ class Observer:
             The model's outputs, the calls that were made, how many random draws there were, and
             by the id of a Keras variable the value that the run would have given to it.
         """
-        calls, counts = [], collections.Counter()
+        calls: list[Call] = []
+        counts: collections.Counter[str] = collections.Counter()
         outer = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
         def observe(path, layer, call, x, training, mask):
@@ -91,41 +106,43 @@ class Observer:
         updates = {key: value for key, value in updates.items() if value is not None}
         return outputs, calls, draws.made, updates
 
-    def owner(self, variable_id):
+    def owner(self, variable_id: int) -> str:
         """The path of the innermost layer that has a variable."""
         path, _ = self._variables()[variable_id]
         return path
 
-    def handles(self, variable_id):
+    def handles(self, variable_id: int) -> set[int]:
         """The ids of the tensors by which graphs refer to a variable, on every replica."""
         _, variable = self._variables()[variable_id]
         strategy = self._model().distribute_strategy
         local = strategy.experimental_local_results(variable.value)
         return {id(value.handle) for value in local}
 
-    def _variables(self):
+    def _variables(self) -> dict[int, tuple[str, keras.Variable]]:
         """By its id each Keras variable of the model, with the path of its innermost layer.
 
         A recurrent layer keeps its state in a list, and Keras does not count it among the layer's
         variables.
         """
-        found = {}
+        variables = {}
         for path, layer in keras_models.layers(self._model()).items():
-            held = [v for v in vars(layer).values() if isinstance(v, keras.Variable | list | tuple)]
-            for variable in [*layer.variables, *keras.tree.flatten(held)]:
+            state = [
+                v for v in vars(layer).values() if isinstance(v, keras.Variable | list | tuple)
+            ]
+            for variable in [*layer.variables, *keras.tree.flatten(state)]:
                 if isinstance(variable, keras.Variable):
-                    found[id(variable)] = path, variable
-        return found
+                    variables[id(variable)] = path, variable
+        return variables
 
-    def _waiting(self, call, channels):
+    def _waiting(self, call: Call, channels: int) -> Call:
         """A call in the body of a loop or branch, of which only the outputs' needs are run."""
         queue = self._queue(call.site, channels)
-        [batch] = call.measure(*call.fetches)
+        [batch] = call.measure(*(call.fetches or ()))
         with tf.control_dependencies([queue.enqueue(_per_channel(*batch))]):
             outputs = tf.identity(call.outputs)
         return Call(call.site, call.inputs, outputs, None, functools.partial(_drain, queue))
 
-    def _queue(self, site, channels):
+    def _queue(self, site: Site, channels: int) -> tf.queue.FIFOQueue:
         """The queue in which the moments of a call in a loop or branch wait for `_drain`."""
         if site not in self._queues:
             with tf.init_scope(), tf.device("CPU"):
@@ -135,7 +152,9 @@ class Observer:
         return self._queues[site]
 
 
-def untrained_sites(model, layers, inputs):
+def untrained_sites(
+    model: keras.Model, layers: Mapping[str, keras.Layer], inputs: Structure
+) -> tuple[set[Site], set[Site]]:
     """The calls of batch norm layers that `fit` does not train.
 
     A layer trains in a call that is in training mode, whatever its `trainable` flag says: a
@@ -150,7 +169,8 @@ def untrained_sites(model, layers, inputs):
         The sites of the calls that do not train and of those that do; none where the model
         cannot be traced.
     """
-    trained, met, counts = set(), set(), collections.Counter()
+    trained, met = set(), set()
+    counts: collections.Counter[str] = collections.Counter()
 
     def observe(path, layer, call, x, training, mask):
         site = Site(path, counts[path])
@@ -170,12 +190,18 @@ def untrained_sites(model, layers, inputs):
     specs = [tf.TensorSpec(value.shape, value.dtype) for value in flat]
     try:
         tf.compat.v1.wrap_function(run, [tf.TensorSpec([], tf.int64), *specs])
-    except Exception:  # The sweep itself says what the model does not take.
+    except Exception:  # The sweep itself raises the error for a batch that the model refuses.
         return set(), set()
     return met - trained, trained
 
 
-def _observed(site, layer, x, mask, population):
+def _observed(
+    site: Site,
+    layer: keras.Layer,
+    x: tf.Tensor,
+    mask: tf.Tensor | None,
+    population: Sequence[tf.Tensor] | None,
+) -> Call:
     form = {"axis": layer.axis, "epsilon": layer.epsilon}
     gamma, beta = (
         None if v is None else tf.convert_to_tensor(v) for v in (layer.gamma, layer.beta)
@@ -191,7 +217,9 @@ def _observed(site, layer, x, mask, population):
     return Call(site, entered, outputs, fetches, measure)
 
 
-def _measured(axis, x, mask=None):
+def _measured(
+    axis: int, x: tf.Tensor, mask: tf.Tensor | None = None
+) -> tuple[list[tf.Tensor], Callable[..., list[CallMoments]]]:
     """The tensors whose moments are those of `x`, and the function that gives them."""
     if mask is not None:
         specs = tuple(tf.TensorSpec([None, *v.shape[1:]], v.dtype) for v in (x, mask))
@@ -203,7 +231,7 @@ def _measured(axis, x, mask=None):
 
 
 @functools.cache
-def _moments(within, dtype):
+def _moments(within: int, dtype: tf.DType) -> Callable[[tf.Tensor], CallMoments]:
     """The moments of `tfbn.layer.sums`, traced once for all layers of all models."""
     return _concrete(
         lambda x: sums.moments_of_stretches(x, within), tf.TensorSpec([None] * 3, dtype)
@@ -211,21 +239,25 @@ def _moments(within, dtype):
 
 
 @functools.lru_cache(maxsize=256)
-def _masked_moments(axis, specs):
+def _masked_moments(
+    axis: int, specs: tuple[tf.TensorSpec, tf.TensorSpec]
+) -> Callable[[tf.Tensor, tf.Tensor], CallMoments]:
     return _concrete(lambda x, mask: kernels.moments(x, axis, mask), *specs)
 
 
-def _concrete(function, *specs):
+def _concrete(
+    function: Callable[..., CallMoments], *specs: tf.TensorSpec
+) -> Callable[..., CallMoments]:
     # Outside of the graph that may be in the making, which the function would keep alive.
     with tf.init_scope(), tf.device(None):
         return tf.function(function, input_signature=specs, autograph=False).get_concrete_function()
 
 
-def _per_channel(count, mean, variance):
+def _per_channel(count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> list[tf.Tensor]:
     return [tf.cast(value, tf.float64) for value in (tf.ones_like(mean) * count, mean, variance)]
 
 
-def _drain(queue):
+def _drain(queue: tf.queue.FIFOQueue) -> list[CallMoments]:
     """All moments that were put into a queue since the last time; no values if there are none."""
-    waiting = list(zip(*queue.dequeue_many(queue.size()), strict=True))
+    waiting: list[CallMoments] = list(zip(*queue.dequeue_many(queue.size()), strict=True))
     return waiting or [[tf.zeros(shape, tf.float64) for shape in queue.shapes]]

@@ -5,15 +5,17 @@ import os
 import threading
 import uuid
 import weakref
-from typing import Any
+from collections.abc import Callable
 
 import keras
 
-from tfbn.sweep.batches import prepared
+from tfbn.population import PopulationStats
+from tfbn.sweep.batches import BatchReader, prepared
 from tfbn.sweep.caveats import warn_of
 from tfbn.sweep.run import layers_to_sweep
 from tfbn.sweep.shard import ShardSweep
-from tfbn.sweep.sources import check_source, load
+from tfbn.sweep.sources import Source, check_source, load
+from tfbn.sweep.state import SweepState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,20 +31,20 @@ class Recipe:
         sweep: The name of the sweep, other than that of any other.
     """
 
-    source: Any
+    source: Source
     method: str
     include_frozen: bool = False
-    paths: tuple | None = None
+    paths: tuple[str, ...] | None = None
     sweep: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
 
 
 class OnlyHere:
     """A model that tasks bring along as long as they stay in this process."""
 
-    def __init__(self, model):
+    def __init__(self, model: keras.Model):
         self.model = model
 
-    def __call__(self):
+    def __call__(self) -> keras.Model:
         """The model."""
         return self.model
 
@@ -55,8 +57,8 @@ class OnlyHere:
         )
 
 
-def source_of(model):
-    """The source of a model, from what the user gave as `model`.
+def source_of(model: keras.Model | str | os.PathLike | Callable[[], keras.Model]) -> Source:
+    """The source of a model, from the user's argument `model`.
 
     Raises:
         ValueError: See `tfbn.sweep.sources.check_source`.
@@ -65,7 +67,7 @@ def source_of(model):
 
 
 class Replica:
-    """The model of a sweep in this process, and what is made of it once for all tasks.
+    """The model of a sweep in this process, and its `ShardSweep`s, made once for all tasks.
 
     Args:
         recipe: The `Recipe` of the sweep.
@@ -75,7 +77,7 @@ class Replica:
         layers: The layers to sweep, by path.
     """
 
-    def __init__(self, recipe):
+    def __init__(self, recipe: Recipe):
         self.model = load(recipe.source)
         layers = layers_to_sweep(self.model, recipe.include_frozen)
         # If it has other layers, its fingerprint is another too, which `sweep_level` refuses.
@@ -83,20 +85,20 @@ class Replica:
             layers = dict(zip(recipe.paths, layers.values(), strict=True))
         self.layers = layers
         self._recipe = recipe
-        self._sweeps = {}
+        self._sweeps: dict[str, ShardSweep] = {}
         self._lock = threading.Lock()
         self._sweep_by(recipe.method)
 
     @property
-    def begin(self):
+    def begin(self) -> SweepState:
         """The state that the sweep begins at."""
         return self.begin_by(self._recipe.method)
 
-    def begin_by(self, method):
+    def begin_by(self, method: str) -> SweepState:
         """The state that a sweep by another method begins at."""
         return self._sweep_by(method).begin
 
-    def _sweep_by(self, method):
+    def _sweep_by(self, method: str) -> ShardSweep:
         if method not in self._sweeps:
             self._sweeps[method] = ShardSweep(
                 self.model,
@@ -107,7 +109,7 @@ class Replica:
             )
         return self._sweeps[method]
 
-    def sweep_level(self, state, batches):
+    def sweep_level(self, state: SweepState, batches: BatchReader) -> SweepState:
         """One level over some batches.
 
         Args:
@@ -121,7 +123,7 @@ class Replica:
             swept = self._sweep_by(state.method).continue_sweep(state, batches)
         return dataclasses.replace(swept, settled={})
 
-    def finish(self, state):
+    def finish(self, state: SweepState) -> PopulationStats:
         """The `tfbn.PopulationStats` of a complete sweep, with warnings where they are due."""
         sweep = self._sweep_by(state.method)
         stats = state.finish(self.model, sweep.previous_of(state.paths))
@@ -131,13 +133,14 @@ class Replica:
 
 # Here rather than in the tasks, which are new objects every time that they are sent. As long as
 # somebody holds them, the replicas of several sweeps; else that of the last one.
-_replicas = weakref.WeakValueDictionary()
-_last = []
+_replicas: weakref.WeakValueDictionary[str, Replica] = weakref.WeakValueDictionary()
+_last: list[Replica] = []
 _making = threading.Lock()
-_processes = set()  # This one, as soon as TensorFlow runs in it, and those that it was forked from.
+# This one, as soon as TensorFlow runs in it, and those that it was forked from.
+_processes: set[int] = set()
 
 
-def replica(recipe):
+def replica(recipe: Recipe) -> Replica:
     """The `Replica` of a sweep in this process, made in the first call.
 
     Raises:
@@ -151,15 +154,15 @@ def replica(recipe):
             "with multiprocessing.get_context('spawn')."
         )
     with _making:
-        found = _replicas.get(recipe.sweep)
-        if found is None:
+        made = _replicas.get(recipe.sweep)
+        if made is None:
             _last.clear()
-            found = _replicas[recipe.sweep] = Replica(recipe)
-        _last[:] = [found]
-        return found
+            made = _replicas[recipe.sweep] = Replica(recipe)
+        _last[:] = [made]
+        return made
 
 
-def forget(recipe):
+def forget(recipe: Recipe) -> None:
     """Let the model go, in this process."""
     with _making:
         if _replicas.get(recipe.sweep) in _last:

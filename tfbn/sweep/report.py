@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs."""
+"""The progress of a sweep, in words or as a bar."""
 
 import keras
 
@@ -10,30 +10,30 @@ class Report:
         method: The name of the method.
         verbose: 0 for silence, 1 for a progress bar, 2 for one line per pass. `"auto"` is 1.
         total: How many batches there are, `None` if unknown.
-        unit: What they are called.
+        unit: The word for one of them.
     """
 
-    def __init__(self, method, verbose, total, unit="batch"):
+    def __init__(self, method: str, verbose: int | str, total: int | None, unit: str = "batch"):
         self._unit = unit
         self._method = method
         self._verbose = 1 if verbose == "auto" else int(verbose)
         self._total = total
-        self._bar = None
+        self._bar: keras.utils.Progbar | None = None
         self._seen = 0
 
-    def begin(self):
+    def begin(self) -> None:
         """Say that the sweep begins, before the network is traced."""
         if self._verbose:
             print(f"Population statistics, {self._method}")
 
-    def begin_level(self, level):
+    def begin_level(self, level: int) -> None:
         """Go on with a level, from its first batch."""
         if self._verbose == 2:
             print(f"pass {level}")
         self._level = level
         self._seen = 0
 
-    def batch(self, levels):
+    def batch(self, levels: int) -> None:
         """Count a batch.
 
         Args:
@@ -53,7 +53,7 @@ class Report:
         done = total * (self._level - 1) + self._seen
         self._bar.update(done, finalize=False)
 
-    def end(self):
+    def end(self) -> None:
         """Finish the line of the bar."""
         if self._bar is not None:
             self._bar.target = self._bar.target or self._seen

@@ -2,33 +2,37 @@
 
 import functools
 import math
+import os
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tfbn import arguments, keras_models
+from tfbn.population import PopulationStats
 from tfbn.sweep import data, memory
-from tfbn.sweep.batches import empty, prepared
+from tfbn.sweep.batches import Batches, empty, prepared
 from tfbn.sweep.caveats import warn_of
 from tfbn.sweep.methods import METHODS, check_method
 from tfbn.sweep.sampling import Pilot, Sample
 from tfbn.sweep.shard import ShardSweep, trace_first
-from tfbn.sweep.state import merged
+from tfbn.sweep.state import Site, SweepState, merged
 from tfbn.sweep.workers import Workers
 
 
 def collect(
-    model,
-    x,
-    method="exact",
-    batch_size=None,
-    steps=None,
-    include_frozen=False,
-    verbose="auto",
-    memory_limit=None,
-    checkpoint=None,
-    tolerance=None,
-):
+    model: keras.Model,
+    x: Any,
+    method: str = "exact",
+    batch_size: int | None = None,
+    steps: int | None = None,
+    include_frozen: bool = False,
+    verbose: int | str = "auto",
+    memory_limit: int | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    tolerance: float | None = None,
+) -> PopulationStats:
     """Sweep data through a model and return its population statistics.
 
     The network is run in inference mode (dropout, noise and augmentation inactive), with
@@ -135,7 +139,7 @@ def collect(
     stats = state.finish(model, shard.previous_of(state.paths))
     warn_of(state, stats)
     shard.end()
-    return stats if pilot is None else pilot.with_errors(stats, tolerance)
+    return stats if pilot is None or tolerance is None else pilot.with_errors(stats, tolerance)
 
 
 class _Sweep:
@@ -149,7 +153,17 @@ class _Sweep:
         options: Those of `ShardSweep`.
     """
 
-    def __init__(self, model, check, method, workers, *, memory_limit, checkpoint, **options):
+    def __init__(
+        self,
+        model: keras.Model,
+        check: Callable[[], tuple[dict[str, keras.Layer], Batches]],
+        method: str,
+        workers: Workers,
+        *,
+        memory_limit: int,
+        checkpoint: str | os.PathLike | None,
+        **options: Any,
+    ):
         self._model = model
         # Called in the first `gather`, so that all workers learn if one cannot.
         self._checked = functools.cache(check)
@@ -159,16 +173,16 @@ class _Sweep:
         self._checkpoint = checkpoint
         self._options = options
 
-    def of_all(self):
+    def of_all(self) -> tuple[SweepState, ShardSweep, None]:
         """Sweep all data: the complete state, the `ShardSweep`, and no `Pilot`."""
         return *self._whole(lambda: self._checked()[1], self._memory_limit), None
 
-    def of_sample(self, tolerance):
+    def of_sample(self, tolerance: float) -> tuple[SweepState, ShardSweep, Pilot]:
         """Sweep as much data as a tolerance takes: see `of_all`, and the `Pilot` that found it."""
         by_level = METHODS[self._method].by_level
 
         @functools.cache
-        def start():
+        def start() -> tuple[Sample, ShardSweep]:
             """The `Sample`, and the `ShardSweep` of the pilot."""
             batches = self._checked()[1]
             if not by_level:
@@ -176,7 +190,7 @@ class _Sweep:
             pilot = self._shard(prepared([]), "pooled", verbose=0)
             return Sample(batches, self._memory_limit), pilot
 
-        def sweep(more):
+        def sweep(more: int) -> SweepState | None:
             sample, shard = start()
             each = math.ceil(more / len(self._workers))
             begin = shard.begin
@@ -195,11 +209,13 @@ class _Sweep:
             return pilot.state, shard, pilot
         return *self._whole(sample.whole, self._memory_limit - sample.nbytes), pilot
 
-    def _whole(self, batches, memory_limit):
+    def _whole(
+        self, batches: Callable[[], Batches], memory_limit: int
+    ) -> tuple[SweepState, ShardSweep]:
         """Sweep some batches, level by level: the complete state, and the `ShardSweep`."""
 
         @functools.cache
-        def shard():
+        def shard() -> ShardSweep:
             limits = {"memory_limit": memory_limit, "checkpoint": self._checkpoint}
             return self._shard(batches(), self._method, **limits)
 
@@ -207,7 +223,7 @@ class _Sweep:
         gather = self._workers.gather
         state = max(gather(lambda: shard().begin), key=lambda begin: begin.level)
         while not state.complete:
-            swept = gather(lambda state=state: shard().sweep_level(state), settled=state.settled)
+            swept = gather(functools.partial(shard().sweep_level, state), settled=state.settled)
             reached = merged(swept, state)
             if reached is None:
                 raise empty()
@@ -218,12 +234,12 @@ class _Sweep:
                 state = reached.next_level()
         return state, shard()
 
-    def _shard(self, batches, method, **options):
+    def _shard(self, batches: Batches, method: str, **options: Any) -> ShardSweep:
         layers, _ = self._checked()
         return ShardSweep(self._model, layers, batches, method, **{**self._options, **options})
 
 
-def update_population_stats(model, x, **options):
+def update_population_stats(model: keras.Model, x: Any, **options: Any) -> PopulationStats:
     """Sweep data through a model and set its inference statistics: `collect`, then `assign`.
 
     For models that are trained already, with tfbn's layer or Keras's.
@@ -234,7 +250,7 @@ def update_population_stats(model, x, **options):
         **options: The other arguments of `collect`.
 
     Returns:
-        The new statistics; `stats.previous.assign(model)` puts back what was there.
+        The new statistics; `stats.previous.assign(model)` puts the old ones back.
     """
     stats = collect(model, x, **options)
     stats.assign(model)
@@ -242,8 +258,14 @@ def update_population_stats(model, x, **options):
 
 
 def check(
-    model, x, batch_size=None, steps=None, include_frozen=False, may_be_empty=False, sample=False
-):
+    model: keras.Model,
+    x: Any,
+    batch_size: int | None = None,
+    steps: int | None = None,
+    include_frozen: bool = False,
+    may_be_empty: bool = False,
+    sample: bool = False,
+) -> tuple[dict[str, keras.Layer], Batches]:
     """The layers that `collect` would sweep, by path, and the batches it would sweep.
 
     Raises:
@@ -253,8 +275,15 @@ def check(
     return layers, data.batches(x, batch_size, steps, may_be_empty, model, sample)
 
 
-def check_batch(model, x, method="exact", batch_size=None, steps=None, tolerance=None):
-    """Trace on one batch what `collect` would run, which then need not be traced again.
+def check_batch(
+    model: keras.Model,
+    x: Any,
+    method: str = "exact",
+    batch_size: int | None = None,
+    steps: int | None = None,
+    tolerance: float | None = None,
+) -> tuple[frozenset[str], frozenset[Site]]:
+    """Make the traces of `collect` on one batch, so that it need not make them again.
 
     A `tf.data.Dataset` is not read for it, because that would change the order in which a shuffled
     one comes to `fit`: its specs tell. A generator is read from.
@@ -288,7 +317,7 @@ def check_batch(model, x, method="exact", batch_size=None, steps=None, tolerance
     return trace_first(model, layers, inputs, method, static=batches.static)
 
 
-def layers_to_sweep(model, include_frozen):
+def layers_to_sweep(model: keras.Model, include_frozen: bool) -> dict[str, keras.Layer]:
     """The layers that `collect` would sweep, by path.
 
     Raises:

@@ -4,10 +4,13 @@ import functools
 import itertools
 import math
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from tfbn.sweep.batches import empty, nbytes, prepared, too_large
+from tfbn.keras_models import Structure
+from tfbn.population import LayerStats, PopulationStats
+from tfbn.sweep.batches import Batch, Batches, empty, nbytes, prepared, too_large
 from tfbn.sweep.state import SweepState
 
 # Standard errors from fewer batches vary so much that a sweep would often end too early.
@@ -30,53 +33,55 @@ class Sample:
         nbytes: Bytes that the kept batches take.
     """
 
-    def __init__(self, batches, limit):
+    def __init__(self, batches: Batches, limit: int | None):
         self._batches = batches
         self._iterator = iter(batches)
         self._limit = limit
-        self._kept = [] if limit is not None and not batches.population_size else None
+        keep = limit is not None and not batches.population_size
+        self._inputs: list[Structure] | None = [] if keep else None
         self._taken = 0
         self.nbytes = 0
 
-    def more(self, number):
+    def more(self, number: int) -> "_Window":
         """The next batches, at most `number`, as the `batches` of `ShardSweep.continue_sweep`."""
         return _Window(map(self._take, itertools.islice(self._iterator, number)), self._batches)
 
-    def whole(self):
+    def whole(self) -> Batches:
         """All that was taken, as `Batches`."""
-        if self._kept is None:
+        if self._inputs is None:
             return self._batches.part(0, self._taken)
-        return prepared(self._kept, self._batches.static)
+        return prepared(self._inputs, self._batches.static)
 
-    def _take(self, batch):
+    def _take(self, batch: Batch) -> Batch:
         self._taken += 1
-        if self._kept is None:
+        if self._inputs is None:
             return batch
-        self._kept.append(batch.inputs)
+        self._inputs.append(batch.inputs)
         self.nbytes += nbytes(batch.inputs)
-        if self.nbytes > self._limit:
+        if self._limit is not None and self.nbytes > self._limit:
             if not self._batches.repeatable:
                 raise too_large(self._taken, self._limit)
-            self._kept, self.nbytes = None, 0  # They are read again.
+            self._inputs, self.nbytes = None, 0  # They are read again.
         return batch
 
 
 class _Window:
     """Some batches in the middle of the data, which are read once."""
 
-    def __init__(self, iterator, batches):
+    def __init__(self, iterator: Iterator[Batch], batches: Batches):
         self._iterator = iterator
-        self._first = []
+        self._first: list[Batch | None] = []
         self.static = batches.static
 
-    def first(self):
+    def first(self) -> Batch | None:
         if not self._first:
             self._first.append(next(self._iterator, None))
         return self._first[0]
 
-    def __iter__(self):
-        if self.first() is not None:
-            yield self._first[0]
+    def __iter__(self) -> Iterator[Batch]:
+        first = self.first()
+        if first is not None:
+            yield first
             yield from self._iterator
 
 
@@ -90,13 +95,13 @@ class Pilot:
             is not known.
     """
 
-    def __init__(self, sweep, population_size):
+    def __init__(self, sweep: Callable[[int], SweepState | None], population_size: int):
         self._sweep = sweep
         self._population_size = population_size
-        self._rounds = []
+        self._rounds: list[SweepState] = []
 
     @property
-    def state(self):
+    def state(self) -> SweepState:
         """The complete `SweepState` of all that was swept.
 
         Raises:
@@ -104,7 +109,7 @@ class Pilot:
         """
         return _complete(self._rounds)
 
-    def reach(self, tolerance):
+    def reach(self, tolerance: float) -> None:
         """Sweep until the largest relative standard error is at most `tolerance`, or data ends."""
         error, ended = math.inf, False
         while error > tolerance and not ended:
@@ -116,13 +121,13 @@ class Pilot:
                 self._rounds.append(reached)
                 error = self._relative_error()
 
-    def _relative_error(self):
+    def _relative_error(self) -> float:
         state = self.state
         errors = [stats.relative_error for stats in state.statistics().values()]
         largest = self._factor(state.samples) * np.max(errors, initial=0.0)
         return math.inf if np.isnan(largest) else largest
 
-    def _factor(self, samples):
+    def _factor(self, samples: int) -> float:
         """The factor on the standard errors of samples drawn from a population of known size.
 
         sqrt(1 - samples / population_size): 0 where all were drawn (Cochran 1977, section 2.6).
@@ -130,12 +135,12 @@ class Pilot:
         size = self._population_size
         return math.sqrt(1 - samples / size) if size else 1.0
 
-    def with_errors(self, stats, tolerance):
-        """The `PopulationStats` of the same sample, with the errors that this sweep found.
+    def with_errors(self, stats: PopulationStats, tolerance: float) -> PopulationStats:
+        """The `PopulationStats` of the same sample, with the standard errors of this sweep.
 
         Between the batches of an `"exact"` sweep, layers behind others spread more than their
         statistics are off: they are measured while the layers before them normalise with the
-        statistics of the same sample, which takes out what is common to its values. In a
+        statistics of the same sample, which takes out the part that its values share. In a
         one-pass method each batch normalises with its own, so that its spread shows the whole.
         """
         factor = self._factor(stats.samples)
@@ -146,7 +151,7 @@ class Pilot:
         size = self._population_size
         return stats.replace(layers=layers, population_size=size, tolerance=tolerance)
 
-    def warn_of_halves(self):
+    def warn_of_halves(self) -> None:
         """Warn where the first and the second half of the sample are of two populations."""
         halves = _halves(self._rounds)
         if halves is None:
@@ -165,14 +170,14 @@ class Pilot:
                 return
 
 
-def _complete(rounds):
+def _complete(rounds: Sequence[SweepState]) -> SweepState:
     state = functools.reduce(SweepState.merge, rounds) if rounds else None
     if state is None:
         raise empty()
     return state.next_level()
 
 
-def _needed(batches, excess):
+def _needed(batches: int, excess: float) -> int:
     """How many batches to have next, where the errors of so many are too large by a factor.
 
     Errors fall with the square root of the number of batches.
@@ -183,7 +188,9 @@ def _needed(batches, excess):
     return math.ceil(batches * min(max(1.1 * excess**2, least), most))
 
 
-def _halves(rounds):
+def _halves(
+    rounds: Sequence[SweepState],
+) -> tuple[Sequence[SweepState], Sequence[SweepState]] | None:
     """Rounds in two parts of about the same number of batches, or `None` if there is only one."""
     if len(rounds) < 2:
         return None
@@ -192,7 +199,7 @@ def _halves(rounds):
     return rounds[:cut], rounds[cut:]
 
 
-def _apart(first, second):
+def _apart(first: LayerStats, second: LayerStats) -> float:
     """The difference of two means in standard errors, as the root mean square over channels."""
     error = np.hypot(first.mean_error, second.mean_error)
     known = error > 0

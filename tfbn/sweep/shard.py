@@ -3,35 +3,39 @@
 import contextlib
 import dataclasses
 import functools
-from typing import NamedTuple
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, NoReturn
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from tfbn import keras_models, moments
+from tfbn.keras_models import Structure
+from tfbn.moments import Moments
 from tfbn.population import PopulationStats
 from tfbn.sweep import digests
-from tfbn.sweep.batches import Batch, nbytes
+from tfbn.sweep.batches import Batch, Batches, BatchReader, nbytes
 from tfbn.sweep.checkpoint import Checkpoint
 from tfbn.sweep.devices import devices, in_turn
 from tfbn.sweep.frontiers import Frontier, Frontiers
 from tfbn.sweep.graph_passes import LevelPasses
 from tfbn.sweep.methods import METHODS
 from tfbn.sweep.network import Network, UnobservableError, flatten
-from tfbn.sweep.observation import untrained_sites
+from tfbn.sweep.observation import CallMoments, untrained_sites
 from tfbn.sweep.report import Report
-from tfbn.sweep.state import SweepState, never_called
+from tfbn.sweep.state import Site, SweepState, never_called
 from tfbn.sweep.whole_passes import WholePasses
 
 
-class _Swept(NamedTuple):
-    """A batch that a pass has run.
+class _BatchResult(NamedTuple):
+    """The results of a pass for one batch.
 
     Attributes:
         batch: The `Batch`.
         frontier: The `Frontier` that it has reached.
-        found: (site, moments) of the calls that were observed.
+        site_moments: (site, moments) of the calls that were observed.
         levels: By path the levels of the layers; `None` if the network cannot be cut there.
         random: Whether the network drew random numbers.
         recurrent: The paths of layers whose calls depend on their own output, in whole passes.
@@ -39,15 +43,10 @@ class _Swept(NamedTuple):
 
     batch: Batch
     frontier: Frontier
-    found: list
-    levels: dict | None
+    site_moments: list[tuple[Site, Moments]]
+    levels: dict[str, int] | None
     random: bool
-    recurrent: frozenset = frozenset()
-
-    @property
-    def told(self):
-        """The arguments of `SweepState.add`."""
-        return self.batch, self.found, self.levels, self.random, self.recurrent
+    recurrent: frozenset[str] = frozenset()
 
 
 class ShardSweep:
@@ -70,51 +69,52 @@ class ShardSweep:
 
     def __init__(
         self,
-        model,
-        layers,
-        batches,
-        method,
+        model: keras.Model,
+        layers: Mapping[str, keras.Layer],
+        batches: Batches,
+        method: str,
         *,
-        include_frozen=False,
-        memory_limit=None,
-        checkpoint=None,
-        verbose=0,
+        include_frozen: bool = False,
+        memory_limit: int | None = None,
+        checkpoint: str | os.PathLike | None = None,
+        verbose: int | str = 0,
     ):
         self._method = method
         self._report = Report(method, verbose, batches.total)
         self._report.begin()
         self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint, batches)
-        one_level = memory_limit is None or not METHODS[method].by_level
-        if not one_level and not batches.repeatable:
+        by_level = METHODS[method].by_level
+        if by_level and memory_limit is not None and not batches.repeatable:
             batches = batches.in_memory(memory_limit)
             memory_limit -= sum(nbytes(batch.inputs) for batch in batches)
-        self._batches = batches
-        held = PopulationStats.read(model)
+        self._batches: BatchReader = batches
+        stats = PopulationStats.read(model)
         path_of = {id(layer): path for path, layer in keras_models.batch_norm_layers(model).items()}
-        self._held = {path: held[path_of[id(layer)]] for path, layer in layers.items()}
+        self._previous = {path: stats[path_of[id(layer)]] for path, layer in layers.items()}
         self._model = model
         self._layers = layers
         self._include_frozen = include_frozen
         self._eager = model.run_eagerly
-        whole = METHODS[method].by_level and self._eager
-        self.begin = SweepState(method, held.fingerprint, tuple(layers), whole)
+        whole = by_level and self._eager
+        self.begin = SweepState(method, stats.fingerprint, tuple(layers), whole)
         self._choose_layers(batches)
         self._memory_limit = memory_limit or 0
         self.forget_frontiers()
-        self._saved = self._checkpoint and self._checkpoint.read(self.begin)
+        # The state in the checkpoint, and the digest of its batches.
+        self._saved = None if self._checkpoint is None else self._checkpoint.read(self.begin)
         if self._saved is not None:
             state, _ = self._saved
             self.begin = dataclasses.replace(state.without_batches(), levels=state.levels)
 
-    def previous_of(self, paths):
+    def previous_of(self, paths: Iterable[str]) -> PopulationStats:
         """The `PopulationStats` that some layers held at the beginning."""
         return PopulationStats(
-            {path: self._held[path] for path in paths},
+            {path: self._previous[path] for path in paths},
             method="assigned",
             fingerprint=self.begin.fingerprint,
         )
 
-    def continue_sweep(self, state, batches):
+    def continue_sweep(self, state: SweepState, batches: BatchReader) -> SweepState:
         """The state after one level of a sweep that began in another process.
 
         Args:
@@ -140,12 +140,12 @@ class ShardSweep:
         self.forget_frontiers()  # They are of the batches before.
         return self.sweep_level(state)
 
-    def forget_frontiers(self):
+    def forget_frontiers(self) -> None:
         """Begin anew, with nothing kept from one level to the next."""
         self._frontiers = Frontiers(self._memory_limit)
         self._all_kept = False
 
-    def sweep_level(self, state):
+    def sweep_level(self, state: SweepState) -> SweepState:
         """Sweep one level.
 
         Args:
@@ -161,13 +161,14 @@ class ShardSweep:
         self._saved = None
         self._begin_passes(state)
         try:
-            for swept in in_turn(self._jobs(state, reached, digest), len(self._networks)):
-                if swept.levels is None:
+            for result in in_turn(self._jobs(state, reached, digest), len(self._networks)):
+                batch, frontier, site_moments, levels, random, recurrent = result
+                if levels is None:
                     return dataclasses.replace(reached, whole=True)
-                self._frontiers.put(swept.batch, swept.frontier)
-                added = reached.add(*swept.told)
+                self._frontiers.put(batch, frontier)
+                added = reached.add(batch, site_moments, levels, random, recurrent)
                 # As one, because Ctrl-C may come at any point.
-                reached, digest = added, digests.of_sequence(digest, swept.batch.key)
+                reached, digest = added, digests.of_sequence(digest, batch.key)
                 if reached.whole and not state.whole:
                     return reached
                 self._report.batch(max(reached.levels.values(), default=0))
@@ -182,15 +183,16 @@ class ShardSweep:
         self._all_kept = len(self._frontiers) == reached.batches
         return reached
 
-    def end(self):
+    def end(self) -> None:
         """Delete the checkpoint, and finish the report, of a sweep that is done."""
         self._report.end()
         if self._checkpoint is not None:
             self._checkpoint.remove()
 
-    def _choose_layers(self, batches):
+    def _choose_layers(self, batches: BatchReader) -> None:
         """Leave out the layers that, as the first batch of this process shows, do not train."""
-        layers, ignored = self._layers, frozenset()
+        layers = self._layers
+        ignored: frozenset[Site] = frozenset()
         self._chosen = True
         if not (self._include_frozen or keras_models.always_passes_training_on(self._model)):
             first = batches.first()
@@ -201,13 +203,15 @@ class ShardSweep:
         self.begin = dataclasses.replace(self.begin, paths=tuple(layers))
         places = devices(self._model)
         self._networks = [Network(self._model, layers, ignored, device) for device in places]
-        self._populations = [{} for _ in self._networks]  # By path: moments, and their tensor.
+        # For each network, by path or site, the moments and their tensor on its device.
+        self._populations: list[dict[str | Site, tuple[Moments, tf.Tensor]]]
+        self._populations = [{} for _ in self._networks]
 
-    def _begin_passes(self, state):
+    def _begin_passes(self, state: SweepState) -> None:
         by_level = METHODS[self._method].by_level and not (state.whole or self._eager)
         self._report.begin_level(state.level)
         static = self._batches.static
-        self._passes = [
+        self._passes: list[LevelPasses | WholePasses] = [
             LevelPasses(network, static) if by_level else WholePasses(network, static, self._eager)
             for network in self._networks
         ]
@@ -216,27 +220,29 @@ class ShardSweep:
             for gone in placed.keys() - populations.keys():
                 del placed[gone]
             with network.placed():
-                for path, found in populations.items():
-                    held, _ = placed.get(path, (None, None))
-                    if found is not held:  # A settled level stays as it is.
-                        stacked = np.stack([found.mean, moments.variance(found)])
-                        placed[path] = found, tf.constant(stacked)
+                for key, population in populations.items():
+                    before, _ = placed.get(key, (None, None))
+                    if population is not before:  # A settled level stays as it is.
+                        stacked = np.stack([population.mean, moments.variance(population)])
+                        placed[key] = population, tf.constant(stacked)
 
-    def _jobs(self, state, reached, expected):
+    def _jobs(
+        self, state: SweepState, reached: SweepState, expected: bytes
+    ) -> Iterator[Callable[[], _BatchResult]]:
         """A function for every batch that the level still lacks, on each device in turn."""
-        digest, index = b"", -1
+        digest, index, checkpoint = b"", -1, self._checkpoint
         for batch in self._frontiers if self._all_kept else self._batches:
             index = batch.index
             if index >= reached.batches:
                 yield functools.partial(self._run, batch, state)
                 continue
             digest = digests.of_sequence(digest, batch.key)
-            if index + 1 == reached.batches and digest != expected:
-                raise self._checkpoint.other_data(reached.batches)
-        if index + 1 < reached.batches:
-            raise self._checkpoint.other_data(reached.batches)
+            if checkpoint is not None and index + 1 == reached.batches and digest != expected:
+                raise checkpoint.other_data(reached.batches)
+        if checkpoint is not None and index + 1 < reached.batches:
+            raise checkpoint.other_data(reached.batches)
 
-    def _run(self, batch, state):
+    def _run(self, batch: Batch, state: SweepState) -> _BatchResult:
         level = state.level
         place = batch.index % len(self._networks)
         passes = self._passes[place]
@@ -245,19 +251,23 @@ class ShardSweep:
                 frontier = start = self._frontiers.get(batch) or passes.start(batch)
                 levels = passes.levels(frontier)
                 if levels is None:
-                    return _Swept(batch, frontier, [], None, False)
-                recurrent = passes.recurrent(frontier) if state.whole else frozenset()
+                    return _BatchResult(batch, frontier, [], None, False)
+                recurrent: frozenset[str] = frozenset()
+                if state.whole and isinstance(passes, WholePasses):
+                    recurrent = passes.recurrent(frontier)
                 populations = {path: value for path, (_, value) in self._populations[place].items()}
                 called, frontier, random = passes.advance(frontier, level, populations)
-            found = self._moments(
+            site_moments = self._moments(
                 batch, [(site, values) for site, entered in called for values in entered]
             )
             if level == 1:
                 _refuse_nan(batch, passes.not_nan(start))
-        return _Swept(batch, frontier, found, levels, random, recurrent)
+        return _BatchResult(batch, frontier, site_moments, levels, random, recurrent)
 
-    def _moments(self, batch, entered):
-        """(site, moments) that a batch brings; an error that names both if not finite."""
+    def _moments(
+        self, batch: Batch, entered: Sequence[tuple[Site, CallMoments]]
+    ) -> list[tuple[Site, Moments]]:
+        """(site, moments) of a batch; an error that names site and batch if not finite."""
         if not entered:
             return []
         sites = [site for site, _ in entered]
@@ -266,17 +276,19 @@ class ShardSweep:
         counts, means, variances = zip(
             *(np.broadcast_arrays(*value) for value in values), strict=True
         )
-        found = moments.of_batch(
+        batch_moments = moments.of_batch(
             *map(np.concatenate, (counts, means, variances)), method=self._method
         )
-        finite = moments.finite(found)
+        finite = moments.finite(batch_moments)
         channels = list(map(len, means))
         if not finite.all():
             first = np.searchsorted(np.cumsum(channels), np.argmin(finite), side="right")
             self._refuse(batch, sites[first], *values[first])
-        return list(zip(sites, found.split(channels), strict=True))
+        return list(zip(sites, batch_moments.split(channels), strict=True))
 
-    def _refuse(self, batch, site, count, mean, variance):
+    def _refuse(
+        self, batch: Batch, site: Site, count: np.ndarray, mean: np.ndarray, variance: np.ndarray
+    ) -> NoReturn:
         """Raise the error for moments that are not finite."""
         finite = moments.finite(moments.of_batch(count, mean, variance, method=self._method))
         if self._method == "algorithm2" and np.isfinite(variance).all() and count.min() == 1:
@@ -293,8 +305,15 @@ class ShardSweep:
         )
 
 
-def trace_first(model, layers, inputs, method, *, static):
-    """Trace what the sweep of one process runs.
+def trace_first(
+    model: keras.Model,
+    layers: Mapping[str, keras.Layer],
+    inputs: Structure,
+    method: str,
+    *,
+    static: bool,
+) -> tuple[frozenset[str], frozenset[Site]]:
+    """Make the traces that the sweep of one process runs.
 
     Args:
         model: A built model.
@@ -330,7 +349,9 @@ def trace_first(model, layers, inputs, method, *, static):
     return frozen, ignored
 
 
-def _frozen_by_call(model, layers, inputs):
+def _frozen_by_call(
+    model: keras.Model, layers: Mapping[str, keras.Layer], inputs: Structure
+) -> tuple[frozenset[str], frozenset[Site]]:
     """The paths of layers that `fit` does not train although they may, and single such calls."""
     untrained, trained = untrained_sites(model, layers, inputs)
     paths = {site.path for site in trained}
@@ -344,13 +365,13 @@ def _frozen_by_call(model, layers, inputs):
     return frozen, frozenset(site for site in untrained if site.path in paths)
 
 
-def _refuse_nan(batch, places):
+def _refuse_nan(batch: Batch, places: Iterable[int]) -> None:
     flat = flatten(batch.inputs)
     if any(tf.reduce_any(tf.math.is_nan(flat[place])) for place in places):
         raise ValueError(f"Expected finite data. Received: NaN in {batch.name}. Clean the data.")
 
 
-def _reason(batch):
+def _reason(batch: Batch) -> str:
     if batch.inputs is None:  # Its frontier was kept, so an earlier pass has seen it finite.
         return "The values overflow inside the network. Look at its weights and dtypes."
     floating = [value for value in flatten(batch.inputs) if value.dtype.is_floating]
@@ -363,7 +384,7 @@ def _reason(batch):
 
 
 @contextlib.contextmanager
-def _naming(model, batch):
+def _naming(model: keras.Model, batch: Batch) -> Iterator[None]:
     """Turn whatever a model raises on a batch into a `ValueError` that names the batch."""
     try:
         yield

@@ -2,34 +2,37 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 
 from tfbn import arguments
+from tfbn.population import PopulationStats
 from tfbn.sweep import data
-from tfbn.sweep.batches import empty
+from tfbn.sweep.batches import Batches, empty
 from tfbn.sweep.methods import METHODS, check_method
-from tfbn.sweep.replicas import Recipe, forget, replica, source_of
+from tfbn.sweep.replicas import Recipe, Replica, forget, replica, source_of
 from tfbn.sweep.report import Report
 from tfbn.sweep.sampling import Pilot
 from tfbn.sweep.state import SweepState, merged
 
 
 def collect_shards(
-    model,
-    shards,
+    model: keras.Model | str | os.PathLike | Callable[[], keras.Model],
+    shards: Iterable[Any],
     *,
-    map=map,
-    load=None,
-    method="exact",
-    batch_size=None,
-    steps=None,
-    include_frozen=False,
-    tolerance=None,
-    verbose="auto",
-):
+    map: Callable[..., Iterable] = map,
+    load: Callable[[Any], Any] | None = None,
+    method: str = "exact",
+    batch_size: int | None = None,
+    steps: int | None = None,
+    include_frozen: bool = False,
+    tolerance: float | None = None,
+    verbose: int | str = "auto",
+) -> PopulationStats:
     """Sweep data that lies in many shards, on the engine that `map` belongs to.
 
     The same as `tfbn.collect` on all the data: `"exact"` up to rounding whatever the shards, the
@@ -83,7 +86,7 @@ def collect_shards(
         forget(recipe)
 
 
-def _collect_sample(recipe, cluster, tolerance):
+def _collect_sample(recipe: Recipe, cluster: "_Cluster", tolerance: float) -> PopulationStats:
     """Sweep as much of all shards as a tolerance takes."""
     here = replica(recipe)
     by_level = METHODS[recipe.method].by_level
@@ -93,7 +96,7 @@ def _collect_sample(recipe, cluster, tolerance):
     owners = np.random.default_rng(0).permutation(owners)
     taken = 0
 
-    def sweep(more):
+    def sweep(more: int) -> SweepState | None:
         nonlocal taken
         start, taken = taken, min(taken + more, len(owners))
         return cluster.sweep_level(begin, _Parts(owners, start, taken))
@@ -114,7 +117,7 @@ class _Reader:
     steps: int | None
     sample: bool
 
-    def batches(self, shard, model):
+    def batches(self, shard: Any, model: keras.Model) -> Batches:
         """The `Batches` of a shard."""
         x = shard if self.load is None else self.load(shard)
         return data.batches(
@@ -141,8 +144,12 @@ class _Task:
     recipe: Recipe
     reader: _Reader
 
-    def __call__(self, item):
-        """The number of a shard, and what `run` gives for it."""
+    def run(self, here: Replica, number: int, batches: Batches) -> Any:
+        """The result for one shard."""
+        raise NotImplementedError
+
+    def __call__(self, item: tuple[int, Any]) -> tuple[int, Any]:
+        """The number of a shard, and the result of `run` for it."""
         number, shard = item
         try:
             here = replica(self.recipe)
@@ -159,14 +166,14 @@ class _Task:
 class _Measure(_Task):
     """Asks for the `_Size` of a shard."""
 
-    def run(self, here, number, batches):
+    def run(self, here: Replica, number: int, batches: Batches) -> tuple[int, int]:
         """The size."""
         if batches.total is None:
             raise ValueError(
                 "Expected a number of batches that is known before they are read, for `tolerance`. "
                 "Received: data that does not tell. Give `steps`, or arrays."
             )
-        return tuple(_Size(batches.total, batches.population_size))
+        return batches.total, batches.population_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +188,7 @@ class _SweepLevel(_Task):
     state: SweepState
     parts: Any
 
-    def run(self, here, number, batches):
+    def run(self, here: Replica, number: int, batches: Batches) -> bytes:
         """The bytes of the state after the level."""
         if self.parts is not None:
             batches = batches.part(*self.parts.of(number))
@@ -195,11 +202,11 @@ class _Parts:
         owners: For every batch, in that order, the number of its shard.
     """
 
-    def __init__(self, owners, start, stop):
+    def __init__(self, owners: np.ndarray, start: int, stop: int):
         self._before = collections.Counter(owners[:start].tolist())
         self._taken = collections.Counter(owners[start:stop].tolist())
 
-    def of(self, number):
+    def of(self, number: int) -> tuple[int, int]:
         """Which of its batches a shard gives, from and to."""
         start = self._before[number]
         return start, start + self._taken[number]
@@ -216,25 +223,33 @@ class _Cluster:
         verbose: See `collect_shards`.
     """
 
-    def __init__(self, recipe, shards, map, reader, verbose):
+    def __init__(
+        self,
+        recipe: Recipe,
+        shards: Sequence[Any],
+        map: Callable[..., Iterable],
+        reader: _Reader,
+        verbose: int | str,
+    ):
         self._recipe = recipe
         self._shards = shards
         self._map = map
         self._reader = reader
         self._verbose = verbose
 
-    def sizes(self):
+    def sizes(self) -> list[_Size]:
         """The `_Size` of every shard."""
         results = dict(self._results(_Measure(self._recipe, self._reader)))
         return [_Size(*results[number]) for number in range(len(self._shards))]
 
-    def sweep(self, parts=None):
+    def sweep(self, parts: _Parts | None = None) -> SweepState:
         """Sweep all levels: the complete state.
 
         Args:
             parts: The `_Parts` of the shards to sweep; all of them by default.
         """
-        state, seen = replica(self._recipe).begin, {}
+        state = replica(self._recipe).begin
+        seen: dict[int, tuple[int, int]] = {}
         report = Report(self._recipe.method, self._verbose, len(self._shards), unit="shard")
         report.begin()
         while not state.complete:
@@ -249,37 +264,46 @@ class _Cluster:
         report.end()
         return state
 
-    def sweep_level(self, state, parts=None, seen=None, report=None):
+    def sweep_level(
+        self,
+        state: SweepState,
+        parts: _Parts | None = None,
+        seen: dict[int, tuple[int, int]] | None = None,
+        report: Report | None = None,
+    ) -> SweepState | None:
         """The merged state of all shards after one level, or `None` if they have no batch.
 
         Args:
             state: The state at the beginning of the level.
             parts: See `sweep`.
-            seen: By number what a shard had at the level before, to which this level is added.
+            seen: By the number of a shard its samples and digest at level 1; those of shards that
+                it lacks are added.
             report: The `Report` to count shards in.
         """
         recipe = dataclasses.replace(self._recipe, paths=state.paths)
         swept = {}
         for number, content in self._results(_SweepLevel(recipe, self._reader, state, parts)):
-            found = swept[number] = SweepState.from_bytes(content)
-            if seen is not None and (state.whole or not found.whole):
-                self._check_same(number, found, seen, state.level)
+            shard_state = swept[number] = SweepState.from_bytes(content)
+            if seen is not None and (state.whole or not shard_state.whole):
+                self._check_same(number, shard_state, seen, state.level)
             if report is not None:
-                report.batch(max(found.levels.values(), default=0))
+                report.batch(max(shard_state.levels.values(), default=0))
         # In the order of the shards, so that rounding is the same for any order of results.
         return merged((swept[number] for number in range(len(self._shards))), state)
 
-    def _check_same(self, number, state, seen, level):
-        found = state.samples, state.data
-        if seen.setdefault(number, found) != found:
+    def _check_same(
+        self, number: int, state: SweepState, seen: dict[int, tuple[int, int]], level: int
+    ) -> None:
+        now = state.samples, state.data
+        if seen.setdefault(number, now) != now:
             raise ValueError(
                 "Expected the same data at every level. Received: "
                 f"{_named(number, self._shards[number])}, which had {seen[number][0]} samples at "
-                f"level 1 and at level {level} has {found[0]}, or other ones. Give shards that do "
+                f"level 1 and at level {level} has {now[0]}, or other ones. Give shards that do "
                 "not change."
             )
 
-    def _results(self, task):
+    def _results(self, task: _Task) -> Iterator[tuple[int, Any]]:
         """Yield number and result of every shard once, in the order in which they come."""
         missing = set(range(len(self._shards)))
         for number, result in self._map(task, list(enumerate(self._shards))):
@@ -294,6 +318,6 @@ class _Cluster:
             )
 
 
-def _named(number, shard):
+def _named(number: int, shard: Any) -> str:
     # Of data itself only the beginning, on one line.
     return f"shard {number} ({' '.join(repr(shard).split())[:100]})"

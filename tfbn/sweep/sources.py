@@ -1,21 +1,27 @@
 """Where the processes of a cluster get a model from."""
 
 import os
+from collections.abc import Callable
 
 import keras
 import tensorflow as tf
 
+# The path of a `.keras` file, or a function that returns the model.
+Source = str | Callable[[], keras.Model]
 
-def check_source(model):
+
+def check_source(model: str | os.PathLike | Callable[[], keras.Model]) -> Source:
     """The path or function that gives a model in any process.
 
     Raises:
         ValueError: If it is neither the path of a `.keras` file that exists nor a function.
     """
-    known = isinstance(model, str | os.PathLike) and str(model).endswith(".keras")
-    if known and tf.io.gfile.exists(os.fspath(model)):
-        return os.fspath(model)
-    if callable(model) and not isinstance(model, keras.Model):
+    known = False
+    if isinstance(model, str | os.PathLike):
+        known = str(model).endswith(".keras")
+        if known and tf.io.gfile.exists(os.fspath(model)):
+            return os.fspath(model)
+    elif callable(model) and not isinstance(model, keras.Model):
         return model
     raise ValueError(
         "Expected `model` to be the path of a .keras file, or a function without arguments that "
@@ -25,7 +31,7 @@ def check_source(model):
     )
 
 
-def load(source):
+def load(source: Source) -> keras.Model:
     """The model of a source of `check_source`.
 
     Raises:

@@ -1,17 +1,21 @@
-"""The accumulator of a sweep: the moments found so far, merged, advanced and finished."""
+"""The accumulator of a sweep: moments of batches, merged, advanced and finished."""
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 
 from tfbn import drift, layer_stats, moments, storage
+from tfbn.layer_stats import LayerStats
 from tfbn.moments import Moments
 from tfbn.population import PopulationStats
+from tfbn.sweep.batches import Batch
 from tfbn.sweep.methods import METHODS
 
-# A pass has settled where the statistics that it found are those that it was made with, up to
+# A pass has settled where the statistics that it measured are those that it was made with, up to
 # this share of a standard deviation, or of a variance. Rounding in float32 stays below it.
 _SETTLED = 1e-5
 
@@ -31,38 +35,40 @@ class Site(NamedTuple):
     call: int
 
 
-def _equal(ours, theirs, method):
+def _equal(ours: Any, theirs: Any, method: str) -> Any:
     return ours
 
 
-def _sum(ours, theirs, method):
+def _sum(ours: int, theirs: int, method: str) -> int:
     return ours + theirs
 
 
-def _sum_of_digests(ours, theirs, method):
+def _sum_of_digests(ours: int, theirs: int, method: str) -> int:
     return (ours + theirs) % 2**64
 
 
-def _largest(ours, theirs, method):
+def _largest(ours: int, theirs: int, method: str) -> int:
     return max(ours, theirs)
 
 
-def _union(ours, theirs, method):
+def _union(ours: dict[str, int], theirs: dict[str, int], method: str) -> dict[str, int]:
     return ours | theirs
 
 
-def _union_of_paths(ours, theirs, method):
+def _union_of_paths(ours: Iterable[str], theirs: Iterable[str], method: str) -> tuple[str, ...]:
     return tuple(sorted({*ours, *theirs}))
 
 
-def _by_site(ours, theirs, method):
+def _by_site(
+    ours: dict[Site, Moments], theirs: dict[Site, Moments], method: str
+) -> dict[Site, Moments]:
     both = [site for site in theirs if site in ours]
     merge = functools.partial(moments.merge, method=method)
     merged = moments.together(merge, [(ours[site], theirs[site]) for site in both])
     return {**ours, **theirs, **dict(zip(both, merged, strict=True))}
 
 
-def _field(merge, default):
+def _field(merge: Callable[[Any, Any, str], Any], default: Any) -> Any:
     """A field of `SweepState`, with the function that merges it from two shards."""
     return dataclasses.field(default=default, metadata={"merge": merge})
 
@@ -94,42 +100,53 @@ class SweepState:
 
     method: str = _field(_equal, "exact")
     fingerprint: str = _field(_equal, "")
-    paths: tuple = _field(_equal, ())
+    paths: tuple[str, ...] = _field(_equal, ())
     whole: bool = _field(_largest, False)
     level: int = _field(_equal, 1)
-    settled: dict = dataclasses.field(default_factory=dict, metadata={"merge": _equal})
-    recurrent: tuple = _field(_union_of_paths, ())
+    settled: dict[Site, Moments] = dataclasses.field(
+        default_factory=dict, metadata={"merge": _equal}
+    )
+    recurrent: tuple[str, ...] = _field(_union_of_paths, ())
     behind: bool = _field(_equal, False)
-    first: tuple | None = _field(_equal, None)
+    first: tuple[int, int, int] | None = _field(_equal, None)
     settling: int = _field(_equal, 1)
     complete: bool = _field(_equal, False)
-    levels: dict = dataclasses.field(default_factory=dict, metadata={"merge": _union})
+    levels: dict[str, int] = dataclasses.field(default_factory=dict, metadata={"merge": _union})
     random: bool = _field(_largest, False)
     samples: int = _field(_sum, 0)
     batches: int = _field(_sum, 0)
     batch_size: int = _field(_largest, 0)
     data: int = _field(_sum_of_digests, 0)
     keys: int = _field(_sum_of_digests, 0)
-    moments: dict = dataclasses.field(default_factory=dict, metadata={"merge": _by_site})
+    moments: dict[Site, Moments] = dataclasses.field(
+        default_factory=dict, metadata={"merge": _by_site}
+    )
 
-    def add(self, batch, found, levels, random, recurrent=()):
+    def add(
+        self,
+        batch: Batch,
+        site_moments: Iterable[tuple[Site, Moments]],
+        levels: dict[str, int],
+        random: bool,
+        recurrent: Iterable[str] = (),
+    ) -> "SweepState":
         """The state with one batch more.
 
         Args:
             batch: The `tfbn.sweep.batches.Batch`.
-            found: (site, moments) of the calls that the batch has run through.
+            site_moments: (site, moments) of the calls that the batch has run through.
             levels: By path the level of the layers that it has shown.
             random: Whether it has shown random draws.
             recurrent: The paths of recurrent layers that it has shown.
         """
-        brought = {}
-        for site, values in found:  # The body of a loop brings several for one site.
-            held = brought.get(site)
+        by_site: dict[Site, Moments] = {}
+        for site, of_call in site_moments:  # The body of a loop has several for one site.
+            before = by_site.get(site)
             merge = functools.partial(moments.merge_one_batch, method=self.method)
-            brought[site] = values if held is None else merge(held, values)
+            by_site[site] = of_call if before is None else merge(before, of_call)
         shard = dataclasses.replace(
             self.without_batches(),
-            moments=brought,
+            moments=by_site,
             levels=levels,
             random=random,
             recurrent=tuple(recurrent),
@@ -141,16 +158,17 @@ class SweepState:
         )
         return self.merge(shard)
 
-    def without_batches(self):
+    def without_batches(self) -> "SweepState":
         """The state at the beginning of its level."""
-        zero = {"samples": 0, "batches": 0, "batch_size": 0, "data": 0, "keys": 0, "moments": {}}
-        return dataclasses.replace(self, **zero, levels={})
+        zero = dict.fromkeys(("samples", "batches", "batch_size", "data", "keys"), 0)
+        nothing: dict[str, Any] = {**zero, "moments": {}, "levels": {}}
+        return dataclasses.replace(self, **nothing)
 
-    def whole_passes(self):
+    def whole_passes(self) -> "SweepState":
         """The state of a sweep that begins anew, by whole passes."""
         return SweepState(self.method, self.fingerprint, self.paths, whole=True)
 
-    def merge(self, other):
+    def merge(self, other: "SweepState") -> "SweepState":
         """The state of two shards together.
 
         Raises:
@@ -167,7 +185,7 @@ class SweepState:
             merged["whole"] = True
         return SweepState(**merged)
 
-    def _check_same_sweep(self, other):
+    def _check_same_sweep(self, other: "SweepState") -> None:
         for name, advice in (
             ("method", "Sweep all shards with one method."),
             ("fingerprint", "Use the same weights for all shards."),
@@ -188,12 +206,12 @@ class SweepState:
             )
 
     @functools.cached_property
-    def layers(self):
+    def layers(self) -> dict[str, Moments]:
         """By path the moments of the layers of all settled levels: those of all their calls."""
         return _by_path(self.settled, self.method)
 
     @property
-    def populations(self):
+    def populations(self) -> dict[Any, Moments]:
         """By path, or by site where a call has its own, the moments that calls normalise with.
 
         All calls of a layer share one mean and variance, as in inference, but for the calls of
@@ -201,29 +219,29 @@ class SweepState:
         """
         if self.behind:
             return self.layers
-        own = {site: found for site, found in self.settled.items() if site.path in self.recurrent}
+        own = {site: m for site, m in self.settled.items() if site.path in self.recurrent}
         return {**self.layers, **own}
 
-    def spreads(self):
+    def spreads(self) -> dict[str, tuple[int, dict[str, float]]]:
         """By path, for layers of several calls: how many, and the drift of the furthest one.
 
         The drift is that of `tfbn.drift.of_layer`, of the call from all calls together.
         """
-        calls = {}
-        for site, found in self.settled.items():
-            if np.any(found.count):
-                calls.setdefault(site.path, []).append(found)
+        calls: dict[str, list[Moments]] = {}
+        for site, of_site in self.settled.items():
+            if np.any(of_site.count):
+                calls.setdefault(site.path, []).append(of_site)
         spreads = {}
-        for path, found in calls.items():
-            if len(found) > 1:
-                single = [layer_stats.of_calls([one], self.method) for one in found]
+        for path, of_layer in calls.items():
+            if len(of_layer) > 1:
+                single = [layer_stats.of_calls([one], self.method) for one in of_layer]
                 together = layer_stats.of_calls([self.layers[path]], self.method)
                 drifts = [drift.of_layer(together, one) for one in single]
                 furthest = max(drifts, key=lambda off: off["mean_shift"] + off["std_ratio_max"])
                 spreads[path] = len(single), furthest
         return spreads
 
-    def next_level(self):
+    def next_level(self) -> "SweepState":
         """The state at the beginning of the next level, or the complete one after the last.
 
         Raises:
@@ -240,39 +258,41 @@ class SweepState:
         done = self.level >= max(self.levels.values(), default=0)
         return self._after(self.settled | self.moments, complete=done, first=swept)
 
-    def _after(self, settled, *, complete, **changes):
+    def _after(
+        self, settled: dict[Site, Moments], *, complete: bool, **changes: Any
+    ) -> "SweepState":
         after = dataclasses.replace(self, settled=settled, complete=complete, **changes)
         if complete:
             return after
         begin = after.without_batches()
         return dataclasses.replace(begin, level=self.level + 1, levels=self.levels)
 
-    def _after_whole_pass(self, swept):
+    def _after_whole_pass(self, swept: tuple[int, int, int]) -> "SweepState":
         """The state after a whole pass: complete when nothing has moved since the one before.
 
         The statistics of recurrent layers are those of the passes in which each of their calls
         normalised by its own. Then only the layers behind them go on.
         """
-        found = self.moments
+        settled = self.moments
         if self.behind:
-            found = found | {s: m for s, m in self.settled.items() if s.path in self.recurrent}
-        now = dataclasses.replace(self, settled=found).populations
+            settled = settled | {s: m for s, m in self.settled.items() if s.path in self.recurrent}
+        now = dataclasses.replace(self, settled=settled).populations
         moving = [key for key in now if not _close(now[key], self.populations.get(key))]
         if not moving:
             if self.recurrent and not self.behind:
-                return self._after(found, complete=False, behind=True, first=swept, settling=1)
-            return self._after(found, complete=True, first=swept)
+                return self._after(settled, complete=False, behind=True, first=swept, settling=1)
+            return self._after(settled, complete=True, first=swept)
         # Every pass settles one more call on the longest path.
-        if self.settling > len(found) + 1:
+        if self.settling > len(settled) + 1:
             moved = moving[0].path if isinstance(moving[0], Site) else moving[0]
             raise ValueError(
                 "Expected a network whose batch norm layers have exact statistics. Received: layer "
                 f"{moved!r}, which is called in a loop that feeds its output back to it, and whose "
                 f"statistics still move after {self.level} passes. Use method='pooled'."
             )
-        return self._after(found, complete=False, first=swept, settling=self.settling + 1)
+        return self._after(settled, complete=False, first=swept, settling=self.settling + 1)
 
-    def to_bytes(self):
+    def to_bytes(self) -> bytes:
         """The state as bytes, for `from_bytes`."""
         sites = {"settled": self.settled, "moments": self.moments}
         header = {
@@ -280,14 +300,14 @@ class SweepState:
             for field in dataclasses.fields(self)
             if field.name not in sites
         }
-        arrays = {}
-        for name, found in sites.items():
-            header[name] = [list(site) for site in found]
-            arrays |= {f"{name}_{i}": m.rows for i, m in enumerate(found.values())}
+        arrays: dict[str, np.ndarray] = {}
+        for name, by_site in sites.items():
+            header[name] = [list(site) for site in by_site]
+            arrays |= {f"{name}_{i}": m.rows for i, m in enumerate(by_site.values())}
         return storage.pack({"kind": _KIND, "state": header}, arrays)
 
     @classmethod
-    def from_bytes(cls, content):
+    def from_bytes(cls, content: bytes) -> "SweepState":
         """The state that `to_bytes` wrote.
 
         Raises:
@@ -314,7 +334,7 @@ class SweepState:
                 f"({type(error).__name__}: {error})."
             ) from error
 
-    def _check_types(self):
+    def _check_types(self) -> None:
         """Raise `ValueError` for values that no sweep has."""
         whole = (self.level, self.settling, self.samples, self.batches, self.batch_size, self.data)
         whole += (self.keys, *self.levels.values(), *(self.first or ()))
@@ -331,14 +351,14 @@ class SweepState:
         if not possible:
             raise ValueError("values that no sweep has")
 
-    def statistics(self):
+    def statistics(self) -> dict[str, LayerStats]:
         """By path the `LayerStats` of the layers of all settled levels."""
-        calls = {}
-        for site, found in self.settled.items():
-            calls.setdefault(site.path, []).append(found)
-        return {path: layer_stats.of_calls(found, self.method) for path, found in calls.items()}
+        calls: dict[str, list[Moments]] = {}
+        for site, of_site in self.settled.items():
+            calls.setdefault(site.path, []).append(of_site)
+        return {path: layer_stats.of_calls(each, self.method) for path, each in calls.items()}
 
-    def finish(self, model, previous):
+    def finish(self, model: keras.Model, previous: PopulationStats) -> PopulationStats:
         """The result of a complete sweep.
 
         Args:
@@ -348,17 +368,17 @@ class SweepState:
         Raises:
             ValueError: If a layer was never called, or without any value.
         """
-        found = self.statistics()
+        statistics = self.statistics()
         for path in self.paths:
-            if path not in found:
+            if path not in statistics:
                 raise never_called(model, path)
-            if not found[path].counts.any():
+            if not statistics[path].counts.any():
                 raise ValueError(
                     f"Expected values for layer {path!r}. Received: none, or only masked ones. "
                     "Look at the data and its masks."
                 )
         return PopulationStats(
-            {path: found[path] for path in self.paths},
+            {path: statistics[path] for path in self.paths},
             method=self.method,
             samples=self.samples,
             batches=self.batches,
@@ -369,7 +389,7 @@ class SweepState:
         )
 
 
-def never_called(model, path):
+def never_called(model: keras.Model, path: str) -> ValueError:
     """The error to raise for a layer that the network does not call."""
     return ValueError(
         f"Expected model {model.name!r} to call its batch norm layer {path!r}. Received: a model "
@@ -378,7 +398,7 @@ def never_called(model, path):
     )
 
 
-def merged(states, begin):
+def merged(states: Iterable[SweepState], begin: SweepState) -> SweepState | None:
     """The states of several shards after one level as one, or `None` if none has a batch.
 
     Args:
@@ -394,7 +414,7 @@ def merged(states, begin):
     return whole
 
 
-def _check_same_data(first, now, random):
+def _check_same_data(first: Sequence[int], now: Sequence[int], random: bool) -> None:
     if first[:2] != now[:2]:
         raise ValueError(
             "Expected the same data in every pass. Received: data that differs from that of the "
@@ -411,35 +431,39 @@ def _check_same_data(first, now, random):
         )
 
 
-def _possible(values):
+def _possible(values: np.ndarray) -> Moments:
     """The moments in an array, unless no data has such."""
     if values.ndim != 2 or len(values) != 10 or values.dtype != np.float64:
         raise ValueError("an array that is no moments")
-    found = Moments(values)
     if not (np.isfinite(values).all() and (values[[0, 2, 3, 4, 7, 9]] >= 0).all()):
         raise ValueError("moments that no data has")
-    return found
+    return Moments(values)
 
 
-def _by_path(by_site, method):
-    merged = {}
-    for site, brought in by_site.items():
-        held = merged.get(site.path)
-        merged[site.path] = brought if held is None else moments.merge(held, brought, method=method)
+def _by_path(by_site: Mapping[Site, Moments], method: str) -> dict[str, Moments]:
+    merged: dict[str, Moments] = {}
+    for site, of_site in by_site.items():
+        before = merged.get(site.path)
+        merged[site.path] = (
+            of_site if before is None else moments.merge(before, of_site, method=method)
+        )
     return merged
 
 
-def _same_moments(ours, theirs):
+def _same_moments(ours: Mapping[Site, Moments], theirs: Mapping[Site, Moments]) -> bool:
     return ours.keys() == theirs.keys() and all(
         np.array_equal(ours[site].rows, theirs[site].rows) for site in ours
     )
 
 
-def _close(ours, theirs):
+def _close(ours: Moments, theirs: Moments | None) -> bool:
     if theirs is None:
         return False
     # Rounding counts where a channel hardly varies.
     variance = moments.variance(theirs) + 1e-6 * theirs.mean**2
-    return np.all(np.abs(ours.mean - theirs.mean) <= _SETTLED * np.sqrt(variance)) and np.all(
-        np.abs(moments.variance(ours) - moments.variance(theirs)) <= _SETTLED * variance
+    mean_off = np.abs(ours.mean - theirs.mean)
+    variance_off = np.abs(moments.variance(ours) - moments.variance(theirs))
+    return bool(
+        np.all(mean_off <= _SETTLED * np.sqrt(variance))
+        and np.all(variance_off <= _SETTLED * variance)
     )

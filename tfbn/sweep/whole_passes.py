@@ -1,12 +1,16 @@
 """Passes that run the whole network for every batch, and observe all calls at once."""
 
 import contextlib
+from collections.abc import Callable
 
 import tensorflow as tf
 
+from tfbn.keras_models import Structure
+from tfbn.sweep.batches import Batch
 from tfbn.sweep.frontiers import Frontier
-from tfbn.sweep.graph_passes import recurrent
-from tfbn.sweep.network import UnobservableError, flatten
+from tfbn.sweep.graph_passes import Populations, SiteMoments, recurrent
+from tfbn.sweep.network import Network, Trace, UnobservableError, flatten
+from tfbn.sweep.state import Site
 
 
 class WholePasses:
@@ -21,32 +25,34 @@ class WholePasses:
         eager: Whether to run the model without a graph.
     """
 
-    def __init__(self, network, static, eager):
+    def __init__(self, network: Network, static: bool, eager: bool):
         self._network = network
         self._static = static
         self._eager = eager
-        self._tells_nothing = False
+        self._untraceable = False
 
-    def start(self, batch):
+    def start(self, batch: Batch) -> Frontier:
         """The batch itself: no pass takes it further."""
         return Frontier(None, 0, [batch.inputs, batch.number])
 
-    def levels(self, frontier):
+    def levels(self, frontier: Frontier) -> dict[str, int]:
         """No layer has a level."""
         return {}
 
-    def recurrent(self, frontier):
+    def recurrent(self, frontier: Frontier) -> frozenset[str]:
         """The paths of the layers whose calls depend on their own output."""
         inputs, _ = frontier.values
-        trace = self._told_by(inputs, settled=True)
+        trace = self._trace_if_any(inputs, settled=True)
         return frozenset() if trace is None else recurrent(trace)
 
-    def not_nan(self, frontier):
+    def not_nan(self, frontier: Frontier) -> list[int]:
         """The places of the inputs in which NaN would be an error."""
-        trace = self._told_by(frontier.values[0], settled=False)
+        trace = self._trace_if_any(frontier.values[0], settled=False)
         return [] if trace is None else trace.not_nan
 
-    def advance(self, frontier, level, populations):
+    def advance(
+        self, frontier: Frontier, level: int, populations: Populations
+    ) -> tuple[list[SiteMoments], Frontier, bool]:
         """Run a batch through the network.
 
         Args:
@@ -60,13 +66,14 @@ class WholePasses:
             (count, mean, variance); the frontier as it was; and whether the network draws random
             numbers.
         """
+        inputs, number = frontier.values
         run = self._run_eagerly if self._eager else self._run_graph
-        called, random = run(*frontier.values, populations)
+        called, random = run(inputs, number, populations)
         return called, frontier, random
 
-    def _told_by(self, inputs, settled):
-        """The trace, or `None` for a model that only runs eagerly, which tells nothing."""
-        if self._tells_nothing:
+    def _trace_if_any(self, inputs: Structure, settled: bool) -> Trace | None:
+        """The trace, or `None` for a model that only runs eagerly."""
+        if self._untraceable:
             return None
         try:
             return self._network.trace(inputs, settled=settled, static=self._static)
@@ -75,21 +82,25 @@ class WholePasses:
         except Exception:
             if not self._eager:
                 raise
-            self._tells_nothing = True
+            self._untraceable = True
             return None
 
-    def _run_eagerly(self, inputs, number, populations):
-        def population(site, channels):
-            held = populations.get(site, populations.get(site.path))
-            return None if held is None else tf.unstack(held)
+    def _run_eagerly(
+        self, inputs: Structure, number: tf.Tensor, populations: Populations
+    ) -> tuple[list[SiteMoments], bool]:
+        def population(site: Site, channels: int) -> list[tf.Tensor] | None:
+            given = populations.get(site, populations.get(site.path))
+            return None if given is None else tf.unstack(given)
 
         _, calls, draws, _ = self._network.observer.run(inputs, number, population)
         return [(call.site, call.measure(*(call.fetches or ()))) for call in calls], draws > 0
 
-    def _run_graph(self, inputs, number, populations):
+    def _run_graph(
+        self, inputs: Structure, number: tf.Tensor, populations: Populations
+    ) -> tuple[list[SiteMoments], bool]:
         trace = self._network.trace(inputs, settled=bool(populations), static=self._static)
-        function, fed, fetches = _function_of(trace)
-        fed = (_population(trace, populations, site) for site in fed)
+        function, sites, fetches = _function_of(trace)
+        fed = (_population(trace, populations, site) for site in sites)
         # Two runs at once would take the moments of calls in loops from one queue.
         with contextlib.nullcontext() if trace.cuttable else trace.lock:
             fetched = iter(function(*flatten(inputs), number, *fed)[:fetches])
@@ -100,16 +111,16 @@ class WholePasses:
         return called, trace.random
 
 
-def _population(trace, populations, site):
-    held = populations.get(site, populations.get(site.path))
-    if held is not None:
-        return held
+def _population(trace: Trace, populations: Populations, site: Site) -> tf.Tensor:
+    given = populations.get(site, populations.get(site.path))
+    if given is not None:
+        return given
     # Mean 0 and variance 1, for a layer that the pass before did not reach.
     _, channels = trace.populations[site].shape
     return tf.stack([tf.zeros(channels, tf.float64), tf.ones(channels, tf.float64)])
 
 
-def _function_of(trace):
+def _function_of(trace: Trace) -> tuple[Callable[..., list[tf.Tensor]], list[Site], int]:
     """The function from a batch and populations to the fetches of all calls, made once.
 
     Returns:
@@ -119,7 +130,7 @@ def _function_of(trace):
         if "whole" not in trace.pieces:
             fetches = sum(len(call.fetches or ()) for call in trace.calls)
             if not trace.populations and not trace.has_effects:
-                function, needed = trace.function, []
+                function, needed = trace.function, list[tf.Tensor]()
             else:
                 function, needed = trace.extraction.function(
                     trace.inputs, list(trace.populations.values()), trace.measured

@@ -3,11 +3,14 @@
 import concurrent.futures
 import dataclasses
 import threading
+from collections.abc import Callable
 
+import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn.sweep.state import SweepState
+from tfbn.moments import Moments
+from tfbn.sweep.state import Site, SweepState
 
 
 class Workers:
@@ -20,9 +23,10 @@ class Workers:
         index: The number of this worker, from 0.
     """
 
-    def __init__(self, model):
-        self.index, self._count, self._words = 0, 1, None
-        strategy = getattr(model, "distribute_strategy", None)  # What is no model is told later.
+    def __init__(self, model: keras.Model):
+        self.index, self._count = 0, 1
+        # Something that is no model is refused later.
+        strategy = getattr(model, "distribute_strategy", None)
         if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
             return
         # `cluster_resolver.task_id` counts a chief and the others separately.
@@ -34,16 +38,18 @@ class Workers:
         )
         self.index = int(first) // local
         self._count = strategy.num_replicas_in_sync // local
-        self._words = tf.function(
+        self._gather_words = tf.function(
             lambda words: strategy.gather(words, axis=0),
             input_signature=[tf.TensorSpec([None], tf.int32)],
             autograph=False,
         )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self._count
 
-    def gather(self, compute, settled=None):
+    def gather(
+        self, compute: Callable[[], SweepState], settled: dict[Site, Moments] | None = None
+    ) -> list[SweepState]:
         """The `SweepState`s that a function computes on every worker, in their order.
 
         Args:
@@ -52,7 +58,7 @@ class Workers:
                 need not be sent.
 
         Raises:
-            Exception: What `compute` raises here.
+            Exception: The error that `compute` raises here.
             RuntimeError: If it raises on another worker, or another worker has ended. Workers
                 that take their time are waited for.
         """
@@ -81,11 +87,11 @@ class Workers:
             return states
         return [dataclasses.replace(state, settled=settled) for state in states]
 
-    def _gathered(self, words):
+    def _gathered(self, words: np.ndarray) -> np.ndarray:
         with tf.device("CPU:0"):
-            return self._words(tf.constant(words)).numpy()
+            return self._gather_words(tf.constant(words)).numpy()
 
-    def _exchange(self, message):
+    def _exchange(self, message: bytes) -> list[bytes]:
         # In words, because bytes cannot be gathered, and with a header that says from whom,
         # because they come in the order of the tasks' names: 10 before 2.
         words = np.zeros(2 + -(-len(message) // 4), np.int32)
@@ -108,9 +114,14 @@ class Workers:
         return [messages[index] for index in range(self._count)]
 
 
-def _interruptible(function, argument):
-    """What a function gives. While TensorFlow waits, Python hears of no Ctrl-C in that thread."""
-    answer = concurrent.futures.Future()
+def _interruptible(
+    function: Callable[[np.ndarray], np.ndarray], argument: np.ndarray
+) -> np.ndarray:
+    """The result of a function that runs in a thread of its own.
+
+    While TensorFlow waits, Python hears of no Ctrl-C in that thread.
+    """
+    answer: concurrent.futures.Future[np.ndarray] = concurrent.futures.Future()
 
     def run():
         try:
