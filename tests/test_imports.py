@@ -6,23 +6,33 @@ import pathlib
 import tfbn
 
 MAY_IMPORT = {
-    **dict.fromkeys(("_requirements", "_version", "callback_lists", "detours"), ""),
-    **dict.fromkeys(("drift", "layer", "moments", "storage"), ""),
+    **dict.fromkeys(("_requirements", "_version", "arguments", "callback_lists", "detours"), ""),
+    **dict.fromkeys(("drift", "hidden_folders", "moments", "storage"), ""),
+    "blending": "arguments",
+    "layer": "origins",
+    # A circle, which is closed when a file with the record of a sweep is read: the layer keeps the
+    # statistics that were assigned to it.
+    "origins": "population storage",
     "keras_models": "detours layer",
-    "copying": "keras_models layer",
+    "fingerprints": "keras_models",
+    "copying": "keras_models layer origins",
     "conversion": "copying keras_models",
-    "layer_stats": "keras_models moments",
+    "layer_stats": "blending keras_models moments",
     "stats_file": "_version layer_stats storage",
-    "population": "drift keras_models layer_stats stats_file storage",
+    "summary": "blending drift stats_file",
+    "population": "arguments blending drift fingerprints keras_models layer_stats origins "
+    "stats_file storage summary",
     "plots": "drift",
-    "sweep": "detours drift keras_models layer layer_stats moments population storage",
+    "sweep": "arguments detours drift keras_models layer layer_stats moments population storage",
     "training_state": "keras_models population",
-    "callback": "callback_lists drift keras_models population sweep training_state",
-    "tracker": "callback_lists keras_models population sweep training_state",
-    "beam": "keras_models population sweep",
-    "serving": "_version copying keras_models layer population",
+    "callback": "arguments callback_lists drift fingerprints keras_models population sweep "
+    "training_state",
+    "tracker": "arguments callback_lists keras_models population sweep training_state",
+    "beam": "arguments keras_models population sweep",
+    "serving": "_version blending copying drift fingerprints hidden_folders keras_models layer "
+    "layer_stats moments origins population stats_file sweep",
     # The public API, which is `tfbn` itself, and the helpers for files and tables.
-    "cli": "tfbn _version drift keras_models layer_stats serving storage",
+    "cli": "tfbn _version blending drift hidden_folders keras_models layer_stats serving storage",
 }
 
 

@@ -159,7 +159,7 @@ class ServedNetwork(keras.Model):
         values = dict(zip(self._served.inputs, named.values(), strict=True))
         for made in self._calls:
             layer = self._by_path.value[made.path]
-            entered = [made.entered] if made.mask is None else [made.entered, made.mask]
+            entered = [name for name in (made.entered, made.mask) if name is not None]
             x, *mask = self._served.tensors(entered, values)
             left = layer(x, mask=mask[0] if mask else None, training=training)
             values[made.left] = left
