@@ -13,6 +13,7 @@ from keras import layers
 
 import tfbn
 from tfbn import moments
+from tfbn.sweep import state_bytes
 from tfbn.sweep.batches import Batch
 from tfbn.sweep.state import Site, SweepState
 
@@ -186,7 +187,7 @@ def test_every_field_says_how_it_merges():
 def test_bytes_and_back():
     state = swept(begun(), [(FIRST, values(4, 0)), (AGAIN, values(4, 1))]).next_level()
     state = swept(state, [(SECOND, values(4, 2))])
-    back = SweepState.from_bytes(state.to_bytes())
+    back = state_bytes.unpack(state_bytes.pack(state))
     for field in dataclasses.fields(SweepState):
         ours, theirs = getattr(state, field.name), getattr(back, field.name)
         if field.name in ("settled", "moments"):
@@ -196,9 +197,9 @@ def test_bytes_and_back():
         else:
             assert ours == theirs, field.name
     with pytest.raises(ValueError):
-        SweepState.from_bytes(state.to_bytes()[:-9])
+        state_bytes.unpack(state_bytes.pack(state)[:-9])
     with pytest.raises(ValueError, match="state of a sweep"):
-        SweepState.from_bytes(tfbn.PopulationStats({}, method="exact").to_bytes())
+        state_bytes.unpack(tfbn.PopulationStats({}, method="exact").to_bytes())
 
 
 def test_what_is_finished_holds_every_layer(model):

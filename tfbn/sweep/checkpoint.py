@@ -7,6 +7,7 @@ import time
 import numpy as np
 
 from tfbn import storage
+from tfbn.sweep import state_bytes
 from tfbn.sweep.batches import Batches
 from tfbn.sweep.state import SweepState
 
@@ -62,7 +63,7 @@ class Checkpoint:
             header, arrays = storage.unpack(storage.read(self._path))
             if header.get("kind") != _KIND:
                 raise ValueError("it is no checkpoint")
-            state = SweepState.from_bytes(arrays["state"].tobytes())
+            state = state_bytes.unpack(arrays["state"].tobytes())
             digest = bytes.fromhex(header["digest"])
         except (ValueError, KeyError, TypeError) as error:
             raise self._unfit(f"is damaged or another kind of file ({error})") from error
@@ -79,7 +80,7 @@ class Checkpoint:
     def save(self, state: SweepState, digest: bytes) -> None:
         """Write the file, whole or not at all, for `read`."""
         start = time.monotonic()
-        content = np.frombuffer(state.to_bytes(), np.uint8)
+        content = np.frombuffer(state_bytes.pack(state), np.uint8)
         header = {"kind": _KIND, "digest": digest.hex()}
         storage.write(self._path, storage.pack(header, {"state": content}))
         self._saved = time.monotonic()

@@ -11,7 +11,7 @@ import numpy as np
 
 from tfbn import arguments
 from tfbn.population import PopulationStats
-from tfbn.sweep import data
+from tfbn.sweep import data, state_bytes
 from tfbn.sweep.batches import Batches, empty
 from tfbn.sweep.methods import METHODS, check_method
 from tfbn.sweep.replicas import Recipe, Replica, forget, replica, source_of
@@ -192,7 +192,7 @@ class _SweepLevel(_Task):
         """The bytes of the state after the level."""
         if self.parts is not None:
             batches = batches.part(*self.parts.of(number))
-        return here.sweep_level(self.state, batches).to_bytes()
+        return state_bytes.pack(here.sweep_level(self.state, batches))
 
 
 class _Parts:
@@ -283,7 +283,7 @@ class _Cluster:
         recipe = dataclasses.replace(self._recipe, paths=state.paths)
         swept = {}
         for number, content in self._results(_SweepLevel(recipe, self._reader, state, parts)):
-            shard_state = swept[number] = SweepState.from_bytes(content)
+            shard_state = swept[number] = state_bytes.unpack(content)
             if seen is not None and (state.whole or not shard_state.whole):
                 self._check_same(number, shard_state, seen, state.level)
             if report is not None:

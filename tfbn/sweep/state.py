@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from tfbn import drift, layer_stats, moments, storage
+from tfbn import drift, layer_stats, moments
 from tfbn.layer_stats import LayerStats
 from tfbn.moments import Moments
 from tfbn.population import PopulationStats
@@ -18,9 +18,6 @@ from tfbn.sweep.methods import METHODS
 # A pass has settled where the statistics that it measured are those that it was made with, up to
 # this share of a standard deviation, or of a variance. Rounding in float32 stays below it.
 _SETTLED = 1e-5
-
-
-_KIND = "tfbn sweep state 1"
 
 
 class Site(NamedTuple):
@@ -292,65 +289,6 @@ class SweepState:
             )
         return self._after(settled, complete=False, first=swept, settling=self.settling + 1)
 
-    def to_bytes(self) -> bytes:
-        """The state as bytes, for `from_bytes`."""
-        sites = {"settled": self.settled, "moments": self.moments}
-        header = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in sites
-        }
-        arrays: dict[str, np.ndarray] = {}
-        for name, by_site in sites.items():
-            header[name] = [list(site) for site in by_site]
-            arrays |= {f"{name}_{i}": m.rows for i, m in enumerate(by_site.values())}
-        return storage.pack({"kind": _KIND, "state": header}, arrays)
-
-    @classmethod
-    def from_bytes(cls, content: bytes) -> "SweepState":
-        """The state that `to_bytes` wrote.
-
-        Raises:
-            ValueError: If the bytes are damaged, or are something else.
-        """
-        header, arrays = storage.unpack(content)
-        try:
-            if header["kind"] != _KIND:
-                raise ValueError("another kind of file")
-            values = header["state"]
-            for name in ("settled", "moments"):
-                values[name] = {
-                    Site(*site): _possible(arrays[f"{name}_{i}"])
-                    for i, site in enumerate(values[name])
-                }
-            for name in ("paths", "recurrent", "first"):
-                values[name] = None if values[name] is None else tuple(values[name])
-            state = cls(**values)
-            state._check_types()
-            return state
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"Expected the state of a sweep. Received: {len(content)} bytes that are not "
-                f"({type(error).__name__}: {error})."
-            ) from error
-
-    def _check_types(self) -> None:
-        """Raise `ValueError` for values that no sweep has."""
-        whole = (self.level, self.settling, self.samples, self.batches, self.batch_size, self.data)
-        whole += (self.keys, *self.levels.values(), *(self.first or ()))
-        names = (*self.paths, *self.recurrent, *self.levels, self.fingerprint)
-        sites = (*self.settled, *self.moments)
-        flags = (self.whole, self.behind, self.complete, self.random)
-        possible = (
-            self.method in METHODS
-            and all(type(number) is int and number >= 0 for number in whole)
-            and all(isinstance(name, str) for name in names)
-            and all(isinstance(site.path, str) and type(site.call) is int for site in sites)
-            and all(isinstance(flag, bool) for flag in flags)
-        )
-        if not possible:
-            raise ValueError("values that no sweep has")
-
     def statistics(self) -> dict[str, LayerStats]:
         """By path the `LayerStats` of the layers of all settled levels."""
         calls: dict[str, list[Moments]] = {}
@@ -429,15 +367,6 @@ def _check_same_data(first: Sequence[int], now: Sequence[int], random: bool) -> 
             "inference, anew for every batch. Received: the same data in other batches. Raise "
             "`memory_limit`, use a pipeline that does not shuffle, or use method='pooled'."
         )
-
-
-def _possible(values: np.ndarray) -> Moments:
-    """The moments in an array, unless no data has such."""
-    if values.ndim != 2 or len(values) != 10 or values.dtype != np.float64:
-        raise ValueError("an array that is no moments")
-    if not (np.isfinite(values).all() and (values[[0, 2, 3, 4, 7, 9]] >= 0).all()):
-        raise ValueError("moments that no data has")
-    return Moments(values)
 
 
 def _by_path(by_site: Mapping[Site, Moments], method: str) -> dict[str, Moments]:

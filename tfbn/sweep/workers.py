@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbn.moments import Moments
+from tfbn.sweep import state_bytes
 from tfbn.sweep.state import Site, SweepState
 
 
@@ -69,7 +70,7 @@ class Workers:
             state = compute()
             if settled is not None:
                 state = dataclasses.replace(state, settled={})
-            message = b"+" + state.to_bytes()
+            message = b"+" + state_bytes.pack(state)
         except Exception as error:
             failure = error
             message = f"-{type(error).__name__}: {error}".encode()
@@ -82,7 +83,7 @@ class Workers:
                     f"Expected the sweeps of all {self._count} workers. Received: from worker "
                     f"{index} (counting from 0), {message[1:].decode()}"
                 )
-        states = [SweepState.from_bytes(message[1:]) for message in messages]
+        states = [state_bytes.unpack(message[1:]) for message in messages]
         if settled is None:
             return states
         return [dataclasses.replace(state, settled=settled) for state in states]

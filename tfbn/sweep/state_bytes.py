@@ -1,0 +1,88 @@
+"""The state of a sweep as bytes, for checkpoints and for other processes."""
+
+import dataclasses
+
+import numpy as np
+
+from tfbn import storage
+from tfbn.moments import Moments
+from tfbn.sweep.methods import METHODS
+from tfbn.sweep.state import Site, SweepState
+
+_KIND = "tfbn sweep state 1"
+
+
+def pack(state: SweepState) -> bytes:
+    """The bytes of a state."""
+    sites = {"settled": state.settled, "moments": state.moments}
+    header = {
+        field.name: getattr(state, field.name)
+        for field in dataclasses.fields(state)
+        if field.name not in sites
+    }
+    arrays: dict[str, np.ndarray] = {}
+    for name, by_site in sites.items():
+        header[name] = [list(site) for site in by_site]
+        arrays |= {f"{name}_{i}": m.rows for i, m in enumerate(by_site.values())}
+    return storage.pack({"kind": _KIND, "state": header}, arrays)
+
+
+def unpack(content: bytes) -> SweepState:
+    """The state that `pack` gave the bytes of.
+
+    Raises:
+        ValueError: If the bytes are damaged, or are something else.
+    """
+    header, arrays = storage.unpack(content)
+    try:
+        if header["kind"] != _KIND:
+            raise ValueError("another kind of file")
+        values = header["state"]
+        for name in ("settled", "moments"):
+            values[name] = {
+                Site(*site): _possible(arrays[f"{name}_{i}"]) for i, site in enumerate(values[name])
+            }
+        for name in ("paths", "recurrent", "first"):
+            values[name] = None if values[name] is None else tuple(values[name])
+        state = SweepState(**values)
+        _check_types(state)
+        return state
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"Expected the state of a sweep. Received: {len(content)} bytes that are not "
+            f"({type(error).__name__}: {error})."
+        ) from error
+
+
+def _check_types(state: SweepState) -> None:
+    """Raise `ValueError` for values that no sweep has."""
+    whole = (
+        state.level,
+        state.settling,
+        state.samples,
+        state.batches,
+        state.batch_size,
+        state.data,
+    )
+    whole += (state.keys, *state.levels.values(), *(state.first or ()))
+    names = (*state.paths, *state.recurrent, *state.levels, state.fingerprint)
+    sites = (*state.settled, *state.moments)
+    flags = (state.whole, state.behind, state.complete, state.random)
+    possible = (
+        state.method in METHODS
+        and all(type(number) is int and number >= 0 for number in whole)
+        and all(isinstance(name, str) for name in names)
+        and all(isinstance(site.path, str) and type(site.call) is int for site in sites)
+        and all(isinstance(flag, bool) for flag in flags)
+    )
+    if not possible:
+        raise ValueError("values that no sweep has")
+
+
+def _possible(values: np.ndarray) -> Moments:
+    """The moments in an array, unless no data has such."""
+    if values.ndim != 2 or len(values) != 10 or values.dtype != np.float64:
+        raise ValueError("an array that is no moments")
+    if not (np.isfinite(values).all() and (values[[0, 2, 3, 4, 7, 9]] >= 0).all()):
+        raise ValueError("moments that no data has")
+    return Moments(values)
