@@ -217,7 +217,9 @@ def test_the_encoder_of_a_swept_network_is_swept(tmp_path):
     swept = provenance.sweep_of(network).stats
     for path, layer in written["statistics"]["layers"].items():
         off = swept.compare(swept.previous)[f"encoder/{path}"]
-        assert layer == {"channels": 3 if path == "first" else 2, "count": 320, **off}
+        # Its sweep was over one batch, which tells no errors.
+        known = {"channels": 3 if path == "first" else 2, "count": 320, "relative_error": None}
+        assert layer == {**known, **off}
 
 
 def test_a_swept_backbone_under_a_new_head_is_swept(tmp_path):
@@ -459,3 +461,16 @@ def test_nothing_keeps_a_swept_model_alive():
     del encoder
     gc.collect()
     assert there[1]() is None
+
+
+def test_standard_errors_go_with_the_model(tmp_path, capsys):
+    model = keras.Sequential([keras.Input((4,), name="x"), layers.BatchNormalization()])
+    x = np.random.default_rng(0).normal(size=(2000, 4)).astype("float32")
+    stats = tfbn.update_population_stats(model, x, batch_size=10, tolerance=0.05, verbose=0)
+    export(model, tmp_path)
+    swept = provenance.read(tmp_path)["statistics"]
+    [layer] = swept["layers"].values()
+    assert swept["tolerance"] == 0.05 and swept["population_size"] == 2000
+    assert swept["relative_error"] == layer["relative_error"] == stats.relative_error
+    tfbn.describe(tmp_path)
+    assert f"standard errors up to {stats.relative_error:.2g} std" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -214,16 +215,24 @@ def _swept(stats):
         "batch_size": stats.batch_size,
         "fingerprint": stats.fingerprint,
         "source_weight": stats.source_weight,
+        "tolerance": stats.tolerance,
+        "population_size": stats.population_size,
+        "relative_error": _known(stats.relative_error),
         "layers": {
-            path: {"channels": len(layer.mean), "count": _count(layer), **off.get(path, {})}
+            path: {
+                "channels": len(layer.mean),
+                "count": layer.count,
+                "relative_error": _known(layer.relative_error),
+                **off.get(path, {}),
+            }
             for path, layer in stats.items()
         },
     }
 
 
-def _count(layer):
-    # A mask that tells channels apart makes their counts differ.
-    return layer.count.tolist() if hasattr(layer.count, "tolist") else layer.count
+def _known(error):
+    # NaN is no JSON.
+    return None if math.isnan(error) else error
 
 
 def _checksum(provenance):
@@ -305,11 +314,13 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
         answers, in the model's order), a `checksum` of all this, with `monitor` the `epsilon` of
         the monitored layers and the identity of their `population`, and `statistics`: `None` if
         no sweep of the model was known, else the method, samples, batches and batch size of the
-        sweep, `source_weight` (0 unless they were blended, see `PopulationStats.blend`) and for
-        each layer its channels, values per channel and how far its moving averages were off (see
-        `PopulationStats.compare`). A version that `tfbn.recalibrate` wrote has
-        `recalibrated_by`, the versions of tfbn and TensorFlow, and `history`, a list of the same
-        of each version that it came from, oldest first, without the layers.
+        sweep, its `tolerance`, `population_size` and `relative_error` (see `PopulationStats`;
+        `None` if not known), `source_weight` (0 unless they were blended, see
+        `PopulationStats.blend`) and for each layer its channels, values per channel, relative
+        error and how far its moving averages were off (see `PopulationStats.compare`). A version
+        that `tfbn.recalibrate` wrote has `recalibrated_by`, the versions of tfbn and TensorFlow,
+        and `history`, a list of the same of each version that it came from, oldest first, without
+        the layers.
 
     Raises:
         ValueError: If there is no such description, or if it is damaged.
@@ -357,6 +368,8 @@ def _sweep_in_words(provenance):
         f"method={swept['method']!r} over {swept['samples']} samples in {swept['batches']} "
         f"batches of at most {swept['batch_size']}"
     )
+    if swept.get("relative_error") is not None:
+        text += f", standard errors up to {swept['relative_error']:.2g} std"
     blended = blending.in_words(swept["samples"], swept.get("source_weight", 0))
     if blended:
         text += f", {blended}"
