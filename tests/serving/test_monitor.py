@@ -210,6 +210,9 @@ def test_layers_in_loops_and_branches_are_refused(tmp_path, kind):
         export(model, tmp_path, monitor=True)
     assert everything_under(tmp_path) == []
     assert export(model, tmp_path).version == 1
+    # An error in the body of tf.map_fn would leave its mark on all of TensorFlow.
+    scope = tf.compat.v1.get_variable_scope()
+    assert scope.caching_device is None
 
 
 def test_a_folded_network_has_nothing_to_monitor(tmp_path):

@@ -261,7 +261,7 @@ def test_the_provenance_tells_the_history(tmp_path, capsys):
 def test_a_stale_model_is_stale_no_more(tmp_path):
     model, x = made("dense")
     model.layers[1].moving_mean.assign_add([1.0, 0.0, 0.0])
-    with pytest.warns(UserWarning, match="not those of its population"):
+    with pytest.warns(UserWarning, match="those of its population"):
         tfbn.export(model, tmp_path / "m")
     tfbn.recalibrate(tmp_path / "m", x, verbose=0)
     described = tfbn.describe(tmp_path / "m")

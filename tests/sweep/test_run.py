@@ -815,8 +815,8 @@ def bad_calls():
         "lengths": (with_bn, {"a": x, "b": x[:4]}, {}, r"same number of samples.*\[4, 8\]"),
         "list of batches": (with_bn, [x, x], {}, "one array.*list of 2 arrays.*generator"),
         "scalar": (with_bn, np.float32(1), {}, "batch axis"),
-        "no data": (with_bn, None, {}, "what `model.fit` takes"),
-        "a path": (with_bn, "data.npz", {}, "what `model.fit` takes"),
+        "no data": (with_bn, None, {}, "`model.fit` takes"),
+        "a path": (with_bn, "data.npz", {}, "`model.fit` takes"),
         "once": (with_bn, iter([x]), {"method": "exact", "memory_limit": 3}, "memory_limit=3"),
     }
 

@@ -59,21 +59,24 @@ def run(
             loop or branch, out of which a graph hands nothing.
     """
     layers = keras_models.batch_norm_layers(model) if layers is None else layers
-    calls, entered = collections.defaultdict(list), []
+    calls, entered, inside = collections.defaultdict(list), [], []
     outer = _graph()
 
     def observe(path, layer, call, inputs, training, mask):
         x = tf.convert_to_tensor(inputs)
         if not x.dtype.is_floating:  # As the layer itself does it.
             x = tf.cast(x, layer.compute_dtype)
-        if _graph() is not outer:
-            _refuse(model, f"layer {path!r}, which is called in a loop or branch")
-        entered.append(x)
-        calls[path].append(Moments(*_moments(x, layer.axis, mask)))
+        if _graph() is outer:
+            entered.append(x)
+            calls[path].append(Moments(*_moments(x, layer.axis, mask)))
+        else:
+            inside.append(path)
         return call(inputs, training=training, mask=mask)
 
     with keras_models.observed_calls(layers, observe), keras_models.inlined_functions():
         outputs = model(*args, training=False)
+    for path in inside:  # Here: an error in the body of tf.map_fn spoils the strategies of later.
+        _refuse(model, f"layer {path!r}, which is called in a loop or branch")
     for path in layers:
         if path not in calls:
             _refuse(model, f"layer {path!r}, which is not called")
