@@ -125,7 +125,7 @@ def alarm(args):
     digits = load_digits()
     images = (digits.images[..., None] / 16).astype("float32")
     runs = {name: [] for name in SHIFTS}
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         keras.utils.set_random_seed(seed)
         rng = np.random.default_rng(seed)
         order = rng.permutation(len(images))
@@ -209,6 +209,7 @@ def main():
     command = commands.add_parser("alarm")
     command.set_defaults(run=alarm)
     command.add_argument("--seeds", type=int, default=3)
+    command.add_argument("--first-seed", type=int, default=10, help="0 to 3 made the alarm")
     command.add_argument("--epochs", type=int, default=40)
     command.add_argument("--runs", type=int, default=100, help="without a shift, each seed")
     command.add_argument("--requests", type=int, default=300, help="the most in a run")
