@@ -38,8 +38,7 @@ class PopulationStats(collections.abc.Mapping):
         samples: Number of samples (entries of the batch axis of the model's inputs).
         batches: Number of batches they came in.
         batch_size: Size of the largest of these batches, in samples.
-        fingerprint: SHA-256 of the weights during the sweep, see `mismatch`; `""` if it is not
-            known.
+        fingerprint: A digest of the weights during the sweep, see `mismatch`; `""` if not known.
         previous: What the model held when it was swept, a `PopulationStats`, or `None`.
         levels: Number of levels of batch norm layers that were swept one after the other; 1 for
             methods that take one pass.
@@ -88,9 +87,8 @@ class PopulationStats(collections.abc.Mapping):
 
     def replace(self, **changes: Any) -> "PopulationStats":
         """These statistics with some of the arguments of the class changed."""
-        same = (*stats_file.ATTRIBUTES, "previous")
-        kept = {"layers": self, **{name: getattr(self, name) for name in same}}
-        return PopulationStats(**{**kept, **changes})
+        kept = {name: getattr(self, name) for name in (*stats_file.ATTRIBUTES, "previous")}
+        return PopulationStats(**{"layers": self, **kept, **changes})
 
     def __getitem__(self, path: str) -> LayerStats:
         return self._layers[path]
@@ -118,14 +116,12 @@ class PopulationStats(collections.abc.Mapping):
     ) -> "PopulationStats":
         """The statistics that a model's batch norm layers hold now, in full precision.
 
-        `method` is `"assigned"` and every count 0: nothing in a model tells what its
-        moving averages were taken from.
+        `method` is `"assigned"` and every count 0: no model tells the data of its moving averages.
 
         Args:
             model: A built model.
             include_frozen: Whether to read layers with `trainable=False` too.
-            fingerprint: Whether to take the fingerprint of the weights, for which all of them
-                are read.
+            fingerprint: Whether to take the fingerprint of the weights, which reads all of them.
         """
         layers = {
             path: layer_stats.of_layer(layer)
@@ -138,26 +134,23 @@ class PopulationStats(collections.abc.Mapping):
     def assign(self, model: keras.Model) -> "PopulationStats":
         """Set the inference statistics of a model's batch norm layers to these.
 
-        `moving_mean` becomes the mean and `moving_variance` the variance. With
-        `renorm=True`, `renorm_mean` becomes the mean too, and `moving_stddev` and
-        `renorm_stddev` become sqrt(variance + epsilon), as Keras defines them. All layers
-        are checked before the first is written, and if writing is interrupted what was
-        there is put back.
+        `moving_mean` becomes the mean and `moving_variance` the variance. With `renorm=True`,
+        `renorm_mean` becomes the mean too, and `moving_stddev` and `renorm_stddev` become
+        sqrt(variance + epsilon), as Keras defines them. All layers are checked before the first is
+        written, and all are put back if writing is interrupted.
 
         Args:
-            model: The model that was swept, or one of the same architecture. Every layer
-                in these statistics must be in it; layers of the model that are not in
-                the statistics (frozen ones, say) are left alone.
+            model: The model that was swept, or one of the same architecture. It must have every
+                layer of these statistics; its other layers (frozen ones, say) are left alone.
 
         Returns:
-            A `PopulationStats` with what the layers held before:
-            `previous.assign(model)` undoes the assignment to the bit.
+            The `PopulationStats` before: `previous.assign(model)` undoes it to the bit.
 
         Raises:
-            ValueError: If a layer is missing or a shape differs (the first difference is
-                named), if a value is not finite in the dtype of the variable, if a variance is
-                negative, or if a layer had no values. Statistics that were read from a model
-                may be anything: they are put back as they were. The model is then unchanged.
+            ValueError: If a layer is missing or a shape differs (the first difference is named), if
+                a value is not finite in the dtype of the variable, if a variance is negative, or if
+                a layer had no values; the model is then unchanged. Statistics that were read from a
+                model may be anything, and are put back as they were.
         """
         if self.method != "assigned":
             layer_stats.require_possible(self)
@@ -207,10 +200,9 @@ class PopulationStats(collections.abc.Mapping):
     def merge(self, other: "PopulationStats") -> "PopulationStats":
         """The statistics of two sweeps over different data, as of one sweep over both.
 
-        Counts add up, means are weighted by count, and variances follow the method:
-        pooled ones by the law of total variance, those of Algorithm 2 by their average
-        (see `tfbn.moments.merge`). Associative and commutative up to rounding. A channel
-        without values changes nothing, whatever its mean and variance are.
+        Counts add up, means are weighted by count, and variances follow the method, see
+        `tfbn.moments.merge`. Associative and commutative up to rounding. A channel without values
+        changes nothing, whatever its mean and variance are.
 
         Raises:
             ValueError: If method, layers, shapes or the swept weights differ, or if a value is
@@ -324,13 +316,10 @@ class PopulationStats(collections.abc.Mapping):
     def summary(self, print_fn: collections.abc.Callable[[str], Any] | None = None) -> None:
         """Print a table of the layers, those whose moving averages were furthest off first.
 
-        Columns: values per channel; how far the statistics that the model held before
-        were off, as the RMS over channels of the difference of means in standard
-        deviations, and as the old standard deviation over the new (geometric mean over
-        channels); and the standard error, `LayerStats.relative_error`: the larger of those of
-        the mean, in standard deviations, and of the standard deviation, in parts of itself, in
-        the worst channel. Of more than 40 layers the middle ones are left out; `compare` and
-        `to_dict` have all.
+        Columns: values per channel; how far the statistics that the model held before were off,
+        `mean_shift` and `std_ratio` of `compare`; and the standard error of the worst channel,
+        `LayerStats.relative_error`. Of more than 40 layers the middle ones are left out; `compare`
+        and `to_dict` have all.
 
         Args:
             print_fn: Called with each line instead of `print`.
