@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from command_line import fails, run, run_for_json
 from keras import layers
 
 import tfbn
@@ -92,29 +93,6 @@ def assert_equal(found, expected, rtol=2e-5):
         scale = np.sqrt(right_variance.max())
         np.testing.assert_allclose(mean, right_mean, rtol=rtol, atol=rtol * scale)
         np.testing.assert_allclose(variance, right_variance, rtol=rtol, atol=rtol * scale**2)
-
-
-def run(capsys, *arguments):
-    """Exit code, and what was written to stdout and stderr."""
-    capsys.readouterr()
-    code = main([str(argument) for argument in arguments])
-    return code, *capsys.readouterr()
-
-
-def run_for_json(capsys, *arguments):
-    """What a command that succeeds prints with --json."""
-    code, out, err = run(capsys, *arguments, "--json")
-    assert (code, err) == (0, "")
-    return json.loads(out)
-
-
-def fails(capsys, *arguments):
-    """The one line on stderr of a command that fails."""
-    code, out, err = run(capsys, *arguments)
-    assert (code, out) == (1, "")
-    assert err.count("\n") == 1 and err.startswith("tfbn: Expected")
-    assert "Received: " in err
-    return err
 
 
 def as_npy(directory):

@@ -1,16 +1,15 @@
 """`tfbn recalibrate` for models that are served, and with few samples."""
 
-import json
 import os
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from command_line import fails, run, run_for_json
 from keras import layers
 
 import tfbn
-from tfbn.cli import main
 
 IMAGES = np.random.default_rng(0).random((30, 6, 5, 1)).astype("float32")
 
@@ -42,28 +41,6 @@ def files(tmp_path):
     tfbn.export(model, tmp_path / "served")
     np.savez(tmp_path / "field.npz", image=0.3 * IMAGES + 0.5)
     return tmp_path / "model.keras", tmp_path / "served", tmp_path / "field.npz"
-
-
-def run(capsys, *arguments):
-    """Exit code, and what was written to stdout and stderr."""
-    capsys.readouterr()
-    code = main([str(argument) for argument in arguments])
-    return code, *capsys.readouterr()
-
-
-def run_for_json(capsys, *arguments):
-    """What a command that succeeds prints with --json."""
-    code, out, err = run(capsys, *arguments, "--json")
-    assert (code, err) == (0, "")
-    return json.loads(out)
-
-
-def fails(capsys, *arguments):
-    """The one line on stderr of a command that fails."""
-    code, out, err = run(capsys, *arguments)
-    assert (code, out) == (1, "")
-    assert err.count("\n") == 1 and err.startswith("tfbn: Expected") and "Received: " in err
-    return err
 
 
 def held(model):

@@ -1,0 +1,28 @@
+"""The command line as the tests run it: in this process, with its output."""
+
+import json
+
+from tfbn.cli import main
+
+
+def run(capsys, *arguments):
+    """Exit code, and the text on stdout and on stderr."""
+    capsys.readouterr()
+    code = main([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def run_for_json(capsys, *arguments):
+    """The output of a command that succeeds with --json."""
+    code, out, err = run(capsys, *arguments, "--json")
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+def fails(capsys, *arguments):
+    """The one line on stderr of a command that fails."""
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1 and err.startswith("tfbn: Expected")
+    assert "Received: " in err
+    return err
