@@ -243,6 +243,22 @@ def test_shards_of_other_sizes_are_weighted_by_them(model, digits, population):
     assert off(stats, population) < 3 * 0.03
 
 
+def test_only_the_shards_of_the_sample_are_loaded_after_their_sizes(model, digits):
+    shards, loads = np.array_split(digits[:400], 100), []
+
+    def load(number):
+        loads.append(number)
+        return shards[number]
+
+    stats = tfbn.collect_shards(
+        model, range(100), load=load, batch_size=4, tolerance=0.5, verbose=0
+    )
+    assert stats.batches == 20 and stats.levels == 3
+    drawn = set(loads[100:])
+    assert sorted(loads[:100]) == list(range(100)) and len(drawn) <= 20
+    assert len(loads) == 100 + len(drawn) * 4  # The pilot, and three levels.
+
+
 def test_shards_that_end_first_are_swept_whole(model, digits):
     shards = np.array_split(digits[:300], 3)
     stats = tfbn.collect_shards(model, shards, tolerance=1e-6, verbose=0)

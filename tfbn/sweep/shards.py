@@ -211,6 +211,10 @@ class _Parts:
         start = self._before[number]
         return start, start + self._taken[number]
 
+    def shards(self) -> list[int]:
+        """The numbers of the shards that give any, in order."""
+        return sorted(self._taken)
+
 
 class _Cluster:
     """The shards, and the processes that sweep them.
@@ -239,7 +243,7 @@ class _Cluster:
 
     def sizes(self) -> list[_Size]:
         """The `_Size` of every shard."""
-        results = dict(self._results(_Measure(self._recipe, self._reader)))
+        results = dict(self._results(_Measure(self._recipe, self._reader), self._asked(None)))
         return [_Size(*results[number]) for number in range(len(self._shards))]
 
     def sweep(self, parts: _Parts | None = None) -> SweepState:
@@ -250,7 +254,8 @@ class _Cluster:
         """
         state = replica(self._recipe).begin
         seen: dict[int, tuple[int, int]] = {}
-        report = Report(self._recipe.method, self._verbose, len(self._shards), unit="shard")
+        total = len(self._asked(parts))
+        report = Report(self._recipe.method, self._verbose, total, unit="shard")
         report.begin()
         while not state.complete:
             report.begin_level(state.level)
@@ -282,14 +287,19 @@ class _Cluster:
         """
         recipe = dataclasses.replace(self._recipe, paths=state.paths)
         swept = {}
-        for number, content in self._results(_SweepLevel(recipe, self._reader, state, parts)):
+        task = _SweepLevel(recipe, self._reader, state, parts)
+        for number, content in self._results(task, self._asked(parts)):
             shard_state = swept[number] = state_bytes.unpack(content)
             if seen is not None and (state.whole or not shard_state.whole):
                 self._check_same(number, shard_state, seen, state.level)
             if report is not None:
                 report.batch(max(shard_state.levels.values(), default=0))
         # In the order of the shards, so that rounding is the same for any order of results.
-        return merged((swept[number] for number in range(len(self._shards))), state)
+        return merged((swept[number] for number in self._asked(parts)), state)
+
+    def _asked(self, parts: _Parts | None) -> Sequence[int]:
+        """The numbers of the shards to sweep: loading the others would be for nothing."""
+        return range(len(self._shards)) if parts is None else parts.shards()
 
     def _check_same(
         self, number: int, state: SweepState, seen: dict[int, tuple[int, int]], level: int
@@ -303,10 +313,11 @@ class _Cluster:
                 "not change."
             )
 
-    def _results(self, task: _Task) -> Iterator[tuple[int, Any]]:
-        """Yield number and result of every shard once, in the order in which they come."""
-        missing = set(range(len(self._shards)))
-        for number, result in self._map(task, list(enumerate(self._shards))):
+    def _results(self, task: _Task, numbers: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        """Yield number and result of some shards once, in the order in which they come."""
+        missing = set(numbers)
+        items = [(number, self._shards[number]) for number in numbers]
+        for number, result in self._map(task, items) if items else ():
             if number in missing:  # An engine may run a task twice.
                 missing.remove(number)
                 yield number, result
