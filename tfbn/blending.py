@@ -5,7 +5,7 @@ source, the data that a model was trained on, have no such error but are of othe
 the two lies their weighted average (Schneider et al. 2020, "Improving robustness against common
 corruptions by covariate shift adaptation", section 3, https://arxiv.org/abs/2006.16971).
 
-It is insurance, and costs what it insures against. With images of digits
+It is insurance, and has its price. With images of digits
 (`examples/served_population.py`) that had not shifted at all, one request alone cost 13 points of
 accuracy, four 7, eight 3; N = 4 left about 1 of that. Where light or contrast had shifted much,
 N = 1 cost up to 40 points of what few requests gain and N = 16 up to 60, and from about n = 64 N on

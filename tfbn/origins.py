@@ -60,7 +60,7 @@ class Origin(NamedTuple):
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "Origin":
-        """Read what `to_bytes` gave.
+        """Read the bytes of `to_bytes`.
 
         Raises:
             ValueError: If it is damaged, of a later format or something else.
@@ -91,7 +91,7 @@ def forget(layers: Iterable[keras.Layer]) -> None:
 
 
 def share(layer: keras.Layer, copy: keras.Layer) -> None:
-    """Note for the copy of a layer what is known of the layer."""
+    """Give the copy of a layer the record of the layer."""
     if layer in _origins:
         _origins[copy] = _origins[layer]
 

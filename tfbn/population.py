@@ -1,4 +1,4 @@
-"""`PopulationStats`: what a sweep found, and everything one does with it."""
+"""`PopulationStats`: the result of a sweep, and all that is done with it."""
 
 import collections.abc
 import html
@@ -39,7 +39,7 @@ class PopulationStats(collections.abc.Mapping):
         batches: Number of batches they came in.
         batch_size: Size of the largest of these batches, in samples.
         fingerprint: A digest of the weights during the sweep, see `mismatch`; `""` if not known.
-        previous: What the model held when it was swept, a `PopulationStats`, or `None`.
+        previous: The `PopulationStats` that the model held when it was swept, or `None`.
         levels: Number of levels of batch norm layers that were swept one after the other; 1 for
             methods that take one pass.
         population_size: Number of samples in the population that the errors of the layers are
@@ -181,7 +181,7 @@ class PopulationStats(collections.abc.Mapping):
 
         Returns:
             `None` if the model's weights are those of the sweep and its layers hold the
-            statistics that the sweep found; else a phrase that says what differs.
+            statistics that the sweep found; else a phrase that names the difference.
         """
         layers = keras_models.batch_norm_layers(model)
         for path, stats in self.items():
@@ -260,7 +260,7 @@ class PopulationStats(collections.abc.Mapping):
         larger by N n / (N + n)^2 (mean_source - mean_these)^2: the aim is an estimate of the
         field's own variance, not of a mixture's.
 
-        It is insurance, and costs what it insures against. Take N = 0 where a monitor says that the
+        It is insurance, and has its price. Take N = 0 where a monitor says that the
         data has moved, or from 16 samples on, and N = 4 for fewer samples of data that may not have
         moved: `tfbn.blending` has the measurements.
 
@@ -369,12 +369,12 @@ class PopulationStats(collections.abc.Mapping):
             ) from error
 
     def to_bytes(self) -> bytes:
-        """What `save` writes, for those who send it elsewhere."""
+        """The content of the file that `save` writes, for those who send it elsewhere."""
         return stats_file.pack(self)
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "PopulationStats":
-        """Read what `to_bytes` gave. See `load`.
+        """Read the bytes of `to_bytes`. See `load`.
 
         Raises:
             ValueError: If it is damaged or something else, or has statistics that no data has.

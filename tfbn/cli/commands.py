@@ -1,4 +1,4 @@
-"""The commands of the command line. Each takes what was parsed and returns the exit code."""
+"""The commands of the command line. Each takes the parsed arguments and returns the exit code."""
 
 import argparse
 import contextlib

@@ -26,7 +26,7 @@ def reading(path: str, expected: str, advice: str) -> Iterator[None]:
     with naming(path):
         try:
             yield
-        except Exception as error:  # What a damaged file raises is not documented anywhere.
+        except Exception as error:  # The errors of damaged files are documented nowhere.
             if _is_ours(error):
                 raise
             why = f"which is damaged or another kind of file ({describe(error)}). {advice}"

@@ -28,7 +28,7 @@ class Options(NamedTuple):
         features: A JSON file with the features to read of TFRecords, by name: `{"x": {"shape":
             [28, 28, 1], "dtype": "float32"}}`. `"dtype": "image"` is for encoded images (JPEG,
             PNG, GIF, BMP), which have no `shape`: they are resized to the model's input.
-        scale: What the pixels of images, 0 to 255, are multiplied by.
+        scale: The factor on the pixels of images, which are 0 to 255.
     """
 
     batch_size: int | None = None
@@ -239,7 +239,7 @@ def _image_shape(tensor, path):
 
 
 def _features(path):
-    """What TensorFlow reads of an Example, by name. Encoded images are strings."""
+    """The features that TensorFlow reads of an Example, by name. Encoded images are strings."""
     with reading(
         path,
         'features as {"name": {"shape": [28, 28, 1], "dtype": "float32"}} in JSON',

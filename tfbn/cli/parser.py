@@ -44,7 +44,7 @@ Both must fit MODEL. Differences are in standard deviations of A."""
 
 
 def build() -> argparse.ArgumentParser:
-    """The parser. What it parses has the name of its command as `command`."""
+    """The parser. Its result has the name of the command as `command`."""
     parser = argparse.ArgumentParser(
         prog="tfbn",
         description=_DESCRIPTION,

@@ -1,4 +1,4 @@
-"""The process of the command line: its exit code, and what else it writes to stderr."""
+"""The process of the command line: its exit code, and all that it writes to stderr."""
 
 import contextlib
 import logging

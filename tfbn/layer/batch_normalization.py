@@ -95,7 +95,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         origins.save(self, dir_path)
 
     def load_assets(self, dir_path: str | None) -> None:
-        """Read what `save_assets` wrote. Nothing in a file here keeps the layer from loading."""
+        """Read the asset of `save_assets`. Nothing in a file here keeps the layer from loading."""
         origins.load(self, dir_path)
 
     @staticmethod

@@ -124,7 +124,7 @@ class Movement(NamedTuple):
 
     @property
     def distance(self) -> float:
-        """The distance without what noise adds to it; NaN for one block."""
+        """The distance without the part of noise; NaN for one block."""
         added = np.trace(self.noise) * self._alike
         return float(np.sqrt(np.maximum(0.0, self.squared - added)))
 
@@ -172,7 +172,7 @@ def movement(
         blocks: Their moments.
         mean, variance, count: Of the population, each of shape `(channels,)`; a count of 0 is
             one that is not known, and taken as endless.
-        epsilon: What the layer adds to its variance.
+        epsilon: The epsilon of the layer.
     """
     n, means, variances = blocks.stacked()
     scale = scaled(mean, variance, epsilon).variance
@@ -212,7 +212,7 @@ def std_ratio_error(blocks: Blocks, variance: np.ndarray, epsilon: float) -> flo
     Args:
         blocks: The moments of the requests.
         variance: Of the population, of shape `(channels,)`.
-        epsilon: What the layer adds to its variance.
+        epsilon: The epsilon of the layer.
     """
     n, means, variances = blocks.stacked()
     share = n / np.maximum(n.sum(0), 1)

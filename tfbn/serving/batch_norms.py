@@ -43,7 +43,7 @@ class Layer(NamedTuple):
         axis: As Keras has it.
         epsilon: As Keras has it.
         dtype: The name of its dtype policy.
-        shape: The shape of what enters, `None` for sizes that are not known.
+        shape: The shape of the input, `None` for sizes that are not known.
         variables: By attribute of the layer (`gamma`, if it has one, and so on) the path of the
             variable in the SavedModel's tree of objects.
     """
@@ -80,9 +80,9 @@ def call_of(path: str, graph: tf.Graph, entered: Any, mask: Any, left: Any) -> C
     Args:
         path: The path of the layer.
         graph: The endpoint's own graph.
-        entered: What enters the layer.
+        entered: The input of the layer.
         mask: Its mask, or `None`.
-        left: What leaves it.
+        left: Its output.
     """
     tensors = [entered, left] if mask is None else [entered, mask, left]
     if any(getattr(tensor, "graph", None) is not graph for tensor in tensors):
@@ -96,7 +96,7 @@ def layer_of(layer: keras.layers.BatchNormalization, model: keras.Model, entered
     Args:
         layer: A layer of the model.
         model: The model, whose variables `keras.export.ExportArchive` keeps in a list.
-        entered: What enters the layer.
+        entered: The input of the layer.
     """
     places = {id(variable): place for place, variable in enumerate(model.variables)}
     held = {name: getattr(layer, name) for name in _VARIABLES}

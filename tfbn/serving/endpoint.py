@@ -24,7 +24,7 @@ _TRAINING_OPS = {
 
 
 class Saved(NamedTuple):
-    """What is known of an endpoint since its network was traced.
+    """The facts about an endpoint that the trace of its network showed.
 
     Attributes:
         output_names: The endpoint's names of its outputs by the model's, in the model's order.

@@ -1,4 +1,4 @@
-"""The inference network of a model with what enters its batch norm layers measured.
+"""The inference network of a model with the inputs of its batch norm layers measured.
 
 It normalises with the population statistics that its layers hold, as inference always does, so
 that its outputs are those of the model. Beside them it gives the moments of the batch.
@@ -16,7 +16,7 @@ from tfbn import keras_models, layer_stats
 from tfbn.layer import kernels, sums
 from tfbn.population import PopulationStats
 
-# Beside the provenance: the population to compare with what the endpoint answers.
+# Beside the provenance: the population to compare the answers of the endpoint with.
 FILE = "assets.extra/population.npz"
 
 # The answer that tells by which statistics the network normalised.
@@ -88,7 +88,7 @@ def run(
 def answers(
     model: keras.Model, layers: Mapping[str, keras.Layer], moments: Mapping[str, Moments]
 ) -> dict[str, tf.Tensor]:
-    """What the endpoint answers beside the model's outputs, by name.
+    """The answers of the endpoint beside the model's outputs, by name.
 
     For each layer `<path>/count` in int64, and `<path>/mean` and `<path>/variance` in float32,
     float64 where the layer computes in that; and `IDENTITY`.

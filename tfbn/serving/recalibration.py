@@ -116,7 +116,7 @@ class Opened:
         network: Its network as a Keras model.
         loaded: The SavedModel.
         found: Where its batch norm layers are.
-        provenance: What `tfbn.export` wrote down.
+        provenance: The provenance that `tfbn.export` wrote.
     """
 
     path: pathlib.Path
@@ -162,7 +162,7 @@ def _opened_of_others(version):
     found = recognition.recognized(version, loaded)
     network = loading.load(version, loaded, found)
     written = recognition.described(loaded)
-    written["fingerprint"] = fingerprints.fingerprint(network)  # Of what is known of it.
+    written["fingerprint"] = fingerprints.fingerprint(network)  # Of its known weights.
     return Opened(version, network, loaded, found, written)
 
 
@@ -226,7 +226,7 @@ def _version(path):
 def _with_first(network, x, batch_size, steps):
     """The data, and the inputs of its first batch."""
     head = x
-    if hasattr(x, "__next__"):  # What was read of it does not come again.
+    if hasattr(x, "__next__"):  # A batch that was read does not come again.
         start = list(itertools.islice(x, 1))
         x, head, steps = itertools.chain(start, x), start, None
     _, batches = check(network, head, batch_size, steps, include_frozen=True)
@@ -258,7 +258,7 @@ def _predicted(network, inputs):
 
 
 def _served(loaded, network, inputs):
-    """What a client is answered."""
+    """The answer that a client gets."""
     return loaded.signatures[signature.DEFAULT](**network.by_name(inputs))
 
 

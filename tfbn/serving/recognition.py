@@ -299,7 +299,7 @@ def _readers(tensor):
 
 
 def described(loaded: Any) -> dict[str, Any]:
-    """What provenance there is of such a SavedModel."""
+    """The provenance of such a SavedModel, as far as there is any."""
     signature = loaded.signatures[_SIGNATURE]
     return {
         "tfbn": None,

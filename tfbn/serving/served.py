@@ -117,7 +117,7 @@ class ServedStats:
         return next(iter(self._blocks.values())).requests
 
     def add(self, answer: Any) -> None:
-        """Add what a server answered to one request, of one sample or of many.
+        """Add the answer of a server to one request, of one sample or of many.
 
         Args:
             answer: A mapping from the names of outputs to arrays, lists, tensors or
@@ -222,7 +222,7 @@ def _population(path, layers):
 
 
 def _outputs(answer):
-    """The mapping from names to values in what a client received."""
+    """The mapping from names to values in an answer."""
     outputs = getattr(answer, "outputs", answer)
     if isinstance(outputs, Mapping) and set(outputs) == {"outputs"}:
         outputs = outputs["outputs"]
