@@ -183,6 +183,19 @@ def test_only_the_sample_is_read(model, digits):
 def test_a_sample_that_does_not_fit_is_read_again_or_refused(model, digits):
     order = np.random.default_rng(0).permutation(len(digits))
     dataset = tf.data.Dataset.from_tensor_slices(digits[order]).batch(16)
+    read = []
+
+    class Counted:
+        def __iter__(self):
+            for batch in dataset:
+                read.append(None)
+                yield batch
+
+    stats = tfbn.collect(model, Counted(), tolerance=0.05, verbose=0)
+    assert len(read) == stats.batches
+    read.clear()
+    tfbn.collect(model, Counted(), tolerance=0.05, memory_limit=5000, verbose=0)
+    assert len(read) >= 2 * stats.batches
     small = tfbn.collect(model, dataset, tolerance=0.05, memory_limit=5000, verbose=0)
     large = tfbn.collect(model, dataset, tolerance=0.05, verbose=0)
     assert small.samples == large.samples
