@@ -1,5 +1,8 @@
-"""Two devices on any machine, for the tests of distribution strategies."""
+"""Two devices on any machine, and which cases of a test are quick."""
 
+import itertools
+
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -11,3 +14,14 @@ tf.config.set_logical_device_configuration(_cpu, [tf.config.LogicalDeviceConfigu
 def two_devices():
     """The strategy that mirrors on both. Two of them would mix up their collective operations."""
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test marked `quick(n)` n cases are quick, spread over all of them; the rest is slow."""
+    for _, cases in itertools.groupby(items, lambda item: item.nodeid.split("[")[0]):
+        cases = list(cases)
+        if mark := cases[0].get_closest_marker("quick"):
+            quick = np.linspace(0, len(cases) - 1, *mark.args).round()
+            for number in set(range(len(cases))).difference(quick):
+                cases[number].add_marker(pytest.mark.slow)

@@ -120,6 +120,7 @@ def test_files_keep_the_record(tmp_path, swept):
     assert "blended" not in lines[0]
 
 
+@pytest.mark.slow
 def test_the_provenance_of_an_export_has_it(tmp_path, capsys, model, swept):
     swept.blend(swept.previous, samples=18).assign(model)
     tfbn.export(model, tmp_path / "served")
@@ -152,6 +153,7 @@ def spoiled(name, value):
     return spoil
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -169,6 +171,7 @@ def test_another_source_is_refused(swept, change, says):
         swept.blend(change(swept.previous), samples=4)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("samples", [-1, 1.5, True, None, "4", 2**53 + 1])
 def test_no_number_of_samples(swept, samples):
     with pytest.raises(ValueError, match=rf"Expected samples.*{re.escape(repr(samples))}"):

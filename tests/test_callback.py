@@ -77,6 +77,7 @@ def sweep(model, **options):
     return tfbn.PopulationStatsCallback(training_data(model)[0], **options)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("bn", [tfbn.BatchNormalization, layers.BatchNormalization])
 def test_after_fit_the_model_infers_with_its_population(bn):
     model = build(bn)
@@ -91,6 +92,7 @@ def test_after_fit_the_model_infers_with_its_population(bn):
     assert_same(before, statistics(model))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "options",
     [
@@ -108,6 +110,7 @@ def test_however_the_model_is_compiled(options):
     assert_close(statistics(model), population(model))
 
 
+@pytest.mark.slow
 def test_the_optimizers_averaged_weights_are_swept():
     model = build(optimizer=keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.9))
     fit(model, [sweep(model)])
@@ -137,6 +140,7 @@ def on_devices(strategy):
 
 
 # Batches of 24 leave a remainder of 16; one batch of 64 leaves a device without data.
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("method", "batch_size"), [("pooled", 64), ("algorithm2", 24), ("exact", 24)]
 )
@@ -156,6 +160,7 @@ def test_under_a_strategy_of_two_devices(method, batch_size, two_devices):
             assert_close(found, population(model))
 
 
+@pytest.mark.slow
 def test_each_device_goes_on_from_its_own_moving_averages(two_devices):
     results = []
     for options in [{}, {"before_validation": True, "every_n_epochs": 1}]:
@@ -195,6 +200,7 @@ def test_freeze_false_leaves_the_model_trainable():
     assert [layer.trainable for layer in model._flatten_layers()] == flags
 
 
+@pytest.mark.slow
 def test_a_frozen_model_is_frozen_after_saving_and_loading(tmp_path):
     model = build()
     fit(model, [sweep(model)])
@@ -207,6 +213,7 @@ def test_a_frozen_model_is_frozen_after_saving_and_loading(tmp_path):
     assert any("Trainable params: 0 " in line for line in "\n".join(lines).splitlines())
 
 
+@pytest.mark.slow
 def test_fit_again_with_the_same_callback():
     model = build()
     callback = sweep(model)
@@ -220,6 +227,7 @@ def test_fit_again_with_the_same_callback():
     assert not model.trainable_weights
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "options",
     [{"every_n_epochs": 2}, {"before_validation": True}, {"method": "exact", "every_n_epochs": 1}],
@@ -271,6 +279,7 @@ def test_evaluate_outside_fit_is_left_alone():
     assert_same(held, statistics(model))
 
 
+@pytest.mark.slow
 def test_checkpoints_of_every_second_epoch_hold_the_population(tmp_path):
     model = build()
     path = str(tmp_path / "{epoch}.keras")
@@ -288,6 +297,7 @@ def test_checkpoints_of_every_second_epoch_hold_the_population(tmp_path):
             assert np.abs(statistics(saved)[1] - expected[1]).max() > 0.01
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("on_epoch", [False, True])
 def test_swapped_in_averages_are_what_is_swept(on_epoch):
     model = build(optimizer=keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.9))
@@ -311,6 +321,7 @@ def test_swapped_in_averages_are_what_is_swept(on_epoch):
     assert_close(statistics(model), population(model))
 
 
+@pytest.mark.slow
 def test_early_stopping_listed_before_restores_first():
     model = build()
     stop = keras.callbacks.EarlyStopping("loss", patience=0, mode="max", restore_best_weights=True)
@@ -329,6 +340,7 @@ def test_early_stopping_listed_after_is_an_error_at_the_beginning():
     fit(model, [sweep(model), keras.callbacks.EarlyStopping()])
 
 
+@pytest.mark.slow
 def test_swap_listed_after_is_an_error_where_it_matters():
     model = build(optimizer=keras.optimizers.SGD(use_ema=True))
     with pytest.raises(ValueError, match=r"after SwapEMAWeights.*Received.*Swap"):
@@ -350,6 +362,7 @@ class Stop(keras.callbacks.Callback):
         raise self.error
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("moment", "error"),
     [
@@ -373,6 +386,7 @@ def test_an_interrupted_fit_can_go_on(moment, error):
     assert "evaluate" not in vars(model)
 
 
+@pytest.mark.slow
 def test_data_that_fails_at_the_end_leaves_the_moving_averages():
     plain, model = build(), build()
     fit(plain, [])
@@ -411,6 +425,7 @@ def test_bad_arguments(options):
         tfbn.PopulationStatsCallback(np.ones((2, 2)), **options)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["dataset", "generator"])
 def test_data_with_its_own_batches(kind):
     model = build()

@@ -129,6 +129,7 @@ def frozen_base():
     return keras.Model(inputs, layers.Dense(2)(x))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("network", [segmentation, detection, frozen_base])
 @pytest.mark.filterwarnings("ignore:The batch norm statistics")
 def test_several_outputs_and_frozen_parts(network, tmp_path):

@@ -79,6 +79,7 @@ def test_a_file_remembers_the_sweep_of_our_layers():
     assert_same_sweep(model, again)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("where", ["first", "head", "block", "bn"])
 def test_training_after_loading_is_noticed(where):
     loaded = through_a_file(swept())
@@ -163,6 +164,7 @@ def test_a_clone_starts_anew():
     assert sweep_of(clone).stats is None
 
 
+@pytest.mark.slow
 def test_the_callback_and_checkpoints_leave_it():
     model = network()
     checkpoint = keras.callbacks.ModelCheckpoint("epoch.keras")
@@ -187,6 +189,7 @@ for cls in (BatchNormalization, keras.layers.BatchNormalization):
 """
 
 
+@pytest.mark.slow
 def test_those_who_know_nothing_of_it_load_the_file():
     model = swept()
     model.save("model.keras")

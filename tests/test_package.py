@@ -63,6 +63,7 @@ def test_under_keras_2_one_error_says_what_to_do():
     assert error.startswith("ImportError: tfbn needs Keras 3. Received: Keras 2.15.0.")
 
 
+@pytest.mark.slow
 def test_importing_does_not_need_the_extras():
     blocked = ("matplotlib", "sklearn", "tensorflow_serving", "apache_beam", "hypothesis")
     code, error = run(
@@ -79,6 +80,7 @@ def model_file(tmp_path_factory):
     return str(path)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "imports", ["import keras, tfbn", "import tfbn, tensorflow; keras = tensorflow.keras"]
 )

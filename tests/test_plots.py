@@ -248,6 +248,7 @@ def test_wrong_arguments_are_told_what_to_do():
     assert not plt.get_fignums()
 
 
+@pytest.mark.slow
 def test_no_display_is_needed(tmp_path):
     """Not even where matplotlib is told to use windows."""
     code = (

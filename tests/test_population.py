@@ -133,6 +133,7 @@ IMPOSSIBLE = [
 ]
 
 
+@pytest.mark.quick(7)
 @pytest.mark.parametrize("method", ["exact", "pooled", "algorithm2"])
 @pytest.mark.parametrize(("name", "value"), IMPOSSIBLE)
 def test_assign_and_merge_refuse_what_no_data_has(model, stats, method, name, value):

@@ -409,6 +409,7 @@ def fuzz(seed):
         use(loaded, model)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("seed", range(0, 240, 60))
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_any_file_loads_as_it_was_or_is_refused(seed):

@@ -130,6 +130,7 @@ def assert_logged(history, way, expected):
         np.testing.assert_allclose(history[f"val_{metric}_{way}"], values, rtol=2e-5)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("bn", "options"),
     [
@@ -153,6 +154,7 @@ def test_metrics_three_ways(bn, options):
     assert len({history[f"val_loss_{way}"][-1] for way in tfbn.tracker.WAYS}) == 3
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("bn", [layers.BatchNormalization, tfbn.BatchNormalization])
 def test_training_goes_on_bit_for_bit(bn):
     def trained(*callbacks):
@@ -193,6 +195,7 @@ def test_training_on_two_devices_goes_on_bit_for_bit(two_devices):
     assert tracked["val_loss_moving_average"] == tracked["val_loss"]
 
 
+@pytest.mark.slow
 def test_predictions_after_training_are_those_of_inference():
     """The function that evaluates with mini-batches is not left in the model."""
     model = compiled(network())
@@ -223,6 +226,7 @@ class Compiled(keras.Model):
         return {"mine": tf.reduce_mean(loss)}
 
 
+@pytest.mark.slow
 def test_models_with_compiled_functions_and_steps_of_their_own():
     model = Compiled(network())
     model(X[:1])
@@ -263,6 +267,7 @@ def test_frozen_layers_infer_with_what_they_hold():
     assert_logged(history, "mini_batch", map(expected, found))
 
 
+@pytest.mark.slow
 def test_datasets_and_one_more_metric_after_compiling_anew():
     training = tf.data.Dataset.from_tensor_slices((X, Y)).batch(len(X))
     validation = tf.data.Dataset.from_tensor_slices((X_VAL, Y_VAL)).batch(BATCH)
@@ -276,6 +281,7 @@ def test_datasets_and_one_more_metric_after_compiling_anew():
     assert len(history["val_sparse_categorical_accuracy_mini_batch"]) == 1
 
 
+@pytest.mark.slow
 def test_moving_averages_are_found_behind_population_statistics():
     """A callback that is listed before has replaced them for the others."""
     alone = fit(compiled(network()), [tracker()])

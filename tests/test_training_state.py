@@ -159,6 +159,7 @@ MOMENTS = [
 ]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("moment", "forwarded"), [*((moment, False) for moment in MOMENTS), (MOMENTS[0], True)]
 )
@@ -198,6 +199,7 @@ class Interrupted(keras.Sequential):
         return super().train_step(data)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("forwarded", [False, True])
 def test_control_c_in_a_step_leaves_nothing_behind(forwarded):
     models = []
@@ -213,6 +215,7 @@ def test_control_c_in_a_step_leaves_nothing_behind(forwarded):
     assert all(layer.trainable for layer in model.layers)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["put_back", "keep"])
 def test_control_c_between_the_callbacks_and_the_end_of_an_epoch(name, monkeypatch):
     plain, model = build(), build()
@@ -243,6 +246,7 @@ def test_stop_training_is_a_regular_end():
     assert_population(model)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "options",
     [
@@ -271,6 +275,7 @@ def test_same_losses_however_the_model_is_compiled(options):
         assert_same(state(plain), previous_of([callback], model))
 
 
+@pytest.mark.slow
 def test_a_clone_is_swept_by_a_copy_of_the_callback():
     model = build()
     data = tf.data.Dataset.from_tensor_slices(X).batch(5)
@@ -288,6 +293,7 @@ def test_a_clone_is_swept_by_a_copy_of_the_callback():
     assert copied.stats.mismatch(clone) is None
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("make", [sweep, lambda: tfbn.StatsTracker(X, (X, Y))])
 def test_copies_share_the_data_and_pickles_have_it(make):
     callback = make()
@@ -300,6 +306,7 @@ def test_copies_share_the_data_and_pickles_have_it(make):
     assert loaded.stats["first"].count == len(X)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("cls", [tfbn.PopulationStatsCallback, tfbn.StatsTracker])
 @pytest.mark.parametrize("where", ["x", "validation_data"])
 def test_what_cannot_be_pickled_is_told_and_copied(cls, where):
@@ -368,6 +375,7 @@ def resumed(path, callbacks=()):
     return previous_of(callbacks, model) if callbacks else state(model)
 
 
+@pytest.mark.slow
 def test_training_resumes_exactly_from_the_checkpoint_listed_before(tmp_path):
     paths = tmp_path / "plain.keras", tmp_path / "training.keras"
     for path, callbacks in zip(paths, ([], [sweep()]), strict=True):
@@ -377,6 +385,7 @@ def test_training_resumes_exactly_from_the_checkpoint_listed_before(tmp_path):
     assert_same(expected, resumed(paths[1], [sweep()]))
 
 
+@pytest.mark.slow
 def test_training_resumes_exactly_after_unfreezing(tmp_path):
     plain, model, callback = build(), build(), sweep()
     fit(plain)
@@ -400,6 +409,7 @@ def test_a_frozen_model_from_a_file_says_that_it_is(tmp_path):
             fit(model, [callback])
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("bn", [layers.BatchNormalization, tfbn.BatchNormalization])
 def test_a_frozen_model_does_not_train_on_in_silence(bn):
     model = build(bn)
@@ -416,6 +426,7 @@ def test_a_frozen_model_does_not_train_on_in_silence(bn):
         assert_population(model)
 
 
+@pytest.mark.slow
 def test_another_callback_unfreezes_and_says_so(capsys):
     model, plain = build(), build()
     first = sweep()
@@ -433,6 +444,7 @@ def test_another_callback_unfreezes_and_says_so(capsys):
         fit(model, [tfbn.StatsTracker(X, (X, Y))])
 
 
+@pytest.mark.slow
 def test_flags_that_someone_set_after_the_freeze_stay():
     model, callback = build(), sweep()
     fit(model, [callback])
@@ -444,6 +456,7 @@ def test_flags_that_someone_set_after_the_freeze_stay():
     assert [layer.trainable for layer in model.layers] == [True, False, True, True, True]
 
 
+@pytest.mark.slow
 def test_loss_before_and_after_is_told(capsys):
     plain, model = build(metrics=["mae"]), build(metrics=["mae"])
     fit(plain)
@@ -538,6 +551,7 @@ class Uncalled(TwoViews):
         self.other.build((None, 3))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("kind", ["array", "dataset", "generator"])
 def test_what_cannot_be_swept_is_told_before_the_first_epoch(kind):
     def given(x):
@@ -624,7 +638,7 @@ class ControlC:
         return self.line
 
 
-@pytest.mark.parametrize("every", [37, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [73, pytest.param(1, marks=pytest.mark.slow)])
 def test_control_c_at_any_line_leaves_a_state_of_training(every):
     """The model then holds the state of some moment of the training without callbacks."""
     model = build()

@@ -156,6 +156,7 @@ def write_records(path, features):
             file.write(example.SerializeToString())
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "data", [as_npy, as_npz, as_npz_named, as_folder, as_records, as_encoded_records]
 )

@@ -196,6 +196,7 @@ def another_place(files, good):
         shutil.rmtree(files / "a  folder")
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("argument", ARGUMENTS)
 def test_damaged_files(capsys, monkeypatch, files, argument):
     monkeypatch.chdir(files)
@@ -236,6 +237,7 @@ def test_what_is_no_file(capsys, monkeypatch, files, argument, make):
         assert check(capsys, files, command, given) is None
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("argument", ARGUMENTS)
 def test_good_files_of_another_kind(capsys, monkeypatch, files, argument):
     monkeypatch.chdir(files)

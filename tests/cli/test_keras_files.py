@@ -55,6 +55,7 @@ def saved():
     return model, stats
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("suffix", [".keras", ".h5", ".hdf5"])
 def test_models_load_with_their_optimizer(home, suffix):
     model = network()
@@ -241,6 +242,7 @@ keras_files.save(model, tfbn.PopulationStats.read(model), "killed.keras")
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_file_under_the_name_and_the_next_one_clears_up(home):
     process = subprocess.run([sys.executable, "-c", KILLED, "link"], capture_output=True)
     assert process.returncode == -signal.SIGKILL, process.stderr

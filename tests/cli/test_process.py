@@ -75,6 +75,7 @@ def test_fractions(text, value):
     assert (args.scale, args.batch_size) == (value, 64)
 
 
+@pytest.mark.slow
 def test_stderr_has_nothing_but_our_lines(tmp_path):
     """TensorFlow and Keras write notes to it, in C++ and in Python."""
     model = network()

@@ -113,6 +113,7 @@ def test_same_step_as_keras(drawn):
     assert_same_step(layers, tf.cast(tf.constant(x), dtype), dy, rtol, **call)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("jit_compile", [None, True])
 @pytest.mark.parametrize(
     ("shape", "axis"), [((16, 7, 7, 8), -1), ((16, 8, 7, 7), 1), ((256, 16), -1)]
@@ -136,6 +137,7 @@ def test_same_step_as_keras_in_functions(shape, axis, jit_compile):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5 * scale)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 @pytest.mark.parametrize("synchronized", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "mixed_float16"])
@@ -185,6 +187,7 @@ def poisoned():
 NEEDS_RENORM = pytest.mark.skipif(not HAS_RENORM, reason="this version of Keras has no renorm")
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     ("renorm", "jit_compile"),
     [(False, None), (False, True), pytest.param(True, None, marks=NEEDS_RENORM)],
@@ -249,6 +252,7 @@ def test_whole_numbers_keep_what_their_normalized_values_need(policy, training):
     np.testing.assert_allclose(y, right, atol=2e-3 if "16" in policy else 2e-6)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("jit_compile", [None, True])
 @pytest.mark.parametrize("axis", [-1, 1])
 @pytest.mark.parametrize("options", [{}, {"scale": False}, {"renorm": True}])
@@ -343,6 +347,7 @@ def test_saved_model_loads_by_name_alone(tmp_path):
     np.testing.assert_allclose(loaded(x), model(x), rtol=1e-5)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_fit_learns_what_it_learns_with_keras(jit_compile):
     rng = np.random.default_rng(0)
@@ -468,6 +473,7 @@ SYNCHRONIZED = """
 """
 
 
+@pytest.mark.slow
 def test_synchronized_replicas_equal_one_device_on_the_joined_batch():
     # In a process of its own: logical devices must be set before TensorFlow is used.
     command = [sys.executable, "-c", textwrap.dedent(SYNCHRONIZED)]

@@ -121,6 +121,7 @@ def test_moments_are_those_of_numpy(batch, mode):
     assert np.all(variance >= 0)
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ratio", [0, 7.9, 8.1, 1e4])
 @pytest.mark.parametrize(("shape", "axis"), [((24, 30, 31, 5), -1), ((24, 5, 30, 31), 1)])
@@ -177,6 +178,7 @@ def run(request, monkeypatch):
     return MODES[request.param]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("shape", "axis", "ratio"),
     [(*case, 1e4) for case in CASES] + [(*case, 0) for case in CASES[:1]],
@@ -190,6 +192,7 @@ def test_training_step_and_its_gradient(shape, axis, ratio, run):
         assert_near(actual, right, 2e-6)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
 def test_training_step_in_other_dtypes(dtype, run):
     # 100 rather than 1e4: here the data itself must still be told apart.
@@ -206,6 +209,7 @@ def test_training_step_in_other_dtypes(dtype, run):
         assert_near(tf.cast(one, tf.float64), right, tolerance)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("ratio", [0, 7.9, 1e4])
 def test_batch_variance_of_a_training_step(dtype, ratio, run):
@@ -219,6 +223,7 @@ def test_batch_variance_of_a_training_step(dtype, ratio, run):
     )
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("axis", [-1, 1])
 def test_half_precision_with_one_channel_far_from_zero(dtype, axis, run):
@@ -260,6 +265,7 @@ def forward_derivative(step, x, gamma, dx, dgamma):
     return accumulator.jvp(y)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("where", ["inside", "around"])
 @pytest.mark.parametrize(("shape", "axis"), [((6, 7, 3), -1), ((6, 3, 5, 2), 1)])
 @pytest.mark.parametrize("ratio", [0, 1e3])
@@ -285,6 +291,7 @@ def test_forward_mode(shape, axis, ratio, mask, where, run):
     assert_near(actual, right, 2e-5)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("where", ["inside", "around"])
 def test_forward_mode_in_inference(where, run):
     x, dx = data((6, 7, 3), 2, -1), data((6, 7, 3), 0.5, -1, seed=1)
@@ -308,6 +315,7 @@ def test_forward_mode_in_inference(where, run):
     assert_near(actual, dx * scale * gamma + (x - mean) * scale * dgamma, 1e-5)
 
 
+@pytest.mark.slow
 def test_second_order_gradient_of_a_step_in_a_branch():
     """There TensorFlow's own derivative of its operation is 0, in silence."""
     x, dy = data((6, 7, 3), 0, -1), data((6, 7, 3), 0.5, -1, seed=1)
@@ -359,6 +367,7 @@ def test_tracing_a_network_traces_the_step_once():
     assert more_nodes - nodes <= 4 * 30
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "int64"])
 def test_whole_numbers_are_not_cut_to_whole_numbers(dtype, run):
     x = tf.cast(np.random.default_rng(0).integers(0, 200, (50, 3)), dtype)
@@ -374,6 +383,7 @@ def test_whole_numbers_are_not_cut_to_whole_numbers(dtype, run):
     assert_near(infer(x), expected, 1e-6)
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("samples", [0, 1, 16])
 @pytest.mark.parametrize(
     ("positions", "fits"),
@@ -448,6 +458,7 @@ def test_mask_that_includes_the_channels():
         np.testing.assert_allclose(actual, right, rtol=1e-6)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_shows(bad, run):
     x = np.random.default_rng(0).normal(size=(40, 3)).astype("float32")
@@ -461,6 +472,7 @@ def test_what_is_not_finite_shows(bad, run):
         assert finite.tolist() == [True, False, True]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("shape", "axis"), [((0, 3), -1), ((0, 3, 4), 1), ((2, 0, 3), -1)])
 def test_empty_batch(shape, axis, run):
     x = tf.zeros(shape)
@@ -486,6 +498,7 @@ def test_one_value_per_channel(value, run):
     np.testing.assert_allclose(y[0], beta, rtol=1e-6)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("shape", "axis", "ratio"), [(*CASES[0], 0), (*CASES[1], 1e3), (*CASES[2], 1e3), (*CASES[3], 0)]
 )
@@ -589,6 +602,7 @@ def inference(source, axis):
 LAST = (None, None, None, 4)
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(
     ("source", "shape", "axis", "fused", "fused_with_gpu"),
@@ -613,6 +627,7 @@ def test_inference_is_fused_where_promised(
         assert (FUSED in operations(graph)) is expected
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("source", [argument, computed, convolution, biased_convolution])
 @pytest.mark.parametrize("axis", [-1, 1])
@@ -641,6 +656,7 @@ def test_inference_and_its_gradient_far_from_zero(mode, source, axis, ratio):
         assert_near(actual, expected, 2e-6)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "options",
     [

@@ -65,6 +65,7 @@ def test_one_trace_has_the_moments_of_any_shape(measure, given_data):
     assert_right(sums.moments_of_stretches(x3, within), x, axis)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(data(), st.data())
 def test_stretches_of_what_is_unknown_while_tracing(drawn, choice):

@@ -28,6 +28,7 @@ class InCompiledFunction(HardWired):
         return super().call(x)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("cls", [HardWired, InCompiledFunction])
 @pytest.mark.parametrize("batch_norm", BATCH_NORMS)
 def test_training_mode_is_refused_and_the_layer_named(tmp_path, batch_norm, cls):
@@ -304,6 +305,7 @@ class Counter(layers.Layer):
         return x + self.calls.assign_add(1.0)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("seed", [None, 1])
 @pytest.mark.parametrize("layer", [Noise, SeededNoise, Counter])
 def test_a_model_whose_calls_differ_is_refused_with_the_reason(tmp_path, layer, seed):

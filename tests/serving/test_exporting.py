@@ -63,6 +63,7 @@ def test_trainable_flags_do_not_matter_and_nothing_is_changed(tmp_path):
     np.testing.assert_array_equal(*served)
 
 
+@pytest.mark.slow
 def test_the_loader_needs_neither_keras_nor_tfbn(tmp_path):
     model = conv_model()
     exported = export(model, tmp_path / "m")
@@ -115,6 +116,7 @@ def test_integers_strings_and_unknown_sizes(tmp_path):
     np.testing.assert_allclose(got[0], want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("batch_norm", BATCH_NORMS)
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
 def test_precisions(tmp_path, policy, batch_norm):

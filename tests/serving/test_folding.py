@@ -87,6 +87,7 @@ PRODUCERS = {
 }
 
 
+@pytest.mark.quick(7)
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("name", PRODUCERS)
 def test_goes_into_the_layer_before(name, use_bias):
@@ -426,6 +427,7 @@ def test_known_networks(name, affine):
     assert error <= 1e-5 + 1.5 * own
 
 
+@pytest.mark.slow
 def test_saves_and_loads_without_tfbn(tmp_path):
     x = keras.Input((6, 6, 2))
     y = tfbn.BatchNormalization()(L.Conv2D(3, 2)(x))

@@ -50,6 +50,7 @@ def images(count, seed=0):
     return np.random.default_rng(seed).normal(0.5, 2.0, (count, 6, 6, 3)).astype("float32")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("batch_norm", BATCH_NORMS)
 def test_the_answer_has_outputs_and_the_moments_of_what_entered(tmp_path, batch_norm):
     model = network(batch_norm)
@@ -81,6 +82,7 @@ def test_one_sample_one_value(tmp_path):
     np.testing.assert_array_equal(answer["bn/variance"], np.zeros(3))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("chosen", [["block/inner"], "layer"])
 def test_only_the_layers_that_were_asked_for(tmp_path, capsys, chosen):
     model = network()
@@ -199,6 +201,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.filterwarnings("ignore:The batch norm statistics")
 def test_layers_in_loops_and_branches_are_refused(tmp_path, kind):

@@ -128,6 +128,7 @@ DAMAGED = [
 ]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("damaged", DAMAGED)
 def test_a_damaged_file_is_one_error_that_names_it(tmp_path, capsys, damaged):
     assert read_back(tmp_path, damaged) is None
@@ -232,6 +233,7 @@ def test_a_swept_backbone_under_a_new_head_is_swept(tmp_path):
     assert provenance.sweep_of(functional).stale is None
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("change", ["kernel", "gamma", "moving_mean"])
 @pytest.mark.parametrize("alive", [True, False])
 def test_a_changed_part_is_stale(change, alive):

@@ -150,6 +150,7 @@ EVERY_DAY = {
 }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("name", "method"),
     [
@@ -212,6 +213,7 @@ def test_all_methods_and_kinds_of_data(tmp_path):
     assert found.version == 5 and found.stats.method == "algorithm2"
 
 
+@pytest.mark.slow
 def test_a_network_in_16_bits(tmp_path):
     keras.utils.set_random_seed(0)
     policy = keras.config.dtype_policy()
@@ -376,6 +378,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_recalibrated_is_refused_in_a_sentence(tmp_path, name):
     make, says = REFUSED[name]
@@ -396,6 +399,7 @@ BAD_DATA = {
 }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", BAD_DATA)
 def test_bad_data_leaves_the_versions_alone(tmp_path, name):
     model, x = made("dense")
@@ -408,6 +412,7 @@ def test_bad_data_leaves_the_versions_alone(tmp_path, name):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("place", "error"),
     [
@@ -497,6 +502,7 @@ def test_serve_is_what_it_was_without_the_record(tmp_path):
     np.testing.assert_array_equal(loaded.serve(x), plain.serve(x))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["nested", "siblings"])
 def test_the_paths_are_those_of_the_model(tmp_path, name):
     model, _ = made(name)

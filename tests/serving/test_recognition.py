@@ -66,6 +66,7 @@ def answers(version, x):
     return np.asarray(answer)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("ignore:Layer '.*' is called")
 def test_what_keras_exports(tmp_path, capsys, name):
@@ -200,6 +201,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_may_have_more_than_is_recognized_is_refused(tmp_path, name):
     write, says = REFUSED[name]

@@ -58,6 +58,7 @@ def served_by(path, answers):
     return served
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("sizes", [[1] * 70, [5, 1, 7, 2], [12]])
 def test_requests_of_any_size_add_up(exported, ask, sizes):
     x = images(np.random.default_rng(1), sum(sizes))

@@ -21,6 +21,7 @@ from keras import layers
 from tfbn.serving import describe, export, signature
 
 
+@pytest.mark.quick(2)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_clients_of_keras_export_need_no_change(tmp_path, structure):
@@ -47,6 +48,7 @@ NESTED = {
 }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("structure", NESTED)
 def test_nested_outputs_are_named_by_the_way_to_them(tmp_path, structure, fold):
@@ -269,6 +271,7 @@ def test_another_structure_is_refused_unless_told_to(tmp_path):
     assert signature_of(tmp_path / "3") == signature_of(tmp_path / "2")
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("content", [b"", b"\x00\xff not a model", None])
 def test_a_version_that_cannot_be_read_has_no_clients(tmp_path, content):
     (tmp_path / "4").mkdir()

@@ -64,6 +64,7 @@ def test_a_poll_never_sees_a_part(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["1"]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
 @pytest.mark.parametrize("when", ["saving", "saved", "verifying", "renaming"])
 def test_a_failed_export_leaves_nothing_behind(tmp_path, monkeypatch, when, error):
@@ -217,6 +218,7 @@ def writer(tmp_path):
     process.stdout.close()
 
 
+@pytest.mark.slow
 def test_an_export_clears_what_a_killed_one_left(tmp_path, writer):
     [left] = tmp_path.iterdir()
     assert left.name.startswith(f".tfbn-export-{writer.pid}-{socket.gethostname()}-")

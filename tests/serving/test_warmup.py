@@ -23,6 +23,7 @@ def requests_in(path):
     return [logs.PredictionLog.FromString(r).predict_log.request for r in records]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("structure", ["one", "dicts", "nested", "subclassed with dicts"])
 @pytest.mark.filterwarnings("ignore")
 def test_warmup_requests_are_what_a_client_would_send(tmp_path, structure):

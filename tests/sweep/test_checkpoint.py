@@ -72,6 +72,7 @@ def same_to_the_bit(a, b):
         assert getattr(a, name) == getattr(b, name)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("method", "error"),
     [("pooled", RuntimeError), ("algorithm2", RuntimeError), ("exact", KeyboardInterrupt)],
@@ -159,6 +160,7 @@ stats.save(sys.argv[3] + ".npz")
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_in_another(tmp_path):
     model = networks.plain(layers.BatchNormalization)
     model.save(tmp_path / "model.keras")

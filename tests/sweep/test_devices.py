@@ -43,6 +43,7 @@ def assert_equal(a, b, rtol=1e-6):
 # Several devices.
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("build", "method"),
     [(networks.residual, method) for method in METHODS]
@@ -65,6 +66,7 @@ def test_two_devices_give_what_one_gives(build, method, two_devices):
             np.testing.assert_allclose(ours.variance, variance, rtol=1e-4)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("memory_limit", [0, None])
 def test_each_device_runs_its_own_replica(method, memory_limit, two_devices):
@@ -90,6 +92,7 @@ def test_each_device_runs_its_own_replica(method, memory_limit, two_devices):
     np.testing.assert_allclose(stats.variance, expected, rtol=1e-5)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_distributed_dataset_comes_in_the_batches_of_the_replicas(method, two_devices):
     model, alone = on_devices(two_devices, networks.plain)
@@ -131,6 +134,7 @@ def test_two_devices_where_the_graph_cannot_be_cut(eager, two_devices):
         np.testing.assert_allclose(found.variance, values.var((0, 1)), rtol=1e-5)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("fails_at", [0, 1, 4])
 def test_an_error_on_a_device_leaves_the_model_as_it_was(method, fails_at, two_devices):
@@ -228,6 +232,7 @@ if me == 0:
 """
 
 
+@pytest.mark.slow
 def test_two_workers_agree_on_what_one_process_finds(tmp_path):
     statuses, printed = run_workers(tmp_path, SWEEP)
     assert statuses == [0, 0], printed
@@ -285,6 +290,7 @@ print(f"{me}/{stats.samples}")
 """
 
 
+@pytest.mark.slow
 def test_an_error_of_one_worker_is_an_error_of_all(tmp_path):
     statuses, printed = run_workers(tmp_path, FAIL)
     assert statuses == [0, 0], printed
@@ -322,6 +328,7 @@ assert all(np.array_equal(a, b) for a, b in zip(held, model.get_weights()))
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_an_error_of_the_others(tmp_path):
     start = time.monotonic()
     statuses, printed = run_workers(tmp_path, DIE)
@@ -347,6 +354,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_wait_for_other_workers(tmp_path):
     _, printed = run_workers(tmp_path, INTERRUPT)
     assert "interrupted: True" in printed[0]
@@ -381,6 +389,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_workers_go_on_from_their_checkpoints(tmp_path):
     (tmp_path / "first").touch()
     statuses, printed = run_workers(tmp_path, RESUME)

@@ -62,6 +62,7 @@ def varied(samples=400):
 # Data in another order, or other data, in every pass.
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("memory_limit", [0, 2_000, 6_000, 10**9])
 def test_a_dataset_that_shuffles_anew_in_every_pass(memory_limit):
     model, x = three_levels(), varied()
@@ -71,6 +72,7 @@ def test_a_dataset_that_shuffles_anew_in_every_pass(memory_limit):
     assert_exact(stats, three_levels, model, x, rtol=1e-5)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("memory_limit", [0, 2_000, 6_000])
 def test_whole_batches_in_another_order(memory_limit):
     model, x = three_levels(), varied()
@@ -115,6 +117,7 @@ def last_bit(x, number):
     return x
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("change", [swap_columns, repeat_a_sample, last_bit])
 @pytest.mark.parametrize("memory_limit", [0, 1_000])
 def test_other_data_in_a_later_pass_is_an_error_that_names_the_ways_out(change, memory_limit):
@@ -195,6 +198,7 @@ class Drawing(layers.Layer):
 DRAWS = ["generator", "global", "tensorflow", "uniform", "truncated", "tf generator"]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("memory_limit", [0, 10**9])
 @pytest.mark.parametrize("how", DRAWS)
 def test_every_batch_draws_anew_and_two_sweeps_agree(how, memory_limit):
@@ -369,6 +373,17 @@ print("all")
 """
 
 
+@pytest.mark.parametrize("method", ["exact", "pooled"])
+def test_nan_behind_a_fused_kernel_is_an_error(method):
+    convolution = layers.Conv2D(4, 3, activation="relu")
+    model = keras.Sequential([keras.Input((8, 8, 3)), convolution, layers.BatchNormalization()])
+    x = normal(12, 8, 8, 3)
+    x[5, 2, 2] = np.nan
+    with pytest.raises(ValueError, match="batch 1 .*NaN"):
+        tfbn.collect(model, x, method=method, batch_size=4, verbose=0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("one_dnn", ["1", "0"])
 def test_nan_behind_a_kernel_that_hides_it_is_an_error(one_dnn):
     environment = os.environ | {"TF_ENABLE_ONEDNN_OPTS": one_dnn, "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -394,6 +409,7 @@ IMPUTERS = {
 }
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("how", IMPUTERS)
 @pytest.mark.parametrize("method", ["exact", "pooled"])
 def test_a_network_that_takes_nan_may_have_it(how, method):
@@ -457,6 +473,7 @@ def test_a_shard_that_is_lost_at_any_level_is_an_error(level):
         tfbn.collect_shards(model, shards_of(x), map=losing_at(level), verbose=0)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_a_shard_that_is_other_data_at_any_level_is_an_error(level):
     model, x = three_levels(), varied(90)
@@ -506,6 +523,7 @@ class Branching(keras.Model):
         return x
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("swaps", [False, True])
 @pytest.mark.parametrize("shards", [False, True])
 @pytest.mark.parametrize("short_first", [False, True])
@@ -646,6 +664,7 @@ def test_counts_are_whole_numbers(method):
 # What users reported.
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("bn", [tfbn.BatchNormalization, layers.BatchNormalization])
 @pytest.mark.parametrize("dtype", ["uint8", "int32", "bool"])
 @pytest.mark.parametrize("method", ["exact", "pooled"])
@@ -677,6 +696,7 @@ def bn_of(mean):
     return layers.BatchNormalization(moving_mean_initializer=keras.initializers.Constant(mean))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("method", ["exact", "pooled"])
 @pytest.mark.parametrize("shards", [False, True])
 @pytest.mark.parametrize("eager", [False, True])
@@ -1075,6 +1095,7 @@ def test_layers_behind_a_shared_one_are_measured_as_inference_has_them():
     assert_stats(stats["end"], values.mean(0), values.var(0))
 
 
+@pytest.mark.slow
 def test_clones_copies_and_pickles():
     def build(bn=tfbn.BatchNormalization):
         return networks.plain(bn)

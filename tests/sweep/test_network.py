@@ -81,6 +81,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_model_is_traced_anew(change, traced):
     model, x = small(), networks.data(small(), 40)

@@ -51,6 +51,7 @@ def assert_stats(stats, model, expected, rtol=1e-4):
         np.testing.assert_allclose(found.variance, variance, rtol=rtol)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("build", NETWORKS)
 def test_exact_is_one_batch_in_training_mode_for_any_batch_size(build):
     model = build(tfbn.BatchNormalization)
@@ -76,6 +77,7 @@ def test_exact_does_not_depend_on_the_order():
         assert drift["std_ratio_max"] < 1 + 1e-5, path
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("build", NETWORKS)
 def test_pooled_and_algorithm2_to_their_definitions(build):
     model = build(layers.BatchNormalization)
@@ -259,6 +261,7 @@ def test_a_loop_keeps_precision_far_from_zero(method, eager):
     np.testing.assert_allclose(stats.variance, entered.var((0, 1)), rtol=1e-3)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("method", ["pooled", "exact"])
 @pytest.mark.parametrize("eager", [False, True])
 def test_time_distributed_over_other_numbers_of_steps_in_every_batch(method, eager):
@@ -477,6 +480,7 @@ def kinds(x):
     }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.filterwarnings("ignore:A one-pass sweep")
 @pytest.mark.parametrize("method", ["pooled", "exact"])
 @pytest.mark.parametrize("kind", kinds(np.zeros((12, 2))))
@@ -495,6 +499,7 @@ def test_any_data_that_fit_takes(kind, method):
 
 
 # 8 samples take 4608 bytes at the first frontier and 3072 at the second.
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("memory_limit", "reads", "starts"),
     [
@@ -615,6 +620,7 @@ def assert_same(before, after):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("method", ["pooled", "algorithm2", "exact"])
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("bn", BN)
@@ -636,6 +642,7 @@ def test_a_sweep_changes_nothing(bn, eager, method):
     assert predicted.shape == (64, 2)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("bn", BN[:1])
 def test_training_goes_on_as_if_no_sweep_had_been(bn):
     histories = []
@@ -692,6 +699,7 @@ class Fault(Exception):
     """Raised by the data."""
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("method", ["pooled", "exact"])
 @pytest.mark.parametrize("fails_at", range(7))
 def test_an_error_at_any_batch_leaves_the_model_as_it_was(fails_at, method):

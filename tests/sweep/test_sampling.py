@@ -56,6 +56,7 @@ def drawn(digits, samples, seed):
     return digits[np.random.default_rng(seed).integers(0, len(digits), samples)]
 
 
+@pytest.mark.slow
 def test_95_percent_intervals_cover_the_population_in_95_percent(model, digits):
     # The population of a one-pass method is the mean over all batches of that size.
     options = {"method": "pooled", "batch_size": 16, "verbose": 0}
@@ -71,6 +72,7 @@ def test_95_percent_intervals_cover_the_population_in_95_percent(model, digits):
         assert 0.93 <= np.mean(np.concatenate(covered)) <= 0.97
 
 
+@pytest.mark.slow
 def test_errors_with_a_tolerance_cover_the_population_of_exact_statistics(
     model, digits, population
 ):
@@ -116,6 +118,7 @@ def test_a_sample_of_sorted_data_is_as_close_as_it_was_asked_to_be(
     assert again == stats
 
 
+@pytest.mark.slow
 def test_a_smaller_tolerance_takes_more_and_is_closer(model, digits, population):
     samples, errors = [], []
     for tolerance in (0.05, 0.02, 0.01):

@@ -63,6 +63,7 @@ def assert_same(stats, expected, tolerance):
 # What comes out.
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "build",
     [networks.residual, networks.branching, networks.late_input, networks.nested],
@@ -140,6 +141,7 @@ class Cell(keras.Model):
         return self.behind(h, training=training)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("kind", [Looped, Cell])
 def test_networks_that_need_whole_passes(kind, eager):
@@ -237,6 +239,7 @@ def test_any_order_any_repetition_to_the_bit(any_map, method):
     assert (stats.samples, stats.batches) == (SAMPLES, expected.batches)
 
 
+@pytest.mark.slow
 def test_in_other_processes_layers_go_by_the_names_they_have_here(pool, tmp_path):
     source = work.Source(0)
     model = source()
@@ -391,6 +394,7 @@ def test_what_two_shards_swap_between_levels_is_no_change_of_the_data_but_named_
         tfbn.collect_shards(_small, range(2), load=load, verbose=0)
 
 
+@pytest.mark.slow
 def test_a_missing_file_is_named(pool, tmp_path):
     _small.save(tmp_path / "model.keras")
     shards = in_file(tmp_path, _x, 10)
@@ -455,6 +459,7 @@ def test_bad_arguments_get_one_clear_error(model, options, message):
         tfbn.collect_shards(model, [_x], verbose=0, **options)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_while_it_sweeps(pool, tmp_path):  # The last, for it ends the pool.
     _small.save(tmp_path / "model.keras")
     shards = in_file(tmp_path, _x, 8, 8, 16)
