@@ -379,7 +379,7 @@ def test_nan_behind_a_fused_kernel_is_an_error(method):
     model = keras.Sequential([keras.Input((8, 8, 3)), convolution, layers.BatchNormalization()])
     x = normal(12, 8, 8, 3)
     x[5, 2, 2] = np.nan
-    with pytest.raises(ValueError, match="batch 1 .*NaN"):
+    with pytest.raises(ValueError, match=r"batch 1 .*NaN"):
         tfbn.collect(model, x, method=method, batch_size=4, verbose=0)
 
 
