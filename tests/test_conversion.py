@@ -1,3 +1,5 @@
+"""Converted models: the same predictions, training and files with the layer of tfbn."""
+
 import keras
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Tests of `tfbn.model`."""
+"""Tests of `tfbn.keras_models`."""
 
 import keras
 import networks

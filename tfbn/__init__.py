@@ -12,8 +12,8 @@ Both work for Keras's own layer and for `tfbn.BatchNormalization`, a faster drop
 `tfbn.convert(model)` exchanges the one for the other. `tfbn.export(model, path)` writes a verified
 SavedModel for TensorFlow Serving, `tfbn.describe(path)` says where its statistics came from, and
 `tfbn.fold(model)` is the same network without batch norm layers. With `monitor=True` the server
-tells what enters the batch norm layers, and `tfbn.ServedStats(path)` whether that has moved away
-from the population; `tfbn.recalibrate(path, x)` moves the population there, in the model's next
+measures the inputs of the batch norm layers, `tfbn.ServedStats(path)` tells whether they have left
+the population, and `tfbn.recalibrate(path, x)` moves the population there, in the model's next
 version. `tfbn.StatsTracker` logs validation metrics with moving-average, population and mini-batch
 statistics side by side; `tfbn.plot_drift` and `tfbn.plot_history` draw the difference.
 `python -m tfbn` does the same for models in files.

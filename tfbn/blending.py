@@ -8,9 +8,9 @@ corruptions by covariate shift adaptation", section 3, https://arxiv.org/abs/200
 It is insurance, and has its price. With images of digits
 (`examples/served_population.py`) that had not shifted at all, one request alone cost 13 points of
 accuracy, four 7, eight 3; N = 4 left about 1 of that. Where light or contrast had shifted much,
-N = 1 cost up to 40 points of what few requests gain and N = 16 up to 60, and from about n = 64 N on
-it cost a point or less. So take 0 where a monitor says that the data has moved, or from 16 samples
-on, and 4 for fewer samples of data that may not have.
+N = 1 cost up to 40 points of the gain of few requests and N = 16 up to 60, and from about n = 64 N
+on it cost a point or less. So take 0 where a monitor says that the data has moved, or from 16
+samples on, and 4 for fewer samples of data that may not have.
 """
 
 from typing import TYPE_CHECKING
@@ -49,12 +49,12 @@ def require_blendable(own: "PopulationStats", source: "PopulationStats") -> None
     if own.method == "assigned" or own.source_weight or not own.samples:
         raise ValueError(
             "Expected statistics of a sweep over samples from the field, not blended yet. "
-            f"Received: {own!r}. Blend what tfbn.collect returned."
+            f"Received: {own!r}. Blend the result of tfbn.collect."
         )
     if not hasattr(source, "fingerprint"):
         raise ValueError(
             f"Expected PopulationStats of the source. Received: {type(source)}. `stats.previous` "
-            "is what the model held before the sweep."
+            "is the model's statistics before the sweep."
         )
     for path in own:
         if path not in source:
@@ -66,7 +66,7 @@ def require_blendable(own: "PopulationStats", source: "PopulationStats") -> None
         raise ValueError(
             "Expected a source and a sweep of the same weights. Received: fingerprints "
             f"{source.fingerprint[:12]!r} of the source and {own.fingerprint[:12]!r} of the sweep. "
-            "Blend with `stats.previous`, what the model held when it was swept, or with "
+            "Blend with `stats.previous`, the model's own when it was swept, or with "
             "a sweep of the same weights over the training data."
         )
 

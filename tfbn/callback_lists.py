@@ -73,7 +73,7 @@ def pickled_state(callback: keras.callbacks.Callback, data: tuple[str, ...]) -> 
 
     Args:
         callback: A callback.
-        data: The attributes that may hold what cannot be pickled.
+        data: The attributes that may hold data which cannot be pickled.
 
     Raises:
         TypeError: If one does.

@@ -383,8 +383,8 @@ class PopulationStats(collections.abc.Mapping):
             return cls._unpacked(content)
         except ValueError as error:
             raise ValueError(
-                f"Expected what PopulationStats.to_bytes gave. Received: {len(content)} bytes that "
-                f"are not ({error})."
+                f"Expected the bytes that PopulationStats.to_bytes gave. Received: {len(content)} "
+                f"bytes that are not ({error})."
             ) from error
 
     @classmethod

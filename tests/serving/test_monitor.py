@@ -121,7 +121,7 @@ def test_a_monitor_with_other_outputs_is_not_put_in_place(tmp_path, monkeypatch)
         return outputs + 0.1, moments
 
     monkeypatch.setattr(monitor, "run", off)
-    with pytest.raises(ValueError, match="monitor to predict what serve predicts"):
+    with pytest.raises(ValueError, match="monitor to predict as serve does"):
         export(conv_model(), tmp_path, monitor=True)
     assert everything_under(tmp_path) == []
 

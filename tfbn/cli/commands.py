@@ -177,7 +177,7 @@ def export(args: argparse.Namespace) -> int:
         )
     else:
         print(
-            f"Wrote {exported.path}. It predicts what the model does, within "
+            f"Wrote {exported.path}. It predicts as the model does, within "
             f"{exported.max_abs_difference:.1e}."
         )
     return DONE

@@ -21,7 +21,7 @@ def reading(path: str, expected: str, advice: str) -> Iterator[None]:
     Args:
         path: The file, as the user gave it.
         expected: The kind of file, with its article.
-        advice: A sentence that says what to do.
+        advice: The sentence of advice at the end.
     """
     with naming(path):
         try:
@@ -70,7 +70,7 @@ def describe(error: Exception) -> str:
 
 
 def _is_ours(error):
-    """Whether an error is one of tfbn's sentences: what was expected, or what must be installed."""
+    """Whether an error is one of tfbn's sentences: an expectation, or a missing package."""
     return isinstance(error, ImportError) or str(error).startswith("Expected")
 
 

@@ -165,8 +165,8 @@ def _require_model(path):
             "Give the model file that it was exported from."
         )
     # A pipe or device would keep the process waiting for ever.
-    what = "a directory" if folder.is_dir() else "another kind of file"
-    raise FileError(f"Expected {_KIND}. Received: {path}, {what}.")
+    kind = "a directory" if folder.is_dir() else "another kind of file"
+    raise FileError(f"Expected {_KIND}. Received: {path}, {kind}.")
 
 
 def _check_archive(path):

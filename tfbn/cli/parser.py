@@ -13,7 +13,7 @@ Batch norm statistics of trained Keras models.
 
 In training, batch norm keeps moving averages of mean and variance, and a model infers with
 them. They may lag behind or be noisy. These commands replace them with the statistics of the
-training data itself (recalibrate), show what a model has (inspect, compare), and write it for
+training data itself (recalibrate), show a model's statistics (inspect, compare), and write it for
 TensorFlow Serving (export, describe)."""
 
 _EPILOG = """\
@@ -39,7 +39,7 @@ data, already preprocessed as for model.fit:
                   "dtype" is float32, int64, or image for encoded images, which have no shape."""
 
 _COMPARE_HELP = """\
-A and B: a model file, for what its layers hold, or a file that PopulationStats.save wrote.
+A and B: a model file, for the statistics that it holds, or a file of PopulationStats.save.
 Both must fit MODEL. Differences are in standard deviations of A."""
 
 
@@ -120,7 +120,7 @@ def _add_recalibrate(commands):
         "--scale",
         type=_factor,
         metavar="FACTOR",
-        help="what the pixels of images are multiplied by, for example 1/255 (default: 1)",
+        help="factor for the pixels of images, for example 1/255 (default: 1)",
     )
     added.add_argument(
         "--include-frozen",

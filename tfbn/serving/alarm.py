@@ -8,7 +8,7 @@ epsilon, by which the layer divides. Requests of n values with mean m and varian
 the second being about the logarithm of the ratio of standard deviations. Both are averages over
 values, so that for requests from the population they are 0 on average however few values a request
 has. The distance of a layer is D, D^2 the mean over channels of a^2 + b^2. That of a network is the
-root mean square over its layers, weighted by 1 / (noise + 0.05^2), noise being what it adds to the
+root mean square over its layers, weighted by 1 / (noise + 0.05^2), noise being its addition to the
 layer's D^2: first layers average over many positions, while of the few values of the last ones, one
 for a class, sixteen requests may miss some and not show it.
 
@@ -230,5 +230,5 @@ def _free(n):
 
 
 def scaled(mean: np.ndarray, variance: np.ndarray, epsilon: float) -> Scaled:
-    """A mean, and as its variance the square of what a layer divides by, never 0."""
+    """A mean, and as its variance the square of a layer's divisor, never 0."""
     return Scaled(mean, np.maximum(variance + epsilon, float(np.finfo(np.float32).tiny)))

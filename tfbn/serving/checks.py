@@ -239,7 +239,7 @@ def monitor_answers_like_serve(written: Written) -> None:
     for name, (off, scale) in differences(outputs, written.answers).items():
         if off > written.tolerance(scale) and not off <= _ROUNDINGS * written.rounding[name]:
             raise ValueError(
-                "Expected the endpoint monitor to predict what serve predicts. Received: model "
+                "Expected the endpoint monitor to predict as serve does. Received: model "
                 f"{written.model.name!r}, whose outputs {name!r} differ by {off:.3g} on "
                 f"{written.origin}. Export without monitor."
             )

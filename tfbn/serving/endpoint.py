@@ -51,8 +51,8 @@ def save(
         specs: The endpoint's arguments, with the names that clients will use.
         path: The directory to make.
         name_outputs: Gives the endpoint's names of outputs, by the model's.
-        monitored: Batch norm layers by path: a second endpoint, `monitor`, tells what entered
-            these. It has a graph of its own, so that `serve` is what it is without.
+        monitored: Batch norm layers by path: a second endpoint, `monitor`, tells their
+            inputs' statistics. It has a graph of its own, so that `serve` is as it is without.
     """
     traced = []
 

@@ -25,8 +25,8 @@ class Exported:
     Attributes:
         path: The directory of the new version.
         version: Its number.
-        max_abs_difference: Largest absolute difference between what the loaded SavedModel
-            and the model predicted, over all outputs, on the inputs it was verified with.
+        max_abs_difference: Largest absolute difference between outputs of the loaded SavedModel
+            and of the model, over all outputs, on the inputs it was verified with.
     """
 
     path: pathlib.Path
@@ -67,7 +67,7 @@ def export(
     it looks for it itself.
 
     Before the version is put in place it is loaded again and verified, on `sample`, `warmup` or
-    random numbers in [0, 1): outputs are numbers, they are what the model predicts, and those
+    random numbers in [0, 1): outputs are numbers, equal to the model's predictions, and those
     of the first sample do not depend on the other samples.
 
     Everything is written into a hidden directory in `path`, flushed to the disk and renamed when
@@ -110,8 +110,8 @@ def export(
         allow_nan: Whether an output may be NaN or infinite in every value.
         monitor: `True`, or a list of batch norm layers or their paths, to add the signature
             `monitor` beside `serving_default`, which stays as it is. It takes the same inputs and
-            answers the same outputs, and beside them for each of these layers what entered it in
-            the request: `<path>/count`, the number of values per channel (int64, a scalar, or of
+            answers the same outputs, and beside them for each of these layers the moments of its
+            inputs in the request: `<path>/count`, the number of values per channel (int64, a scalar, or of
             shape `(channels,)` where a mask tells channels apart), `<path>/mean` and
             `<path>/variance` (biased, of shape `(channels,)`). All calls of a layer are one
             population, and masked positions do not count. `tfbn.ServedStats` makes an alarm of

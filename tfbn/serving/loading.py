@@ -53,11 +53,11 @@ class Graph:
 
         Args:
             names: Their names.
-            values: By name the tensors that are there already. What is imported comes to them.
+            values: By name the tensors that are there already. Imported tensors join them.
         """
         body = self._between(names, values)
         if body:
-            # What was imported before has run: whoever waits for its effect need not wait.
+            # Operations imported before have run: whoever waits for its effect need not wait.
             wanted = [tensor.name for op in body for tensor in op.outputs]
             used = {tensor.name for op in body for tensor in op.inputs} - set(wanted)
             made = tf.graph_util.import_graph_def(
@@ -108,7 +108,7 @@ class Graph:
 class ServedNetwork(keras.Model):
     """The network of an endpoint, with batch norm layers that can be observed and assigned to.
 
-    It takes what the endpoint takes, for several inputs as a dict by the endpoint's names or in
+    It takes the inputs of the endpoint, for several inputs as a dict by the endpoint's names or in
     the structure of the endpoint's arguments, and it is called in graphs only.
 
     Args:

@@ -39,7 +39,7 @@ class Sweep(NamedTuple):
     """The sweep that the statistics of a model come from.
 
     Attributes:
-        stats: What it found for the batch norm layers of this model, by their paths in it, or
+        stats: Its statistics for the batch norm layers of this model, by their paths in it, or
             `None` if no sweep is known.
         stale: Why the model's statistics are not those of its population, or `None`.
     """
@@ -54,7 +54,7 @@ def sweep_of(model: keras.Model) -> Sweep:
     Each batch norm layer is judged by itself, wherever it was swept: in this model, in another
     one that has it too (the encoder of a siamese network, a backbone under a new head), or in the
     one that was saved in a `.keras` file. Its statistics are those of the population if it holds
-    what the sweep found, and every weight upstream of it has the values of a weight that the
+    the statistics of the sweep, and every weight upstream of it has the values of a weight that the
     swept model had. Weights downstream, of a new head say, and layers without weights do not
     matter. A layer that the sweep left out, because it was frozen, is only to be as it was then.
 

@@ -35,8 +35,8 @@ class Recalibrated:
         version: Its number.
         stats: The statistics that it has, a `PopulationStats`; `stats.previous` are those of the
             version before.
-        max_abs_difference: Largest absolute difference between what the new version and the
-            network with these statistics predicted, over all outputs, on the first batch.
+        max_abs_difference: Largest absolute difference between outputs of the new version and of
+            the network with these statistics, over all outputs, on the first batch.
     """
 
     path: pathlib.Path
@@ -55,7 +55,7 @@ def recalibrate(
     tolerance: float | None = None,
     verbose: Any = "auto",
 ) -> Recalibrated:
-    """Sweep data through a model that is served, and write its next version with what was found.
+    """Sweep data through a model that is served, and write its next version with the result.
 
     It needs the SavedModel alone, not the model's code. All of the model but the means and
     variances of its batch norm layers stays as it is: graphs, signatures, assets and warm-up

@@ -35,7 +35,7 @@ class ServedDrift:
             `PopulationStats.compare` has them; `mean_shift_error`, the `mean_shift` that noise
             alone would show, and `std_ratio_error`, the standard error of `std_ratio`;
             `distance`, the root mean square over channels of the shift and of half the relative
-            change of the mean square, without what noise adds to it; and the layer's own
+            change of the mean square, without the addition of noise; and the layer's own
             `p_value`, which is not corrected for the number of layers: where to look, not an
             alarm. Errors come from the spread between requests; of one they are NaN, and so is
             the distance.
@@ -89,7 +89,7 @@ class ServedStats:
     Requests should be a random sample of the traffic, such as one in ten. Add answers in their
     order: requests that are alike because they came together are then taken for fewer than they
     are. They are kept as at most 31 blocks of neighbours, so memory does not grow with their
-    number; to see what is new, begin another `ServedStats`, every hour or every 500 requests.
+    number; to see the newest, begin another `ServedStats`, every hour or every 500 requests.
 
     Args:
         path: The directory of the version that answers, or that of a model, whose highest version
