@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from tfbn.serving.folding import fold
     from tfbn.serving.provenance import describe
     from tfbn.serving.recalibration import recalibrate
-    from tfbn.serving.served import ServedStats
+    from tfbn.serving.served_stats import ServedStats
     from tfbn.sweep.run import collect, update_population_stats
     from tfbn.sweep.shards import collect_shards
     from tfbn.tracker import StatsTracker
@@ -74,7 +74,7 @@ _MODULES = {
     "LayerStats": "tfbn.population",
     "PopulationStats": "tfbn.population",
     "PopulationStatsCallback": "tfbn.callback",
-    "ServedStats": "tfbn.serving.served",
+    "ServedStats": "tfbn.serving.served_stats",
     "StatsTracker": "tfbn.tracker",
     "collect": "tfbn.sweep.run",
     "collect_shards": "tfbn.sweep.shards",

@@ -1,4 +1,4 @@
-"""Checks of numbers that users give."""
+"""Checks of the numbers among a user's arguments."""
 
 import math
 import numbers

@@ -1,4 +1,4 @@
-"""Population statistics from an Apache Beam pipeline, for data beyond one machine.
+"""Population statistics from an Apache Beam pipeline, which has no map that returns to the caller.
 
 Import it by its name: `import tfbn` leaves Apache Beam alone.
 """
@@ -25,13 +25,13 @@ from tfbn import arguments, keras_models
 from tfbn.keras_models import Structure
 from tfbn.population import PopulationStats
 from tfbn.sweep import data
+from tfbn.sweep.accumulator import SweepState
 from tfbn.sweep.batches import Batch, empty
-from tfbn.sweep.graph_passes import depth, levels_of, recurrent
+from tfbn.sweep.level_passes import depth, levels_of, recurrent
 from tfbn.sweep.methods import METHODS, check_method
+from tfbn.sweep.model_sources import check_source
 from tfbn.sweep.network import Network
 from tfbn.sweep.replicas import Recipe, Replica, replica
-from tfbn.sweep.sources import check_source
-from tfbn.sweep.state import SweepState
 
 
 class Collect(beam.PTransform):

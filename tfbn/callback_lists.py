@@ -1,4 +1,4 @@
-"""The other callbacks of a `fit`, as one of them sees them, and copies of a callback."""
+"""The other callbacks of a `fit`, found from one of them, and copies of a callback."""
 
 import copy
 import inspect

@@ -1,4 +1,4 @@
-"""How far two statistics of a batch norm layer are apart, and the tables that say so.
+"""Drift: how far two statistics of a batch norm layer are apart, and its tables.
 
 With mu and sigma the mean and the standard deviation of one channel, mu' and sigma' those of the
 other statistics, the shift is (mu' - mu) / sigma and the ratio sigma' / sigma.

@@ -1,4 +1,4 @@
-"""Moments of a population that arrives in batches: count, mean and M2, and their standard errors.
+"""Moments of a population in batches: count, mean and M2, their standard errors, and merging.
 
 M2 is the sum of squared distances from the mean, so the population variance is M2 / count.
 Everything is NumPy in float64: a batch may hold few values and a population many.

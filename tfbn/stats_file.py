@@ -1,4 +1,4 @@
-"""The format of files of population statistics.
+"""Files of population statistics: written, read, and refused if no data has such statistics.
 
 Format 3 is the one that is written. The header has the attributes of the statistics, the paths of
 their layers and, under `previous`, the same of the statistics that the model held before the

@@ -1,4 +1,4 @@
-"""A header and named arrays in one file, and files that are there whole or not at all.
+"""A header and named arrays in one file with a checksum, there whole or not at all.
 
 The file is a NumPy `.npz` archive whose members are stored and never compressed, so `numpy.load`
 reads it too. Its member `header` is JSON; every other one is an array. The archive's comment, its

@@ -1,4 +1,4 @@
-"""Population statistics as a table for people, and as plain data."""
+"""The table of population statistics that is printed, and the same as plain data."""
 
 from typing import TYPE_CHECKING, Any
 

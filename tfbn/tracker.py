@@ -1,4 +1,4 @@
-"""`StatsTracker`: validation metrics three ways while a model trains."""
+"""`StatsTracker`: the callback that logs validation metrics three ways while a model trains."""
 
 import collections
 import functools
@@ -15,9 +15,9 @@ from tfbn import arguments, keras_models, training_state
 from tfbn.callback_lists import Place, enclosing, pickled_state, shallow_copy, shared_copy
 from tfbn.keras_models import Structure
 from tfbn.population import LayerStats, PopulationStats
+from tfbn.sweep.accumulator import Site
 from tfbn.sweep.methods import check_method
 from tfbn.sweep.run import check, check_batch, collect
-from tfbn.sweep.state import Site
 
 WAYS = ("moving_average", "population", "mini_batch")
 

@@ -33,7 +33,7 @@ from keras import layers
 
 import tfbn
 from tfbn.sweep import data, run, workers
-from tfbn.sweep.state import SweepState
+from tfbn.sweep.accumulator import SweepState
 
 BATCH = 100
 METHODS = ("pooled", "algorithm2", "exact")

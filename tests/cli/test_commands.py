@@ -20,7 +20,7 @@ from keras import layers
 
 import tfbn
 from tfbn.cli import main
-from tfbn.cli.keras_files import RECORD
+from tfbn.cli.model_files import RECORD
 from tfbn.origins import ASSET
 
 rng = np.random.default_rng(0)

@@ -18,10 +18,10 @@ from keras import layers
 
 import tfbn
 from tfbn import storage
+from tfbn.sweep import accumulator_bytes, digests, run
 from tfbn.sweep import checkpoint as module
-from tfbn.sweep import digests, run, state_bytes
-from tfbn.sweep.graph_passes import LevelPasses
-from tfbn.sweep.shard import ShardSweep
+from tfbn.sweep.level_passes import LevelPasses
+from tfbn.sweep.shard_sweep import ShardSweep
 from tfbn.sweep.whole_passes import WholePasses
 
 HERE = pathlib.Path(__file__).parents[1]
@@ -349,11 +349,11 @@ def test_a_damaged_checkpoint_is_one_error_or_the_same_state(tmp_path, change, s
             assert str(path) in str(error) and "Delete it" in str(error) and len(str(error)) < 2000
         else:
             # A crafted file may say anything that a sweep could be.
-            assert change is crafted or (state_bytes.pack(again), digest_again) == (
-                state_bytes.pack(state),
+            assert change is crafted or (accumulator_bytes.pack(again), digest_again) == (
+                accumulator_bytes.pack(state),
                 digest,
             )
-            state_bytes.pack(again)
+            accumulator_bytes.pack(again)
             with contextlib.suppress(ValueError):  # It can be gone on from, or says why not.
                 again.next_level().populations.keys()
     assert refused > seeds / 3

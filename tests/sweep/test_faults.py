@@ -1,4 +1,4 @@
-"""Ground on which a sweep was once wrong without a word, and all of its kind.
+"""Regressions: where a sweep was once wrong without a word, and all cases of its kind.
 
 The oracle is NumPy in float64, or a network of Keras's own layers after one step in training mode
 over all data as one batch.

@@ -26,7 +26,7 @@ from networks import (
 
 import tfbn
 from tfbn.keras_models import batch_norm_layers
-from tfbn.sweep import graph_passes
+from tfbn.sweep import level_passes
 
 BN = [tfbn.BatchNormalization, layers.BatchNormalization]
 SAMPLES = 37
@@ -514,13 +514,13 @@ def test_what_fits_in_memory_is_not_computed_again(memory_limit, reads, starts, 
     model = plain(layers.BatchNormalization)
     x = data(model, 40)
     read, started = [], []
-    original = graph_passes.LevelPasses.advance
+    original = level_passes.LevelPasses.advance
 
     def advance(self, frontier, *args):
         started.append(frontier.level)
         return original(self, frontier, *args)
 
-    monkeypatch.setattr(graph_passes.LevelPasses, "advance", advance)
+    monkeypatch.setattr(level_passes.LevelPasses, "advance", advance)
 
     class Read:
         def __iter__(self):

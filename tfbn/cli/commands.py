@@ -10,7 +10,7 @@ from collections.abc import Callable
 import tfbn
 from tfbn import drift, keras_models, storage
 from tfbn.blending import in_words
-from tfbn.cli import formats, keras_files
+from tfbn.cli import formats, model_files
 from tfbn.cli.errors import FileError, naming, reading
 from tfbn.layer_stats import require_same_shape
 from tfbn.serving import provenance, recalibration
@@ -20,7 +20,7 @@ DONE, NOT_SWEPT = 0, 3
 
 def inspect(args: argparse.Namespace) -> int:
     """List a model's batch norm layers, and say whether a sweep is recorded in its file."""
-    model = keras_files.load(args.model, args.unsafe)
+    model = model_files.load(args.model, args.unsafe)
     sweep = _recorded_sweep(model, args.model)
     state, text = _state(model, sweep)
     swept = sweep.stats
@@ -52,7 +52,7 @@ def recalibrate(args: argparse.Namespace) -> int:
 
 
 def _recalibrate_file(args, read, options):
-    model = keras_files.load(args.model, args.unsafe, compiled=True)
+    model = model_files.load(args.model, args.unsafe, compiled=True)
     _require_unfrozen(model, args)
     x, batch_size = read(args.data, model, options)
     with _naming_images(args.data), naming(*_files(args)):
@@ -66,7 +66,7 @@ def _recalibrate_file(args, read, options):
         if args.blend_samples and stats.previous is not None:
             stats = stats.blend(stats.previous, samples=args.blend_samples)
         stats.assign(model)
-    keras_files.save(model, stats, args.out)
+    model_files.save(model, stats, args.out)
     _print_recalibrated(args, stats, args.out, f"{args.model} is as it was.")
     return DONE
 
@@ -101,7 +101,7 @@ def _check_out(args, served):
             f"Expected --out with a name for the new .keras file. Received: none, for {args.model}."
         )
     if not served:
-        keras_files.require_free(args.out)
+        model_files.require_free(args.out)
 
 
 def _files(args):
@@ -129,7 +129,7 @@ def _print_recalibrated(args, stats, out, text):
 
 def compare(args: argparse.Namespace) -> int:
     """Show how far statistics B are from statistics A."""
-    model = keras_files.load(args.model, args.unsafe)
+    model = model_files.load(args.model, args.unsafe)
     held = tfbn.PopulationStats.read(model)
     a, b = (_statistics(path, args.unsafe) for path in (args.a, args.b))
     # Sweeps leave frozen layers out, and a model file has them.
@@ -159,7 +159,7 @@ def compare(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Write a model as a SavedModel, as TensorFlow Serving wants it."""
-    model = keras_files.load(args.model, args.unsafe)
+    model = model_files.load(args.model, args.unsafe)
     sample = None if args.sample is None else formats.read_sample(args.sample, model)
     files = [path for path in (args.model, args.path, args.sample) if path is not None]
     with naming(*files):
@@ -203,7 +203,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 def _recorded_sweep(model, path):
     """The sweep that a file records, as `recalibrate` does or in the layers of tfbn."""
-    recorded = keras_files.recorded_sweep(path)
+    recorded = model_files.recorded_sweep(path)
     why = None if recorded is None else recorded.mismatch(model)
     if why is not None:
         return provenance.Sweep(recorded, why)
@@ -255,11 +255,11 @@ def _naming_images(folder):
 
 
 def _statistics(path, unsafe):
-    if keras_files.is_model(path):
-        return tfbn.PopulationStats.read(keras_files.load(path, unsafe))
+    if model_files.is_model(path):
+        return tfbn.PopulationStats.read(model_files.load(path, unsafe))
     kind = "a model file, or one that PopulationStats.save wrote"
     with reading(path, kind, "Collect the statistics again."):
-        return keras_files.unpack(storage.read(path), path, kind)
+        return model_files.unpack(storage.read(path), path, kind)
 
 
 def _layer(layer):

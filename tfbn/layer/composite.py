@@ -1,4 +1,4 @@
-"""Batch normalization of plain operations, right on every device and under XLA."""
+"""The kernel for all else: batch normalization of plain operations, for XLA to fuse."""
 
 import functools
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Batch normalization by TensorFlow's fused operation."""
+"""The kernel for CPUs: batch normalization by TensorFlow's fused operation."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Batch normalization as pure functions on tensors: which way runs when.
+"""Batch normalization as pure functions on tensors: which kernel runs where, fused or composite.
 
 Two ways compute a training step; which one runs is decided while a function is traced.
 

@@ -1,4 +1,4 @@
-"""Sums and moments of every channel, and the stretches that they are taken over.
+"""Sums and moments of every channel, over short stretches in float32 and over these in float64.
 
 A channel's values are summed in float32 over short stretches of the data and in float64 from
 there on, where there is little left to sum. So the sums are about as fast as in float32 alone

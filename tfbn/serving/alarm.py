@@ -1,4 +1,4 @@
-"""How far requests are from a population, and whether noise alone would take them there.
+"""The alarm: a distance of requests from the population, and the limit that noise alone keeps.
 
 Take one channel of a layer with population mean mu and variance sigma^2, and s^2 = sigma^2 +
 epsilon, by which the layer divides. Requests of n values with mean m and variance v have moved by

@@ -1,4 +1,4 @@
-"""Where the batch norm layers are in the graph that is served: written beside it, and read again.
+"""The record of the batch norm layers in a served graph: written beside it at export, read again.
 
 A SavedModel is a graph without layers. With the names of the tensors that enter and leave each
 call of a batch norm layer, and the places of its variables, the graph can be run with these calls

@@ -111,8 +111,8 @@ def export(
         monitor: `True`, or a list of batch norm layers or their paths, to add the signature
             `monitor` beside `serving_default`, which stays as it is. It takes the same inputs and
             answers the same outputs, and beside them for each of these layers the moments of its
-            inputs in the request: `<path>/count`, the number of values per channel (int64, a scalar, or of
-            shape `(channels,)` where a mask tells channels apart), `<path>/mean` and
+            inputs in the request: `<path>/count`, the number of values per channel (int64, a
+            scalar, or of shape `(channels,)` where a mask tells channels apart), `<path>/mean` and
             `<path>/variance` (biased, of shape `(channels,)`). All calls of a layer are one
             population, and masked positions do not count. `tfbn.ServedStats` makes an alarm of
             many such answers. A server that merges requests (`--enable_batching`) cannot take

@@ -4,7 +4,7 @@ The terms, each used in this sense only:
 
 - Sweep: all passes over the data that one set of statistics takes. `run.py` makes one from the
   arguments of `collect`, `shards.py` from data in many places.
-- Shard: the data of one process, or of one task. `shard.py` sweeps it, one level at a time.
+- Shard: the data of one process, or of one task. `shard_sweep.py` sweeps it, one level at a time.
 - Batch: inputs of the model with the digest of their samples. `batches.py` makes batches of
   whatever `fit` takes, `digests.py` the digests.
 - Call, site: a model calls a layer once or several times; a site is a layer's path and the number
@@ -15,21 +15,21 @@ The terms, each used in this sense only:
   sweeps of a model.
 - Settled: a layer whose population is known.
 - Level: one more than the highest level among the layers that a layer depends on.
-- Pass: one run over the batches. `graph_passes.py` cuts the network at its levels, and a pass
+- Pass: one run over the batches. `level_passes.py` cuts the network at its levels, and a pass
   computes the next one; `whole_passes.py` runs all of it, for one-pass methods and for networks
   that cannot be cut. Both have `start`, `levels`, `not_nan` and `advance`.
 - Segment: the piece of the graph between the frontiers of two neighbouring levels, taken out by
   `extraction.py`.
 - Frontier: the tensors of one batch that live past a level. `frontiers.py` keeps those for which
   there is memory.
-- State: the accumulator of a sweep, `state.py`: it takes batches, merges with the state of another
-  shard, goes to the next level, and is finished into a `tfbn.PopulationStats`.
+- State: the accumulator of a sweep, `accumulator.py`: it takes batches, merges with the state of
+  another shard, goes to the next level, and is finished into a `tfbn.PopulationStats`.
 - Method: how a sweep goes, one row in `methods.py`.
 - Device, worker: where a sweep runs, by the model's `tf.distribute` strategy: `devices.py` within
   a process, `workers.py` between processes.
 - Checkpoint: a state in a file, `checkpoint.py`, from which an interrupted sweep goes on.
 
-Data flows from `run.py` and `shards.py` through `shard.py` to the passes, the network and the
+Data flows from `run.py` and `shards.py` through `shard_sweep.py` to the passes, the network and the
 kernels; moments flow back into the state.
 """
 

@@ -1,4 +1,4 @@
-"""Batches of model inputs."""
+"""Batches of model inputs: the digest, the random draws and the signature of each."""
 
 import collections
 import itertools

@@ -5,8 +5,8 @@ import warnings
 import numpy as np
 
 from tfbn.population import PopulationStats
+from tfbn.sweep.accumulator import SweepState
 from tfbn.sweep.methods import METHODS
-from tfbn.sweep.state import SweepState
 
 # Fewer samples a batch than this, and one-pass statistics depend visibly on how many: the
 # README has the figures.

@@ -1,4 +1,4 @@
-"""Run a model for inference with its batch norm layers observed, in this thread and without effect.
+"""Run a model for inference in this thread alone, with no effect on its variables and seeds.
 
 A context of this module changes how Keras and TensorFlow run in the current thread only. All
 that is private of them, and is needed for it, stands here.

@@ -1,4 +1,4 @@
-"""The methods of a sweep, one row each."""
+"""The methods of a sweep, one row each: level by level or in one pass; whether batches matter."""
 
 from typing import NamedTuple
 

@@ -17,9 +17,9 @@ import tensorflow as tf
 
 from tfbn import keras_models
 from tfbn.keras_models import Structure
+from tfbn.sweep.accumulator import Site
 from tfbn.sweep.extraction import Extraction, ancestors, kept_apart
 from tfbn.sweep.observation import Call, Observer
-from tfbn.sweep.state import Site
 
 # Traces that a model keeps: a few signatures for each of two methods.
 _KEPT_TRACES = 8

@@ -1,4 +1,4 @@
-"""A model with its batch norm layers observed while it runs for inference."""
+"""The observed model: one run gives outputs and the moments of every call of a batch norm layer."""
 
 import collections
 import functools
@@ -13,8 +13,8 @@ import tensorflow as tf
 from tfbn import keras_models
 from tfbn.keras_models import Structure
 from tfbn.layer import kernels, sums
+from tfbn.sweep.accumulator import Site
 from tfbn.sweep.inference import Draws, inference
-from tfbn.sweep.state import Site
 
 # Count, mean and variance of the values that enter a layer in one call, float64.
 CallMoments = Sequence[tf.Tensor]

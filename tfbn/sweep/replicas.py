@@ -1,4 +1,4 @@
-"""The model of a sweep in each of the processes that share it, loaded and traced once."""
+"""The model in each process of a cluster, loaded and traced once for all tasks."""
 
 import dataclasses
 import os
@@ -10,12 +10,12 @@ from collections.abc import Callable
 import keras
 
 from tfbn.population import PopulationStats
+from tfbn.sweep.accumulator import SweepState
 from tfbn.sweep.batches import BatchReader, prepared
 from tfbn.sweep.caveats import warn_of
+from tfbn.sweep.model_sources import Source, check_source, load
 from tfbn.sweep.run import layers_to_sweep
-from tfbn.sweep.shard import ShardSweep
-from tfbn.sweep.sources import Source, check_source, load
-from tfbn.sweep.state import SweepState
+from tfbn.sweep.shard_sweep import ShardSweep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Recipe:
     """All that a process needs to take part in a sweep, sent with every task.
 
     Attributes:
-        source: Where the model comes from, see `tfbn.sweep.sources`; or the model, see `OnlyHere`.
+        source: Where the model comes from, see `tfbn.sweep.model_sources`; or the model itself, see
+            `OnlyHere`.
         method: The name of the method.
         include_frozen: Whether to sweep layers too that `fit` does not train.
         paths: The layers to sweep, by the names that they have where the sweep began: unnamed
@@ -61,7 +62,7 @@ def source_of(model: keras.Model | str | os.PathLike | Callable[[], keras.Model]
     """The source of a model, from the user's argument `model`.
 
     Raises:
-        ValueError: See `tfbn.sweep.sources.check_source`.
+        ValueError: See `tfbn.sweep.model_sources.check_source`.
     """
     return OnlyHere(model) if isinstance(model, keras.Model) else check_source(model)
 

@@ -12,12 +12,12 @@ import tensorflow as tf
 from tfbn import arguments, keras_models
 from tfbn.population import PopulationStats
 from tfbn.sweep import data, memory
+from tfbn.sweep.accumulator import Site, SweepState, merged
 from tfbn.sweep.batches import Batches, empty, prepared
 from tfbn.sweep.caveats import warn_of
 from tfbn.sweep.methods import METHODS, check_method
 from tfbn.sweep.sampling import Pilot, Sample
-from tfbn.sweep.shard import ShardSweep, trace_first
-from tfbn.sweep.state import Site, SweepState, merged
+from tfbn.sweep.shard_sweep import ShardSweep, trace_first
 from tfbn.sweep.workers import Workers
 
 

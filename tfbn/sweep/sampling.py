@@ -10,8 +10,8 @@ import numpy as np
 
 from tfbn.keras_models import Structure
 from tfbn.population import LayerStats, PopulationStats
+from tfbn.sweep.accumulator import SweepState
 from tfbn.sweep.batches import Batch, Batches, empty, nbytes, prepared, too_large
-from tfbn.sweep.state import SweepState
 
 # Standard errors from fewer batches vary so much that a sweep would often end too early.
 _FEWEST = 20

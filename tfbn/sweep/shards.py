@@ -11,13 +11,13 @@ import numpy as np
 
 from tfbn import arguments
 from tfbn.population import PopulationStats
-from tfbn.sweep import data, state_bytes
+from tfbn.sweep import accumulator_bytes, data
+from tfbn.sweep.accumulator import SweepState, merged
 from tfbn.sweep.batches import Batches, empty
 from tfbn.sweep.methods import METHODS, check_method
 from tfbn.sweep.replicas import Recipe, Replica, forget, replica, source_of
 from tfbn.sweep.report import Report
 from tfbn.sweep.sampling import Pilot
-from tfbn.sweep.state import SweepState, merged
 
 
 def collect_shards(
@@ -192,7 +192,7 @@ class _SweepLevel(_Task):
         """The bytes of the state after the level."""
         if self.parts is not None:
             batches = batches.part(*self.parts.of(number))
-        return state_bytes.pack(here.sweep_level(self.state, batches))
+        return accumulator_bytes.pack(here.sweep_level(self.state, batches))
 
 
 class _Parts:
@@ -289,7 +289,7 @@ class _Cluster:
         swept = {}
         task = _SweepLevel(recipe, self._reader, state, parts)
         for number, content in self._results(task, self._asked(parts)):
-            shard_state = swept[number] = state_bytes.unpack(content)
+            shard_state = swept[number] = accumulator_bytes.unpack(content)
             if seen is not None and (state.whole or not shard_state.whole):
                 self._check_same(number, shard_state, seen, state.level)
             if report is not None:

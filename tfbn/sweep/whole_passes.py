@@ -6,11 +6,11 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from tfbn.keras_models import Structure
+from tfbn.sweep.accumulator import Site
 from tfbn.sweep.batches import Batch
 from tfbn.sweep.frontiers import Frontier
-from tfbn.sweep.graph_passes import Populations, SiteMoments, recurrent
+from tfbn.sweep.level_passes import Populations, SiteMoments, recurrent
 from tfbn.sweep.network import Network, Trace, UnobservableError, flatten
-from tfbn.sweep.state import Site
 
 
 class WholePasses:

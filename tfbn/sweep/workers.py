@@ -1,4 +1,4 @@
-"""The processes that share a sweep, by the `tf.distribute` strategy of a model."""
+"""The processes of a `tf.distribute` strategy that share a sweep."""
 
 import concurrent.futures
 import dataclasses
@@ -10,8 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from tfbn.moments import Moments
-from tfbn.sweep import state_bytes
-from tfbn.sweep.state import Site, SweepState
+from tfbn.sweep import accumulator_bytes
+from tfbn.sweep.accumulator import Site, SweepState
 
 
 class Workers:
@@ -70,7 +70,7 @@ class Workers:
             state = compute()
             if settled is not None:
                 state = dataclasses.replace(state, settled={})
-            message = b"+" + state_bytes.pack(state)
+            message = b"+" + accumulator_bytes.pack(state)
         except Exception as error:
             failure = error
             message = f"-{type(error).__name__}: {error}".encode()
@@ -83,7 +83,7 @@ class Workers:
                     f"Expected the sweeps of all {self._count} workers. Received: from worker "
                     f"{index} (counting from 0), {message[1:].decode()}"
                 )
-        states = [state_bytes.unpack(message[1:]) for message in messages]
+        states = [accumulator_bytes.unpack(message[1:]) for message in messages]
         if settled is None:
             return states
         return [dataclasses.replace(state, settled=settled) for state in states]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import tfbn
-from tfbn.cli import keras_files
+from tfbn.cli import model_files
 from tfbn.cli.errors import FileError
 from tfbn.hidden_folders import hidden
 
@@ -51,7 +51,7 @@ def saved():
     model = network()
     stats = statistics(model)
     stats.assign(model)
-    keras_files.save(model, stats, "out.keras")
+    model_files.save(model, stats, "out.keras")
     return model, stats
 
 
@@ -62,11 +62,11 @@ def test_models_load_with_their_optimizer(home, suffix):
     model.compile("adam", keras.losses.MeanSquaredError())
     model.fit(np.ones((4, 3)), np.zeros((4, 2)), verbose=0)
     model.save(f"model{suffix}")
-    loaded = keras_files.load(f"model{suffix}", compiled=True)
+    loaded = model_files.load(f"model{suffix}", compiled=True)
     assert loaded.optimizer.iterations == 1
     for ours, theirs in zip(loaded.weights, model.weights, strict=True):
         np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
-    assert keras_files.recorded_sweep(f"model{suffix}") is None
+    assert model_files.recorded_sweep(f"model{suffix}") is None
 
 
 def test_a_loss_that_keras_cannot_read_again_is_left_out_and_told(home):
@@ -76,7 +76,7 @@ def test_a_loss_that_keras_cannot_read_again_is_left_out_and_told(home):
     with pytest.raises(ValueError, match="mse"):
         keras.models.load_model("model.h5")
     with pytest.warns(UserWarning, match=r"optimizer in model\.h5 cannot be read"):
-        loaded = keras_files.load("model.h5", compiled=True)
+        loaded = model_files.load("model.h5", compiled=True)
     assert not loaded.compiled
     np.testing.assert_array_equal(loaded.get_weights()[0], model.get_weights()[0])
 
@@ -88,7 +88,7 @@ class Custom(keras.layers.Layer):
 def refused(path):
     """The text of the error that a file is refused with."""
     with pytest.raises(FileError) as error:
-        keras_files.load(path)
+        model_files.load(path)
     text = str(error.value)
     assert text.startswith("Expected ") and "Received: " in text and path in text
     assert not {"safe_mode", "custom_object"} & {*text.replace("`", " ").split()}
@@ -100,7 +100,7 @@ def test_code_and_unknown_classes_are_refused(home, suffix):
     keras.Sequential([keras.Input((3,)), keras.layers.Lambda(lambda x: 2 * x)]).save(f"l{suffix}")
     assert "--unsafe" in refused(f"l{suffix}")
     assert (
-        keras_files.load(f"l{suffix}", unsafe=True).predict(np.ones((1, 3)), verbose=0)[0, 0] == 2
+        model_files.load(f"l{suffix}", unsafe=True).predict(np.ones((1, 3)), verbose=0)[0, 0] == 2
     )
     keras.Sequential([keras.Input((3,)), Custom()]).save(f"c{suffix}")
     text = refused(f"c{suffix}")
@@ -144,8 +144,8 @@ def test_weights_that_are_damaged_are_noticed(home):
 
 def test_the_sweep_is_written_with_the_model_and_read_again(home):
     _, stats = saved()
-    loaded = keras_files.load("out.keras")
-    recorded = keras_files.recorded_sweep("out.keras")
+    loaded = model_files.load("out.keras")
+    recorded = model_files.recorded_sweep("out.keras")
     assert dict(recorded) == dict(stats) and recorded.samples == 10
     assert recorded.mismatch(loaded) is None
     assert os.listdir() == ["out.keras"]
@@ -157,9 +157,9 @@ def test_the_sweep_is_written_with_the_model_and_read_again(home):
 def test_a_damaged_record_names_the_file(home):
     network().save("new.keras")
     with zipfile.ZipFile("new.keras", "a") as archive:
-        archive.writestr(keras_files.RECORD, b"nothing")
+        archive.writestr(model_files.RECORD, b"nothing")
     with pytest.raises(FileError, match=r"new\.keras, whose statistics are damaged"):
-        keras_files.recorded_sweep("new.keras")
+        model_files.recorded_sweep("new.keras")
 
 
 @pytest.mark.parametrize(
@@ -177,15 +177,15 @@ def test_names_that_cannot_be_written_are_refused(home, path, says):
     pathlib.Path("file").touch()
     pathlib.Path("link.keras").symlink_to("nowhere")
     with pytest.raises(FileError, match=says) as error:
-        keras_files.require_free(path)
+        model_files.require_free(path)
     assert path in str(error.value)
-    keras_files.require_free("free.keras")
+    model_files.require_free("free.keras")
 
 
 def test_a_folder_that_is_read_only_is_refused(home, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # Root may write anywhere.
     with pytest.raises(FileError, match="is read-only"):
-        keras_files.require_free("model.keras")
+        model_files.require_free("model.keras")
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -213,7 +213,7 @@ def no_links(source, target):
 def test_a_file_system_without_links(home, monkeypatch):
     monkeypatch.setattr(os, "link", no_links)
     _, stats = saved()
-    assert dict(keras_files.recorded_sweep("out.keras")) == dict(stats)
+    assert dict(model_files.recorded_sweep("out.keras")) == dict(stats)
     assert os.listdir() == ["out.keras"]
 
 
@@ -233,12 +233,12 @@ def test_a_full_disk_leaves_nothing_and_names_the_file(home, monkeypatch, step):
 KILLED = """
 import os, sys, signal
 import keras, numpy as np, tfbn
-from tfbn.cli import keras_files
+from tfbn.cli import model_files
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 setattr(os, sys.argv[1], die)
 model = keras.Sequential([keras.Input((3,)), tfbn.BatchNormalization()])
-keras_files.save(model, tfbn.PopulationStats.read(model), "killed.keras")
+model_files.save(model, tfbn.PopulationStats.read(model), "killed.keras")
 """
 
 

@@ -1,4 +1,4 @@
-"""The part of a sweep that one process does: every level, over its own data."""
+"""The sweep over one shard, in one process: every level, over the shard's batches."""
 
 import contextlib
 import dataclasses
@@ -16,16 +16,16 @@ from tfbn.keras_models import Structure
 from tfbn.moments import Moments
 from tfbn.population import PopulationStats
 from tfbn.sweep import digests
+from tfbn.sweep.accumulator import Site, SweepState, never_called
 from tfbn.sweep.batches import Batch, Batches, BatchReader, nbytes
 from tfbn.sweep.checkpoint import Checkpoint
 from tfbn.sweep.devices import devices, in_turn
 from tfbn.sweep.frontiers import Frontier, Frontiers
-from tfbn.sweep.graph_passes import LevelPasses
+from tfbn.sweep.level_passes import LevelPasses
 from tfbn.sweep.methods import METHODS
 from tfbn.sweep.network import Network, UnobservableError, flatten
 from tfbn.sweep.observation import CallMoments, untrained_sites
 from tfbn.sweep.report import Report
-from tfbn.sweep.state import Site, SweepState, never_called
 from tfbn.sweep.whole_passes import WholePasses
 
 

@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping
 
 import tensorflow as tf
 
+from tfbn.sweep.accumulator import Site
 from tfbn.sweep.batches import Batch
 from tfbn.sweep.extraction import sources
 from tfbn.sweep.frontiers import Frontier
 from tfbn.sweep.network import Network, Trace, UnobservableError, flatten
 from tfbn.sweep.observation import Call, CallMoments
-from tfbn.sweep.state import Site
 
 # A call, and the moments of the values that entered it.
 SiteMoments = tuple[Site, list[CallMoments]]
