@@ -25,8 +25,9 @@ def convert(model: keras.Model) -> keras.Model:
     model) is not in the file's config and so is loaded as Keras's layer, with the same weights
     and predictions; `convert` the loaded model again to train it on.
 
-    Example:
-        >>> model = tfbn.convert(keras.applications.ResNet50())
+    ```python
+    model = tfbn.convert(keras.models.load_model("model.keras"))
+    ```
 
     Args:
         model: A `keras.Model`, built or not, that can be made again from its config: Functional,

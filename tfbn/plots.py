@@ -41,8 +41,9 @@ def plot_drift(
     The figure is pyplot's current one, so `plt.savefig` and `plt.show` work as usual; no display
     is needed to save it. In a notebook end the line with a semicolon, or it is shown twice.
 
-    Example:
-        >>> tfbn.plot_drift(stats).savefig("drift.png")
+    ```python
+    tfbn.plot_drift(stats).savefig("drift.png")
+    ```
 
     Args:
         stats: `tfbn.PopulationStats`.
@@ -123,8 +124,9 @@ def plot_history(history: Any, ax: "Axes | Sequence[Axes] | np.ndarray | None" =
     The figure is pyplot's current one, so `plt.savefig` and `plt.show` work as usual; no display
     is needed to save it. In a notebook end the line with a semicolon, or it is shown twice.
 
-    Example:
-        >>> tfbn.plot_history(history).savefig("history.png")
+    ```python
+    tfbn.plot_history(history).savefig("history.png")
+    ```
 
     Args:
         history: The history of a `fit` with `tfbn.StatsTracker` among its callbacks, or its

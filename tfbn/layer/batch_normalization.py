@@ -25,9 +25,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
     - A `.keras` file remembers the sweep that set the statistics (`tfbn.update_population_stats`,
       `tfbn.PopulationStatsCallback`), so that `tfbn.export` of the loaded model knows it too.
 
-    Example:
-        >>> layer = tfbn.BatchNormalization(momentum=0.9)
-        >>> y = layer(x, training=True)
+    ```python
+    layer = tfbn.BatchNormalization(momentum=0.9)
+    y = layer(x, training=True)
+    ```
 
     Raises:
         ValueError: A mask whose rank is not that of the inputs less one.

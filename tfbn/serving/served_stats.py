@@ -79,12 +79,14 @@ class ServedStats:
     """Statistics of the data that a served model meets, against its population.
 
     It takes answers of the signature `monitor` of a model that was exported with
-    `tfbn.export(..., monitor=...)`, and neither asks a server nor needs the model itself:
+    `tfbn.export(..., monitor=...)`, and neither asks a server nor needs the model itself.
 
-        served = tfbn.ServedStats("models/digits/3")
-        for answer in answers:
-            served.add(answer)
-        served.compare().summary()
+    ```python
+    served = tfbn.ServedStats("models/digits/1")
+    for answer in answers:
+        served.add(answer)
+    served.compare().summary()
+    ```
 
     Requests should be a random sample of the traffic, such as one in ten. Add answers in their
     order: requests that are alike because they came together are then taken for fewer than they

@@ -1,0 +1,116 @@
+"""The Python of the README and of public docstrings runs as it is printed."""
+
+import concurrent.futures
+import inspect
+import multiprocessing
+import pathlib
+import re
+
+import keras
+import matplotlib
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import tfbn
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+
+
+def blocks(text):
+    """The Python of a text in Markdown."""
+    return re.findall(r"^```python\n(.*?)^```$", inspect.cleandoc(text), re.DOTALL | re.MULTILINE)
+
+
+EXAMPLES = {name: code for name in tfbn.__all__ for code in blocks(getattr(tfbn, name).__doc__)}
+
+
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    """The names that a reader of the examples has: data, a trained model, files of both."""
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("agg")
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((4,), name="features"),
+            layers.Dense(3),
+            layers.BatchNormalization(name="norm"),
+            layers.Dense(2, "softmax"),
+        ]
+    )
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    x = np.random.default_rng(0).normal(size=(40, 4)).astype("float32")
+    y = (x[:, 0] > 0).astype("int64")
+    model.save("model.keras")
+    np.save("shard.npy", x)
+    return {
+        **{"keras": keras, "np": np, "tfbn": tfbn, "model": model, "x": x, "files": ["shard.npy"]},
+        **{"x_train": x, "y_train": y, "x_val": x[:16], "y_val": y[:16]},
+        **{"concurrent": concurrent, "multiprocessing": multiprocessing},
+    }
+
+
+def test_the_readme_from_top_to_bottom(names, capsys):
+    code = blocks(README.read_text())
+    assert len(code) == 3 and all("tfbn." in block for block in code)
+    for block in code:
+        exec(block, names)
+    assert pathlib.Path("models/digits/1/saved_model.pb").is_file()
+    assert pathlib.Path("model_population.keras").is_file()
+    mean = names["stats"]["norm"].mean
+    layer = names["model"].layers[-2]
+    with pytest.raises(AssertionError):  # The last line took the population back.
+        np.testing.assert_allclose(layer.moving_mean, mean, rtol=1e-3)
+
+
+def test_every_example_is_tried():
+    slow = {"collect_shards"}
+    tried = {"BatchNormalization", "PopulationStatsCallback", "ServedStats", "StatsTracker"}
+    assert set(EXAMPLES) == slow | tried | {"convert", "plot_drift", "plot_history"}
+
+
+@pytest.mark.parametrize("name", ["BatchNormalization", "PopulationStatsCallback", "convert"])
+def test_examples_of_the_layer_and_its_population(names, name):
+    exec(EXAMPLES[name], names)
+    layer = names["model"].layers[-2]
+    if name == "PopulationStatsCallback":
+        entered = names["model"].layers[0](names["x"]).numpy().astype("float64")
+        np.testing.assert_allclose(layer.moving_mean, entered.mean(0), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(layer.moving_variance, entered.var(0), rtol=1e-4)
+    if name == "BatchNormalization":
+        np.testing.assert_allclose(tf.reduce_mean(names["y"], 0), np.zeros(4), atol=1e-5)
+    if name == "convert":
+        assert isinstance(layer, tfbn.BatchNormalization)
+
+
+@pytest.mark.slow  # It trains for 20 epochs.
+def test_examples_of_figures(names):
+    names["stats"] = tfbn.update_population_stats(names["model"], names["x"], verbose=0)
+    exec(EXAMPLES["plot_drift"], names)
+    exec(EXAMPLES["StatsTracker"], names)
+    exec(EXAMPLES["plot_history"], names)
+    for figure in ("drift.png", "history.png"):
+        assert pathlib.Path(figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_example_of_the_alarm(names, capsys):
+    model = names["model"]
+    tfbn.update_population_stats(model, names["x"], verbose=0)
+    path = tfbn.export(model, "models/digits", monitor=True).path
+    monitor = tf.saved_model.load(path).signatures["monitor"]
+    names["answers"] = [
+        {key: value.numpy() for key, value in monitor(tf.constant(names["x"][i : i + 1])).items()}
+        for i in range(20)
+    ]
+    exec(EXAMPLES["ServedStats"], names)
+    assert "norm" in capsys.readouterr().out
+
+
+@pytest.mark.slow  # It starts processes.
+def test_the_example_of_shards(names):
+    exec(EXAMPLES["collect_shards"], names)
+    entered = names["model"].layers[0](names["x"]).numpy().astype("float64")
+    mean = names["stats"]["norm"].mean
+    np.testing.assert_allclose(mean, entered.mean(0), rtol=1e-5, atol=1e-6)
