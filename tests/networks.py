@@ -9,6 +9,7 @@ import operator
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import layers
 
 
@@ -195,3 +196,20 @@ def in_training(build, model, x, slices):
             [(bn.moving_mean.numpy(), bn.moving_variance.numpy()) for bn in batch_norms(twin)]
         )
     return found
+
+
+class Looped(keras.Model):
+    """Batch norm in the body of a while loop, over the parts of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.bn = layers.BatchNormalization(), layers.BatchNormalization()
+
+    def call(self, inputs, training=None):
+        """Sum of bn(part) over three parts."""
+        x = self.first(inputs, training=training)
+
+        def body(i, total):
+            return i + 1, total + self.bn(x[:, i], training=training)
+
+        return tf.while_loop(lambda i, _: i < 3, body, [0, tf.zeros_like(x[:, 0])])[1]

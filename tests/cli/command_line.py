@@ -1,8 +1,30 @@
-"""The command line as the tests run it: in this process, with its output."""
+"""The command line as the tests run it: in this process, with its output; a network for it."""
 
 import json
 
+import keras
+from keras import layers
+
+import tfbn
 from tfbn.cli import main
+
+
+def network():
+    """Two convolutions with batch norm on images of 6 by 5 pixels."""
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [
+            keras.Input((6, 5, 1), name="image"),
+            layers.Conv2D(4, 3),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+            layers.Conv2D(3, 3),
+            tfbn.BatchNormalization(),
+            layers.Flatten(),
+            layers.Dense(2),
+        ],
+        name="small",
+    )
 
 
 def run(capsys, *arguments):

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from command_line import fails, run, run_for_json
+from command_line import fails, network, run, run_for_json
 from keras import layers
 
 import tfbn
@@ -26,24 +26,6 @@ from tfbn.origins import ASSET
 rng = np.random.default_rng(0)
 PIXELS = rng.integers(0, 256, (30, 6, 5, 1), dtype=np.uint8)
 IMAGES = (PIXELS / 255).astype("float32")
-
-
-def network():
-    """Two convolutions with batch norm on images of 6 by 5 pixels."""
-    keras.utils.set_random_seed(0)
-    return keras.Sequential(
-        [
-            keras.Input((6, 5, 1), name="image"),
-            layers.Conv2D(4, 3),
-            layers.BatchNormalization(),
-            layers.ReLU(),
-            layers.Conv2D(3, 3),
-            tfbn.BatchNormalization(),
-            layers.Flatten(),
-            layers.Dense(2),
-        ],
-        name="small",
-    )
 
 
 def two_inputs():

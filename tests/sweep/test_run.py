@@ -15,6 +15,7 @@ import tensorflow as tf
 from keras import layers
 from networks import (
     NETWORKS,
+    Looped,
     Subclassed,
     batch_norms,
     data,
@@ -178,23 +179,6 @@ def test_masked_positions_do_not_count(method):
     np.testing.assert_allclose(stats.mean, values.mean(0), rtol=1e-5)
     unbiased = n / (n - 1) if method == "algorithm2" else 1
     np.testing.assert_allclose(stats.variance, values.var(0) * unbiased, rtol=1e-5)
-
-
-class Looped(keras.Model):
-    """Batch norm in the body of a while loop, over the parts of its input."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.bn = layers.BatchNormalization(), layers.BatchNormalization()
-
-    def call(self, inputs, training=None):
-        """Sum of bn(part) over three parts."""
-        x = self.first(inputs, training=training)
-
-        def body(i, total):
-            return i + 1, total + self.bn(x[:, i], training=training)
-
-        return tf.while_loop(lambda i, _: i < 3, body, [0, tf.zeros_like(x[:, 0])])[1]
 
 
 @pytest.mark.parametrize("eager", [False, True])

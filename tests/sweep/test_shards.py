@@ -108,23 +108,6 @@ def test_one_pass_methods_for_the_same_batches(method):
     assert (stats.samples, stats.batches) == (expected.samples, expected.batches)
 
 
-class Looped(keras.Model):
-    """Batch norm in the body of a while loop."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.bn = layers.BatchNormalization(), layers.BatchNormalization()
-
-    def call(self, inputs, training=None):
-        """Sum of bn(part) over three parts."""
-        x = self.first(inputs, training=training)
-
-        def body(i, total):
-            return i + 1, total + self.bn(x[:, i], training=training)
-
-        return tf.while_loop(lambda i, _: i < 3, body, [0, tf.zeros_like(x[:, 0])])[1]
-
-
 class Cell(keras.Model):
     """Batch norm on its own output, three times, and another behind it."""
 
@@ -143,7 +126,7 @@ class Cell(keras.Model):
 
 @pytest.mark.quick(2)
 @pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("kind", [Looped, Cell])
+@pytest.mark.parametrize("kind", [networks.Looped, Cell])
 def test_networks_that_need_whole_passes(kind, eager):
     keras.utils.set_random_seed(0)
     model = kind()
@@ -154,7 +137,7 @@ def test_networks_that_need_whole_passes(kind, eager):
     # The first shard is empty, and does not show that the network cannot be cut.
     stats = tfbn.collect_shards(model, cut(x, 0, 10, 17), batch_size=5, verbose=0)
     assert_same(stats, expected, 1e-5 if kind is Cell else 1e-6)
-    if kind is Looped:
+    if kind is networks.Looped:
         np.testing.assert_allclose(stats[model.first.name].mean, x.mean((0, 1)), rtol=1e-5)
 
 
@@ -368,7 +351,7 @@ def test_a_shard_that_changes_between_levels_is_named(shape):
     calls = []
     model, x = _small, _x
     if shape == "whole passes":
-        model = Looped()
+        model = networks.Looped()
         x = np.random.default_rng(0).normal(size=(SAMPLES, 3, 4)).astype("float32")
         model(x)
 
