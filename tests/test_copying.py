@@ -14,6 +14,7 @@ import tensorflow as tf
 from tfbn import copying, fold
 
 L = keras.layers
+KERAS = tuple(map(int, keras.__version__.split(".")[:2]))
 
 RGB = (8, 8, 3)
 SERIES, IMAGE, VOLUME = (6, 4), RGB, (4, 4, 4, 2)
@@ -170,13 +171,14 @@ CATEGORICAL_LAYERS = {
     "HashedCrossing": (lambda: L.HashedCrossing(5), "string"),
     "Hashing": (lambda: L.Hashing(5), "string"),
     "IntegerLookup": (lambda: adapted(L.IntegerLookup(output_mode="one_hot"), [3, 1, 3]), "int64"),
-    "ReversibleEmbedding": (lambda: L.ReversibleEmbedding(4, 3), "int32"),
     "StringLookup": (lambda: adapted(L.StringLookup(), WORDS), "string"),
     "TextVectorization": (
         lambda: adapted(L.TextVectorization(output_sequence_length=2), WORDS),
         "string",
     ),
 }
+if KERAS >= (3, 12):  # The first with this layer.
+    CATEGORICAL_LAYERS["ReversibleEmbedding"] = (lambda: L.ReversibleEmbedding(4, 3), "int32")
 # Bases of others, inputs, wrappers of what is not installed here, and one for labels.
 OTHERS = {"Layer", "Wrapper", "InputLayer", "JaxLayer", "FlaxLayer", "TorchModuleWrapper"}
 OTHERS |= {"MaxNumBoundingBoxes", "TFSMLayer"}
@@ -481,7 +483,8 @@ def test_layers_that_a_model_once_had_do_not_matter():
     model = scaled_by_class(inputs)
     model.extra = L.Rescaling(2.0)
     model.extra = None
-    assert len(list(model._flatten_layers())) == 4
+    if KERAS >= (3, 15):  # Earlier ones forget the layer by themselves.
+        assert len(list(model._flatten_layers())) == 4
     assert_copied(model, np.ones((2, 4), "float32"))
 
 
@@ -506,7 +509,8 @@ def test_what_a_config_does_not_make_again_is_refused():
     model = NeedsArgument(3)
     model(np.ones((2, 4)))
     with pytest.raises(
-        ValueError, match=r"NeedsArgument.*NotImplementedError.* give it a get_config\(\)"
+        ValueError,
+        match=r"NeedsArgument.*(NotImplementedError|TypeError).* give it a get_config\(\)",
     ):
         copying.copy(model)
     shared = L.Dense(4)

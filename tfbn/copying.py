@@ -78,7 +78,8 @@ def graph_again(
 
     def again(tensor):
         [layer] = [layer for layer in layers if layer.output is tensor]
-        return keras.layers.InputLayer.from_config(layer.get_config()).output
+        config = layer.get_config() | {"optional": layer.optional}  # Keras 3.10 leaves it out.
+        return keras.layers.InputLayer.from_config(config).output
 
     return keras.models.clone_model(
         plain,

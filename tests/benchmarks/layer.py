@@ -111,8 +111,8 @@ def contenders(shape, kind, options):
     return steps
 
 
-def compare(repeats, runs):
-    for shape in SHAPES:
+def compare(shapes, repeats, runs):
+    for shape in shapes:
         for mode, options in {"graph": {}, "XLA": {"jit_compile": True}}.items():
             for kind, passes in PASSES.items():
                 steps = contenders(shape, kind, options)
@@ -171,8 +171,14 @@ def compare_first_steps(runs):
         print(f"ResNet50, first step {clock:5}  tfbn/keras {ratio}  (keras {median:.1f} s)")
 
 
+def shape_of(text):
+    """A shape as the command line has it."""
+    return tuple(map(int, text.split("x")))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", type=shape_of, nargs="+", default=SHAPES, help="as 32x8x8x16")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--first-step", choices=LAYERS, help="that of one layer alone")
@@ -181,7 +187,7 @@ def main():
         return first_step(arguments.first_step)
     versions = f"TensorFlow {tf.__version__}, Keras {keras.__version__}"
     print(f"{versions}, {os.cpu_count()} cores; ratios, ranges over {arguments.runs} runs")
-    compare(arguments.repeats, arguments.runs)
+    compare(arguments.shapes, arguments.repeats, arguments.runs)
     return compare_first_steps(arguments.runs)
 
 

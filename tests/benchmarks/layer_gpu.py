@@ -33,13 +33,13 @@ SIZES = {"f64": 8, "s64": 8, "f32": 4, "s32": 4, "bf16": 2, "f16": 2, "pred": 1,
 TENSORS_MOVED = {"train": 8, "infer": 2}
 
 
-def export(directory):
+def export(directory, shapes):
     import keras
     import tensorflow as tf
 
     import tfbn
 
-    for shape in SHAPES:
+    for shape in shapes:
         for dtype in DTYPES:
             for name, make in [
                 ("keras", keras.layers.BatchNormalization),
@@ -73,14 +73,13 @@ def infer(layer, x):
     return layer(x, training=False)
 
 
-def count():
+def count(shape):
     import keras
     import tensorflow as tf
 
     import tfbn
 
     layers = {"keras": keras.layers.BatchNormalization, "tfbn": tfbn.BatchNormalization}
-    shape = SHAPES[0]
     for dtype in DTYPES:
         for name, make in layers.items():
             layer = make(dtype=dtype)
@@ -201,21 +200,27 @@ def interleaved(steps, inputs, repeats):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def shape_of(text):
+    """A shape as the command line has it."""
+    return tuple(map(int, text.split("x")))
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("action", choices=["count", "export", "run"])
     parser.add_argument("directory", type=pathlib.Path, nargs="?")
+    parser.add_argument("--shapes", type=shape_of, nargs="+", default=SHAPES, help="as 32x8x8x16")
     parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args()
     if arguments.action == "count":
-        return count()
+        return count(arguments.shapes[0])
     if arguments.directory is None:
         parser.error(f"{arguments.action} needs a directory")
     arguments.directory.mkdir(parents=True, exist_ok=True)
     if arguments.action == "export":
-        return export(arguments.directory)
+        return export(arguments.directory, arguments.shapes)
     return run(arguments.directory, arguments.repeats)
 
 

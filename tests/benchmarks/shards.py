@@ -4,9 +4,9 @@
 
 The network has eight levels and next to nothing to compute. Printed are the time of a level over
 2 and over 34 shards, from which follow the cost of a level and of a task; the bytes of a task and
-of its result; and the time of a level over 8 shards that take a simulated 0.5 s each, for 1, 2
-and 4 workers. Level 1, in which processes start, import TensorFlow, load and trace, is given by
-itself.
+of its result; and the time of a level over 8 shards that take a simulated half second each, for
+1, 2 and 4 workers. Level 1, in which processes start, import TensorFlow, load and trace, is given
+by itself.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from keras import layers
 
 import tfbn
 
-LEVELS, WIDTH, SECONDS = 8, 256, 0.5
+LEVELS, WIDTH = 8, 256
 COLUMNS = "{:>8}{:>8}{:>10}{:>12}{:>12}{:>12}"
 
 
@@ -48,6 +48,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--engine", choices=ENGINES, default="processes")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--seconds", type=float, default=0.5, help="of simulated work in a shard")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.keras"
@@ -56,7 +57,7 @@ def main():
         print(COLUMNS.format("workers", "shards", "work s", "level 1 s", "a level s", "ideal s"))
         for workers in args.workers:
             with ENGINES[args.engine](workers) as any_map:
-                for shards, seconds in [(2, 0), (34, 0), (8, SECONDS)]:
+                for shards, seconds in [(2, 0), (34, 0), (8, args.seconds)]:
                     measure(path, any_map, workers, shards, seconds)
 
 

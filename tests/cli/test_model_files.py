@@ -73,7 +73,7 @@ def test_a_loss_that_keras_cannot_read_again_is_left_out_and_told(home):
     model = network()
     model.compile("adam", "mse")
     model.save("model.h5")
-    with pytest.raises(ValueError, match="mse"):
+    with pytest.raises((ValueError, TypeError), match="mse"):  # Keras 3.15; 3.10
         keras.models.load_model("model.h5")
     with pytest.warns(UserWarning, match=r"optimizer in model\.h5 cannot be read"):
         loaded = model_files.load("model.h5", compiled=True)

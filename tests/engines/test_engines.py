@@ -3,6 +3,7 @@
 Run them with `pytest -m engines`, with the extra `engines` installed.
 """
 
+import contextlib
 import os
 import pathlib
 import re
@@ -21,6 +22,7 @@ TESTS = pathlib.Path(__file__).parents[1]
 FOLDERS = [TESTS.parent, TESTS.parent / "examples", TESTS, TESTS / "sweep"]
 sys.path[:0] = [str(TESTS.parent / "examples"), str(TESTS / "sweep")]
 
+import cluster_sweep  # noqa: E402
 import shard_workers as work  # noqa: E402
 from cluster_sweep import ENGINES  # noqa: E402
 
@@ -30,13 +32,19 @@ SAMPLES = 24
 
 
 @pytest.fixture(scope="module", params=["spark", "ray", "dask"])
-def any_map(request):
-    """The `map` of an engine whose workers can import what the tests do."""
+def engine(request):
+    """The name of an engine, and its `map`, whose workers can import what the tests do."""
     with pytest.MonkeyPatch.context() as patch:
         paths = [*map(str, FOLDERS), os.environ.get("PYTHONPATH", "")]
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         with ENGINES[request.param]() as any_map:
-            yield any_map
+            yield request.param, any_map
+
+
+@pytest.fixture
+def any_map(engine):
+    """The `map` alone."""
+    return engine[1]
 
 
 @pytest.fixture
@@ -111,15 +119,29 @@ def test_a_worker_that_is_killed_while_it_sweeps(any_map, saved, tmp_path):
     assert_same(stats, tfbn.collect(model, x, verbose=0), 1e-6)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_the_example(engine, tmp_path):
-    command = [sys.executable, TESTS.parent / "examples" / "cluster_sweep.py", "--out", tmp_path]
-    done = subprocess.run([*command, "--engine", engine], capture_output=True, text=True)
+def test_the_example(engine, monkeypatch, tmp_path, capsys):
+    name, any_map = engine  # It has started as the example would start it, two workers and all.
+    monkeypatch.setitem(ENGINES, name, lambda: contextlib.nullcontext(any_map))
+    command = ["cluster_sweep.py", "--engine", name, "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    cluster_sweep.main()
+    assert_example(capsys.readouterr().out, tmp_path)
+
+
+def test_the_example_as_a_script(tmp_path):
+    script = TESTS.parent / "examples" / "cluster_sweep.py"
+    command = [sys.executable, script, "--engine", "processes", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert re.search(r"moving averages .*\npopulation statistics ", done.stdout)
-    model = keras.models.load_model(tmp_path / "model.keras")
-    x = np.concatenate([np.load(shard) for shard in sorted(tmp_path.glob("train-*.npy"))])
-    stats = tfbn.PopulationStats.load(tmp_path / "stats.npz")
+    assert_example(done.stdout, tmp_path)
+
+
+def assert_example(printed, out):
+    """It prints its table, and writes statistics that are those of all shards."""
+    assert re.search(r"moving averages .*\npopulation statistics ", printed)
+    model = keras.models.load_model(out / "model.keras")
+    x = np.concatenate([np.load(shard) for shard in sorted(out.glob("train-*.npy"))])
+    stats = tfbn.PopulationStats.load(out / "stats.npz")
     expected = tfbn.collect(model, x, verbose=0)
     assert stats.samples == expected.samples == len(x)
     for drift in stats.compare(expected).values():

@@ -138,8 +138,10 @@ def assert_close(found, expected, tolerance=1e-5):
         found, expected = {"": found}, {"": expected}
     assert found.keys() == expected.keys()
     for name, value in expected.items():
+        # In float64, as NumPy 1 cannot compare bfloat16.
+        answer, value = np.asarray(found[name], "float64"), np.asarray(value, "float64")
         scale = np.abs(value).max()
-        np.testing.assert_allclose(found[name], value, rtol=tolerance, atol=tolerance * scale)
+        np.testing.assert_allclose(answer, value, rtol=tolerance, atol=tolerance * scale)
 
 
 EVERY_DAY = {
