@@ -58,8 +58,8 @@ def rounding(model, x, expected):
     """How far outputs move, of their largest value, when every weight moves in its last place.
 
     The rounding of each step goes through the rest of the network, which may make it a million
-    times as large, or no larger. Copies of a network round apart as far as this, and one that has a
-    single epsilon wrong by a millionth is ten times further off, however deep the network is.
+    times as large, or no larger. Right copies are apart by less than twice this. One epsilon in the
+    middle of a copy that is wrong by a millionth puts it off by a hundred times this.
     """
     generator = np.random.default_rng(0)
     weights = model.get_weights()
