@@ -66,7 +66,7 @@ def test_scale():
     lines = run("scale.py", "--samples", 300)
     assert matching(lines, rf" +300( +\d+){{3}} MiB +1\.000( +{NUMBER}){{2}} s") == 5
     assert matching(lines, r"ResNet-50: 53 batch norm layers, 26560 channels; gradient of") == 1
-    assert matching(lines, r"  exact +49 level\(s\): 3\.00 numbers a channel; \d+ bytes") == 1
+    assert matching(lines, r"  exact +49 level\(s\): 10\.00 numbers a channel; \d+ bytes") == 1
 
 
 def test_serving():
