@@ -66,7 +66,7 @@ def test_scale():
     lines = run("scale.py", "--samples", 300)
     assert matching(lines, rf" +300( +\d+){{3}} MiB +1\.000( +{NUMBER}){{2}} s") == 5
     assert matching(lines, r"ResNet-50: 53 batch norm layers, 26560 channels; gradient of") == 1
-    assert matching(lines, r"  exact +49 level\(s\): 3\.00 numbers a channel; \d+ bytes") == 1
+    assert matching(lines, r"  exact +49 level\(s\): 10\.00 numbers a channel; \d+ bytes") == 1
 
 
 def test_serving():
@@ -103,6 +103,6 @@ def test_shared_layers():
 
 
 def test_shards():
-    lines = run("shards.py", "--workers", 1, 2, "--seconds", 0.01)
-    assert matching(lines, r"bytes: task \d+ at level 1 and \d+ at 8; result \d+") == 1
-    assert matching(lines, rf" +[12] +(2|34|8) +(0|0\.01)( +{NUMBER}){{3}}$") == 6
+    lines = run("shards.py", "--workers", 1, 2, "--shards", 2, 5, "--seconds", 0.01)
+    assert matching(lines, r"bytes: task \d+ at level 1 and \d+ at 8; result \d+") == 2
+    assert matching(lines, rf" +[12] +(2|5|8) +(0|0\.01)( +{NUMBER}){{3}}$") == 6

@@ -3,8 +3,8 @@
     python tests/benchmarks/shards.py --engine processes
 
 The network has eight levels and next to nothing to compute. Printed are the time of a level over
-2 and over 34 shards, from which follow the cost of a level and of a task; the bytes of a task and
-of its result; and the time of a level over 8 shards that take a simulated half second each, for
+few and over many shards, from which follow the cost of a level and of a task; the bytes of a task
+and of its result; and the time of a level over 8 shards that take a simulated half second each, for
 1, 2 and 4 workers. Level 1, in which processes start, import TensorFlow, load and trace, is given
 by itself.
 """
@@ -48,6 +48,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--engine", choices=ENGINES, default="processes")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--shards", type=int, nargs="+", default=[2, 34], help="without work")
     parser.add_argument("--seconds", type=float, default=0.5, help="of simulated work in a shard")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -57,8 +58,9 @@ def main():
         print(COLUMNS.format("workers", "shards", "work s", "level 1 s", "a level s", "ideal s"))
         for workers in args.workers:
             with ENGINES[args.engine](workers) as any_map:
-                for shards, seconds in [(2, 0), (34, 0), (8, args.seconds)]:
-                    measure(path, any_map, workers, shards, seconds)
+                for shards in args.shards:
+                    measure(path, any_map, workers, shards, 0)
+                measure(path, any_map, workers, 8, args.seconds)
 
 
 def save(path):
@@ -84,8 +86,8 @@ def measure(path, any_map, workers, shards, seconds):
     ideal = -(-shards // workers) * seconds
     first, *others = times
     row = [f"{first:.2f}", f"{np.median(others):.4f}", f"{ideal:.2f}"]
-    print(COLUMNS.format(workers, shards, seconds, *row))
-    if workers == 1 and shards == 2:
+    print(COLUMNS.format(workers, shards, seconds, *row), flush=True)
+    if workers == 1 and not seconds:
         print(f"bytes: task {sent[0]} at level 1 and {sent[-1]} at {LEVELS}; result {brought[-1]}")
 
 
