@@ -31,6 +31,15 @@ def gradients():
     return len(framework_ops.gradient_registry._registry)  # Private: TensorFlow does not say.
 
 
+@pytest.fixture(autouse=True)
+def others_are_not_collected():
+    """Collections pass over the objects of the tests before, which may be millions."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def others_at_work():
     """A second thread that predicts with a model of its own all the time; its errors at the end."""

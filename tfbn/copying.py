@@ -79,7 +79,9 @@ def graph_again(
     def again(tensor):
         [layer] = [layer for layer in layers if layer.output is tensor]
         config = layer.get_config() | {"optional": layer.optional}  # Keras 3.10 leaves it out.
-        return keras.layers.InputLayer.from_config(config).output
+        made = keras.layers.InputLayer.from_config(config)
+        made.trainable = layer.trainable
+        return made.output
 
     return keras.models.clone_model(
         plain,

@@ -693,7 +693,7 @@ def test_any_sweep_of_any_network_over_any_data(plan, two_devices):
 
 @pytest.mark.slow
 @settings(
-    max_examples=400,
+    max_examples=250,
     deadline=None,
     database=None,
     print_blob=True,

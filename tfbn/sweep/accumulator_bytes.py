@@ -70,6 +70,7 @@ def _check_types(state: SweepState) -> None:
     flags = (state.whole, state.behind, state.complete, state.random)
     possible = (
         state.method in METHODS
+        and (state.first is None or len(state.first) == 3)
         and all(type(number) is int and number >= 0 for number in whole)
         and all(isinstance(name, str) for name in names)
         and all(isinstance(site.path, str) and type(site.call) is int for site in sites)
