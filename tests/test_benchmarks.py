@@ -30,7 +30,7 @@ def matching(lines, pattern):
 
 
 def test_every_benchmark_has_a_test():
-    tested = set(re.findall(r'run\("(\w+\.py)"', pathlib.Path(__file__).read_text()))
+    tested = set(re.findall(r'run\(\s*"(\w+\.py)"', pathlib.Path(__file__).read_text()))
     assert tested == {path.name for path in BENCHMARKS.glob("*.py")}
 
 
@@ -60,6 +60,17 @@ def test_sweep():
     row = f" +{NUMBER} s +{NUMBER} of the bare loop +{NUMBER} of predict +{NUMBER} of pooled"
     ways = "training=True|predict|pooled|exact|exact, memory_limit=0"
     assert matching(lines, f"(tfbn|keras): ({ways}){row}") == 10
+
+
+def test_first_sweep():
+    lines = run(
+        "first_sweep.py",
+        *("--networks", "MobileNet", "--size", 32, "--images", 4, "--batches", 2, 4),
+        *("--repeats", 1),
+    )
+    row = f"MobileNet +(pooled|exact  ) +4 images, batches of +[24]  later {NUMBER} of predict"
+    assert matching(lines, row) == 4
+    assert matching(lines, f"{row} .* first {NUMBER} of the first predict$") == 2
 
 
 def test_scale():
