@@ -100,6 +100,29 @@ def test_any_cut_gives_the_same(ends, size):
     assert stats.samples == SAMPLES
 
 
+def test_three_numbers_a_channel_go_to_a_shard_and_ten_come_back(tmp_path):
+    channels = 400
+    block = [layers.BatchNormalization(), layers.ReLU()]
+    model = keras.Sequential([keras.Input((channels,)), *block, layers.BatchNormalization()])
+    model.save(tmp_path / "model.keras")
+    sent, returned = [], []
+
+    def counting(function, items):
+        for item in items:
+            sent.append(len(pickle.dumps(function)))
+            result = function(item)
+            returned.append(len(pickle.dumps(result)))
+            yield result
+
+    x = np.random.default_rng(0).normal(3, 2, (12, channels)).astype("float32")
+    path = str(tmp_path / "model.keras")
+    stats = tfbn.collect_shards(path, cut(x, 6), map=counting, verbose=0)
+    assert np.isfinite([layer.mean_error for layer in stats.values()]).all()
+    first, second = sent[0], sent[2]
+    assert 3 * 8 * channels < second - first < 3.2 * 8 * channels
+    assert all(10 * 8 * channels < size < 11 * 8 * channels for size in returned)
+
+
 @pytest.mark.parametrize("method", ["pooled", "algorithm2"])
 def test_one_pass_methods_for_the_same_batches(method):
     stats = tfbn.collect_shards(_small, cut(_x, 8, 8, 20), method=method, batch_size=4, verbose=0)

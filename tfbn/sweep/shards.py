@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from tfbn import arguments
+from tfbn import arguments, moments
 from tfbn.population import PopulationStats
 from tfbn.sweep import accumulator_bytes, data
 from tfbn.sweep.accumulator import SweepState, merged
@@ -36,10 +36,11 @@ def collect_shards(
     """Sweep data that lies in many shards, on the engine that `map` belongs to.
 
     The same as `tfbn.collect` on all the data: `"exact"` up to rounding whatever the shards, the
-    one-pass methods for the same batches. Every level is one call of `map`. A task sweeps one
-    shard at one level and returns the moments of the layers of that level, ten numbers a channel;
-    a task that the engine runs twice counts once. Every process loads the model, and traces it,
-    once a sweep.
+    one-pass methods for the same batches. Every level is one call of `map`. A task brings the
+    populations of the levels before, three numbers a channel, sweeps one shard at one level and
+    returns the moments of the layers of that level, ten numbers a channel, seven of which are for
+    the standard errors; a task that the engine runs twice counts once. Every process loads the
+    model, and traces it, once a sweep.
 
     ```python
     spawn = multiprocessing.get_context("spawn")  # TensorFlow does not survive a fork.
@@ -287,7 +288,7 @@ class _Cluster:
         """
         recipe = dataclasses.replace(self._recipe, paths=state.paths)
         swept = {}
-        task = _SweepLevel(recipe, self._reader, state, parts)
+        task = _SweepLevel(recipe, self._reader, _of_populations(state), parts)
         for number, content in self._results(task, self._asked(parts)):
             shard_state = swept[number] = accumulator_bytes.unpack(content)
             if seen is not None and (state.whole or not shard_state.whole):
@@ -327,6 +328,12 @@ class _Cluster:
                 "Expected a result for every shard. Received: none for "
                 f"{_named(number, self._shards[number])}. Look at the engine that `map` belongs to."
             )
+
+
+def _of_populations(state: SweepState) -> SweepState:
+    """The state with no more of the levels before than a shard needs: not the standard errors."""
+    settled = {site: moments.of_values(m.count, m.mean, m.m2) for site, m in state.settled.items()}
+    return dataclasses.replace(state, settled=settled)
 
 
 def _named(number: int, shard: Any) -> str:
