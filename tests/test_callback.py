@@ -140,7 +140,7 @@ def on_devices(strategy):
 
 
 # Batches of 24 leave a remainder of 16; one batch of 64 leaves a device without data.
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "batch_size"), [("pooled", 64), ("algorithm2", 24), ("exact", 24)]
 )
@@ -267,6 +267,7 @@ def test_validation_with_population_statistics():
         assert_close(held, expected)
 
 
+@pytest.mark.slow
 def test_evaluate_outside_fit_is_left_alone():
     model = build()
     callback = sweep(model, before_validation=True)
@@ -297,7 +298,7 @@ def test_checkpoints_of_every_second_epoch_hold_the_population(tmp_path):
             assert np.abs(statistics(saved)[1] - expected[1]).max() > 0.01
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("on_epoch", [False, True])
 def test_swapped_in_averages_are_what_is_swept(on_epoch):
     model = build(optimizer=keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.9))
@@ -330,6 +331,7 @@ def test_early_stopping_listed_before_restores_first():
     assert_close(statistics(model), population(model))
 
 
+@pytest.mark.slow
 def test_early_stopping_listed_after_is_an_error_at_the_beginning():
     model = build()
     before = model.get_weights()
@@ -438,6 +440,7 @@ def test_data_with_its_own_batches(kind):
     assert_close(statistics(model), population(model))
 
 
+@pytest.mark.slow
 def test_it_says_how_far_it_is(capsys):
     model = build()
     x, y = training_data(model)

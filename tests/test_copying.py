@@ -285,6 +285,7 @@ def test_a_feature_space():
     assert_copied(model, x)
 
 
+@pytest.mark.slow
 def test_low_rank_factors_and_quantized_weights():
     model = keras.Sequential([keras.Input((4,)), L.Dense(5), L.Dense(3)])
     model.layers[0].enable_lora(2)

@@ -225,6 +225,7 @@ def with_asset(content, source, target):
                 new.writestr(name, content if ours else old.read(name))
 
 
+@pytest.mark.slow
 def test_a_damaged_record_is_told_where_it_is_asked_for_and_nowhere_else():
     model = swept()
     model.save("model.keras")

@@ -80,7 +80,7 @@ def model_file(tmp_path_factory):
     return str(path)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports", ["import keras, tfbn", "import tfbn, tensorflow; keras = tensorflow.keras"]
 )

@@ -223,6 +223,7 @@ def test_a_second_directory_is_refused_unread():
     assert most < SLACK
 
 
+@pytest.mark.slow
 def test_the_costliest_header_takes_25_times_its_bytes():
     # Brackets cost most: JSON of 3 bytes becomes an object of 56, and 8 in the list.
     text = b'{"a":[' + b"[]," * 50_000 + b"[]]}"

@@ -242,6 +242,7 @@ def test_models_with_compiled_functions_and_steps_of_their_own():
     )
 
 
+@pytest.mark.slow
 def test_frozen_layers_infer_with_what_they_hold():
     """As they do in training."""
     model = network()
@@ -308,6 +309,7 @@ def test_callbacks_after_it_see_the_metrics(tmp_path):
         assert [float(row[name]) for row in rows] == history[name]
 
 
+@pytest.mark.slow
 def test_the_latest_sweep_is_at_hand():
     watch = tracker()
     weights = Weights()
@@ -323,6 +325,7 @@ def test_the_latest_sweep_is_at_hand():
         np.testing.assert_array_equal(watch.stats.previous[name].mean, held)
 
 
+@pytest.mark.slow
 def test_tensorboard_has_three_curves_in_each_chart_and_the_drift(tmp_path):
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
@@ -430,6 +433,7 @@ def test_mini_batches_train_only_the_calls_that_fit_trains():
     np.testing.assert_allclose(history["val_loss_mini_batch"][0], loss, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_no_switch_of_the_process_is_touched(monkeypatch):
     touched = []
     monkeypatch.setattr(tf.config, "run_functions_eagerly", touched.append)

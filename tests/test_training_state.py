@@ -137,6 +137,7 @@ def several():
     ]
 
 
+@pytest.mark.slow
 def test_several_that_sweep_leave_training_as_it_is():
     plain, model, callbacks = build(), build(), several()
     alone = fit(plain)
@@ -215,7 +216,7 @@ def test_control_c_in_a_step_leaves_nothing_behind(forwarded):
     assert all(layer.trainable for layer in model.layers)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["put_back", "keep"])
 def test_control_c_between_the_callbacks_and_the_end_of_an_epoch(name, monkeypatch):
     plain, model = build(), build()
@@ -246,7 +247,7 @@ def test_stop_training_is_a_regular_end():
     assert_population(model)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -293,7 +294,7 @@ def test_a_clone_is_swept_by_a_copy_of_the_callback():
     assert copied.stats.mismatch(clone) is None
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [sweep, lambda: tfbn.StatsTracker(X, (X, Y))])
 def test_copies_share_the_data_and_pickles_have_it(make):
     callback = make()
@@ -306,7 +307,7 @@ def test_copies_share_the_data_and_pickles_have_it(make):
     assert loaded.stats["first"].count == len(X)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [tfbn.PopulationStatsCallback, tfbn.StatsTracker])
 @pytest.mark.parametrize("where", ["x", "validation_data"])
 def test_what_cannot_be_pickled_is_told_and_copied(cls, where):
@@ -397,6 +398,7 @@ def test_training_resumes_exactly_after_unfreezing(tmp_path):
     assert_same(resumed(paths[0]), resumed(paths[1]))
 
 
+@pytest.mark.slow
 def test_a_frozen_model_from_a_file_says_that_it_is(tmp_path):
     model = build()
     fit(model, [sweep()])
@@ -525,6 +527,7 @@ class TwoViews(keras.Model):
         return {"loss": loss}
 
 
+@pytest.mark.slow
 def test_a_model_that_its_first_step_builds():
     model = TwoViews()
     model.compile("sgd")

@@ -217,6 +217,7 @@ def test_inspect_says_not_known_then_swept_then_stale(capsys, tmp_path, saved):
     assert code == 0 and "no batch norm layers" in out
 
 
+@pytest.mark.slow
 def test_a_sweep_in_python_is_known_of_a_file_with_our_layers(capsys, tmp_path, saved):
     model = keras.models.load_model(saved)
     tfbn.update_population_stats(model, IMAGES, verbose=0)
@@ -296,6 +297,7 @@ def test_compare_refuses_statistics_of_other_shapes(capsys, tmp_path, saved):
     assert "wide.npz" in line and "(9,)" in line
 
 
+@pytest.mark.slow
 def test_export_passes_the_sweep_on(capsys, tmp_path, saved):
     swept = tmp_path / "swept.keras"
     run_for_json(capsys, "recalibrate", saved, "--data", *as_npy(tmp_path), "--out", swept)

@@ -41,6 +41,7 @@ def of_one_batch(path, x):
     return held(twin)
 
 
+@pytest.mark.slow
 def test_few_samples_are_blended_with_what_the_file_holds(capsys, tmp_path, files):
     model, _, field = files
     out = tmp_path / "out.keras"

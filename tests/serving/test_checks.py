@@ -316,6 +316,7 @@ def test_a_model_whose_calls_differ_is_refused_with_the_reason(tmp_path, layer, 
     assert everything_under(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error:.*retracing")
 def test_many_exports_do_not_warn_of_retracing(tmp_path, caplog):
     for _ in range(7):

@@ -104,6 +104,7 @@ def grpc(signatures):
     server.stop(None).wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interface", [grpc, rest])
 def test_the_client_ends_with_1_where_the_data_has_moved(
     tmp_path, monkeypatch, capsys, client, exported, signatures, interface

@@ -262,6 +262,7 @@ def test_the_provenance_tells_the_history(tmp_path, capsys):
     np.testing.assert_allclose(found.stats["bn"].mean, mean, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_stale_model_is_stale_no_more(tmp_path):
     model, x = made("dense")
     model.layers[1].moving_mean.assign_add([1.0, 0.0, 0.0])

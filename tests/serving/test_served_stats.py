@@ -58,7 +58,7 @@ def served_by(path, answers):
     return served
 
 
-@pytest.mark.quick(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [[1] * 70, [5, 1, 7, 2], [12]])
 def test_requests_of_any_size_add_up(exported, ask, sizes):
     x = images(np.random.default_rng(1), sum(sizes))
@@ -148,6 +148,7 @@ def test_few_requests_tell_nothing(exported, ask):
         assert served.compare().drifted == (number == 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scenes", "frames"), [(32, 16), (5, 4)])
 def test_requests_that_come_together_count_for_less(exported, ask, scenes, frames):
     """32 scenes of 16 frames are 32 samples, not 512, and 5 scenes of 4 frames are not 20.
@@ -261,6 +262,7 @@ def test_a_version_without_a_monitor_is_refused(tmp_path):
         tfbn.ServedStats(path)
 
 
+@pytest.mark.slow
 def test_a_population_that_is_gone_or_of_another_version_is_refused(tmp_path):
     path = export(dense_model(), tmp_path / "a", monitor=True).path
     tfbn.ServedStats(tmp_path / "a")

@@ -962,6 +962,7 @@ def test_two_layers_under_one_mask_without_a_reader_between_them():
             np.testing.assert_allclose(second.variance, values.var(0) / std**2, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_no_function_is_traced_again_and_again(caplog):
     model = three_levels()
     for size in range(1, 12):

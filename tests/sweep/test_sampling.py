@@ -208,6 +208,7 @@ def test_a_sample_that_does_not_fit_is_read_again_or_refused(model, digits):
         tfbn.collect(model, iter(dataset), tolerance=0.05, memory_limit=5000, verbose=0)
 
 
+@pytest.mark.slow
 def test_halves_that_disagree_are_a_warning(model, digits):
     """Not on data in random order, for which a tolerance is made."""
     dark = np.concatenate([digits[::4] * 0.3, digits[::4]])
@@ -289,6 +290,7 @@ def test_shards_of_unknown_length_are_refused(model, digits):
         tfbn.collect_shards(model, [0], load=lambda _: iter([digits]), tolerance=0.1, verbose=0)
 
 
+@pytest.mark.slow
 def test_devices_and_callbacks_take_a_tolerance(model, digits):
     network = keras.models.clone_model(model)
     network.compile("sgd", "mse")

@@ -327,6 +327,7 @@ def test_only_the_moments_of_one_level_come_back():
     assert max(sizes) < 10 * 8 * width + 3000  # Ten numbers a channel.
 
 
+@pytest.mark.slow
 def test_this_process_lets_the_model_go():
     held = []
 
