@@ -462,8 +462,10 @@ def oracle(plan, model, batches):
         twin = build(plan, Noting)
     twin.set_weights(model.get_weights())
     noting = [layer for layer in twin._flatten_layers() if isinstance(layer, Noting)]
-    eager = tf.config.functions_run_eagerly()
+    eager, epsilon = tf.config.functions_run_eagerly(), keras.config.epsilon()
     tf.config.run_functions_eagerly(True)
+    # Under a mask Keras divides by the count plus this number, which is 1e-7 by default.
+    keras.config.set_epsilon(1e-14)
     try:
         for layer in noting:
             layer.as_batch = plan.method == "pooled"
@@ -480,6 +482,7 @@ def oracle(plan, model, batches):
                         layer.moving_variance.assign(values.var(0))
     finally:
         tf.config.run_functions_eagerly(eager)
+        keras.config.set_epsilon(epsilon)
     found = {}
     for layer in noting:
         if layer.trains and layer.trainable and not hasattr(layer, "is_noise"):
