@@ -212,9 +212,22 @@ APPLICATIONS = sorted(
 # layers, to its SavedModel is shown by ConvNeXtTiny and VGG16.
 ONLY_COPIED = {"ConvNeXtBase", "ConvNeXtLarge", "ConvNeXtSmall", "ConvNeXtXLarge", "VGG19"}
 
+# One of each family, and the one that makes most of rounding. Their siblings, of the same layers,
+# take a quarter of an hour more: `pytest -m zoo`.
+REPRESENTATIVES = {
+    *("ConvNeXtTiny", "DenseNet121", "EfficientNetB0", "EfficientNetV2B0", "EfficientNetV2M"),
+    *("InceptionResNetV2", "InceptionV3", "MobileNet", "MobileNetV2", "MobileNetV3Small"),
+    *("NASNetMobile", "ResNet50", "ResNet50V2", "VGG16", "VGG19", "Xception"),
+}
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", APPLICATIONS)
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in REPRESENTATIVES else pytest.mark.zoo)
+        for name in APPLICATIONS
+    ],
+)
 @pytest.mark.filterwarnings("ignore:The batch norm statistics")
 def test_applications(name, tmp_path):
     keras.utils.set_random_seed(0)
