@@ -698,8 +698,8 @@ def test_any_sweep_of_any_network_over_any_data(plan, two_devices):
 @settings(
     max_examples=250,
     deadline=None,
+    derandomize=True,
     database=None,
-    print_blob=True,
     suppress_health_check=QUIET,
 )
 @given(plan=plans())
