@@ -1,6 +1,9 @@
 """Hours of use in minutes: memory stays flat, and nothing stays of what is gone."""
 
+import concurrent.futures
+import contextlib
 import gc
+import multiprocessing
 import threading
 import weakref
 
@@ -14,7 +17,6 @@ from tensorflow.python.framework import ops as framework_ops
 
 import tfbn
 
-pytestmark = pytest.mark.slow
 MIB = 2**20
 
 
@@ -31,16 +33,7 @@ def gradients():
     return len(framework_ops.gradient_registry._registry)  # Private: TensorFlow does not say.
 
 
-@pytest.fixture(autouse=True)
-def others_are_not_collected():
-    """Collections pass over the objects of the tests before, which may be millions."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture
+@contextlib.contextmanager
 def others_at_work():
     """A second thread that predicts with a model of its own all the time; its errors at the end."""
     model = networks.plain(layers.BatchNormalization)
@@ -64,17 +57,18 @@ def others_at_work():
     assert not wrong
 
 
-def test_200_sweeps_of_one_model(others_at_work):
+def sweep_one_model_200_times():
     model = networks.residual(tfbn.BatchNormalization)
     x = networks.data(model, 64)
     shuffled = tf.data.Dataset.from_tensor_slices(x).shuffle(64).batch(16)
     begun = []
-    for number in range(200):
-        method = ("exact", "pooled", "exact", "algorithm2")[number % 4]
-        limit = (None, 0, 20_000)[number % 3]
-        tfbn.collect(model, shuffled, method=method, memory_limit=limit, verbose=0)
-        if number == 4:
-            begun = resident(), gradients()
+    with others_at_work():
+        for number in range(200):
+            method = ("exact", "pooled", "exact", "algorithm2")[number % 4]
+            limit = (None, 0, 20_000)[number % 3]
+            tfbn.collect(model, shuffled, method=method, memory_limit=limit, verbose=0)
+            if number == 4:
+                begun = resident(), gradients()
     assert resident() - begun[0] < 20 * MIB
     assert gradients() == begun[1]
 
@@ -85,7 +79,7 @@ def graphs():
 
 
 def growth(use):
-    """What the process grows by over 20 models that are used and dropped; what stays of them."""
+    """The bytes by which the process grows over 20 models that are used and dropped."""
     gone, before = [], ()
     for number in range(25):
         model = networks.residual(layers.BatchNormalization)
@@ -102,7 +96,7 @@ def growth(use):
     return now[0] - before[0]
 
 
-def test_20_models_made_swept_and_dropped():
+def make_sweep_and_drop_20_models():
     def sweep(model, x):
         for method in ("exact", "pooled"):
             tfbn.collect(model, x, method=method, batch_size=16, verbose=0)
@@ -112,7 +106,7 @@ def test_20_models_made_swept_and_dropped():
     assert growth(sweep) - called < 20 * MIB
 
 
-def test_a_long_fit_with_both_callbacks(others_at_work):
+def fit_50_epochs_with_both_callbacks():
     model = networks.residual(tfbn.BatchNormalization)
     x = networks.data(model, 64)
     y = np.arange(64) % 2
@@ -126,17 +120,30 @@ def test_a_long_fit_with_both_callbacks(others_at_work):
     sweeps = tfbn.PopulationStatsCallback(
         x, every_n_epochs=1, before_validation=True, verbose=0, freeze=False
     )
-    model.fit(
-        x,
-        y,
-        epochs=50,
-        validation_data=(x, y),
-        callbacks=[
-            sweeps,
-            tfbn.StatsTracker(x, validation_data=(x, y)),
-            keras.callbacks.LambdaCallback(on_epoch_end=remember),
-        ],
-        verbose=0,
-    )
+    with others_at_work():
+        model.fit(
+            x,
+            y,
+            epochs=50,
+            validation_data=(x, y),
+            callbacks=[
+                sweeps,
+                tfbn.StatsTracker(x, validation_data=(x, y)),
+                keras.callbacks.LambdaCallback(on_epoch_end=remember),
+            ],
+            verbose=0,
+        )
     assert resident() - begun[0][0] < 20 * MIB
     assert gradients() == begun[0][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "use",
+    [sweep_one_model_200_times, make_sweep_and_drop_20_models, fit_50_epochs_with_both_callbacks],
+)
+def test_memory_stays_flat(use):
+    # In a process of its own: graphs and memory of other tests come and go.
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
+        process.submit(use).result()

@@ -394,6 +394,22 @@ def test_what_a_broken_model_held_loads(tmp_path):
     assert_equal(tfbn.PopulationStats.from_bytes(stats.to_bytes()), stats)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mean_1": np.zeros(10**6)},
+        {"mean_1": np.zeros(10**6), "variance_1": np.zeros(10**6), "count_1": np.array(3)},
+        {"previous_mean_1": np.zeros(10**6)},
+        {"mean_0": np.zeros((1, 10**6)), "variance_0": np.zeros((10**6, 1))},
+        {"count_1": np.zeros(10**6, np.int32)},
+        {"more": np.zeros(10**6)},
+    ],
+)
+@pytest.mark.parametrize("which", [0, 1], ids=["format 3", "format 2"])
+def test_memory_follows_the_size_of_the_file(changes, which):
+    load(changed(samples()[0][which][1], **changes))
+
+
 def fuzz(seed):
     """A file that is damaged in four ways, and one that somebody made."""
     random = Random(seed)

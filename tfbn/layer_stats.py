@@ -58,19 +58,17 @@ class LayerStats:
     counts: np.ndarray = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
-        given: dict[str, Any] = {"mean": self.mean, "variance": self.variance}
-        given |= self.renorm or {}
-        for name in ERRORS:
-            error = getattr(self, name)
-            given[name] = np.full(np.shape(self.mean), np.nan) if error is None else error
-        arrays = {name: _read_only(value, np.float64) for name, value in given.items()}
-        shape = arrays["mean"].shape
-        for name, value in arrays.items():
-            if value.shape != shape or len(shape) != 1 or not value.size:
+        given = {"mean": self.mean, "variance": self.variance, **(self.renorm or {})}
+        given |= {name: error for name, error in self.errors.items() if error is not None}
+        shape = np.shape(self.mean)
+        for name, value in given.items():  # All before any is copied: files may be hostile.
+            if np.shape(value) != shape or len(shape) != 1 or not shape[0]:
                 raise ValueError(
                     "Expected mean, variance and their errors of one shape (channels,). Received: "
-                    f"{name} of shape {value.shape}, and a mean of shape {shape}."
+                    f"{name} of shape {np.shape(value)}, and a mean of shape {shape}."
                 )
+        arrays = dict.fromkeys(ERRORS, np.broadcast_to(np.nan, shape))
+        arrays |= {name: _read_only(value, np.float64) for name, value in given.items()}
         if self.renorm is not None and set(self.renorm) != set(RENORM):
             raise ValueError(f"Expected renorm with {RENORM}. Received: {list(self.renorm)}.")
         counts = _counts(self.count, shape)
@@ -383,7 +381,7 @@ def _counts(count: Any, shape: tuple[int, ...]) -> np.ndarray:
             "Expected count to be a whole number from 0 to 2**53, or one for each of "
             f"{shape[0]} channels. Received: {count}."
         )
-    return _read_only(np.broadcast_to(numbers, shape), np.int64)
+    return np.broadcast_to(_read_only(numbers, np.int64), shape)
 
 
 def _bits(stats: LayerStats) -> list[bytes]:

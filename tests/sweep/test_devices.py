@@ -1,5 +1,6 @@
 """Tests of sweeps on several devices and by several workers."""
 
+import collections
 import json
 import os
 import pathlib
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import keras
@@ -132,6 +134,29 @@ def test_two_devices_where_the_graph_cannot_be_cut(eager, two_devices):
     for found, values in zip(stats.values(), (entered, normalized), strict=True):
         np.testing.assert_allclose(found.mean, values.mean((0, 1)), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(found.variance, values.var((0, 1)), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_data_that_ends_in_another_thread_is_no_error_of_a_sweep(two_devices):
+    # While an iterator ends, TensorFlow gives its "End of sequence" to any operation, outside a
+    # function, that copies between devices at the time. The sweep reads ahead while devices work.
+    with two_devices.scope():
+        inputs = [keras.Input((4,)) for _ in range(20)]
+        model = keras.Model(inputs, tfbn.BatchNormalization()(layers.Concatenate()(inputs)))
+    data, done = tf.data.Dataset.range(3), threading.Event()
+
+    def end_again_and_again():
+        while not done.is_set():
+            collections.deque(data, maxlen=0)
+
+    thread = threading.Thread(target=end_again_and_again)
+    thread.start()
+    try:
+        x = [np.zeros((10_000, 4), np.float32)] * 20
+        tfbn.collect(model, x, batch_size=2, method="exact", verbose=0)
+    finally:
+        done.set()
+        thread.join()
 
 
 @pytest.mark.quick(2)

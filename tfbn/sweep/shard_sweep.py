@@ -367,7 +367,7 @@ def _frozen_by_call(
 
 def _refuse_nan(batch: Batch, places: Iterable[int]) -> None:
     flat = flatten(batch.inputs)
-    if any(tf.reduce_any(tf.math.is_nan(flat[place])) for place in places):
+    if any(np.isnan(flat[place].numpy()).any() for place in places):
         raise ValueError(f"Expected finite data. Received: NaN in {batch.name}. Clean the data.")
 
 
@@ -375,7 +375,7 @@ def _reason(batch: Batch) -> str:
     if batch.inputs is None:  # Its frontier was kept, so an earlier pass has seen it finite.
         return "The values overflow inside the network. Look at its weights and dtypes."
     floating = [value for value in flatten(batch.inputs) if value.dtype.is_floating]
-    if all(tf.reduce_all(tf.math.is_finite(value)) for value in floating):
+    if all(np.isfinite(value.numpy()).all() for value in floating):
         return (
             "The data is finite, so the values overflow inside the network. Look at its weights "
             "and dtypes."
