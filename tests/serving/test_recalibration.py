@@ -4,6 +4,7 @@ The oracle is the model itself, which `recalibrate` never sees: swept over the s
 have the same statistics and predict what the next version answers.
 """
 
+import itertools
 import os
 import pathlib
 
@@ -287,6 +288,46 @@ def test_the_monitor_moves_with_the_population(tmp_path):
     assert not new.compare().drifted
     with pytest.raises(ValueError, match="another version"):
         old.add(monitor(**{name: x[:1]}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("arrays", {"batch_size": 8}),
+        ("arrays", {"batch_size": 8, "steps": 3}),
+        ("generator", {}),
+        ("endless generator", {"steps": 3}),
+        ("dataset", {"method": "pooled"}),
+    ],
+)
+def test_the_monitor_of_a_blend_expects_the_data_that_it_was_blended_with(tmp_path, kind, options):
+    model, x = made("convolutional")
+    batches = [x[:8], x[8:16], x[16:]]
+    data = {
+        "arrays": lambda: x,
+        "generator": lambda: iter(batches),
+        "endless generator": lambda: itertools.chain(batches, itertools.repeat(np.full_like(x, 9))),
+        "dataset": lambda: tf.data.Dataset.from_tensor_slices(x).batch(8),
+    }
+    tfbn.export(model, tmp_path / "m", monitor=True)
+    found = tfbn.recalibrate(tmp_path / "m", data[kind](), blend_samples=23, verbose=0, **options)
+    served = tfbn.ServedStats(tmp_path / "m")
+    found.stats.assign(model)
+    path_to = {id(layer): path for path, layer in batch_norm_layers(model).items()}
+    tensors = {path_to[id(one)]: one.input for one in model.layers if id(one) in path_to}
+    entering = keras.Model(model.inputs[0], tensors)(x, training=False)
+    assert entering.keys() == served.population.keys()
+    for path, values in entering.items():
+        values = np.asarray(values, np.float64).reshape(-1, values.shape[-1])
+        stats = served.population[path]
+        assert stats.count == len(values)
+        np.testing.assert_allclose(stats.mean, values.mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(stats.variance, values.var(0), rtol=1e-4)
+    monitor = tf.saved_model.load(os.fspath(found.path)).signatures["monitor"]
+    [name] = monitor.structured_input_signature[1]
+    for image in field(40, 8, 8, 3)[0]:
+        served.add(monitor(**{name: image[None]}))
+    assert not served.compare().drifted
 
 
 def test_warm_up_requests_and_assets_go_along(tmp_path):

@@ -117,6 +117,9 @@ def export(
             population, and masked positions do not count. `tfbn.ServedStats` makes an alarm of
             many such answers. A server that merges requests (`--enable_batching`) cannot take
             statistics apart again and answers requests for `monitor` with an error.
+            Requests are compared with the statistics that the model holds. Data has no blended
+            ones: to blend, give `blend_samples` to `tfbn.recalibrate`, whose next version
+            compares requests with the data.
 
     Returns:
         An `Exported` with the version's directory and the difference that was found.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfbn import fingerprints, keras_models
+from tfbn import fingerprints, keras_models, layer_stats, moments
 from tfbn.population import PopulationStats
 from tfbn.serving import (
     batch_norms,
@@ -81,7 +81,9 @@ def recalibrate(
         batch_size: For arrays; 32 by default.
         steps: Number of batches that make the data; endless data needs it.
         blend_samples: N, as how many samples the statistics that the version holds count beside
-            those of the data, see `PopulationStats.blend`; 0 for the data's own.
+            those of the data, see `PopulationStats.blend`; 0 for the data's own. The signature
+            `monitor` then compares requests with the same data, as it enters the layers while
+            these normalise with the blended statistics.
         tolerance: See `tfbn.collect`.
         verbose: See `tfbn.collect`.
 
@@ -173,13 +175,16 @@ def next_version(
     blend_samples: int = 0,
     batch_size: int | None = None,
     steps: int | None = None,
+    tolerance: float | None = None,
     **options: Any,
 ) -> Recalibrated:
     """Sweep, and write the next version; see `recalibrate`."""
     network = before.network
     x, inputs = _with_first(network, x, batch_size, steps)
     _require_same(_served(before.loaded, network, inputs), _predicted(network, inputs), before.path)
-    stats = collect(network, x, batch_size=batch_size, steps=steps, include_frozen=True, **options)
+    x, again = _twice(x) if blend_samples else (x, x)
+    options |= {"include_frozen": True, "tolerance": tolerance}
+    stats = collect(network, x, batch_size=batch_size, steps=steps, **options)
     stats = _of_weights(stats, before.provenance["fingerprint"])
     if blend_samples:
         stats = stats.blend(stats.previous, samples=blend_samples)
@@ -192,21 +197,49 @@ def next_version(
         _require_numbers(expected, before.path)
         off = _require_same(_served(loaded, network, inputs), expected, before.path)
         batch_norms.write(partial, before.found)
-        population = _write_monitored(partial, loaded, before, stats, inputs)
+        population = None
+        if before.provenance.get("monitor") is not None:
+            monitored = _Monitor(loaded, before)
+            met = stats
+            if blend_samples:
+                sampled = tolerance is not None
+                _, swept = check(network, again, batch_size, stats.batches, True, sample=sampled)
+                met = stats.replace(layers=monitored.measure(swept))
+            monitor.write_population(partial, monitored.layers, met)
+            population = monitored.identity(inputs)
         provenance.write_next(partial, before.path.name, before.provenance, stats, off, population)
         version = versions.put_in_place(partial, directory, None)
     return Recalibrated(directory / str(version), version, stats, off)
 
 
-def _write_monitored(version, loaded, before, stats, inputs):
-    """The identity of the new population that its monitor answers, `None` without a monitor."""
-    monitored = before.provenance.get("monitor")
-    if monitored is None:
-        return None
-    layers = keras_models.batch_norm_layers(before.network)
-    monitor.write_population(version, {path: layers[path] for path in monitored["epsilon"]}, stats)
-    answers = loaded.signatures["monitor"](**before.network.by_name(inputs))
-    return answers[monitor.IDENTITY].numpy().decode()
+class _Monitor:
+    """The signature `monitor` of a version, and the layers that it measures, by path."""
+
+    def __init__(self, loaded, before):
+        self._ask = lambda inputs: loaded.signatures["monitor"](**before.network.by_name(inputs))
+        layers = keras_models.batch_norm_layers(before.network)
+        self.layers = {path: layers[path] for path in before.provenance["monitor"]["epsilon"]}
+
+    def identity(self, inputs):
+        """The identity of the statistics by which the version normalises."""
+        return self._ask(inputs)[monitor.IDENTITY].numpy().decode()
+
+    def measure(self, batches):
+        """The statistics of the values that enter the layers of the version, by path.
+
+        With statistics that are blended they are others than those of the sweep, which has
+        measured the values while its layers normalised with the statistics of the data alone.
+        """
+        measured: dict[str, moments.Moments] = {}
+        for batch in batches:
+            answer = self._ask(batch.inputs)
+            for path in self.layers:
+                values = (answer[f"{path}/{name}"].numpy() for name in monitor.Moments._fields)
+                found = moments.of_batch(*values, method="pooled")
+                if path in measured:
+                    found = moments.merge(measured[path], found, method="pooled")
+                measured[path] = found
+        return {path: layer_stats.of_calls([found], "pooled") for path, found in measured.items()}
 
 
 def _version(path):
@@ -234,6 +267,14 @@ def _with_first(network, x, batch_size, steps):
     if first is None:
         raise empty()
     return x, first.inputs
+
+
+def _twice(x):
+    """The same data two times, the second to be read when the first was."""
+    if not hasattr(x, "__next__"):
+        return x, x
+    read: dict[int, Any] = {}
+    return (read.setdefault(i, element) for i, element in enumerate(x)), read.values()
 
 
 def _of_weights(stats, fingerprint):
