@@ -16,6 +16,7 @@ from keras import layers
 
 import tfbn
 from tfbn import origins
+from tfbn.serving import provenance
 from tfbn.serving.provenance import Sweep, sweep_of
 
 rng = np.random.default_rng(0)
@@ -262,7 +263,7 @@ def test_a_folder_in_its_place_is_no_record():
 def test_a_record_of_another_model_does_not_pass_for_this_ones():
     other = keras.Sequential([keras.Input((4,)), tfbn.BatchNormalization(name="bn")])
     tfbn.update_population_stats(other, X[:, 0], verbose=0)
-    content = origins.of(other.layers[0]).to_bytes()
+    content = provenance.origin_of(other.layers[0]).to_bytes()
     swept().save("model.keras")
     with_asset(content, "model.keras", "bad.keras")
     assert "has changed since the sweep" in sweep_of(keras.models.load_model("bad.keras")).stale
@@ -271,13 +272,13 @@ def test_a_record_of_another_model_does_not_pass_for_this_ones():
 @pytest.mark.parametrize("count", [300, pytest.param(30_000, marks=pytest.mark.slow)])
 def test_any_damage_is_an_error_or_harmless(count):
     model = swept()
-    whole = origins.of(model.get_layer("bn"))
+    whole = provenance.origin_of(model.get_layer("bn"))
     content = whole.to_bytes()
-    assert origins.Origin.from_bytes(content).to_bytes() == content
+    assert provenance.origin_from_bytes(content).to_bytes() == content
     random = Random(1)
     for _ in range(count):
         try:
-            found = origins.Origin.from_bytes(damaged(content, random))
+            found = provenance.origin_from_bytes(damaged(content, random))
         except ValueError:
             continue
         assert found.to_bytes() == content
@@ -287,8 +288,8 @@ def test_a_folder_without_a_record_takes_the_older_one_away():
     layer = swept().get_layer("bn")
     layer.save_assets(".")
     layer.load_assets(".")
-    assert origins.of(layer).path == "bn"
+    assert provenance.origin_of(layer).path == "bn"
     os.unlink(origins.ASSET)
     layer.load_assets(".")
-    assert origins.of(layer) is None
+    assert provenance.origin_of(layer) is None
     layer.load_assets(None)

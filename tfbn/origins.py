@@ -58,25 +58,18 @@ class Origin(NamedTuple):
             arrays["weights"] = np.array(sorted(self.weights), np.uint64)
         return storage.pack({"format": _FORMAT}, arrays)
 
-    @classmethod
-    def from_bytes(cls, content: bytes) -> "Origin":
-        """Read the bytes of `to_bytes`.
 
-        Raises:
-            ValueError: If it is damaged, of a later format or something else.
-        """
-        from tfbn.population import PopulationStats  # It needs this module.
+def unpack(content: bytes) -> tuple[bytes, frozenset[int] | None]:
+    """The bytes of the statistics, and the digests, in those of an `Origin`.
 
-        header, arrays = storage.unpack(content)
-        packed, weights = arrays.get("stats"), arrays.get("weights")
-        if header.get("format") != _FORMAT or packed is None:
-            raise ValueError("another kind of file, or a later format")
-        stats = PopulationStats.from_bytes(packed.tobytes())
-        if len(stats) != 1:
-            raise ValueError(f"statistics of {len(stats)} layers, not of one")
-        [path] = stats
-        digests = None if weights is None else frozenset(weights.ravel().tolist())
-        return cls(stats, path, digests)
+    Raises:
+        ValueError: If they are damaged, of a later format or something else.
+    """
+    header, arrays = storage.unpack(content)
+    packed, weights = arrays.get("stats"), arrays.get("weights")
+    if header.get("format") != _FORMAT or packed is None:
+        raise ValueError("another kind of file, or a later format")
+    return packed.tobytes(), None if weights is None else frozenset(weights.ravel().tolist())
 
 
 def keep(layer: keras.Layer, origin: Origin) -> None:
@@ -96,14 +89,9 @@ def share(layer: keras.Layer, copy: keras.Layer) -> None:
         _origins[copy] = _origins[layer]
 
 
-def of(layer: keras.Layer) -> Origin | None:
-    """Where the statistics of a layer come from, or `None` if it is not known.
-
-    Raises:
-        ValueError: If the layer is from a file in which that is damaged.
-    """
-    origin = _origins.get(layer)
-    return Origin.from_bytes(origin) if isinstance(origin, bytes) else origin
+def of(layer: keras.Layer) -> Origin | bytes | None:
+    """Where the statistics of a layer come from; bytes as a file had them, `None` if not known."""
+    return _origins.get(layer)
 
 
 def save(layer: keras.Layer, folder: str) -> None:

@@ -64,13 +64,37 @@ def sweep_of(model: keras.Model) -> Sweep:
     if not layers:
         return Sweep(None, None)
     try:
-        found = {path: origins.of(layer) for path, layer in layers.items()}
+        found = {path: origin_of(layer) for path, layer in layers.items()}
     except ValueError as error:
         return Sweep(None, f"the record of their sweep in the model's file is damaged ({error})")
     found = {path: origin for path, origin in found.items() if origin is not None}
     if not found:
         return Sweep(None, "no sweep of them is known")
     return Sweep(_combined(found), _stale(model, layers, found))
+
+
+def origin_of(layer: keras.Layer) -> origins.Origin | None:
+    """Where the statistics of a layer come from, or `None` if it is not known.
+
+    Raises:
+        ValueError: If the layer is from a file in which that is damaged.
+    """
+    origin = origins.of(layer)
+    return origin_from_bytes(origin) if isinstance(origin, bytes) else origin
+
+
+def origin_from_bytes(content: bytes) -> origins.Origin:
+    """Read the bytes of an `Origin`.
+
+    Raises:
+        ValueError: If they are damaged, of a later format or something else.
+    """
+    packed, weights = origins.unpack(content)
+    stats = PopulationStats.from_bytes(packed)
+    if len(stats) != 1:
+        raise ValueError(f"statistics of {len(stats)} layers, not of one")
+    [path] = stats
+    return origins.Origin(stats, path, weights)
 
 
 def _combined(found):
