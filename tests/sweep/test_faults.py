@@ -1127,3 +1127,60 @@ def test_a_second_sweep_finds_nothing_to_change():
         again = tfbn.collect(model, x, batch_size=9, verbose=0)
         for off in again.compare(stats).values():
             assert off["mean_shift_max"] < 1e-5 and off["std_ratio_max"] < 1 + 1e-5
+
+
+class Rescaling(layers.Layer):
+    """Rescales by a statistic of a batch norm layer, as folding for quantization does."""
+
+    def __init__(self, statistic):
+        super().__init__()
+        self.bn = layers.BatchNormalization(name="read")
+        self.statistic = statistic
+
+    def call(self, x, training=None):
+        """The normalised inputs, rescaled."""
+        return self.bn(x, training=training) * (1 + getattr(self.bn, self.statistic))
+
+
+class OwnReader(layers.BatchNormalization):
+    """A layer that reads its statistic beside the computation that it inherits."""
+
+    def call(self, inputs, training=None, mask=None):
+        """The normalised inputs, moved."""
+        return super().call(inputs, training=training, mask=mask) + self.moving_mean
+
+
+@pytest.mark.parametrize(
+    ("build", "statistic"),
+    [
+        (lambda: Rescaling("moving_variance"), "moving_variance of layer '.*read'"),
+        (lambda: Rescaling("moving_mean"), "moving_mean of layer '.*read'"),
+        (lambda: OwnReader(name="read"), "moving_mean of layer 'read'"),
+    ],
+)
+@pytest.mark.parametrize("method", ["exact", "pooled"])
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_statistic_that_is_read_past_its_layer_is_an_error(build, statistic, method, eager):
+    reads = build()
+    model = keras.Sequential([keras.Input((3,)), reads, layers.BatchNormalization(name="behind")])
+    model.run_eagerly = eager
+    before = [w.copy() for w in model.get_weights()]
+    x = 3 * normal(20, 3)
+    with pytest.raises(ValueError, match=statistic):
+        tfbn.collect(model, x, method=method, verbose=0)
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    reads.trainable = False  # It keeps its statistics, so that the others may be found.
+    entering = np.asarray(reads(x), "d")
+    [found] = tfbn.collect(model, x, method=method, verbose=0).values()
+    assert_stats(found, entering.mean(0), entering.var(0))
+
+
+def test_a_statistic_that_is_read_only_for_the_outputs_is_fine():
+    model = keras.Sequential(
+        [keras.Input((3,)), layers.BatchNormalization(), Rescaling("moving_mean")]
+    )
+    x = 3 * normal(20, 3)
+    first, second = tfbn.collect(model, x, verbose=0).values()
+    assert_stats(first, x.astype("d").mean(0), x.astype("d").var(0))
+    assert_stats(second, 0, first.variance / (first.variance + 1e-3))

@@ -825,6 +825,17 @@ def test_bad_input_gets_one_clear_error(case):
         assert_same(before, model.get_weights())
 
 
+@pytest.mark.parametrize("call", [tfbn.collect, tfbn.update_population_stats])
+def test_a_sweep_in_a_graph_gets_one_clear_error(call):
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
+    before, x = model.get_weights(), np.ones((4, 3), "float32")
+    with pytest.raises(ValueError, match=r"Expected a sweep outside of .* while a graph is made"):
+        tf.function(lambda: call(model, x, verbose=0), autograph=False)()
+    with tf.Graph().as_default(), pytest.raises(ValueError, match="while a graph is made"):
+        call(model, x, verbose=0)
+    assert_same(before, model.get_weights())
+
+
 def test_progress(capsys):
     model = plain(layers.BatchNormalization)
     x = data(model, 40)

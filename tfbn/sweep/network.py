@@ -104,7 +104,7 @@ class Trace:
         self.function = tf.compat.v1.wrap_function(run, [*specs, tf.TensorSpec([], tf.int64)])
         self.graph = self.function.graph
         self.inputs = self.function.inputs[: len(specs) + 1]
-        _refuse_memory(self, observer, updates)
+        _refuse_state(self, observer, updates)
 
     @functools.cached_property
     def extraction(self) -> Extraction:
@@ -167,15 +167,25 @@ def _carrying_nan(tensors: Iterable[tf.Tensor]) -> set[int]:
     return seen
 
 
-def _refuse_memory(trace: Trace, observer: Observer, updates: Mapping[int, tf.Tensor]) -> None:
-    """Raise `UnobservableError` if a variable carries data from one batch to the next.
+def _refuse_state(trace: Trace, observer: Observer, updates: Mapping[int, tf.Tensor]) -> None:
+    """Raise `UnobservableError` if values that are measured depend on what the sweep changes.
 
-    A sweep takes batches in any order, and each several times.
+    That is a variable which carries data from one batch to the next, for a sweep takes batches in
+    any order and each several times; or a statistic that is read past its layer, where the sweep
+    does not know of it.
     """
     data = {id(tensor.op) for tensor in trace.inputs[:-1]}
     read = set(map(id, ancestors(trace.measured)))
     outer = {id(inner.op): id(captured) for captured, inner in trace.graph.captures}
     handles = {outer[key] for key in read if key in outer}
+    for handle, statistic in observer.statistics().items():
+        if handle in handles:
+            raise UnobservableError(
+                "Expected a network in which no layer but a batch norm layer itself reads its "
+                f"statistics. Received: {statistic}, on which values depend that enter batch norm "
+                "layers. Set trainable=False for that layer, to sweep the others with the "
+                "statistics that it holds."
+            )
 
     def carries(values: Iterable[tf.Tensor]) -> bool:
         return any(id(op) in data for op in ancestors(values))

@@ -114,6 +114,18 @@ class Observer:
     def handles(self, variable_id: int) -> set[int]:
         """The ids of the tensors by which graphs refer to a variable, on every replica."""
         _, variable = self._variables()[variable_id]
+        return self._handles(variable)
+
+    def statistics(self) -> dict[int, str]:
+        """By the id of such a tensor of each statistic of the layers, its name in messages."""
+        return {
+            handle: f"{name} of layer {path!r}"
+            for path, layer in self._layers.items()
+            for name, variable in keras_models.statistics(layer).items()
+            for handle in self._handles(variable)
+        }
+
+    def _handles(self, variable: keras.Variable) -> set[int]:
         strategy = self._model().distribute_strategy
         local = strategy.experimental_local_results(variable.value)
         return {id(value.handle) for value in local}

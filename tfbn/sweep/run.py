@@ -321,8 +321,13 @@ def layers_to_sweep(model: keras.Model, include_frozen: bool) -> dict[str, keras
     """The layers that `collect` would sweep, by path.
 
     Raises:
-        ValueError: If the model is none, is not built, or has no such layers.
+        ValueError: If the model is none, is not built, or has no such layers, or in a graph.
     """
+    if not tf.executing_eagerly():
+        raise ValueError(
+            "Expected a sweep outside of tf.function and tf.Graph, as `model.fit` is called. "
+            "Received: a call while a graph is made. Call it before or after."
+        )
     keras_models.require_built(model)
     layers = keras_models.batch_norm_layers(model)
     keras_models.require_built(model, layers.values())
