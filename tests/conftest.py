@@ -1,10 +1,16 @@
-"""Two devices on any machine, and which cases of a test are quick."""
+"""Two devices on any machine, the same random cases in every run, and which cases are quick."""
 
 import itertools
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import settings
+
+# A failure is then one of the change. `--hypothesis-profile=others` draws other cases.
+settings.register_profile("same", derandomize=True, database=None, deadline=None)
+settings.register_profile("others", deadline=None)
+settings.load_profile("same")
 
 [_cpu] = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(_cpu, [tf.config.LogicalDeviceConfiguration()] * 2)

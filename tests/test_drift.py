@@ -28,7 +28,7 @@ def test_the_formula():
     np.testing.assert_allclose(narrower["std_ratio_max"], 2)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     arrays(np.float64, (2, 2, 3), elements=st.floats(-1e3, 1e3, allow_subnormal=False)),
     st.floats(0.01, 100),
@@ -129,7 +129,7 @@ class Rows(html.parser.HTMLParser):
 
 
 @given(st.text(max_size=20))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_text_in_html_is_text(name):
     name = "x" + name.replace("\r", "").replace("\0", "")
     shown = Rows()

@@ -36,7 +36,7 @@ def merged(parts, method):
     return total
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(PARTS)
 def test_parts_merge_to_the_whole(parts):
     values = np.concatenate(parts)
@@ -50,7 +50,7 @@ def test_parts_merge_to_the_whole(parts):
         assert np.all(variance >= 0)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(PARTS)
 def test_merging_is_commutative_and_associative(parts):
     forward, backward = merged(parts, "pooled"), merged(parts[::-1], "pooled")
@@ -62,7 +62,7 @@ def test_merging_is_commutative_and_associative(parts):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * scale)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(PARTS, st.sampled_from(["pooled", "algorithm2"]), st.integers(0, 6))
 def test_standard_errors_are_those_of_cluster_sampling(parts, method, cut):
     if method == "algorithm2":

@@ -7,7 +7,7 @@ import keras
 import networks
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from keras import layers
@@ -242,7 +242,6 @@ def part_of(values, method):
     ),
     st.randoms(use_true_random=False),
 )
-@settings(deadline=None)
 def test_shards_merge_in_any_order_and_grouping(method, shards, random):
     parts = [part_of(values, method) for values in shards]
     while len(parts) > 1:

@@ -54,7 +54,7 @@ def same(a, b):
         max_size=4,
     ),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_what_is_packed_is_unpacked(header, held):
     content = storage.pack(header, held)
     assert same(storage.unpack(content), (header, held))

@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import pathlib
 import subprocess
 import sys
 import warnings
@@ -123,6 +124,31 @@ def test_names_that_a_terminal_cannot_show(monkeypatch, tmp_path):
     assert rb"m\udcff\xe4.keras" in out.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("a\x1b[31mb.keras", r"a\x1b[31mb.keras"),
+        ("a\nb.keras", r"a\nb.keras"),
+        ("\r", r"\r"),
+        ("a  b.keras", "a  b.keras"),
+        ("\u202eb.keras", r"\u202eb.keras"),
+        ("ä\N{SNOWMAN}.keras", "ä\N{SNOWMAN}.keras"),
+    ],
+)
+def test_names_that_a_terminal_would_act_on(capsys, monkeypatch, tmp_path, name, shown):
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", name]) == 1
+    assert f"Received: {shown}, no such file." in capsys.readouterr().err
+    pathlib.Path(name).write_bytes(b"no model")
+    assert main(["inspect", name]) == 1
+    [line] = capsys.readouterr().err.split("\n")[:-1]
+    assert shown in line
+    network().save("model.keras")
+    os.replace("model.keras", f"{name}.keras")
+    assert main(["inspect", f"{name}.keras"]) == 0
+    assert capsys.readouterr().out.startswith(f"{shown}.keras: model 'sequential")
+
+
 def network():
     """A model with batch norm."""
     return keras.Sequential([keras.Input((2,)), keras.layers.BatchNormalization()])
@@ -138,7 +164,7 @@ WORDS = [
 LINES = st.lists(st.sampled_from(WORDS) | st.text(max_size=5), max_size=9)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(LINES)
 def test_any_command_line(line):
     """It is wrong usage with the usage and one error, or names a file that does not exist."""
@@ -146,7 +172,7 @@ def test_any_command_line(line):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=5000)
+@settings(max_examples=5000)
 @given(LINES)
 def test_very_many_command_lines(line):
     check_line(line)
@@ -170,4 +196,6 @@ def check_line(line):
     else:
         assert code == 1 and out.getvalue() == ""
         assert len(lines) == 1 and lines[0].startswith("tfbn: Expected ")
-        assert any(word.split("=")[-1] in lines[0] for word in line)
+        names = [word.split("=")[-1] for word in line]
+        shown = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in name) for name in names]
+        assert any(name in lines[0] for name in shown)

@@ -105,7 +105,7 @@ def batches(draw):
     return tf.cast(tf.constant(x), dtype), axis, mask
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(batches(), st.sampled_from(["eager", "eager", "eager", "graph"]))
 def test_moments_are_those_of_numpy(batch, mode):
     x, axis, mask = batch
@@ -133,7 +133,7 @@ def test_moments_far_from_zero(mode, ratio, shape, axis):
     np.testing.assert_allclose(variance, expected_variance, rtol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(["float32", "float16", "bfloat16"]),
     st.sampled_from([((9, 4), -1), ((4, 2, 3, 2), 1), ((5, 1), 1), ((2, 3, 2, 2, 2), -1)]),
@@ -417,7 +417,7 @@ def test_sums_over_stretches(positions, fits, samples):
         assert np.all(np.abs(variance - right_variance) <= 5e-6 * right_variance + rounding)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(batches().filter(lambda batch: batch[0].dtype == tf.float32 and batch[2] is not None))
 def test_masked_training_step(batch):
     x, axis, mask = batch
@@ -724,7 +724,7 @@ def test_one_trace_serves_all_sizes(spec, shapes):
     assert len(traces) == 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.sampled_from([0.0, 1.0, -1.0, 1e4, 1e6]), min_size=1, max_size=80),
     st.sampled_from([-1, 1, 0]),

@@ -54,7 +54,7 @@ def assert_right(moments, x, axis):
     assert np.all(np.abs(variance - right_variance) <= 2e-6 * right_variance + rounding)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(given_data=data())
 def test_one_trace_has_the_moments_of_any_shape(measure, given_data):
     x, axis = given_data
@@ -66,7 +66,7 @@ def test_one_trace_has_the_moments_of_any_shape(measure, given_data):
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data(), st.data())
 def test_stretches_of_what_is_unknown_while_tracing(drawn, choice):
     """They are of the same values, however much of the shape is known."""

@@ -78,7 +78,7 @@ def test_batches_add_up_and_calls_of_a_layer_are_joined():
     np.testing.assert_allclose(moments.variance(found), both.var(0), rtol=1e-12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(ends=st.lists(st.integers(0, 12), max_size=4), order=st.randoms(use_true_random=False))
 def test_any_shards_merged_in_any_order_are_all_the_data(ends, order):
     x = values(12, 3)

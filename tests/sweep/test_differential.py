@@ -682,9 +682,6 @@ def also(test):
 
 @settings(
     max_examples=8,
-    deadline=None,
-    derandomize=True,
-    database=None,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=QUIET,
 )
@@ -695,13 +692,7 @@ def test_any_sweep_of_any_network_over_any_data(plan, two_devices):
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=250,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=QUIET,
-)
+@settings(max_examples=250, suppress_health_check=QUIET)
 @given(plan=plans())
 def test_many_more(plan, two_devices):
     check(plan, two_devices)

@@ -19,7 +19,7 @@ def samples(n, seed=0, dtype="float32"):
     return (np.random.default_rng(seed).normal(size=(n, 3, 2)) * 100).astype(dtype)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.permutations(range(12)), st.integers(1, 11))
 def test_order_and_batches_do_not_matter(order, cut):
     x = {"a": samples(12), "b": samples(12, 1)[:, 0]}

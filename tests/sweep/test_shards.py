@@ -92,7 +92,7 @@ _small = networks.plain(layers.BatchNormalization)
 _x = networks.data(_small, SAMPLES)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(ends=st.lists(st.integers(0, SAMPLES), max_size=5), size=st.integers(2, 9))
 def test_any_cut_gives_the_same(ends, size):
     stats = tfbn.collect_shards(_small, cut(_x, *sorted(ends)), batch_size=size, verbose=0)

@@ -11,7 +11,7 @@ import tfbn
 from tfbn import drift, keras_models, storage
 from tfbn.blending import in_words
 from tfbn.cli import formats, model_files
-from tfbn.cli.errors import FileError, naming, reading
+from tfbn.cli.errors import FileError, naming, reading, visible
 from tfbn.layer_stats import require_same_shape
 from tfbn.serving import provenance, recalibration
 
@@ -30,7 +30,7 @@ def inspect(args: argparse.Namespace) -> int:
         described = {path: _layer(layer) | off.get(path, {}) for path, layer in layers.items()}
         _print_json({"model": model.name, "layers": described, "state": state, "why": text})
     else:
-        print(f"{args.model}: model {model.name!r}, {len(layers)} batch norm layers")
+        _print_lines([f"{args.model}: model {model.name!r}, {len(layers)} batch norm layers"])
         head = ["layer", "channels", "momentum", "epsilon", "trainable", *drift.COLUMNS]
         rows = [
             [path, *_cells(layer), *drift.cells(off.get(path))] for path, layer in layers.items()
@@ -38,7 +38,7 @@ def inspect(args: argparse.Namespace) -> int:
         _print_lines(drift.table(head, rows))
         if off:
             print("off by: the statistics before the sweep, against those that it found")
-        print(f"population statistics: {text}")
+        _print_lines([f"population statistics: {text}"])
     return NOT_SWEPT if args.check and state not in ("swept", "none to sweep") else DONE
 
 
@@ -118,8 +118,8 @@ def _sweep_options(args):
 
 def _print_recalibrated(args, stats, out, text):
     if not args.json:
-        stats.summary()
-        print(f"Wrote {out}. {text}")
+        stats.summary(print_fn=lambda line: _print_lines([line]))
+        _print_lines([f"Wrote {out}. {text}"])
         return
     found = stats.to_dict()
     for path, off in stats.compare(stats.previous).items():
@@ -149,11 +149,10 @@ def compare(args: argparse.Namespace) -> int:
     if args.json:
         _print_json({"layers": off, "of_other_weights": others})
         return DONE
-    print(f"{args.b} against {args.a}, layers that differ most first:")
     rows = [[path, *drift.cells(of_layer)] for path, of_layer in off.items()]
-    _print_lines(drift.table(["layer", *drift.COLUMNS], rows))
-    for name in others:
-        print(f"Note that {name} is of other weights than those of {args.model}.")
+    title = f"{args.b} against {args.a}, layers that differ most first:"
+    notes = [f"Note that {name} is of other weights than those of {args.model}." for name in others]
+    _print_lines([title, *drift.table(["layer", *drift.COLUMNS], rows), *notes])
     return DONE
 
 
@@ -176,10 +175,8 @@ def export(args: argparse.Namespace) -> int:
             }
         )
     else:
-        print(
-            f"Wrote {exported.path}. It predicts as the model does, within "
-            f"{exported.max_abs_difference:.1e}."
-        )
+        off = f"{exported.max_abs_difference:.1e}"
+        _print_lines([f"Wrote {exported.path}. It predicts as the model does, within {off}."])
     return DONE
 
 
@@ -192,7 +189,7 @@ def describe(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(found)
     else:
-        print(text.getvalue(), end="")
+        _print_lines(text.getvalue().split("\n")[:-1])
     return DONE
 
 
@@ -287,4 +284,4 @@ def _print_json(content):
 
 def _print_lines(lines):
     for line in lines:
-        print(line)
+        print(visible(line))

@@ -69,6 +69,14 @@ def describe(error: Exception) -> str:
     return f"{kind}: {_cut(text, _LONGEST_OF_OTHERS)}" if text else kind
 
 
+def visible(text: str) -> str:
+    """One line of text, with characters that a terminal would act on or not show as escapes.
+
+    Names of files and layers may hold any.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _is_ours(error):
     """Whether an error is one of tfbn's sentences: an expectation, or a missing package."""
     return isinstance(error, ImportError) or str(error).startswith("Expected")

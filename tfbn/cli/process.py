@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from tfbn.cli import parser
-from tfbn.cli.errors import describe
+from tfbn.cli.errors import describe, visible
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 if done, 1 if it failed, 3 if `inspect --check` found statistics that are
         not known to be those of a sweep, 130 if it was interrupted. Wrong usage exits with 2.
     """
-    # Names of files and layers may hold characters that a terminal cannot show.
+    # Names of files and layers may hold characters that the encoding lacks.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(text):
-    print("tfbn: " + " ".join(map(str.strip, text.splitlines())), file=sys.stderr)
+    print(f"tfbn: {visible(text)}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -70,7 +70,7 @@ def _quiet_libraries() -> Iterator[None]:
 @contextlib.contextmanager
 def _warnings_of_one_line() -> Iterator[None]:
     def show(message, category, filename, lineno, file=None, line=None):
-        _say(f"warning: {message}")
+        _say("warning: " + " ".join(str(message).split()))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
