@@ -154,7 +154,7 @@ def test_metrics_three_ways(bn, options):
     assert len({history[f"val_loss_{way}"][-1] for way in tfbn.tracker.WAYS}) == 3
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("bn", [layers.BatchNormalization, tfbn.BatchNormalization])
 def test_training_goes_on_bit_for_bit(bn):
     def trained(*callbacks):

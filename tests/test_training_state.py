@@ -641,7 +641,8 @@ class ControlC:
         return self.line
 
 
-@pytest.mark.parametrize("every", [73, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 73])
 def test_control_c_at_any_line_leaves_a_state_of_training(every):
     """The model then holds the state of some moment of the training without callbacks."""
     model = build()

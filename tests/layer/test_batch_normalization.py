@@ -102,7 +102,7 @@ def options(draw):
     return shape, config, call, rng.normal(1, 2, shape), rng.normal(size=shape)
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(options())
 def test_same_step_as_keras(drawn):
     shape, config, call, x, dy = drawn

@@ -290,6 +290,7 @@ def test_the_monitor_moves_with_the_population(tmp_path):
         old.add(monitor(**{name: x[:1]}))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("kind", "options"),
     [

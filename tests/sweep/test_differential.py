@@ -681,7 +681,7 @@ def also(test):
 
 
 @settings(
-    max_examples=8,
+    max_examples=4,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=QUIET,
 )

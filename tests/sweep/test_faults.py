@@ -1150,6 +1150,7 @@ class OwnReader(layers.BatchNormalization):
         return super().call(inputs, training=training, mask=mask) + self.moving_mean
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(
     ("build", "statistic"),
     [

@@ -626,8 +626,8 @@ def test_a_sweep_changes_nothing(bn, eager, method):
     assert predicted.shape == (64, 2)
 
 
-@pytest.mark.quick(1)
-@pytest.mark.parametrize("bn", BN[:1])
+@pytest.mark.slow
+@pytest.mark.parametrize("bn", BN)
 def test_training_goes_on_as_if_no_sweep_had_been(bn):
     histories = []
     for sweep in (False, True):

@@ -421,6 +421,7 @@ def test_bad_data_names_the_shard():
         tfbn.collect_shards(_small, cut(bad, 10), batch_size=4, verbose=0)
 
 
+@pytest.mark.slow
 def test_other_weights_in_a_worker(pool, tmp_path):
     x = np.zeros((4, 8, 8, 3), "float32")
     with pytest.raises(RuntimeError, match="every process to load the same weights"):
