@@ -67,7 +67,8 @@ def recalibrate(
 
     Statistics of other data are right for that data only. On digits, those of brighter or darker
     images or of less contrast recovered most of the lost accuracy; those of inverted images cost
-    a little more of it (`examples/served_population.py`).
+    a little more of it. On Fashion-MNIST those of less contrast recovered less than half
+    (`examples/served_population.py`).
 
     Args:
         path: The model's directory, whose highest version is taken, or that of a version. A model
