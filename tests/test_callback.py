@@ -448,3 +448,63 @@ def test_it_says_how_far_it_is(capsys):
     assert "Population statistics, exact\n" in capsys.readouterr().out
     model.fit(x, y, verbose=0, callbacks=[sweep(model, freeze=False)])
     assert capsys.readouterr().out == ""
+
+
+class Endless:
+    """Data without a batch, which nobody knows before it is read."""
+
+    def __iter__(self):
+        return iter(())
+
+
+def test_a_fit_that_is_refused_leaves_the_frozen_model_frozen():
+    model = build()
+    x, _ = training_data(model)
+    fit(model, [tfbn.PopulationStatsCallback(x, verbose=0)])
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="yields nothing"):
+        fit(model, [tfbn.PopulationStatsCallback(Endless(), verbose=0)])
+    assert not any(layer.trainable for layer in networks.batch_norms(model))
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_callback_that_another_one_calls():
+    model = build()
+    x, _ = training_data(model)
+    inner = tfbn.PopulationStatsCallback(x, verbose=0)
+    hooks = ("on_train_begin", "on_train_batch_begin", "on_epoch_end", "on_train_end")
+    outer = keras.callbacks.LambdaCallback()
+    outer.on_train_begin = lambda logs=None: (inner.set_model(model), inner.on_train_begin(logs))
+    for hook in hooks[1:]:
+        setattr(outer, hook, getattr(inner, hook))
+    fit(model, [outer])
+    for found, expected in zip(statistics(model), population(model), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_dataset_whose_shapes_only_the_data_tells(eager):
+    model = build(run_eagerly=eager)
+    x, _ = training_data(model)
+    batches = [x[:16], x[16:]]
+    for known in (False, True):
+        signature = tf.TensorSpec([None, *x.shape[1:]] if known else None, tf.float32)
+        dataset = tf.data.Dataset.from_generator(lambda: batches, output_signature=signature)
+        fit(model, [tfbn.PopulationStatsCallback(dataset, verbose=0)])
+        for found, expected in zip(statistics(model), population(model), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_evaluate_of_the_users_own_is_back_after_fit():
+    model = build()
+    x, _ = training_data(model)
+    calls, original = [], model.evaluate
+
+    def evaluate(*args, **options):
+        calls.append(1)
+        return original(*args, **options)
+
+    model.evaluate = evaluate
+    fit(model, [tfbn.PopulationStatsCallback(x, before_validation=True, verbose=0)])
+    assert len(calls) == EPOCHS and model.evaluate is evaluate

@@ -173,3 +173,10 @@ def test_a_part_of_no_values_changes_nothing_whatever_it_holds(method, held):
 def test_nothing_seen_has_variance_0():
     held = moments.of_values(np.array([0.0, 2]), np.array([np.nan, 1]), np.array([np.nan, 6]))
     np.testing.assert_array_equal(moments.variance(held), [0, 3])
+
+
+def test_moments_are_equal_to_moments_only():
+    values = np.array([2.0]), np.array([1.0]), np.array([3.0])
+    found = moments.of_batch(*values, method="pooled")
+    assert found == moments.of_batch(*values, method="pooled")
+    assert found != 3

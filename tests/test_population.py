@@ -446,3 +446,12 @@ def test_to_dict_survives_json(stats):
     for path, layer in stats.items():
         np.testing.assert_array_equal(found["layers"][path]["mean"], layer.mean)
         np.testing.assert_array_equal(found["layers"][path]["variance"], layer.variance)
+
+
+def test_layers_without_weights_are_named():
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization(name="bn")])
+    stats = made_up(model, 1)
+    unbuilt = keras.Sequential([layers.BatchNormalization(name="bn")])
+    with pytest.raises(ValueError, match=r"built model.*'bn' has no weights yet"):
+        stats.assign(unbuilt)
+    assert stats.mismatch(unbuilt) == "the model has no batch norm layer 'bn'"

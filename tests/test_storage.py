@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import stat
@@ -624,3 +625,44 @@ def test_where_there_are_no_locks_nothing_is_removed(tmp_path, monkeypatch):
 def test_the_name_of_a_hidden_file_is_short(tmp_path):
     assert len("".join(storage._PARTIAL)) + 16 <= 100
     assert json.dumps("".join(storage._PARTIAL)).isascii()
+
+
+def test_what_is_too_large_to_be_a_header_is_refused():
+    with pytest.raises(ValueError, match="at most 4194304 bytes"):
+        storage.pack({"a": "x" * (4 << 20)}, {})
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        header = io.BytesIO()
+        np.save(header, np.zeros((4 << 20) + 1, np.uint8))
+        archive.writestr("header.npy", header.getvalue())
+    with pytest.raises(ValueError, match="too long a header"):
+        storage.unpack(content.getvalue())
+
+
+def test_memory_that_ends_is_no_damage(monkeypatch):
+    def full(*args):
+        raise MemoryError
+
+    content = storage.pack({}, {"a": np.ones(3)})
+    monkeypatch.setattr(storage, "_arrays", full)
+    with pytest.raises(MemoryError):
+        storage.unpack(content)
+
+
+def test_a_file_that_may_not_be_written_stays(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    storage.write(path, b"old")
+    monkeypatch.setattr(os, "access", lambda name, mode: mode != os.W_OK)
+    with pytest.raises(PermissionError, match=re.escape(str(path))):
+        storage.write(path, b"new")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_an_error_without_a_number_is_raised_as_it_is(tmp_path, monkeypatch):
+    def broken(descriptor):
+        raise OSError("a disk of its own kind")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="a disk of its own kind"):
+        storage.write(tmp_path / "file", b"new")
+    assert os.listdir(tmp_path) == []

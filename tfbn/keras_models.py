@@ -174,14 +174,12 @@ class Same:
 
     def __init__(self, value: object):
         self._reference = weakref.ref(value)
-        self._hash = id(value)
 
     def __eq__(self, other: object) -> bool:
         value = self._reference()
         return isinstance(other, Same) and value is not None and value is other._reference()
 
-    def __hash__(self) -> int:
-        return self._hash
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _comparable(value: object) -> object:

@@ -19,7 +19,7 @@ from exported_models import (
 )
 from keras import layers
 
-from tfbn.serving import endpoint, export, exporting, fold
+from tfbn.serving import checks, endpoint, export, exporting, fold
 
 
 class InCompiledFunction(HardWired):
@@ -322,3 +322,14 @@ def test_many_exports_do_not_warn_of_retracing(tmp_path, caplog):
     for _ in range(7):
         export(keras.Sequential([keras.Input((4,)), layers.Dense(1)]), tmp_path)
     assert "retracing" not in caplog.text
+
+
+def test_differences_of_other_shapes_and_of_text():
+    text, numbers = tf.constant(["a", "b"]), tf.constant([1.0, 2.0])
+    expected = {"same text": text, "other text": text, "other shape": numbers}
+    got = {"same text": text, "other text": text[::-1], "other shape": numbers[:1]}
+    assert checks.differences(got, expected) == {
+        "same text": (0.0, 1.0),
+        "other text": (np.inf, 1.0),
+        "other shape": (np.inf, 1.0),
+    }

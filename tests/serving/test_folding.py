@@ -445,3 +445,19 @@ np.save("y.npy", keras.models.load_model("folded.keras")(np.load("x.npy")))
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), model(images), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", [lambda d: d.quantize("int8"), lambda d: d.enable_lora(2)])
+def test_layers_whose_kernel_is_not_all_are_left_alone(change):
+    inputs = keras.Input((8,))
+    dense = keras.layers.Dense(6, name="dense")
+    x = keras.layers.ReLU()(keras.layers.BatchNormalization(name="bn")(dense(inputs)))
+    model = keras.Model(inputs, keras.layers.Dense(3)(x))
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(64, 8)).astype("float32")
+    tfbn.update_population_stats(model, data, verbose=0)
+    change(dense)
+    folded = tfbn.fold(model)
+    assert folded.get_layer("dense").count_params() == dense.count_params()
+    expected = model.predict(data, verbose=0)
+    np.testing.assert_allclose(folded.predict(data, verbose=0), expected, rtol=1e-5, atol=1e-5)

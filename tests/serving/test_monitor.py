@@ -289,3 +289,16 @@ def test_the_identity_is_that_of_the_statistics(tmp_path):
     layer = model.get_layer("shared")
     layer.moving_variance.assign(np.nextafter(layer.moving_variance.numpy(), np.float32(9)))
     assert monitor.identity(model) != before
+
+
+@pytest.mark.parametrize("batch_norm", BATCH_NORMS)
+def test_integers_are_measured_as_the_layer_takes_them(tmp_path, batch_norm):
+    bn = batch_norm(name="bn")
+    model = sweep(keras.Sequential([keras.Input((3,), dtype="int32"), bn]))
+    x = np.arange(12, dtype="int32").reshape(4, 3)
+    path = export(model, tmp_path / "m", sample=x, monitor=True).path
+    call = monitored(path)
+    [name] = (
+        tf.saved_model.load(os.fspath(path)).signatures["monitor"].structured_input_signature[1]
+    )
+    assert_moments(call(**{name: x}), "bn", x)

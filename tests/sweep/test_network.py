@@ -78,6 +78,8 @@ CHANGES = {
     "rate": lambda m: setattr(m.layers[2], "rate", 0.9),
     "lora": lambda m: m.layers[0].enable_lora(1),
     "added layer": lambda m: m.add(layers.Dense(2)),
+    "an array": lambda m: setattr(m.layers[0], "table", np.ones(3)),
+    "an object of no known kind": lambda m: setattr(m.layers[0], "thing", object()),
 }
 
 
@@ -113,6 +115,15 @@ def test_only_a_few_traces_are_kept():
         sweep(static, dataset.batch(size, drop_remainder=True))
     _, traces = network._traces[static]
     assert sum(map(len, traces.values())) <= network._KEPT_TRACES
+
+
+def test_only_a_few_kinds_of_traces_are_kept():
+    model, x = small(), networks.data(small(), 8)
+    for dtype in ("float32", "float16", "int8", "int32", "uint8"):
+        for method in ("exact", "pooled"):
+            sweep(model, x.astype(dtype), method=method)
+    _, traces = network._traces[model]
+    assert len(traces) == network._KEPT_TRACES
 
 
 def test_nothing_stays_of_a_model_that_is_gone():

@@ -5,6 +5,7 @@ import itertools
 import os
 import random
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -778,6 +779,28 @@ def test_ctrl_c_leaves_the_model_as_it_was(listening):
     tfbn.collect(model, x, batch_size=32, verbose=0)  # And another sweep works.
 
 
+class Endless:
+    """It says that it repeats, as Grain does."""
+
+    def __len__(self):
+        return sys.maxsize
+
+    def __iter__(self):
+        return itertools.repeat(np.ones((4, 3), "float32"))
+
+
+def test_complex_numbers_are_an_error():
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
+    with pytest.raises(RuntimeError, match=r"Expected real numbers. Received: .* complex64"):
+        tfbn.collect(model, np.ones((8, 3), "complex64"), verbose=0)
+
+
+def test_endless_data_with_steps():
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
+    [stats] = tfbn.collect(model, Endless(), steps=5, verbose=0).values()
+    assert stats.count == 20
+
+
 def bad_calls():
     """Bad calls, and what the error must say."""
     x = np.ones((8, 3), "float32")
@@ -816,6 +839,8 @@ def bad_calls():
         "list of batches": (with_bn, [x, x], {}, "one array.*list of 2 arrays.*generator"),
         "scalar": (with_bn, np.float32(1), {}, "batch axis"),
         "no data": (with_bn, None, {}, "`model.fit` takes"),
+        "endless iterable": (with_bn, Endless(), {}, "an endless Endless.*steps"),
+        "empty, with a tolerance": (with_bn, iter(()), {"tolerance": 0.1}, "yields nothing"),
         "a path": (with_bn, "data.npz", {}, "`model.fit` takes"),
         "once": (with_bn, iter([x]), {"method": "exact", "memory_limit": 3}, "memory_limit=3"),
     }
@@ -842,6 +867,13 @@ def test_a_sweep_in_a_graph_gets_one_clear_error(call):
     with tf.Graph().as_default(), pytest.raises(ValueError, match="while a graph is made"):
         call(model, x, verbose=0)
     assert_same(before, model.get_weights())
+
+
+def test_progress_where_the_end_is_not_known(capsys):
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
+    batches = (np.ones((4, 3), "float32") for _ in range(5))
+    tfbn.collect(model, batches, method="pooled", verbose=1)
+    assert "5/5" in capsys.readouterr().out
 
 
 def test_progress(capsys):
@@ -873,3 +905,128 @@ def test_batches_of_different_shapes(method):
     assert (first.count, second.count) == (16 * 26, 16 * 22)
     np.testing.assert_allclose(first.mean, values.mean(0), atol=1e-6)
     np.testing.assert_allclose(first.variance, values.var(0), rtol=1e-5)
+
+
+class Eager(keras.Model):
+    """Its Python looks at the values, so that no graph can be made of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(4)
+        self.first, self.second = layers.BatchNormalization(), layers.BatchNormalization()
+
+    def call(self, x, training=None):
+        """Two levels."""
+        x = self.first(self.dense(x), training=training)
+        return self.second(x if float(x[0, 0]) > 1e9 else tf.nn.relu(x), training=training)
+
+
+@pytest.mark.parametrize("method", ["exact", "pooled"])
+def test_a_model_that_only_runs_eagerly(method):
+    model = Eager()
+    model.compile(run_eagerly=True)
+    x = np.random.default_rng(0).normal(2, 3, (40, 4)).astype("float32")
+    model(x)
+    first, second = tfbn.collect(model, x, method=method, batch_size=40, verbose=0).values()
+    h = np.asarray(model.dense(x), "float64")
+    np.testing.assert_allclose(first.mean, h.mean(0), atol=1e-4)
+    np.testing.assert_allclose(first.variance, h.var(0), rtol=1e-4)
+    h = np.maximum((h - h.mean(0)) / np.sqrt(h.var(0) + 1e-3), 0)
+    np.testing.assert_allclose(second.mean, h.mean(0), atol=1e-4)
+    np.testing.assert_allclose(second.variance, h.var(0), rtol=1e-4)
+    with pytest.raises(ValueError, match="in batch 1"):
+        tfbn.collect(model, iter([x, np.full_like(x, np.nan)]), method=method, verbose=0)
+
+
+def test_a_shared_layer_whose_second_call_is_behind_another_layer():
+    a, b = layers.BatchNormalization(name="a"), layers.BatchNormalization(name="b")
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, layers.Concatenate()([a(inputs), a(layers.ReLU()(b(inputs)))]))
+    x = np.random.default_rng(0).normal(1, 2, (40, 3)).astype("float32")
+    stats = tfbn.collect(model, x, batch_size=7, verbose=0)
+    h = x.astype("float64")
+    np.testing.assert_allclose(stats["b"].mean, h.mean(0), rtol=1e-5)
+    behind = np.maximum((h - h.mean(0)) / np.sqrt(h.var(0) + 1e-3), 0)
+    both = np.concatenate([h, behind])
+    np.testing.assert_allclose(stats["a"].mean, both.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(stats["a"].variance, both.var(0), rtol=1e-4)
+
+
+class Reached(keras.Model):
+    """One layer is reached only where the second input is a sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = layers.BatchNormalization(name="first")
+        self.second = layers.BatchNormalization(name="second")
+
+    def call(self, inputs, training=None):
+        """One level or two."""
+        x = tf.nn.relu(self.first(inputs["x"], training=training))
+        return self.second(x, training=training) if len(inputs["kind"].shape) == 3 else x
+
+
+def with_kind(x, sequence):
+    """Inputs of `Reached`."""
+    return {"x": x, "kind": np.zeros((len(x), 2, 3) if sequence else (len(x), 2), "float32")}
+
+
+def reached(build=Reached):
+    """The model, built."""
+    model = build()
+    model(with_kind(np.ones((2, 3), "float32"), True))
+    return model
+
+
+def test_batches_that_reach_fewer_levels():
+    x = np.random.default_rng(0).normal(size=(20, 3)).astype("float32")
+    batches = [with_kind(x[:5], False), with_kind(x[5:15], True), with_kind(x[15:], False)]
+    stats = tfbn.collect(reached(), iter(batches), verbose=0)
+    every = x.astype("float64")
+    np.testing.assert_allclose(stats["first"].mean, every.mean(0), atol=1e-6)
+    behind = np.maximum((every[5:15] - every.mean(0)) / np.sqrt(every.var(0) + 1e-3), 0)
+    assert (stats["first"].count, stats["second"].count) == (20, 10)
+    np.testing.assert_allclose(stats["second"].mean, behind.mean(0), atol=1e-5)
+    np.testing.assert_allclose(stats["second"].variance, behind.var(0), rtol=1e-4)
+
+
+class Deeper(Reached):
+    """Two more levels behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.third = layers.BatchNormalization(name="third")
+        self.fourth = layers.BatchNormalization(name="fourth")
+
+    def call(self, inputs, training=None):
+        """Three levels or four."""
+        x = tf.nn.relu(self.third(super().call(inputs, training), training=training))
+        return self.fourth(x, training=training)
+
+
+class Changing:
+    """Batches that are of the other kind from some pass on."""
+
+    def __init__(self, since):
+        self.since = since + 1  # It is asked once whether it can be iterated over again.
+
+    def __iter__(self):
+        self.since -= 1
+        return iter([with_kind(np.arange(12, dtype="float32").reshape(4, 3), self.since < 1)])
+
+
+def test_batches_that_reach_other_layers_in_a_later_pass():
+    # In the second pass levels differ, and the sweep begins anew, with the data as it is then.
+    [*_, last] = tfbn.collect(reached(Deeper), Changing(2), memory_limit=0, verbose=0)
+    assert last == "fourth"
+    with pytest.raises(ValueError, match="reaches layer 'second', which no batch of an earlier"):
+        tfbn.collect(reached(Deeper), Changing(3), memory_limit=0, verbose=0)
+
+
+def test_an_overflow_behind_a_frontier_that_was_kept():
+    bn = layers.BatchNormalization
+    model = keras.Sequential([keras.Input((3,)), bn(), layers.Dense(3), bn()])
+    model.layers[1].kernel.assign(np.full((3, 3), 3e38))
+    x = np.random.default_rng(0).normal(size=(20, 3)).astype("float32")
+    with pytest.raises(ValueError, match=r"(?s)Received: in batch 0.*overflow inside the network"):
+        tfbn.collect(model, x, verbose=0)

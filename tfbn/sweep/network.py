@@ -306,9 +306,7 @@ class Network:
     def _declares(self, specs: list[tf.TensorSpec]) -> bool:
         """Whether the model's recorded input shapes, as far as they are known, allow these."""
         declared = flatten(keras_models.input_specs(self.model) or [])
-        if len(declared) != len(specs):
-            return True
-        pairs = zip(declared, specs, strict=True)
+        pairs = zip(declared, specs, strict=False)  # None are recorded of many a subclass.
         return all(
             a.shape.rank != b.shape.rank or a.shape.is_compatible_with(b.shape) for a, b in pairs
         )

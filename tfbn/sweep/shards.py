@@ -1,5 +1,6 @@
 """`collect_shards`: one sweep over data in many places, on any engine that has a map."""
 
+import abc
 import collections
 import dataclasses
 import os
@@ -134,7 +135,7 @@ class _Size(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Task:
+class _Task(abc.ABC):
     """The work on one shard, to be sent to another process.
 
     Attributes:
@@ -145,9 +146,9 @@ class _Task:
     recipe: Recipe
     reader: _Reader
 
+    @abc.abstractmethod
     def run(self, here: Replica, number: int, batches: Batches) -> Any:
         """The result for one shard."""
-        raise NotImplementedError
 
     def __call__(self, item: tuple[int, Any]) -> tuple[int, Any]:
         """The number of a shard, and the result of `run` for it."""

@@ -80,8 +80,6 @@ class WholePasses:
         except UnobservableError:
             raise
         except Exception:
-            if not self._eager:
-                raise
             self._untraceable = True
             return None
 
