@@ -498,3 +498,20 @@ def test_control_c_ends_the_process_at_once(tmp_path, saved):
     assert process.returncode == 130
     assert "Traceback" not in err and err.endswith("tfbn: interrupted\n")
     assert [file.name for file in tmp_path.iterdir()] == ["x.npy"]
+
+
+def test_a_tolerance_sweeps_a_sample(capsys, tmp_path, saved):
+    images = np.tile(IMAGES, (100, 1, 1, 1))
+    np.save(tmp_path / "x.npy", images)
+    arguments = ["recalibrate", saved, "--data", tmp_path / "x.npy", "--out", tmp_path / "o.keras"]
+    found = run_for_json(capsys, *arguments, "--tolerance", "0.1")
+    assert found["tolerance"] == 0.1 and found["samples"] < len(images) / 2
+    for (mean, variance), (exact, of_all) in zip(
+        held(tmp_path / "o.keras"), whole_batch(saved, IMAGES), strict=True
+    ):
+        assert np.abs(mean - exact).max() < 0.5 * np.sqrt(of_all).max()
+        assert np.abs(np.sqrt(variance / of_all) - 1).max() < 0.5
+    for wrong in ("0", "1.5", "nan", "much"):
+        with pytest.raises(SystemExit):
+            run(capsys, *arguments, "--tolerance", wrong)
+        assert "is no number over 0 and up to 1" in capsys.readouterr().err

@@ -435,6 +435,10 @@ def test_what_cannot_be_recalibrated_is_refused_in_a_sentence(tmp_path, name):
 
 
 BAD_DATA = {
+    "filtered away": (
+        lambda x: tf.data.Dataset.from_tensors(x).filter(lambda x: False),
+        "at least one batch",
+    ),
     "NaN": (lambda x: np.where(x > 5, np.nan, x).astype("float32"), "batch 0"),
     "other shape": (lambda x: x[:, :3], r"float32\(None, 4\).*float32\(23, 3\)"),
     "text": (lambda x: np.full(x.shape, "a"), "string"),

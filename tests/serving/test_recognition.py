@@ -126,6 +126,19 @@ def test_a_fused_kernel_by_numpy(tmp_path):
     np.testing.assert_allclose(answers(found.path, x), right, rtol=1e-4, atol=1e-4)
 
 
+def test_look_alikes_are_left_alone(tmp_path):
+    made = LookAlikes()
+    tf.saved_model.save(made, tmp_path / "m" / "1", signatures=made.infer)
+    x = field(3)
+    found = tfbn.recalibrate(tmp_path / "m", x, verbose=0)
+    assert list(found.stats) == ["bn"]
+    np.testing.assert_allclose(found.stats["bn"].mean, x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found.stats["bn"].variance, x.var(0), rtol=1e-5)
+    made.mean.assign(x.mean(0))
+    made.variance.assign(x.var(0))
+    np.testing.assert_allclose(answers(found.path, x), made.infer(x)["y"], rtol=1e-4, atol=1e-4)
+
+
 class Reader(tf.Module):
     """Uses the mean for something else too."""
 
@@ -156,6 +169,60 @@ class Hidden(tf.Module):
     """Its signature is a function that the object does not have."""
 
 
+class SharedMean(tf.Module):
+    """Two batch norms with one mean and two variances."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = tf.Variable([0.3] * 3, name="bn/moving_mean")
+        names = ("bn/moving_variance", "other/moving_variance")
+        self.variances = [tf.Variable([2.0] * 3, name=name) for name in names]
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 3), name="x")])
+    def infer(self, x):
+        """One behind the other."""
+        for variance in self.variances:
+            x = tf.nn.batch_normalization(x, self.mean, variance, None, None, 0.01)
+        return {"y": x}
+
+
+class OfAnyRank(Reader):
+    """How many axes its inputs have is not known."""
+
+    @tf.function(input_signature=[tf.TensorSpec(None, name="x")])
+    def infer(self, x):
+        """Batch norm."""
+        y = tf.nn.batch_normalization(x, self.mean, self.variance, None, None, 0.01)
+        return {"y": y}
+
+
+class LookAlikes(Reader):
+    """Batch norm, and reciprocal roots that are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = [tf.Variable([value] * 3) for value in (0.5, 1.5, 2.5)]
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 3), name="x")])
+    def infer(self, x):
+        """Each of them changes the answer."""
+        a, b, c = (tf.convert_to_tensor(variable) for variable in self.held)
+        root = tf.math.rsqrt
+        y = tf.nn.batch_normalization(x, self.mean, self.variance, None, None, 0.01)
+        y += root(a)  # No epsilon.
+        y += x * root(a + b)  # None that is constant.
+        y += root(a + 0.01) + x  # No product.
+        y += x * root(b + 0.01)  # No mean.
+        inverse = root(c + 0.01)
+        shift = a * inverse
+        y += x * inverse + (shift - b)  # The mean is added.
+        inverse = root(c + 0.02)
+        y += (x * inverse) * (b - a * inverse)  # A product of both.
+        inverse = root(c + 0.03)
+        shift = a * inverse
+        return {"y": y + x * inverse + (b - shift) + (c - shift)}  # The mean is used twice.
+
+
 def keras_model(*inner):
     """A network with some layers, as Keras exports it."""
 
@@ -173,6 +240,11 @@ def module(make, function=lambda made: made.infer):
         tf.saved_model.save(made, path, signatures=function(made))
 
     return write
+
+
+def without_signature(path):
+    """A module that nobody can ask by a signature."""
+    tf.saved_model.save(tf.Module(), path)
 
 
 def of_hidden(made):
@@ -198,6 +270,9 @@ REFUSED = {
     "another reader": (module(Reader), "that reads a statistic for itself"),
     "constants": (module(Frozen), "whose statistics are of no variables"),
     "hidden": (module(Hidden, of_hidden), "no function of its own"),
+    "without a signature": (without_signature, "no function of its own"),
+    "shared mean": (module(SharedMean), "two batch norm layers that share a mean"),
+    "any rank": (module(OfAnyRank), "of no batch norm layer that was recognized"),
 }
 
 
