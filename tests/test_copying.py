@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import tfbn
 from tfbn import copying, fold
 
 L = keras.layers
@@ -522,3 +523,27 @@ def test_what_a_config_does_not_make_again_is_refused():
     lookup = adapted(L.StringLookup(), ["two\nlines", "one"])
     with pytest.raises(ValueError, match="the vocabulary of layer 'string_lookup"):
         copying.copy(keras.Sequential([keras.Input((1,), dtype="string"), lookup]))
+
+
+class Rough(keras.layers.Layer):
+    """Rounds differently each time, as some devices do."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.seeds = keras.random.SeedGenerator(0)
+
+    def call(self, x):
+        """The inputs, within a part in ten thousand."""
+        return x * (1 + 1e-4 * keras.random.normal(keras.ops.shape(x), seed=self.seeds))
+
+
+def test_predictions_that_differ_by_a_little_each_time_are_compared_with_that():
+    model = keras.Sequential([keras.Input((4,)), Rough(), L.BatchNormalization()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copy = tfbn.convert(model)
+    assert type(copy.layers[1]) is tfbn.BatchNormalization
+
+
+def test_outputs_of_other_shapes_are_infinitely_far_apart():
+    assert copying._difference([np.ones(3)], [np.ones(2)]) == np.inf

@@ -268,3 +268,13 @@ def test_missing_matplotlib_is_one_clear_error(monkeypatch):
     for draw in (lambda: plot_drift(statistics(0), statistics(1)), lambda: plot_history(history())):
         with pytest.raises(ImportError, match=r"pip install 'tfbn\[plot\]'"):
             draw()
+
+
+def test_a_backend_without_a_display_draws_all_the_same(monkeypatch):
+    def no_display(**options):
+        raise ImportError("Cannot load backend 'TkAgg', as 'headless' is currently running")
+
+    monkeypatch.setattr("matplotlib.pyplot.figure", no_display)
+    before = PopulationStats({"bn": LayerStats(4, [0.0], [1.0])}, method="assigned")
+    stats = PopulationStats({"bn": LayerStats(4, [1.0], [2.0])}, method="exact", previous=before)
+    assert type(plot_drift(stats)).__name__ == "Figure"

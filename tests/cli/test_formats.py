@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras import layers
 
 from tfbn.cli import formats
-from tfbn.cli.errors import FileError
+from tfbn.cli.errors import FileError, naming
 from tfbn.cli.formats import Options
 
 X = np.random.default_rng(0).normal(size=(7, 4, 5, 1)).astype("float32")
@@ -229,3 +229,9 @@ def test_other_things_are_refused():
     options = records(x={"shape": [3], "dtype": "float32"})
     assert "together with --features" in refused("x.tfrecord")
     assert "only for images" in refused("x.tfrecord", options._replace(scale=2.0))
+
+
+def test_an_error_of_the_system_without_a_reason_names_the_files():
+    error = pytest.raises(FileError, match=r"OSError: a device of its own.*Files: a\.npy")
+    with error, naming("a.npy"):
+        raise OSError("a device of its own")

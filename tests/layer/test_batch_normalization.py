@@ -494,3 +494,14 @@ def test_many_values_a_channel_on_the_cpu_whatever_is_visible(values, gpu_visibl
     exact = x.astype(np.float64)
     np.testing.assert_allclose(layer.moving_variance.numpy(), exact.var(0), rtol=1e-4)
     np.testing.assert_allclose(layer.moving_mean.numpy(), exact.mean(0), rtol=1e-6)
+
+
+def test_a_synchronized_layer_trains_outside_of_replicas_too(two_devices):
+    x = np.random.default_rng(0).normal(2, 3, (16, 4)).astype("float32")
+    with two_devices.scope():
+        layer = OURS(momentum=0.0, synchronized=True)
+        y = layer(x, training=True)
+        np.testing.assert_allclose(layer.moving_mean, x.mean(0), rtol=1e-5)
+        np.testing.assert_allclose(layer.moving_variance, x.var(0), rtol=1e-5)
+    expected = (x - x.mean(0)) / np.sqrt(x.var(0) + layer.epsilon)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)

@@ -476,3 +476,36 @@ def test_standard_errors_go_with_the_model(tmp_path, capsys):
     assert swept["relative_error"] == layer["relative_error"] == stats.relative_error
     tfbn.describe(tmp_path)
     assert f"standard errors up to {stats.relative_error:.2g} std" in capsys.readouterr().out
+
+
+def test_statistics_whose_weights_are_not_known_say_so():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(name="bn")])
+    found = tfbn.LayerStats(4, np.zeros(3), np.ones(3))
+    tfbn.PopulationStats({"bn": found}, method="exact").assign(model)
+    assert provenance.sweep_of(model).stale == "it is not known with which weights the sweep was"
+
+
+class Unrecorded(keras.Model):
+    """Keras records no input of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = keras.layers.BatchNormalization()
+        self.bn.build((None, 3))
+        self.built = True
+
+    def call(self, x, training=None):
+        """Batch norm."""
+        return self.bn(x, training=training)
+
+
+def test_a_model_whose_inputs_are_not_known(tmp_path):
+    model = Unrecorded()
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+    assert keras.Model.get_build_config(model) is None
+    tfbn.update_population_stats(model, x, verbose=0)
+    assert provenance.sweep_of(model).stale is None
+    model.bn.gamma.assign(2 * model.bn.gamma)
+    assert provenance.sweep_of(model).stale is not None
+    with pytest.raises(ValueError, match="Expected a model whose inputs are known"):
+        tfbn.export(model, tmp_path / "m")

@@ -5,6 +5,7 @@ have the same statistics and predict what the next version answers.
 """
 
 import itertools
+import json
 import os
 import pathlib
 
@@ -17,7 +18,7 @@ from keras import layers
 
 import tfbn
 from tfbn.keras_models import batch_norm_layers
-from tfbn.serving import batch_norms, provenance, recalibration, versions
+from tfbn.serving import batch_norms, provenance, recalibration, versions, weights
 
 rng = np.random.default_rng(0)
 
@@ -558,3 +559,37 @@ def test_the_paths_are_those_of_the_model(tmp_path, name):
     tfbn.export(model, tmp_path / "m")
     network = recalibration.opened(tmp_path / "m").network
     assert list(batch_norm_layers(network)) == list(batch_norm_layers(model))
+
+
+def test_statistics_that_make_every_output_nan_are_refused(tmp_path):
+    model = exported_models.sweep(
+        keras.Sequential([keras.Input((4,)), layers.BatchNormalization(epsilon=0.0)])
+    )
+    tfbn.export(model, tmp_path / "m")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="with the new statistics is NaN or infinite in every"):
+        tfbn.recalibrate(tmp_path / "m", np.ones((8, 4), "float32"), verbose=0)
+    assert contents(tmp_path) == before
+
+
+def test_a_record_with_a_call_of_no_layer_is_refused(tmp_path):
+    tfbn.export(made("dense")[0], tmp_path / "m")
+    file = tmp_path / "m" / "1" / batch_norms.FILE
+    record = json.loads(file.read_text())
+    record["calls"][0][0] = "another"
+    file.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"is damaged .*a call of no layer"):
+        tfbn.recalibrate(tmp_path / "m", field(4), verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [("no/place", np.zeros(3), "a variable at 'no/place'"), (None, np.zeros(99), "shape")],
+)
+def test_values_for_other_variables_are_refused(tmp_path, place, value, says):
+    tfbn.export(made("dense")[0], tmp_path / "m")
+    version = tmp_path / "m" / "1"
+    [layer, *_] = batch_norms.read(version).layers.values()
+    place = place or layer.variables["moving_mean"]
+    with pytest.raises(ValueError, match=says):
+        weights.copy_with(version, tmp_path / "copy", {place: value})

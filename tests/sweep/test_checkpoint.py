@@ -357,3 +357,9 @@ def test_a_damaged_checkpoint_is_one_error_or_the_same_state(tmp_path, change, s
             with contextlib.suppress(ValueError):  # It can be gone on from, or says why not.
                 again.next_level().populations.keys()
     assert refused > seeds / 3
+
+
+def test_the_state_of_something_else_is_refused():
+    content = storage.pack({"kind": "statistics"}, {})
+    with pytest.raises(ValueError, match=r"Expected the state of a sweep.*another kind of file"):
+        accumulator_bytes.unpack(content)

@@ -85,3 +85,9 @@ def test_control_groups_of_version_1(tmp_path, limit, expected):
 def test_groups_without_limits_of_their_own_are_no_error(tmp_path):
     files = host(800 * MIB) | {"proc/self/cgroup": "0::/nowhere\n3:memory:/\n"}
     assert default_limit(system(tmp_path, files)) == 200 * MIB
+
+
+def test_a_group_that_does_not_tell_its_inactive_files(tmp_path):
+    group = version_2("", 900 * MIB, 100 * MIB) | {"sys/fs/cgroup/memory.stat": "anon 1\n"}
+    files = host(4000 * MIB) | group | {"proc/self/cgroup": "0::/\n"}
+    assert default_limit(system(tmp_path, files)) == 200 * MIB

@@ -300,3 +300,13 @@ def test_devices_and_callbacks_take_a_tolerance(model, digits):
     network.fit(digits, targets, batch_size=256, callbacks=[tracker, callback], verbose=0)
     for stats in (callback.stats, tracker.stats):
         assert stats.tolerance == 0.05 and stats.samples < len(digits)
+
+
+def test_constant_data_is_known_without_error():
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
+    dataset = tf.data.Dataset.from_tensor_slices(np.ones((4000, 3), "float32")).batch(4)
+    stats = tfbn.collect(model, dataset, tolerance=0.01, verbose=0)
+    [found] = stats.values()
+    np.testing.assert_array_equal(found.mean, 1)
+    np.testing.assert_array_equal(found.mean_error, 0)
+    assert stats.samples < 4000
