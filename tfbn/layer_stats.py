@@ -373,10 +373,8 @@ def _read_only(value: Any, dtype: type) -> np.ndarray:
 
 def _counts(count: Any, shape: tuple[int, ...]) -> np.ndarray:
     numbers = np.asarray(count)
-    whole = numbers.dtype.kind in "iuf" and np.all(
-        (numbers >= 0) & (numbers <= _MOST) & (numbers == np.floor(numbers))
-    )
-    if not whole or numbers.shape not in ((), shape):
+    fits = numbers.dtype.kind in "iuf" and numbers.shape in ((), shape)
+    if not fits or not np.all((numbers >= 0) & (numbers <= _MOST) & (numbers == np.floor(numbers))):
         raise ValueError(
             "Expected count to be a whole number from 0 to 2**53, or one for each of "
             f"{shape[0]} channels. Received: {count}."
