@@ -469,6 +469,7 @@ def test_a_fit_that_is_refused_leaves_the_frozen_model_frozen():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_callback_that_another_one_calls():
     model = build()
     x, _ = training_data(model)
@@ -483,6 +484,7 @@ def test_a_callback_that_another_one_calls():
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eager", [False, True])
 def test_a_dataset_whose_shapes_only_the_data_tells(eager):
     model = build(run_eagerly=eager)
@@ -496,6 +498,7 @@ def test_a_dataset_whose_shapes_only_the_data_tells(eager):
             np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_evaluate_of_the_users_own_is_back_after_fit():
     model = build()
     x, _ = training_data(model)

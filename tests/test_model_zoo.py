@@ -187,8 +187,8 @@ def frozen_base():
     return keras.Model(inputs, layers.Dense(2)(x))
 
 
-@pytest.mark.quick(2)
-@pytest.mark.parametrize("network", [segmentation, detection, frozen_base])
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("network", [frozen_base, segmentation, detection])
 @pytest.mark.filterwarnings("ignore:The batch norm statistics")
 def test_several_outputs_and_frozen_parts(network, tmp_path):
     keras.utils.set_random_seed(0)

@@ -441,6 +441,7 @@ def test_no_switch_of_the_process_is_touched(monkeypatch):
     assert not touched
 
 
+@pytest.mark.slow
 def test_the_progress_bar_has_keras_metrics_and_the_populations(capsys):
     keras.utils.set_random_seed(1)
     model = compiled(network())

@@ -527,6 +527,7 @@ def test_a_version_that_does_not_predict_as_it_should_is_not_put_in_place(tmp_pa
     assert os.listdir(tmp_path / "m") == ["1"]
 
 
+@pytest.mark.slow
 def test_serve_is_what_it_was_without_the_record(tmp_path):
     """The record is a file beside the graph: nothing is added to the graph for it."""
     model, x = made("residual")

@@ -49,12 +49,12 @@ def shared():
 
 
 MODELS = {
-    "residual": (residual, lambda: field(6, 6, 2)),
     "two of a name": (
         lambda: exported_models.called(TwoOfAName(), field(4)),
         lambda: field(4),
     ),
     "shared": (shared, lambda: field(4)),
+    "residual": (residual, lambda: field(6, 6, 2)),
 }
 
 

@@ -302,6 +302,7 @@ def traced_paths(model):
     return {call.site.path for kept in traces.values() for trace in kept for call in trace.calls}
 
 
+@pytest.mark.slow
 def test_another_thread_keeps_its_numbers_and_the_sweep_its_own():
     def build(bn=layers.BatchNormalization):
         return keras.Sequential(
