@@ -427,7 +427,7 @@ def test_bad_arguments(options):
         tfbn.PopulationStatsCallback(np.ones((2, 2)), **options)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dataset", "generator"])
 def test_data_with_its_own_batches(kind):
     model = build()

@@ -94,6 +94,7 @@ def test_training_after_loading_is_noticed(where):
     assert sweep_of(through_a_file(loaded)).stale == stale
 
 
+@pytest.mark.slow
 def test_fit_after_loading_is_noticed():
     loaded = through_a_file(swept())
     loaded.fit(X, np.zeros((24, 2, 2)), verbose=0)

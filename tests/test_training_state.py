@@ -179,6 +179,7 @@ def test_another_callback_that_raises_leaves_the_moving_averages(moment, forward
     assert_same(state(plain), previous_of(callbacks, model))
 
 
+@pytest.mark.slow
 def test_an_error_in_the_validation_itself_leaves_the_moving_averages():
     plain, model = build(), build()
     for trained, callbacks in ((plain, []), (model, [sweep(before_validation=True)])):
