@@ -450,7 +450,7 @@ def test_it_says_how_far_it_is(capsys):
     assert capsys.readouterr().out == ""
 
 
-class Endless:
+class Nothing:
     """Data without a batch, which nobody knows before it is read."""
 
     def __iter__(self):
@@ -463,7 +463,7 @@ def test_a_fit_that_is_refused_leaves_the_frozen_model_frozen():
     fit(model, [tfbn.PopulationStatsCallback(x, verbose=0)])
     before = model.get_weights()
     with pytest.raises(ValueError, match="yields nothing"):
-        fit(model, [tfbn.PopulationStatsCallback(Endless(), verbose=0)])
+        fit(model, [tfbn.PopulationStatsCallback(Nothing(), verbose=0)])
     assert not any(layer.trainable for layer in networks.batch_norms(model))
     for a, b in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)

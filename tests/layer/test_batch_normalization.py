@@ -62,8 +62,10 @@ def step(layer, x, dy, **call):
 
 
 def assert_same_step(layers, x, dy, rtol, **call):
-    (y, gradients, weights), ours = (step(layer, x, dy, **call) for layer in layers)
-    assert ours[0].dtype == y.dtype
+    (y, gradients, weights), ours = (
+        step(layer, tf.cast(x, layer.compute_dtype), dy, **call) for layer in layers
+    )
+    assert ours[0].dtype == layers[1].compute_dtype
     flat = [y, *gradients, *weights], [ours[0], *ours[1], *ours[2]]
     for theirs, mine in zip(*flat, strict=True):
         theirs, mine = (np.asarray(tf.cast(v, tf.float64)) for v in (theirs, mine))
@@ -102,7 +104,7 @@ def options(draw):
     return shape, config, call, rng.normal(1, 2, shape), rng.normal(size=shape)
 
 
-@settings(max_examples=50)
+@settings(max_examples=80)
 @given(options())
 def test_same_step_as_keras(drawn):
     shape, config, call, x, dy = drawn
@@ -110,10 +112,9 @@ def test_same_step_as_keras(drawn):
     dtype = keras.dtype_policies.get(config["dtype"]).compute_dtype
     # Keras rounds twice where ours rounds once; and its masked mean is off by 1e-7 / count.
     rtol = {"float64": 2e-6, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}[dtype]
-    # Keras subtracts the square of the mean from the mean square, in float32.
-    values = np.moveaxis(x, config["axis"], -1)[call.get("mask", ...)]
-    values = values.reshape(-1, values.shape[-1])
-    rtol += 2**-23 * np.max(values**2) / (values.var(0).min() + config["epsilon"])
+    if dtype == "float32":
+        # Keras subtracts the square of the mean from the mean square. In float64 that is no loss.
+        layers[0] = pair(shape, **config | {"dtype": "float64"})[0]
     assert_same_step(layers, tf.cast(tf.constant(x), dtype), dy, rtol, **call)
 
 

@@ -105,7 +105,7 @@ def batches(draw):
     return tf.cast(tf.constant(x), dtype), axis, mask
 
 
-@settings(max_examples=50)
+@settings(max_examples=150)
 @given(batches(), st.sampled_from(["eager", "eager", "eager", "graph"]))
 def test_moments_are_those_of_numpy(batch, mode):
     x, axis, mask = batch

@@ -366,7 +366,7 @@ STEPS = (
 )
 
 
-@hypothesis.settings(max_examples=25)
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(
     st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 9)), min_size=1, max_size=10)
 )

@@ -30,15 +30,15 @@ def inspect(args: argparse.Namespace) -> int:
         described = {path: _layer(layer) | off.get(path, {}) for path, layer in layers.items()}
         _print_json({"model": model.name, "layers": described, "state": state, "why": text})
     else:
-        _print_lines([f"{args.model}: model {model.name!r}, {len(layers)} batch norm layers"])
+        _print(f"{args.model}: model {model.name!r}, {len(layers)} batch norm layers")
         head = ["layer", "channels", "momentum", "epsilon", "trainable", *drift.COLUMNS]
         rows = [
             [path, *_cells(layer), *drift.cells(off.get(path))] for path, layer in layers.items()
         ]
-        _print_lines(drift.table(head, rows))
+        _print(*drift.table(head, rows))
         if off:
             print("off by: the statistics before the sweep, against those that it found")
-        _print_lines([f"population statistics: {text}"])
+        _print(f"population statistics: {text}")
     return NOT_SWEPT if args.check and state not in ("swept", "none to sweep") else DONE
 
 
@@ -118,8 +118,8 @@ def _sweep_options(args):
 
 def _print_recalibrated(args, stats, out, text):
     if not args.json:
-        stats.summary(print_fn=lambda line: _print_lines([line]))
-        _print_lines([f"Wrote {out}. {text}"])
+        stats.summary(print_fn=_print)
+        _print(f"Wrote {out}. {text}")
         return
     found = stats.to_dict()
     for path, off in stats.compare(stats.previous).items():
@@ -152,7 +152,7 @@ def compare(args: argparse.Namespace) -> int:
     rows = [[path, *drift.cells(of_layer)] for path, of_layer in off.items()]
     title = f"{args.b} against {args.a}, layers that differ most first:"
     notes = [f"Note that {name} is of other weights than those of {args.model}." for name in others]
-    _print_lines([title, *drift.table(["layer", *drift.COLUMNS], rows), *notes])
+    _print(title, *drift.table(["layer", *drift.COLUMNS], rows), *notes)
     return DONE
 
 
@@ -176,7 +176,7 @@ def export(args: argparse.Namespace) -> int:
         )
     else:
         off = f"{exported.max_abs_difference:.1e}"
-        _print_lines([f"Wrote {exported.path}. It predicts as the model does, within {off}."])
+        _print(f"Wrote {exported.path}. It predicts as the model does, within {off}.")
     return DONE
 
 
@@ -189,7 +189,7 @@ def describe(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(found)
     else:
-        _print_lines(text.getvalue().split("\n")[:-1])
+        _print(*text.getvalue().split("\n")[:-1])
     return DONE
 
 
@@ -282,6 +282,6 @@ def _print_json(content):
     print(json.dumps(content, indent=1))
 
 
-def _print_lines(lines):
+def _print(*lines):
     for line in lines:
         print(visible(line))

@@ -1,6 +1,7 @@
 """`recalibrate`: the population statistics of a served model, moved to where its data is now."""
 
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
@@ -183,7 +184,8 @@ def next_version(
     network = before.network
     x, inputs = _with_first(network, x, batch_size, steps)
     _require_same(_served(before.loaded, network, inputs), _predicted(network, inputs), before.path)
-    x, again = _twice(x) if blend_samples else (x, x)
+    measured_again = blend_samples and before.provenance.get("monitor") is not None
+    x, again = _twice(x) if measured_again else (x, x)
     options |= {"include_frozen": True, "tolerance": tolerance}
     stats = collect(network, x, batch_size=batch_size, steps=steps, **options)
     stats = _of_weights(stats, before.provenance["fingerprint"])
@@ -198,49 +200,49 @@ def next_version(
         _require_numbers(expected, before.path)
         off = _require_same(_served(loaded, network, inputs), expected, before.path)
         batch_norms.write(partial, before.found)
-        population = None
-        if before.provenance.get("monitor") is not None:
-            monitored = _Monitor(loaded, before)
-            met = stats
-            if blend_samples:
-                sampled = tolerance is not None
-                _, swept = check(network, again, batch_size, stats.batches, True, sample=sampled)
-                met = stats.replace(layers=monitored.measure(swept))
-            monitor.write_population(partial, monitored.layers, met)
-            population = monitored.identity(inputs)
+        swept = functools.partial(
+            check, network, again, batch_size, stats.batches, True, sample=tolerance is not None
+        )
+        population = _write_monitored(partial, loaded, before, stats, inputs, swept)
         provenance.write_next(partial, before.path.name, before.provenance, stats, off, population)
         version = versions.put_in_place(partial, directory, None)
     return Recalibrated(directory / str(version), version, stats, off)
 
 
-class _Monitor:
-    """The signature `monitor` of a version, and the layers that it measures, by path."""
+def _write_monitored(version, loaded, before, stats, inputs, swept):
+    """The identity of the new population that its monitor answers, `None` without a monitor."""
+    monitored = before.provenance.get("monitor")
+    if monitored is None:
+        return None
 
-    def __init__(self, loaded, before):
-        self._ask = lambda inputs: loaded.signatures["monitor"](**before.network.by_name(inputs))
-        layers = keras_models.batch_norm_layers(before.network)
-        self.layers = {path: layers[path] for path in before.provenance["monitor"]["epsilon"]}
+    def ask(inputs):
+        return loaded.signatures["monitor"](**before.network.by_name(inputs))
 
-    def identity(self, inputs):
-        """The identity of the statistics by which the version normalises."""
-        return self._ask(inputs)[monitor.IDENTITY].numpy().decode()
+    layers = keras_models.batch_norm_layers(before.network)
+    layers = {path: layers[path] for path in monitored["epsilon"]}
+    if stats.source_weight:
+        _, batches = swept()
+        answers = (ask(batch.inputs) for batch in batches)
+        stats = stats.replace(layers=_measured(answers, layers))
+    monitor.write_population(version, layers, stats)
+    return ask(inputs)[monitor.IDENTITY].numpy().decode()
 
-    def measure(self, batches):
-        """The statistics of the values that enter the layers of the version, by path.
 
-        With statistics that are blended they are others than those of the sweep, which has
-        measured the values while its layers normalised with the statistics of the data alone.
-        """
-        measured: dict[str, moments.Moments] = {}
-        for batch in batches:
-            answer = self._ask(batch.inputs)
-            for path in self.layers:
-                values = (answer[f"{path}/{name}"].numpy() for name in monitor.Moments._fields)
-                found = moments.of_batch(*values, method="pooled")
-                if path in measured:
-                    found = moments.merge(measured[path], found, method="pooled")
-                measured[path] = found
-        return {path: layer_stats.of_calls([found], "pooled") for path, found in measured.items()}
+def _measured(answers, paths):
+    """The statistics of the values that entered layers, by path, from answers of a monitor.
+
+    Where a version normalises with blended statistics, they are others than those of the sweep,
+    which has measured the values while its layers normalised with the data's own.
+    """
+    measured: dict[str, moments.Moments] = {}
+    for answer in answers:
+        for path in paths:
+            values = (answer[f"{path}/{name}"].numpy() for name in monitor.Moments._fields)
+            found = moments.of_batch(*values, method="pooled")
+            if path in measured:
+                found = moments.merge(measured[path], found, method="pooled")
+            measured[path] = found
+    return {path: layer_stats.of_calls([found], "pooled") for path, found in measured.items()}
 
 
 def _version(path):

@@ -366,6 +366,8 @@ def _frozen_by_call(
 
 
 def _refuse_nan(batch: Batch, places: Iterable[int]) -> None:
+    # By NumPy: this runs on the devices' threads, and while an iterator ends in another thread,
+    # TensorFlow gives its error to whatever operation copies between devices.
     flat = flatten(batch.inputs)
     if any(np.isnan(flat[place].numpy()).any() for place in places):
         raise ValueError(f"Expected finite data. Received: NaN in {batch.name}. Clean the data.")

@@ -72,7 +72,7 @@ class WholePasses:
         return called, frontier, random
 
     def _trace_if_any(self, inputs: Structure, settled: bool) -> Trace | None:
-        """The trace, or `None` for a model that only runs eagerly."""
+        """The trace, or `None` where there is none; `advance` says if it has to be."""
         if self._untraceable:
             return None
         try:
