@@ -293,9 +293,11 @@ def test_the_identity_is_that_of_the_statistics(tmp_path):
 
 @pytest.mark.parametrize("batch_norm", BATCH_NORMS)
 def test_integers_are_measured_as_the_layer_takes_them(tmp_path, batch_norm):
-    bn = batch_norm(name="bn")
+    bn = batch_norm(name="bn", dtype="mixed_float16")
     model = sweep(keras.Sequential([keras.Input((3,), dtype="int32"), bn]))
-    x = np.arange(12, dtype="int32").reshape(4, 3)
+    x = np.arange(2049, 2061, dtype="int32").reshape(4, 3)
     [name] = [tensor.name for tensor in model.inputs]
     path = export(model, tmp_path / "m", sample=x, monitor=True).path
-    assert_moments(monitored(path)(**{name: x}), "bn", x)
+    entering = x.astype("float16").astype("float64")
+    assert (entering != x).any()
+    assert_moments(monitored(path)(**{name: x}), "bn", entering)

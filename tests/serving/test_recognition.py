@@ -218,6 +218,8 @@ class LookAlikes(Reader):
         y += x * inverse + (shift - b)  # The mean is added.
         inverse = root(c + 0.02)
         y += (x * inverse) * (b - a * inverse)  # A product of both.
+        inverse = root(c + 0.04)
+        y += x * inverse + (a - (b + inverse))  # One product alone.
         inverse = root(c + 0.03)
         shift = a * inverse
         return {"y": y + x * inverse + (b - shift) + (c - shift)}  # The mean is used twice.

@@ -938,11 +938,25 @@ def test_a_model_that_only_runs_eagerly(method):
         tfbn.collect(model, iter([x, np.full_like(x, np.nan)]), method=method, verbose=0)
 
 
+class CalledTwice(keras.Model):
+    """The first layer that is called depends on the second, by its second call."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = layers.BatchNormalization(name="a")
+        self.b = layers.BatchNormalization(name="b")
+
+    def call(self, x, training=None):
+        """Both calls."""
+        first = self.a(x, training=training)
+        behind = tf.nn.relu(self.b(x, training=training))
+        return first + self.a(behind, training=training)
+
+
 def test_a_shared_layer_whose_second_call_is_behind_another_layer():
-    a, b = layers.BatchNormalization(name="a"), layers.BatchNormalization(name="b")
-    inputs = keras.Input((3,))
-    model = keras.Model(inputs, layers.Concatenate()([a(inputs), a(layers.ReLU()(b(inputs)))]))
+    model = CalledTwice()
     x = np.random.default_rng(0).normal(1, 2, (40, 3)).astype("float32")
+    model(x)
     stats = tfbn.collect(model, x, batch_size=7, verbose=0)
     h = x.astype("float64")
     np.testing.assert_allclose(stats["b"].mean, h.mean(0), rtol=1e-5)

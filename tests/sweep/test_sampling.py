@@ -10,6 +10,7 @@ from keras import layers
 from sklearn.datasets import load_digits
 
 import tfbn
+from tfbn.sweep import sampling
 
 METHODS = ["exact", "pooled", "algorithm2"]
 
@@ -305,8 +306,18 @@ def test_devices_and_callbacks_take_a_tolerance(model, digits):
 def test_constant_data_is_known_without_error():
     model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
     dataset = tf.data.Dataset.from_tensor_slices(np.ones((4000, 3), "float32")).batch(4)
-    stats = tfbn.collect(model, dataset, tolerance=0.01, verbose=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stats = tfbn.collect(model, dataset, tolerance=0.01, verbose=0)
     [found] = stats.values()
     np.testing.assert_array_equal(found.mean, 1)
     np.testing.assert_array_equal(found.mean_error, 0)
     assert stats.samples < 4000
+
+
+def test_halves_without_errors_are_not_apart():
+    zeros = np.zeros(3)
+    constant = tfbn.LayerStats(4, np.ones(3), zeros, None, zeros, zeros)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sampling._apart(constant, constant) == 0
