@@ -7,7 +7,7 @@ import pathlib
 import tfbn
 
 MAY_IMPORT = {
-    **dict.fromkeys(("_requirements", "_version", "arguments", "callback_lists", "detours"), ""),
+    **dict.fromkeys(("_requirements", "_version", "arguments", "detours"), ""),
     **dict.fromkeys(("drift", "hidden_folders", "moments", "storage"), ""),
     "blending": "arguments",
     "layer": "origins",
@@ -23,10 +23,7 @@ MAY_IMPORT = {
     "stats_file storage summary",
     "plots": "drift",
     "sweep": "arguments detours drift keras_models layer layer_stats moments population storage",
-    "training_state": "keras_models population",
-    "callback": "arguments callback_lists drift fingerprints keras_models population sweep "
-    "training_state",
-    "tracker": "arguments callback_lists keras_models population sweep training_state",
+    "callbacks": "arguments drift fingerprints keras_models population sweep",
     "beam": "arguments keras_models population sweep",
     "serving": "_version blending copying drift fingerprints hidden_folders keras_models layer "
     "layer_stats moments origins population stats_file sweep",

@@ -33,7 +33,8 @@ from tfbn import _requirements
 from tfbn._version import __version__
 
 if TYPE_CHECKING:
-    from tfbn.callback import PopulationStatsCallback
+    from tfbn.callbacks.population_stats import PopulationStatsCallback
+    from tfbn.callbacks.tracker import StatsTracker
     from tfbn.conversion import convert
     from tfbn.layer import BatchNormalization
     from tfbn.plots import plot_drift, plot_history
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from tfbn.serving.served_stats import ServedStats
     from tfbn.sweep.run import collect, update_population_stats
     from tfbn.sweep.shards import collect_shards
-    from tfbn.tracker import StatsTracker
 
 __all__ = [
     "BatchNormalization",
@@ -73,9 +73,9 @@ _MODULES = {
     "BatchNormalization": "tfbn.layer",
     "LayerStats": "tfbn.population",
     "PopulationStats": "tfbn.population",
-    "PopulationStatsCallback": "tfbn.callback",
+    "PopulationStatsCallback": "tfbn.callbacks.population_stats",
     "ServedStats": "tfbn.serving.served_stats",
-    "StatsTracker": "tfbn.tracker",
+    "StatsTracker": "tfbn.callbacks.tracker",
     "collect": "tfbn.sweep.run",
     "collect_shards": "tfbn.sweep.shards",
     "convert": "tfbn.conversion",

@@ -11,8 +11,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn import arguments, keras_models, training_state
-from tfbn.callback_lists import Place, enclosing, pickled_state, shallow_copy, shared_copy
+from tfbn import arguments, keras_models
+from tfbn.callbacks import fit_guard
+from tfbn.callbacks.callback_lists import Place, enclosing, pickled_state, shallow_copy, shared_copy
 from tfbn.keras_models import Structure
 from tfbn.population import LayerStats, PopulationStats
 from tfbn.sweep.accumulator import Site
@@ -160,20 +161,20 @@ class StatsTracker(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Sweep, evaluate three ways, and put everything back."""
         # A callback listed before may have put population statistics in for those after it.
-        others = training_state.put_back(self.model)
+        others = fit_guard.put_back(self.model)
         try:
-            with training_state.unchanged(self.model):
+            with fit_guard.unchanged(self.model):
                 stats = self.stats = collect(self.model, self._x, verbose=0, **self._options)
                 metrics = {"moving_average": self._evaluate()}
-                training_state.put_in(self.model, stats)
+                fit_guard.put_in(self.model, stats)
                 metrics["population"] = self._evaluate()
                 # Calls that `fit` does not train infer with the moving averages, as in training.
-                training_state.put_back(self.model)
+                fit_guard.put_back(self.model)
                 metrics["mini_batch"] = self._evaluate_with_mini_batches()
         finally:
-            training_state.put_back(self.model)
+            fit_guard.put_back(self.model)
             if others is not None:
-                training_state.put_in(self.model, others)
+                fit_guard.put_in(self.model, others)
         # Keras hands one dict to all callbacks, and `History`, which it adds, comes last.
         if logs is not None:
             for way, values in metrics.items():

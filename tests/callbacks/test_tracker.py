@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
-from tfbn.tracker import StatsTracker
+from tfbn.callbacks.tracker import WAYS, StatsTracker
 
 EPOCHS = 2
 BATCH = 8
@@ -151,7 +151,7 @@ def test_metrics_three_ways(bn, options):
         assert history[f"val_{metric}_moving_average"] == history[f"val_{metric}"]
         assert len(history[f"val_{metric}"]) == EPOCHS
     # The three are told apart by these data.
-    assert len({history[f"val_loss_{way}"][-1] for way in tfbn.tracker.WAYS}) == 3
+    assert len({history[f"val_loss_{way}"][-1] for way in WAYS}) == 3
 
 
 @pytest.mark.slow

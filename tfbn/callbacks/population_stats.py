@@ -7,8 +7,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfbn import arguments, drift, fingerprints, keras_models, training_state
-from tfbn.callback_lists import enclosing, pickled_state, shallow_copy, shared_copy
+from tfbn import arguments, drift, fingerprints, keras_models
+from tfbn.callbacks import fit_guard
+from tfbn.callbacks.callback_lists import enclosing, pickled_state, shallow_copy, shared_copy
 from tfbn.population import PopulationStats
 from tfbn.sweep.methods import check_method
 from tfbn.sweep.run import check_batch, collect
@@ -135,33 +136,33 @@ class PopulationStatsCallback(keras.callbacks.Callback):
 
         The statistics stay as they are.
         """
-        if self.model is not None and training_state.unfreeze(self._network):
+        if self.model is not None and fit_guard.unfreeze(self._network):
             _trace_anew(self.model)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Undo the freeze of an earlier `fit`, and check all that can be checked by now."""
         network = self._network
-        training_state.put_back(network)  # Left by a loop of the user's own that failed.
+        fit_guard.put_back(network)  # Left by a loop of the user's own that failed.
         lists = enclosing(self)
         for _, before, after in lists:
             self._check_order(before, after)
         self._check_repeatable()
-        frozen = training_state.unfreeze(network)
+        frozen = fit_guard.unfreeze(network)
         try:
             self._check()
         except BaseException:
             if frozen:
-                training_state.freeze(network)
+                fit_guard.freeze(network)
             raise
         if frozen:
             _trace_anew(self.model)
             self._say("The model, which an earlier fit had left frozen, is trained further.")
         self._guarded = bool(lists)
         if lists:
-            training_state.guard(lists[-1].callbacks, network)
+            fit_guard.guard(lists[-1].callbacks, network)
         if self._before_validation:
             fits = lists[-1].callbacks if lists else None
-            training_state.guard_validation(self.model, network, fits)
+            fit_guard.guard_validation(self.model, network, fits)
         self._training = self._stepped = True
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -178,11 +179,11 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
         """Go back to the moving averages."""
         if self._training:
-            training_state.put_back(self._network)
+            fit_guard.put_back(self._network)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Train on from the moving averages."""
-        training_state.put_back(self._network)
+        fit_guard.put_back(self._network)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Sweep for the callbacks after this one, if it is the epoch to."""
@@ -192,20 +193,20 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Sweep, say how far the moving averages were off, and freeze if asked to."""
         self._training = False
-        training_state.release(self.model)
+        fit_guard.release(self.model)
         # Another such callback may have come to its end before.
-        training_state.put_back(self._network)
-        frozen = training_state.unfreeze(self._network)
+        fit_guard.put_back(self._network)
+        frozen = fit_guard.unfreeze(self._network)
         before = self._evaluate()
         stats = self._sweep(verbose=self._verbosity)
         after = self._evaluate()
         if before is not None and after is not None:
             self.validation = {name: (before[name], after[name]) for name in before}
         if self._freeze or frozen:
-            training_state.freeze(self._network)
+            fit_guard.freeze(self._network)
             _trace_anew(self.model)
         if not self._guarded:
-            training_state.keep(self._network)
+            fit_guard.keep(self._network)
         for line in self._report(stats):
             self._say(line)
 
@@ -237,7 +238,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     def _sweep(self, verbose: int | str) -> PopulationStats:
         """Put population statistics in, from a new sweep if the weights are others."""
         network, stats = self._network, self.stats
-        training_state.put_back(network)
+        fit_guard.put_back(network)
         if (
             stats is None
             or self._stepped
@@ -245,14 +246,14 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         ):
             stats = self.stats = collect(network, self._x, verbose=verbose, **self._options)
             self._stepped = False
-        training_state.put_in(network, stats)
+        fit_guard.put_in(network, stats)
         return stats
 
     def _evaluate(self) -> dict[str, Any] | None:
         """The metrics on the validation data, without a trace in the model."""
         if self._validation_data is None:
             return None
-        with training_state.unchanged(self.model):
+        with fit_guard.unchanged(self.model):
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(self._validation_data)
             return self.model.evaluate(
                 x, y, sample_weight=sample_weight, verbose=0, return_dict=True

@@ -12,7 +12,8 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
-from tfbn import fingerprints, training_state
+from tfbn import fingerprints
+from tfbn.callbacks import fit_guard, population_stats
 
 rng = np.random.default_rng(0)
 X = rng.normal(2, 3, (24, 4)).astype("float32")
@@ -221,7 +222,7 @@ def test_control_c_in_a_step_leaves_nothing_behind(forwarded):
 @pytest.mark.parametrize("name", ["put_back", "keep"])
 def test_control_c_between_the_callbacks_and_the_end_of_an_epoch(name, monkeypatch):
     plain, model = build(), build()
-    finish, raised = getattr(training_state, name), []
+    finish, raised = getattr(fit_guard, name), []
 
     def interrupted(*args):
         frame = sys._getframe(1)
@@ -230,7 +231,7 @@ def test_control_c_between_the_callbacks_and_the_end_of_an_epoch(name, monkeypat
             raise KeyboardInterrupt
         return finish(*args)
 
-    monkeypatch.setattr(training_state, name, interrupted)
+    monkeypatch.setattr(fit_guard, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
         fit(model, [sweep(every_n_epochs=1)])
     assert raised
@@ -344,7 +345,7 @@ def counted(monkeypatch, module, name):
 )
 def test_weights_are_hashed_once_for_a_sweep_and_for_a_reuse(monkeypatch, options, sweeps, reuses):
     hashed = counted(monkeypatch, fingerprints, "fingerprint")
-    swept = counted(monkeypatch, tfbn.callback, "collect")
+    swept = counted(monkeypatch, population_stats, "collect")
     fit(build(), [sweep(**options)])
     assert len(swept) == sweeps
     assert len(hashed) == sweeps + reuses
@@ -611,12 +612,12 @@ def test_a_loop_of_ones_own_has_no_list_to_guard():
                 assert_population(model)
     callback.on_train_end()
     assert_population(model)
-    assert training_state.put_back(model) is None  # It is final.
+    assert fit_guard.put_back(model) is None  # It is final.
     assert_same(state(plain)[:4], previous_of([callback], model)[:4])
 
 
 class ControlC:
-    """Raises at a line of `training_state`, the n-th that runs; counts them if that is 0."""
+    """Raises at a line of `fit_guard`, the n-th that runs; counts them if that is 0."""
 
     def __init__(self, at=0):
         self.at, self.count, self.raised = at, 0, False
@@ -630,7 +631,7 @@ class ControlC:
 
     def trace(self, frame, event, argument):
         """Trace the functions of the module alone."""
-        return self.line if frame.f_code.co_filename == training_state.__file__ else None
+        return self.line if frame.f_code.co_filename == fit_guard.__file__ else None
 
     def line(self, frame, event, argument):
         """Count a line, or raise there."""

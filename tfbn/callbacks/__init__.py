@@ -1,0 +1,1 @@
+"""Callbacks of `model.fit`: population statistics after training, and metrics during it."""
