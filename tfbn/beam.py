@@ -122,7 +122,7 @@ class Collect(beam.PTransform):
         batches = (
             examples
             | "Join windows" >> beam.WindowInto(GlobalWindows())
-            | "Drop targets" >> beam.Map(_inputs)
+            | "Drop targets" >> beam.Map(keras_models.inputs_of)
         )
         if self._batch_size is not None:
             batches = (
@@ -272,10 +272,6 @@ def _refuse(runner: beam.runners.PipelineRunner) -> None:
             "delivers some several times and loses others without an error. Use another runner, "
             "or tfbn.collect_shards on Dask."
         )
-
-
-def _inputs(element: Structure) -> Structure:
-    return keras.utils.unpack_x_y_sample_weight(element)[0]
 
 
 def _stack(examples: list[Structure]) -> Structure:

@@ -109,6 +109,11 @@ def _any_batch(tensor: keras.KerasTensor) -> tf.TensorSpec:
     return tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype, tensor.name)
 
 
+def inputs_of(element: Structure) -> Structure:
+    """The inputs in a batch of data, which may hold targets and sample weights too."""
+    return keras.utils.unpack_x_y_sample_weight(element)[0]
+
+
 def statistics(layer: keras.layers.BatchNormalization) -> dict[str, keras.Variable]:
     """The variables that hold a batch norm layer's statistics, by attribute name.
 

@@ -275,7 +275,7 @@ def batches(data: Any, specs: list, argument: str) -> Iterator[list]:
     """
     given: Iterable[Any] = [data]
     if isinstance(data, tf.data.Dataset):
-        given = (keras.utils.unpack_x_y_sample_weight(element)[0] for element in data)
+        given = map(keras_models.inputs_of, data)
     empty = True
     for batch in given:
         inputs = _as_arguments(batch, specs, argument)

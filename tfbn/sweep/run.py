@@ -304,7 +304,7 @@ def check_batch(
         )
     layers, batches = check(model, x, batch_size, steps, sample=tolerance is not None)
     if isinstance(x, tf.data.Dataset):
-        inputs = keras.utils.unpack_x_y_sample_weight(x.element_spec)[0]
+        inputs = keras_models.inputs_of(x.element_spec)
         unknown = any(spec.shape.rank is None for spec in keras.tree.flatten(inputs))
         if unknown or hasattr(model, "preprocess_samples"):
             return frozenset(), frozenset()  # Only the data itself would tell.
