@@ -17,7 +17,7 @@ from keras import layers
 from sweep.test_run import SAMPLES, Looped, assert_stats, pooled
 
 import tfbn
-from tfbn.keras_models import batch_norm_layers
+from tfbn.models.keras_models import batch_norm_layers
 
 beam = pytest.importorskip("apache_beam")
 

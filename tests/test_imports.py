@@ -7,28 +7,20 @@ import pathlib
 import tfbn
 
 MAY_IMPORT = {
-    **dict.fromkeys(("_requirements", "_version", "arguments", "detours"), ""),
-    **dict.fromkeys(("drift", "hidden_folders", "moments", "storage"), ""),
-    "blending": "arguments",
+    **dict.fromkeys(("_requirements", "_version", "arguments"), ""),
+    **dict.fromkeys(("graphs", "hidden_folders", "storage"), ""),
+    "stats": "_version arguments models storage",
     "layer": "origins",
     "origins": "storage",
-    "keras_models": "detours layer",
-    "fingerprints": "keras_models",
-    "copying": "keras_models layer origins",
-    "conversion": "copying keras_models",
-    "layer_stats": "blending keras_models moments",
-    "stats_file": "_version layer_stats storage",
-    "summary": "blending drift stats_file",
-    "population": "arguments blending drift fingerprints keras_models layer_stats origins "
-    "stats_file storage summary",
-    "plots": "drift",
-    "sweep": "arguments detours drift keras_models layer layer_stats moments population storage",
-    "callbacks": "arguments drift fingerprints keras_models population sweep",
-    "beam": "arguments keras_models population sweep",
-    "serving": "_version blending copying drift fingerprints hidden_folders keras_models layer "
-    "layer_stats moments origins population stats_file sweep",
+    "models": "layer origins",
+    "population": "arguments layer models origins stats storage",
+    "plots": "stats",
+    "sweep": "arguments graphs layer models population stats storage",
+    "callbacks": "arguments models population stats sweep",
+    "beam": "arguments models population sweep",
+    "serving": "_version hidden_folders layer models origins population stats sweep",
     # The public API, which is `tfbn` itself, and the helpers for files and tables.
-    "cli": "tfbn _version blending drift hidden_folders keras_models layer_stats serving storage",
+    "cli": "tfbn _version hidden_folders models serving stats storage",
 }
 
 

@@ -15,7 +15,7 @@ from keras import layers
 from networks import dtype_policy
 
 import tfbn
-from tfbn.keras_models import batch_norm_layers
+from tfbn.models.keras_models import batch_norm_layers
 
 
 def assert_all_the_way(model, x, path, *, fold_in_export=True):

@@ -35,15 +35,15 @@ from tfbn._version import __version__
 if TYPE_CHECKING:
     from tfbn.callbacks.population_stats import PopulationStatsCallback
     from tfbn.callbacks.tracker import StatsTracker
-    from tfbn.conversion import convert
     from tfbn.layer import BatchNormalization
+    from tfbn.models.conversion import convert
+    from tfbn.models.folding import fold
     from tfbn.plots import plot_drift, plot_history
     from tfbn.population import LayerStats, PopulationStats
-    from tfbn.serving.exporting import export
-    from tfbn.serving.folding import fold
+    from tfbn.serving.export.exporting import export
+    from tfbn.serving.monitor.served_stats import ServedStats
     from tfbn.serving.provenance import describe
-    from tfbn.serving.recalibration import recalibrate
-    from tfbn.serving.served_stats import ServedStats
+    from tfbn.serving.recalibrate.recalibration import recalibrate
     from tfbn.sweep.run import collect, update_population_stats
     from tfbn.sweep.shards import collect_shards
 
@@ -74,17 +74,17 @@ _MODULES = {
     "LayerStats": "tfbn.population",
     "PopulationStats": "tfbn.population",
     "PopulationStatsCallback": "tfbn.callbacks.population_stats",
-    "ServedStats": "tfbn.serving.served_stats",
+    "ServedStats": "tfbn.serving.monitor.served_stats",
     "StatsTracker": "tfbn.callbacks.tracker",
     "collect": "tfbn.sweep.run",
     "collect_shards": "tfbn.sweep.shards",
-    "convert": "tfbn.conversion",
+    "convert": "tfbn.models.conversion",
     "describe": "tfbn.serving.provenance",
-    "export": "tfbn.serving.exporting",
-    "fold": "tfbn.serving.folding",
+    "export": "tfbn.serving.export.exporting",
+    "fold": "tfbn.models.folding",
     "plot_drift": "tfbn.plots",
     "plot_history": "tfbn.plots",
-    "recalibrate": "tfbn.serving.recalibration",
+    "recalibrate": "tfbn.serving.recalibrate.recalibration",
     "update_population_stats": "tfbn.sweep.run",
 }
 

@@ -21,8 +21,9 @@ except ImportError as error:
         "`pip install 'tfbn[beam]'`."
     ) from error
 
-from tfbn import arguments, keras_models
-from tfbn.keras_models import Structure
+from tfbn import arguments
+from tfbn.models import keras_models
+from tfbn.models.keras_models import Structure
 from tfbn.population import PopulationStats
 from tfbn.sweep import data
 from tfbn.sweep.accumulator import SweepState
@@ -58,7 +59,7 @@ class Collect(beam.PTransform):
     the same pipeline: the state after a stage is a side input of the next. A network that cannot
     be cut at levels, because it calls a layer in a loop or on its own output, takes a stage for
     every call, and a few more. Every process loads and traces the model once. Between processes go
-    the moments of the layers of one level, ten numbers per channel (see `tfbn.moments`), and
+    the moments of the layers of one level, ten numbers per channel (see `tfbn.stats.moments`), and
     nothing is kept anywhere else, so that a bundle that is tried again counts once. Every level has
     to see the same samples, which is checked.
 

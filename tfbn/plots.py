@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tfbn.drift import by_channel
+from tfbn.stats.drift import by_channel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    from tfbn.layer_stats import LayerStats
     from tfbn.population import PopulationStats
+    from tfbn.stats.layer_stats import LayerStats
 
 # Told apart by people who do not see red and green, and in print.
 _WAYS = {

@@ -8,19 +8,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfbn import (
-    arguments,
-    blending,
-    drift,
-    fingerprints,
-    keras_models,
-    layer_stats,
-    origins,
-    stats_file,
-    storage,
-    summary,
-)
-from tfbn.layer_stats import LayerStats
+from tfbn import arguments, origins, storage
+from tfbn.models import fingerprints, keras_models
+from tfbn.stats import blending, drift, layer_stats, stats_file, summary
+from tfbn.stats.layer_stats import LayerStats
 
 _METHODS = ("exact", "pooled", "algorithm2", "assigned")
 
@@ -201,8 +192,8 @@ class PopulationStats(collections.abc.Mapping):
         """The statistics of two sweeps over different data, as of one sweep over both.
 
         Counts add up, means are weighted by count, and variances follow the method, see
-        `tfbn.moments.merge`. Associative and commutative up to rounding. A channel without values
-        changes nothing, whatever its mean and variance are.
+        `tfbn.stats.moments.merge`. Associative and commutative up to rounding. A channel without
+        values changes nothing, whatever its mean and variance are.
 
         Raises:
             ValueError: If method, layers, shapes or the swept weights differ, or if a value is
@@ -262,7 +253,7 @@ class PopulationStats(collections.abc.Mapping):
 
         It is insurance, and has its price. Take N = 0 where a monitor says that the
         data has moved, or from 16 samples on, and N = 4 for fewer samples of data that may not have
-        moved: `tfbn.blending` has the measurements.
+        moved: `tfbn.stats.blending` has the measurements.
 
         Args:
             source: Statistics of the data that the model was trained on, or of what it held

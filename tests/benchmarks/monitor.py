@@ -28,7 +28,7 @@ from keras import layers
 from sklearn.datasets import load_digits
 
 import tfbn
-from tfbn.keras_models import batch_norm_layers
+from tfbn.models.keras_models import batch_norm_layers
 
 # Narrow layers early in the network, and the last: cheap, and the alarm sounds as soon.
 FEW = {"MobileNetV2": ["block_2_project_BN", "block_4_project_BN", "Conv_1_bn"]}

@@ -21,8 +21,8 @@ import numpy as np
 import tensorflow as tf
 
 import tfbn
-from tfbn.keras_models import batch_norm_layers
-from tfbn.serving.folding import fold
+from tfbn.models.folding import fold
+from tfbn.models.keras_models import batch_norm_layers
 
 
 def contenders(name, size):

@@ -12,8 +12,8 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
-from tfbn import fingerprints
 from tfbn.callbacks import fit_guard, population_stats
+from tfbn.models import fingerprints
 
 rng = np.random.default_rng(0)
 X = rng.normal(2, 3, (24, 4)).astype("float32")

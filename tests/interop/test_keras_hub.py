@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import tfbn
-from tfbn.keras_models import batch_norm_layers
+from tfbn.models.keras_models import batch_norm_layers
 
 pytestmark = [
     pytest.mark.interop,

@@ -8,8 +8,8 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
-from tfbn.fingerprints import fingerprint
-from tfbn.keras_models import batch_norm_layers
+from tfbn.models.fingerprints import fingerprint
+from tfbn.models.keras_models import batch_norm_layers
 from tfbn.population import LayerStats, PopulationStats
 
 BATCH_NORMS = [tfbn.BatchNormalization, keras.layers.BatchNormalization]

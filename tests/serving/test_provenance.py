@@ -12,8 +12,9 @@ from exported_models import dense_model, everything_under, sweep
 from keras import layers
 
 import tfbn
-from tfbn.fingerprints import fingerprint
-from tfbn.serving import describe, export, provenance
+from tfbn import describe, export
+from tfbn.models.fingerprints import fingerprint
+from tfbn.serving import provenance
 
 
 def test_no_known_sweep_is_a_warning_or_an_error(tmp_path):

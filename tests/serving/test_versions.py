@@ -16,7 +16,8 @@ import pytest
 import tensorflow as tf
 from exported_models import dense_model, everything_under
 
-from tfbn.serving import export, versions
+from tfbn import export
+from tfbn.serving import versions
 
 fcntl = pytest.importorskip("fcntl")
 

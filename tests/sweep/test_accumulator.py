@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from keras import layers
 
 import tfbn
-from tfbn import moments
+from tfbn.stats import moments
 from tfbn.sweep import accumulator_bytes
 from tfbn.sweep.accumulator import Site, SweepState
 from tfbn.sweep.batches import Batch

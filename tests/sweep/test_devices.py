@@ -19,7 +19,7 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
-from tfbn.keras_models import batch_norm_layers
+from tfbn.models.keras_models import batch_norm_layers
 
 HERE = pathlib.Path(__file__).parents[1]
 METHODS = ["pooled", "algorithm2", "exact"]

@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
-from tfbn.keras_models import batch_norm_layers
+from tfbn.models.keras_models import batch_norm_layers
 from tfbn.sweep import network
 from tfbn.sweep.network import Network, UnobservableError
 

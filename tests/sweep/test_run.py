@@ -28,7 +28,7 @@ from networks import (
 )
 
 import tfbn
-from tfbn.keras_models import batch_norm_layers
+from tfbn.models.keras_models import batch_norm_layers
 from tfbn.sweep import level_passes
 
 BN = [tfbn.BatchNormalization, layers.BatchNormalization]

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from keras import layers
 
 import tfbn
-from tfbn.keras_models import batch_norm_layers
+from tfbn.models.keras_models import batch_norm_layers
 
 SPAWN = multiprocessing.get_context("spawn")
 SAMPLES = 24

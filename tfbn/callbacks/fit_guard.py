@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import keras
 
-from tfbn import keras_models
-from tfbn.keras_models import Snapshot
+from tfbn.models import keras_models
+from tfbn.models.keras_models import Snapshot
 from tfbn.population import PopulationStats
 
 # The hooks of a `keras.callbacks.CallbackList` that run the callbacks while population statistics

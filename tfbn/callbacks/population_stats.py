@@ -7,10 +7,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfbn import arguments, drift, fingerprints, keras_models
+from tfbn import arguments
 from tfbn.callbacks import fit_guard
 from tfbn.callbacks.callback_lists import enclosing, pickled_state, shallow_copy, shared_copy
+from tfbn.models import fingerprints, keras_models
 from tfbn.population import PopulationStats
+from tfbn.stats import drift
 from tfbn.sweep.methods import check_method
 from tfbn.sweep.run import check_batch, collect
 

@@ -11,10 +11,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn import arguments, keras_models
+from tfbn import arguments
 from tfbn.callbacks import fit_guard
 from tfbn.callbacks.callback_lists import Place, enclosing, pickled_state, shallow_copy, shared_copy
-from tfbn.keras_models import Structure
+from tfbn.models import keras_models
+from tfbn.models.keras_models import Structure
 from tfbn.population import LayerStats, PopulationStats
 from tfbn.sweep.accumulator import Site
 from tfbn.sweep.methods import check_method

@@ -8,12 +8,15 @@ import os
 from collections.abc import Callable
 
 import tfbn
-from tfbn import drift, keras_models, storage
-from tfbn.blending import in_words
+from tfbn import storage
 from tfbn.cli import formats, model_files
 from tfbn.cli.errors import FileError, naming, reading, visible
-from tfbn.layer_stats import require_same_shape
-from tfbn.serving import provenance, recalibration
+from tfbn.models import keras_models
+from tfbn.serving import provenance
+from tfbn.serving.recalibrate import recalibration
+from tfbn.stats import drift
+from tfbn.stats.blending import in_words
+from tfbn.stats.layer_stats import require_same_shape
 
 DONE, NOT_SWEPT = 0, 3
 

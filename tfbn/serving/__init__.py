@@ -1,12 +1,6 @@
-"""From a trained model to TensorFlow Serving.
+"""From a trained model to TensorFlow Serving and back.
 
-`exporting` is the list of steps; `signature` names inputs and outputs, `endpoint` writes the
-graph, `checks` has the tests that a version must pass, `provenance` and `warmup` write the files
-beside it, and `versions` puts it in place. `folding` removes batch norm from a network.
+`export` writes a version, `monitor` compares its requests with the population, and `recalibrate`
+writes the next version from new data. All three share `provenance`, the record of where the
+statistics of a version came from, and `versions`, the numbered directories of a model.
 """
-
-from tfbn.serving.exporting import Exported, export
-from tfbn.serving.folding import fold
-from tfbn.serving.provenance import describe
-
-__all__ = ["Exported", "describe", "export", "fold"]

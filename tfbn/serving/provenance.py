@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tfbn import blending, fingerprints, keras_models, layer_stats, origins, stats_file
+from tfbn import origins
 from tfbn._version import __version__
+from tfbn.models import fingerprints, keras_models, upstream
 from tfbn.population import PopulationStats
-from tfbn.serving import monitor, upstream, versions
+from tfbn.serving import versions
+from tfbn.serving.monitor import monitor
+from tfbn.stats import blending, layer_stats, stats_file
 
 FILE = "assets.extra/tfbn.json"
 

@@ -9,7 +9,7 @@ The terms, each used in this sense only:
   whatever `fit` takes, `digests.py` the digests.
 - Call, site: a model calls a layer once or several times; a site is a layer's path and the number
   of the call. `observation.py` observes calls, `inference.py` keeps the model unchanged meanwhile.
-- Moments: count, mean and M2 of values that enter a layer, see `tfbn.moments`.
+- Moments: count, mean and M2 of values that enter a layer, see `tfbn.stats.moments`.
 - Population: the mean and variance of a layer over the whole data.
 - Trace: the graph of the network for batches of one signature. `network.py` makes it once for all
   sweeps of a model.

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from tfbn import drift, layer_stats, moments
-from tfbn.layer_stats import LayerStats
-from tfbn.moments import Moments
 from tfbn.population import PopulationStats
+from tfbn.stats import drift, layer_stats, moments
+from tfbn.stats.layer_stats import LayerStats
+from tfbn.stats.moments import Moments
 from tfbn.sweep.batches import Batch
 from tfbn.sweep.methods import METHODS
 
@@ -76,7 +76,7 @@ class SweepState:
 
     Attributes:
         method: Its name, see `tfbn.sweep.methods`.
-        fingerprint: Of the weights, see `tfbn.fingerprints.fingerprint`.
+        fingerprint: Of the weights, see `tfbn.models.fingerprints.fingerprint`.
         paths: The layers to sweep.
         whole: Whether every pass observes all calls, because the network cannot be cut at levels.
         level: The level whose calls are being observed, or the number of the whole pass, from 1.
@@ -222,7 +222,7 @@ class SweepState:
     def spreads(self) -> dict[str, tuple[int, dict[str, float]]]:
         """By path, for layers of several calls: how many, and the drift of the furthest one.
 
-        The drift is that of `tfbn.drift.of_layer`, of the call from all calls together.
+        The drift is that of `tfbn.stats.drift.of_layer`, of the call from all calls together.
         """
         calls: dict[str, list[Moments]] = {}
         for site, of_site in self.settled.items():

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from tfbn import storage
-from tfbn.moments import Moments
+from tfbn.stats.moments import Moments
 from tfbn.sweep.accumulator import Site, SweepState
 from tfbn.sweep.methods import METHODS
 

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn.keras_models import Structure, inputs_of
+from tfbn.models.keras_models import Structure, inputs_of
 from tfbn.sweep.arrays import number_of_samples, rows, to_sliceable
 
 DEFAULT_BATCH_SIZE = 32  # As in `model.fit`.

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn.keras_models import Structure
+from tfbn.models.keras_models import Structure
 
 
 def number_of_samples(arrays: Structure) -> int:

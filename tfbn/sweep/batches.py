@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn.keras_models import Structure
+from tfbn.models.keras_models import Structure
 from tfbn.sweep import digests
 
 

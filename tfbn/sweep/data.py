@@ -9,8 +9,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfbn import arguments, keras_models
-from tfbn.keras_models import Structure, inputs_of
+from tfbn import arguments
+from tfbn.models import keras_models
+from tfbn.models.keras_models import Structure, inputs_of
 from tfbn.sweep.adapters import adapt, is_arrays
 from tfbn.sweep.arrays import number_of_samples
 from tfbn.sweep.batches import Batches, NotABatchError, empty, to_tensors, too_short

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow as tf
 
-from tfbn.keras_models import Structure
+from tfbn.models.keras_models import Structure
 
 
 def of_samples(inputs: Structure) -> np.ndarray:

@@ -20,8 +20,8 @@ import tensorflow as tf
 from tensorflow.python.framework import random_seed
 from tensorflow.python.ops import custom_gradient, gen_random_ops
 
-from tfbn.detours import detour
-from tfbn.keras_models import Observe, inlined_functions, observed_calls
+from tfbn.models.detours import detour
+from tfbn.models.keras_models import Observe, inlined_functions, observed_calls
 
 
 class Draws:
@@ -56,7 +56,7 @@ def inference(
 ) -> Iterator[keras.StatelessScope]:
     """Within the context this thread runs models for inference, observed and without effect.
 
-    - Calls of `layers` go to `observe`, see `tfbn.keras_models.observed_calls`.
+    - Calls of `layers` go to `observe`, see `tfbn.models.keras_models.observed_calls`.
     - A function that the model's own code has compiled is traced anew as a part of the caller:
       its old trace does not observe, and nobody may run the new one later.
     - Keras's variables keep their values, and layers keep the losses of their last call.

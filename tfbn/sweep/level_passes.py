@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 
 import tensorflow as tf
 
+from tfbn.graphs.subgraphs import sources
 from tfbn.sweep.accumulator import Site
 from tfbn.sweep.batches import Batch
-from tfbn.sweep.extraction import sources
 from tfbn.sweep.frontiers import Frontier
 from tfbn.sweep.network import Network, Trace, UnobservableError, flatten
 from tfbn.sweep.observation import Call, CallMoments

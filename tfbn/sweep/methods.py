@@ -17,7 +17,7 @@ class Method(NamedTuple):
     batches_matter: bool
 
 
-# How the moments of batches accumulate stands in `tfbn.moments`, by the same names.
+# How the moments of batches accumulate stands in `tfbn.stats.moments`, by the same names.
 METHODS = {
     "exact": Method(by_level=True, batches_matter=False),
     "pooled": Method(by_level=False, batches_matter=True),

@@ -15,10 +15,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfbn import keras_models
-from tfbn.keras_models import Structure
+from tfbn.graphs.subgraphs import Extraction, ancestors, kept_apart
+from tfbn.models import keras_models
+from tfbn.models.keras_models import Structure
 from tfbn.sweep.accumulator import Site
-from tfbn.sweep.extraction import Extraction, ancestors, kept_apart
 from tfbn.sweep.observation import Call, Observer
 
 # Traces that a model keeps: a few signatures for each of two methods.

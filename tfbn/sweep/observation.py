@@ -10,9 +10,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn import keras_models
-from tfbn.keras_models import Structure
 from tfbn.layer import kernels, sums
+from tfbn.models import keras_models
+from tfbn.models.keras_models import Structure
 from tfbn.sweep.accumulator import Site
 from tfbn.sweep.inference import Draws, inference
 

@@ -9,7 +9,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfbn import arguments, keras_models
+from tfbn import arguments
+from tfbn.models import keras_models
 from tfbn.population import PopulationStats
 from tfbn.sweep import data, memory
 from tfbn.sweep.accumulator import Site, SweepState, merged

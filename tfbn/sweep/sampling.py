@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from tfbn.keras_models import Structure
+from tfbn.models.keras_models import Structure
 from tfbn.population import LayerStats, PopulationStats
 from tfbn.sweep.accumulator import SweepState
 from tfbn.sweep.batches import Batch, Batches, empty, nbytes, prepared, too_large

@@ -11,10 +11,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn import keras_models, moments
-from tfbn.keras_models import Structure
-from tfbn.moments import Moments
+from tfbn.models import keras_models
+from tfbn.models.keras_models import Structure
 from tfbn.population import PopulationStats
+from tfbn.stats import moments
+from tfbn.stats.moments import Moments
 from tfbn.sweep import digests
 from tfbn.sweep.accumulator import Site, SweepState, never_called
 from tfbn.sweep.batches import Batch, Batches, BatchReader, nbytes

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from tfbn import arguments, moments
+from tfbn import arguments
 from tfbn.population import PopulationStats
+from tfbn.stats import moments
 from tfbn.sweep import accumulator_bytes, data
 from tfbn.sweep.accumulator import SweepState, merged
 from tfbn.sweep.batches import Batches, empty

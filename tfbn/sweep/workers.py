@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn.moments import Moments
+from tfbn.stats.moments import Moments
 from tfbn.sweep import accumulator_bytes
 from tfbn.sweep.accumulator import Site, SweepState
 

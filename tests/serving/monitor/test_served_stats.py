@@ -1,0 +1,285 @@
+"""`ServedStats`: merging answers, telling drift from noise, and refusing what does not belong."""
+
+import functools
+import json
+import os
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from exported_models import dense_model, sweep
+from keras import layers
+
+import tfbn
+from tfbn import export
+from tfbn.serving.monitor import monitor
+from tfbn.stats import moments
+
+CHANNELS = 6
+
+
+def network():
+    """Values of an image pass a batch norm layer as they are, then a convolution and another."""
+    x = keras.Input((4, 4, CHANNELS), name="image")
+    y = layers.BatchNormalization(name="first")(x)
+    y = layers.BatchNormalization(name="second")(layers.Conv2D(4, 3, name="conv")(y))
+    return keras.Model(x, layers.Flatten()(y))
+
+
+def images(rng, count):
+    """Skewed data whose samples differ from one another, and whose channels are correlated."""
+    brightness = rng.gamma(3.0, 1.0, (count, 1, 1, 1))
+    return (brightness + rng.gamma(1.0, 1.0, (count, 4, 4, CHANNELS))).astype("float32")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    keras.utils.set_random_seed(0)
+    model = network()
+    tfbn.update_population_stats(model, images(np.random.default_rng(0), 2000), verbose=0)
+    return export(model, tmp_path_factory.mktemp("model"), monitor=True).path
+
+
+@pytest.fixture(scope="module")
+def ask(exported):
+    loaded = tf.saved_model.load(os.fspath(exported))
+
+    def ask(x):
+        outputs = loaded.signatures["monitor"](image=tf.constant(x))
+        return {name: y.numpy() for name, y in outputs.items()}
+
+    return ask
+
+
+def served_by(path, answers):
+    served = tfbn.ServedStats(path)
+    for answer in answers:
+        served.add(answer)
+    return served
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [[1] * 70, [5, 1, 7, 2], [12]])
+def test_requests_of_any_size_add_up(exported, ask, sizes):
+    x = images(np.random.default_rng(1), sum(sizes))
+    requests = np.split(x, np.cumsum(sizes)[:-1])
+    served = served_by(exported, map(ask, requests))
+    assert served.requests == len(sizes)
+    first = served.layers()["first"]
+    exact = np.float64(x).reshape(-1, CHANNELS)
+    assert first.count == len(exact)
+    np.testing.assert_allclose(first.mean, exact.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(first.variance, exact.var(0), rtol=1e-5)
+
+
+def test_standard_errors_are_those_of_merged_batches(exported, ask):
+    """Of up to 31 requests each is a batch of `tfbn.stats.moments`."""
+    x = images(np.random.default_rng(1), 29)
+    found = served_by(exported, map(ask, np.split(x, [1, 5, 6, 17, 18, 24]))).layers()["first"]
+    batches = [np.float64(b).reshape(-1, CHANNELS) for b in np.split(x, [1, 5, 6, 17, 18, 24])]
+    merged = [moments.of_batch(len(b), b.mean(0), b.var(0), method="pooled") for b in batches]
+    merged = functools.reduce(functools.partial(moments.merge, method="pooled"), merged)
+    mean_error, variance_error = moments.standard_errors(merged)
+    np.testing.assert_allclose(found.mean_error, mean_error, rtol=1e-4)
+    np.testing.assert_allclose(found.variance_error, variance_error, rtol=1e-4)
+
+
+def test_drift_is_by_the_one_formula(exported, ask):
+    served = served_by(exported, map(ask, np.split(images(np.random.default_rng(2), 30), 30)))
+    found = served.compare().layers
+    assert list(found) == ["first", "second"]
+    for path, ours in served.population.items():
+        theirs = served.layers()[path]
+        scale = np.sqrt(ours.variance + 1e-3)
+        shift = (theirs.mean - ours.mean) / scale
+        ratio = np.sqrt(theirs.variance + 1e-3) / scale
+        assert found[path]["mean_shift"] == pytest.approx(np.sqrt(np.mean(shift**2)))
+        assert found[path]["std_ratio"] == pytest.approx(np.exp(np.mean(np.log(ratio))))
+
+
+def test_the_errors_are_those_of_repeated_samples(exported, ask):
+    """They say how far what was found scatters when all is done again with other requests."""
+    rng = np.random.default_rng(3)
+    found = []
+    for _ in range(40):
+        served = served_by(exported, map(ask, np.split(images(rng, 24), 24)))
+        found.append(served.compare().layers["first"])
+    ratios = [layer["std_ratio"] for layer in found]
+    reported = np.sqrt(np.mean([layer["std_ratio_error"] ** 2 for layer in found]))
+    assert reported == pytest.approx(np.std(ratios), rel=0.35)
+    shifts = np.sqrt(np.mean([layer["mean_shift"] ** 2 for layer in found]))
+    reported = np.sqrt(np.mean([layer["mean_shift_error"] ** 2 for layer in found]))
+    assert reported == pytest.approx(shifts, rel=0.35)
+
+
+@pytest.mark.parametrize(("size", "runs"), [(1, 40), (4, 20)])
+def test_noise_is_not_taken_for_drift(exported, ask, size, runs):
+    rng = np.random.default_rng(4)
+    values = []
+    for _ in range(runs):
+        answers = map(ask, np.split(images(rng, 20 * size), 20))
+        values.append(served_by(exported, answers).compare().p_value)
+    assert min(values) > 0.001
+    assert np.median(values) > 0.2
+
+
+SHIFTS = {
+    "darker": lambda x: 0.5 * x,
+    "brighter": lambda x: x + 2.0,
+    "noise": lambda x: x + np.random.default_rng(0).normal(0, 2.0, x.shape),
+    "one channel": lambda x: x + 4.0 * (np.arange(CHANNELS) == 2),
+}
+
+
+@pytest.mark.parametrize("kind", SHIFTS)
+def test_drift_is_seen_in_a_few_requests(exported, ask, kind):
+    x = SHIFTS[kind](images(np.random.default_rng(5), 16)).astype("float32")
+    found = served_by(exported, map(ask, np.split(x, 16))).compare()
+    assert found.drifted and found.p_value < 1e-3 and found.distance > 0.1
+
+
+def test_few_requests_tell_nothing(exported, ask):
+    x = images(np.random.default_rng(5), 16) + 20.0
+    served = tfbn.ServedStats(exported)
+    with pytest.raises(ValueError, match="Received: none so far"):
+        served.compare()
+    for number, sample in enumerate(x, 1):
+        served.add(ask(sample[None]))
+        assert served.compare().drifted == (number == 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scenes", "frames"), [(32, 16), (5, 4)])
+def test_requests_that_come_together_count_for_less(exported, ask, scenes, frames):
+    """32 scenes of 16 frames are 32 samples, not 512, and 5 scenes of 4 frames are not 20.
+
+    The former make blocks of their own, of the latter every frame is a block.
+    """
+    rng = np.random.default_rng(6)
+    alarms = 0
+    for _ in range(12):
+        answers = [ask(x[None]) for x in images(rng, scenes)]
+        served = served_by(exported, [answer for answer in answers for _ in range(frames)])
+        alarms += served.compare().drifted
+    assert alarms == 0
+
+
+def test_channels_that_never_vary_and_rounding_are_no_drift(tmp_path):
+    """A dead channel has variance 0, and any rounding would be infinitely far from it."""
+    x = np.random.default_rng(0).normal(size=(200, 3)).astype("float32")
+    inputs = keras.Input((3,), name="x")
+    constant = layers.Dense(
+        2, kernel_initializer="zeros", bias_initializer=lambda *_, **__: [0.1, 7.3]
+    )
+    y = layers.Concatenate()([constant(inputs), inputs])
+    model = keras.Model(inputs, layers.BatchNormalization(name="bn")(y))
+    tfbn.update_population_stats(model, x, verbose=0)
+    path = export(model, tmp_path, monitor=True).path
+    loaded = tf.saved_model.load(os.fspath(path))
+    answers = []
+    for i in range(40):
+        answer = {k: v.numpy() for k, v in loaded.signatures["monitor"](x=x[i : i + 1]).items()}
+        answer["bn/mean"] = np.nextafter(answer["bn/mean"], np.float32(9))  # Another kernel's.
+        answers.append(answer)
+    found = served_by(path, answers).compare()
+    assert found.p_value > 0.01
+    assert found.layers["bn"]["mean_shift_max"] < 1
+
+
+def test_all_that_clients_receive_is_taken(exported, ask):
+    predict_pb2 = pytest.importorskip(
+        "tensorflow_serving.apis.predict_pb2", reason="needs the extra `serving`"
+    )
+    arrays = ask(images(np.random.default_rng(7), 3))
+    response = predict_pb2.PredictResponse()
+    for name, value in arrays.items():
+        response.outputs[name].CopyFrom(tf.make_tensor_proto(value))
+    lists = {name: value.tolist() for name, value in arrays.items() if name != monitor.IDENTITY}
+    lists[monitor.IDENTITY] = arrays[monitor.IDENTITY].decode()
+    columns = json.loads(json.dumps({"outputs": lists}))
+    tensors = {name: tf.constant(value) for name, value in arrays.items()}
+    given = [arrays, tensors, lists, columns, columns["outputs"], response, response.outputs]
+    first, *rest = [served_by(exported, [answer]).layers() for answer in given]
+    assert all(other == first for other in rest)
+
+
+# Answers that do not belong.
+
+WRONG = {
+    "no mapping": (lambda a: [1.0], "with outputs by name"),
+    "rows": (lambda a: {"predictions": [1]}, "signature 'monitor' with 'monitor/population'"),
+    "of serve": (lambda a: {"output_0": a["output_0"]}, "signature 'monitor' with"),
+    "another version": (lambda a: {**a, monitor.IDENTITY: b"17"}, "another model or another"),
+    "a missing layer": (
+        lambda a: {k: v for k, v in a.items() if k != "second/mean"},
+        "with 'second/mean'",
+    ),
+    "text": (lambda a: {**a, "second/mean": "many"}, "numbers in 'second/mean'"),
+    "ragged": (lambda a: {**a, "second/mean": [[1], [1, 2]]}, "numbers in 'second/mean'"),
+    "nothing": (lambda a: {**a, "second/mean": None}, "of 4 channels.*layer 'second'"),
+    "channels": (lambda a: {**a, "second/mean": a["second/mean"][:3]}, "of 4 channels"),
+    "all channels": (
+        lambda a: {k: v[:3] if np.shape(v) == (4,) else v for k, v in a.items()},
+        "of 4 channels",
+    ),
+    "NaN": (lambda a: {**a, "second/mean": a["second/mean"] * np.nan}, "mean nan in channel 0"),
+    "infinity": (
+        lambda a: {**a, "second/variance": [1, np.inf, 1, 1]},
+        "variance inf in channel 1",
+    ),
+    "variance": (lambda a: {**a, "second/variance": -a["second/variance"]}, "variance -"),
+    "count": (lambda a: {**a, "second/count": -1}, "layer 'second'.*whole number"),
+    "half a count": (lambda a: {**a, "second/count": 1.5}, "layer 'second'.*whole number"),
+    "NaN as count": (lambda a: {**a, "second/count": np.nan}, "layer 'second'.*whole number"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_an_answer_that_does_not_belong_is_refused_and_nothing_added(exported, ask, kind):
+    change, message = WRONG[kind]
+    answer = ask(images(np.random.default_rng(8), 2))
+    served = served_by(exported, [answer])
+    before = served.layers()
+    with pytest.raises(ValueError, match=f"(?s)^Expected.*{message}"):
+        served.add(change(answer))
+    assert served.requests == 1 and served.layers() == before
+
+
+def test_the_answer_of_another_version_is_refused(tmp_path, exported, ask):
+    model = network()
+    sweep(model)
+    other = export(model, tmp_path, monitor=True).path
+    answer = ask(images(np.random.default_rng(8), 2))
+    with pytest.raises(ValueError, match="another model or another version"):
+        tfbn.ServedStats(other).add(answer)
+
+
+def test_a_version_without_a_monitor_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"tfbn\.export wrote"):
+        tfbn.ServedStats(tmp_path)
+    path = export(dense_model(), tmp_path).path
+    with pytest.raises(ValueError, match="exported with monitor"):
+        tfbn.ServedStats(path)
+
+
+@pytest.mark.slow
+def test_a_population_that_is_gone_or_of_another_version_is_refused(tmp_path):
+    path = export(dense_model(), tmp_path / "a", monitor=True).path
+    tfbn.ServedStats(tmp_path / "a")
+    (path / monitor.FILE).unlink()
+    with pytest.raises(ValueError, match="population"):
+        tfbn.ServedStats(path)
+    other = export(sweep(network()), tmp_path / "b", monitor=True).path
+    (path / monitor.FILE).write_bytes((other / monitor.FILE).read_bytes())
+    with pytest.raises(ValueError, match="population"):
+        tfbn.ServedStats(path)
+
+
+def test_the_summary_names_layers_and_the_verdict(exported, ask, capsys):
+    x = images(np.random.default_rng(9), 17)
+    found = served_by(exported, map(ask, np.split(x, 17))).compare()
+    found.summary()
+    first, head, *rows = capsys.readouterr().out.splitlines()
+    assert first.startswith("17 requests cannot be told from the population")
+    assert head.split()[0] == "layer" and {row.split()[0] for row in rows} == {"first", "second"}

@@ -1,0 +1,598 @@
+"""Tests of `tfbn.recalibrate`: the next version of a served model, from its SavedModel alone.
+
+The oracle is the model itself, which `recalibrate` never sees: swept over the same data, it must
+have the same statistics and predict what the next version answers.
+"""
+
+import itertools
+import json
+import os
+import pathlib
+
+import exported_models
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import tfbn
+from tfbn.models.keras_models import batch_norm_layers
+from tfbn.serving import provenance, versions
+from tfbn.serving.export import batch_norms
+from tfbn.serving.recalibrate import recalibration, weights
+
+rng = np.random.default_rng(0)
+
+
+def field(*shape):
+    """Data that is unlike what the statistics are from."""
+    return (rng.normal(size=(23, *shape)) * 3 + 2).astype("float32")
+
+
+class Doubled(layers.BatchNormalization):
+    """Adds something of its own to the layer."""
+
+    def call(self, inputs, training=None, mask=None):
+        return 2 * super().call(inputs, training=training, mask=mask) + inputs
+
+
+def nested():
+    """Layers in a model in a model, of one name, and one that is shared."""
+    inner = keras.Sequential([layers.Dense(4), layers.BatchNormalization(name="bn")], name="inner")
+    shared = layers.BatchNormalization(name="shared")
+    x = inputs = keras.Input((4,))
+    for block in (inner, keras.Sequential([layers.BatchNormalization(name="bn")], name="inner_2")):
+        x = shared(block(x) * 2)
+    return keras.Model(inputs, layers.Dense(2)(layers.ReLU()(x)))
+
+
+class Siblings(keras.Model):
+    """Children of one name, not all with batch norm, called in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = layers.Dense(4, name="twin")
+        self.second = layers.BatchNormalization(name="twin")
+        self.third = keras.Sequential([layers.BatchNormalization(name="bn")], name="twin")
+        self.fourth = layers.BatchNormalization(name="twin")
+
+    def call(self, x, training=None):
+        for part in (self.fourth, self.first, self.third, self.second):
+            x = tf.nn.relu(part(x, training=training)) if part is not self.first else part(x)
+        return x
+
+
+def masked():
+    """Padded steps do not count."""
+    x = inputs = keras.Input((None,), dtype="int32")
+    x = layers.Embedding(9, 3, mask_zero=True)(x)
+    x = layers.BatchNormalization()(x)
+    return keras.Model(inputs, layers.GlobalAveragePooling1D()(x))
+
+
+def residual():
+    """A convolution before and after each of several batch norm layers, in 16 bits."""
+    x = inputs = keras.Input((6, 6, 2))
+    for strides in (1, 2):
+        y = layers.Conv2D(4, 3, strides, padding="same")(x)
+        y = tfbn.BatchNormalization(axis=-1, scale=False)(y)
+        y = layers.BatchNormalization(center=False, epsilon=0.1)(layers.ReLU()(y))
+        x = layers.Conv2D(4, 1, strides)(x) + y
+    return keras.Model(inputs, layers.Flatten()(x))
+
+
+def several():
+    """Inputs and outputs with names."""
+    a, b = keras.Input((4,), name="a"), keras.Input((3,), name="b")
+    u = layers.BatchNormalization()(layers.Dense(2, name="first")(a))
+    v = tfbn.BatchNormalization()(layers.Dense(2)(b))
+    return keras.Model({"a": a, "b": b}, {"sum": u + v, "difference": u - v})
+
+
+def channels_first():
+    """Its batch norm layers are over axis 1."""
+    return keras.Sequential([keras.Input((3, 4, 4)), layers.BatchNormalization(axis=1)])
+
+
+MODELS = {
+    "dense": (exported_models.dense_model, lambda: field(4)),
+    "convolutional": (exported_models.conv_model, lambda: field(8, 8, 3)),
+    "nested": (nested, lambda: field(4)),
+    "siblings": (lambda: exported_models.called(Siblings(), field(4)), lambda: field(4)),
+    "masked": (masked, lambda: rng.integers(0, 9, (23, 5)).astype("int32")),
+    "residual": (residual, lambda: field(6, 6, 2)),
+    "several": (several, lambda: {"a": field(4), "b": field(3)}),
+    "subclassed": (
+        lambda: exported_models.called(exported_models.TwoInputs(), field(4)),
+        lambda: field(4),
+    ),
+    "of a kind": (
+        lambda: keras.Sequential([keras.Input((4,)), Doubled(), layers.Dense(2), Doubled()]),
+        lambda: field(4),
+    ),
+    "channels first": (channels_first, lambda: field(3, 4, 4)),
+}
+
+
+def made(name):
+    """A model with statistics that are not the initial ones, and data from the field."""
+    keras.utils.set_random_seed(0)
+    build, data = MODELS[name]
+    return exported_models.sweep(build()), data()
+
+
+def contents(directory):
+    """All files by name, with their bytes."""
+    return {p.relative_to(directory): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def answers(version, x):
+    """What a client gets, by name."""
+    signature = tf.saved_model.load(os.fspath(version)).signatures["serving_default"]
+    [name, *others] = signature.structured_input_signature[1]
+    inputs = x if others else {name: x}
+    return {name: np.asarray(y) for name, y in signature(**inputs).items()}
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    """By name or one, up to float32's rounding."""
+    if not isinstance(expected, dict):
+        [found] = found.values()
+        found, expected = {"": found}, {"": expected}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        # In float64, as NumPy 1 cannot compare bfloat16.
+        answer, value = np.asarray(found[name], "float64"), np.asarray(value, "float64")
+        scale = np.abs(value).max()
+        np.testing.assert_allclose(answer, value, rtol=tolerance, atol=tolerance * scale)
+
+
+EVERY_DAY = {
+    ("siblings", "exact"),
+    ("masked", "pooled"),
+    ("several", "exact"),
+    ("of a kind", "exact"),
+}
+
+
+@pytest.mark.quick(2)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        pytest.param(name, method, marks=[] if (name, method) in EVERY_DAY else pytest.mark.slow)
+        for name in MODELS
+        for method in ("exact", "pooled")
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Layer 'shared' is called", "ignore:A one-pass sweep")
+def test_the_next_version_is_the_model_swept_over_the_data(tmp_path, name, method):
+    model, x = made(name)
+    tfbn.export(model, tmp_path / "m")
+    before = contents(tmp_path / "m" / "1")
+    found = tfbn.recalibrate(tmp_path / "m", x, method=method, batch_size=8, verbose=0)
+    assert (found.path, found.version) == (tmp_path / "m" / "2", 2)
+    own = tfbn.update_population_stats(model, x, method=method, batch_size=8, verbose=0)
+    assert list(found.stats) == list(own)
+    for path, stats in own.items():
+        np.testing.assert_array_equal(found.stats[path].counts, stats.counts)
+        np.testing.assert_allclose(found.stats[path].mean, stats.mean, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found.stats[path].variance, stats.variance, rtol=1e-5)
+    assert found.stats.fingerprint == own.fingerprint and found.stats.mismatch(model) is None
+    assert_close(answers(found.path, x), model.predict(x, verbose=0))
+    # Nothing but the variables has changed, and nothing at all of the version before.
+    assert contents(tmp_path / "m" / "1") == before
+    changed = {str(p) for p, b in contents(found.path).items() if before.get(p) != b}
+    assert changed == {
+        "variables/variables.index",
+        "variables/variables.data-00000-of-00001",
+        "fingerprint.pb",
+        provenance.FILE,
+    }
+    assert set(os.listdir(tmp_path / "m")) == {"1", "2"}
+
+
+def test_the_statistics_by_numpy(tmp_path):
+    """Of what enters the only layer, in float64."""
+    model, x = made("dense")
+    tfbn.export(model, tmp_path / "m")
+    tfbn.recalibrate(tmp_path / "m", x, verbose=0)
+    kernel, bias = (np.float64(w) for w in model.layers[0].get_weights())
+    entered = x @ kernel + bias
+    bn = model.layers[1]
+    bn.moving_mean.assign(entered.mean(0))
+    bn.moving_variance.assign(entered.var(0))
+    assert_close(answers(tmp_path / "m" / "2", x), exported_models.by_numpy(model, x), 1e-4)
+
+
+def test_all_methods_and_kinds_of_data(tmp_path):
+    model, x = made("convolutional")
+    tfbn.export(model, tmp_path / "m")
+    batches = [x[i : i + 8] for i in range(0, len(x), 8)]
+    own = tfbn.collect(model, x, batch_size=8, verbose=0)
+    for data in (iter(batches), tf.data.Dataset.from_tensor_slices(x).batch(8)):
+        found = tfbn.recalibrate(tmp_path / "m" / "1", data, verbose=0)
+        assert list(found.stats.items()) == list(own.items())
+    found = tfbn.recalibrate(tmp_path / "m" / "1", iter(batches), steps=2, verbose=0)
+    assert found.stats.samples == 16
+    found = tfbn.recalibrate(tmp_path / "m", x, method="algorithm2", batch_size=23, verbose=0)
+    assert found.version == 5 and found.stats.method == "algorithm2"
+
+
+@pytest.mark.slow
+def test_a_network_in_16_bits(tmp_path):
+    keras.utils.set_random_seed(0)
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = exported_models.sweep(residual())
+    finally:
+        keras.config.set_dtype_policy(policy)
+    tfbn.export(model, tmp_path / "m")
+    x = field(6, 6, 2)
+    found = tfbn.recalibrate(tmp_path / "m", x, verbose=0)
+    own = tfbn.update_population_stats(model, x, verbose=0)
+    assert list(found.stats.items()) == list(own.items())
+    assert_close(answers(found.path, x), model.predict(x, verbose=0), 2e-2)
+
+
+def test_frozen_layers_are_swept_too(tmp_path):
+    model, x = made("dense")
+    model.trainable = False
+    tfbn.export(model, tmp_path / "m")
+    assert len(tfbn.recalibrate(tmp_path / "m", x, verbose=0).stats) == 1
+
+
+def test_the_provenance_tells_the_history(tmp_path, capsys):
+    model, x = made("dense")
+    swept = tfbn.update_population_stats(model, x, verbose=0)
+    tfbn.export(model, tmp_path / "m")
+    tfbn.recalibrate(tmp_path / "m", x[:9] + 5, method="pooled", verbose=0)
+    found = tfbn.recalibrate(tmp_path / "m", x[:5] - 5, blend_samples=15, verbose=0)
+    described = tfbn.describe(tmp_path / "m")
+    assert described["fingerprint"] == swept.fingerprint and described["stale"] is None
+    statistics = described["statistics"]
+    assert (statistics["samples"], statistics["source_weight"]) == (5, 15)
+    steps = [(s["version"], s["statistics"]["method"], s["statistics"]["samples"])
+             for s in described["history"]]  # fmt: skip
+    assert steps == [(1, "exact", 23), (2, "pooled", 9)]
+    out = capsys.readouterr().out
+    assert "blended: 5 field samples, source weight 15" in out
+    assert "version 2: method='pooled' over 9 samples" in out
+    # Blended with what version 2 holds, not with what the first was trained on.
+    [entered] = [layer(x[:9] + 5) for layer in model.layers[:1]]
+    [own] = [layer(x[:5] - 5) for layer in model.layers[:1]]
+    mean = (15 * np.mean(entered, 0) + 5 * np.mean(own, 0)) / 20
+    np.testing.assert_allclose(found.stats["bn"].mean, mean, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_stale_model_is_stale_no_more(tmp_path):
+    model, x = made("dense")
+    model.layers[1].moving_mean.assign_add([1.0, 0.0, 0.0])
+    with pytest.warns(UserWarning, match="those of its population"):
+        tfbn.export(model, tmp_path / "m")
+    tfbn.recalibrate(tmp_path / "m", x, verbose=0)
+    described = tfbn.describe(tmp_path / "m")
+    assert described["stale"] is None and "has changed" in described["history"][0]["stale"]
+
+
+def test_the_monitor_moves_with_the_population(tmp_path):
+    model, x = made("convolutional")
+    tfbn.export(model, tmp_path / "m", monitor=True)
+    found = tfbn.recalibrate(tmp_path / "m", x, verbose=0)
+    own = tfbn.update_population_stats(model, x, verbose=0)
+    old, new = (tfbn.ServedStats(tmp_path / "m" / number) for number in "12")
+    assert list(new.population.items()) == list(own.items())
+    monitor = tf.saved_model.load(os.fspath(found.path)).signatures["monitor"]
+    [name] = monitor.structured_input_signature[1]
+    for image in x:
+        new.add(monitor(**{name: image[None]}))
+    assert not new.compare().drifted
+    with pytest.raises(ValueError, match="another version"):
+        old.add(monitor(**{name: x[:1]}))
+
+
+@pytest.mark.quick(2)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("arrays", {"batch_size": 8}),
+        ("arrays", {"batch_size": 8, "steps": 3}),
+        ("generator", {}),
+        ("endless generator", {"steps": 3}),
+        ("dataset", {"method": "pooled"}),
+    ],
+)
+def test_the_monitor_of_a_blend_expects_the_data_that_it_was_blended_with(tmp_path, kind, options):
+    model, x = made("convolutional")
+    batches = [x[:8], x[8:16], x[16:]]
+    data = {
+        "arrays": lambda: x,
+        "generator": lambda: iter(batches),
+        "endless generator": lambda: itertools.chain(batches, itertools.repeat(np.full_like(x, 9))),
+        "dataset": lambda: tf.data.Dataset.from_tensor_slices(x).batch(8),
+    }
+    tfbn.export(model, tmp_path / "m", monitor=True)
+    found = tfbn.recalibrate(tmp_path / "m", data[kind](), blend_samples=23, verbose=0, **options)
+    served = tfbn.ServedStats(tmp_path / "m")
+    found.stats.assign(model)
+    path_to = {id(layer): path for path, layer in batch_norm_layers(model).items()}
+    tensors = {path_to[id(one)]: one.input for one in model.layers if id(one) in path_to}
+    entering = keras.Model(model.inputs[0], tensors)(x, training=False)
+    assert entering.keys() == served.population.keys()
+    for path, values in entering.items():
+        values = np.asarray(values, np.float64).reshape(-1, values.shape[-1])
+        stats = served.population[path]
+        assert stats.count == len(values)
+        np.testing.assert_allclose(stats.mean, values.mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(stats.variance, values.var(0), rtol=1e-4)
+    monitor = tf.saved_model.load(os.fspath(found.path)).signatures["monitor"]
+    [name] = monitor.structured_input_signature[1]
+    for image in field(40, 8, 8, 3)[0]:
+        served.add(monitor(**{name: image[None]}))
+    assert not served.compare().drifted
+
+
+def test_warm_up_requests_and_assets_go_along(tmp_path):
+    pytest.importorskip("tensorflow_serving")
+    model, x = made("dense")
+    tfbn.export(model, tmp_path / "m", warmup=x[:3])
+    found = tfbn.recalibrate(tmp_path / "m", x, verbose=0)
+    name = pathlib.Path("assets.extra/tf_serving_warmup_requests")
+    assert (found.path / name).read_bytes() == (tmp_path / "m" / "1" / name).read_bytes()
+
+
+def test_the_fingerprint_is_that_of_the_new_weights(tmp_path):
+    """As TensorFlow itself writes it; a private function of it does here."""
+    model, x = made("dense")
+    tfbn.export(model, tmp_path / "m")
+    tfbn.recalibrate(tmp_path / "m", x, verbose=0)
+    old, new = (tf.saved_model.experimental.read_fingerprint(str(tmp_path / "m" / n)) for n in "12")
+    assert new.checkpoint_hash != old.checkpoint_hash
+    assert new.saved_model_checksum == old.saved_model_checksum
+    again = tfbn.recalibrate(tmp_path / "m" / "1", x, verbose=0)
+    third = tf.saved_model.experimental.read_fingerprint(os.fspath(again.path))
+    assert third.checkpoint_hash == new.checkpoint_hash
+
+
+class InLoop(keras.Model):
+    """Calls its batch norm layer where the graph does not let anybody look."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = layers.BatchNormalization()
+
+    def call(self, x, training=None):
+        return tf.while_loop(
+            lambda i, x: i < 2, lambda i, x: (i + 1, self.bn(x, training=training)), [0, x]
+        )[1]
+
+
+class OfItsOwn(layers.BatchNormalization):
+    """Does something else than normalise."""
+
+    def call(self, inputs, training=None, mask=None):
+        return inputs - self.moving_mean
+
+
+def exported(tmp_path, model, **options):
+    """A model's directory with one version."""
+    tfbn.export(exported_models.sweep(model), tmp_path / "m", **options)
+    return tmp_path / "m"
+
+
+def without_record(tmp_path):
+    """As an older tfbn wrote it."""
+    directory = exported(tmp_path, exported_models.dense_model())
+    (directory / "1" / batch_norms.FILE).unlink()
+    return directory
+
+
+def with_record_of_another(tmp_path):
+    """The record names tensors that are not in the graph."""
+    directory = exported(tmp_path, exported_models.dense_model())
+    file = directory / "1" / batch_norms.FILE
+    file.write_text(file.read_text().replace("sequential", "consequential"))
+    return directory
+
+
+def with_damaged_record(tmp_path):
+    """Half a record."""
+    directory = exported(tmp_path, exported_models.dense_model())
+    file = directory / "1" / batch_norms.FILE
+    file.write_text(file.read_text()[:100])
+    return directory
+
+
+def sequential(*inner):
+    """A network with some layers."""
+    return keras.Sequential([keras.Input((4,)), *inner])
+
+
+REFUSED = {
+    "folded": (lambda p: exported(p, exported_models.dense_model(), fold=True), "is folded"),
+    "without batch norm": (lambda p: exported(p, sequential(layers.Dense(2))), "which has none"),
+    "in a loop": (
+        lambda p: exported(p, exported_models.called(InLoop(), field(4))),
+        "'batch_normalization.*' is in one",
+    ),
+    "of its own": (lambda p: exported(p, sequential(OfItsOwn())), "differs by"),
+    "no record": (without_record, "without one. Export the model again"),
+    "record of another": (with_record_of_another, "has no tensor"),
+    "damaged record": (with_damaged_record, "is damaged"),
+    "no versions": (lambda p: p, "which has none. Give the directory"),
+    "no directory": (lambda p: p / "nothing", "which has none. Give the directory"),
+}
+
+
+@pytest.mark.quick(2)
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_recalibrated_is_refused_in_a_sentence(tmp_path, name):
+    make, says = REFUSED[name]
+    directory = make(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"(?s)^Expected .*Received: .*{says}"):
+        tfbn.recalibrate(directory, field(4), verbose=0)
+    assert contents(tmp_path) == before
+
+
+BAD_DATA = {
+    "filtered away": (
+        lambda x: tf.data.Dataset.from_tensors(x).filter(lambda x: False),
+        "at least one batch",
+    ),
+    "NaN": (lambda x: np.where(x > 5, np.nan, x).astype("float32"), "batch 0"),
+    "other shape": (lambda x: x[:, :3], r"float32\(None, 4\).*float32\(23, 3\)"),
+    "text": (lambda x: np.full(x.shape, "a"), "string"),
+    "nothing": (lambda x: x[:0], "at least one batch"),
+    "used up": (lambda x: iter(()), "at least one batch"),
+    "too short": (lambda x: iter([x]), "steps=3"),
+}
+
+
+@pytest.mark.quick(2)
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_leaves_the_versions_alone(tmp_path, name):
+    model, x = made("dense")
+    tfbn.export(model, tmp_path / "m")
+    before = contents(tmp_path)
+    spoil, says = BAD_DATA[name]
+    steps = 3 if name == "too short" else None
+    with pytest.raises(ValueError, match=f"(?s)^Expected .*{says}"):
+        tfbn.recalibrate(tmp_path / "m", spoil(x), steps=steps, verbose=0)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.quick(2)
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("copy_with", OSError("disk full")),
+        ("write_next", KeyboardInterrupt()),
+        ("put_in_place", OSError("disk full")),
+    ],
+)
+def test_a_failure_at_any_step_leaves_nothing_behind(tmp_path, monkeypatch, place, error):
+    model, x = made("dense")
+    tfbn.export(model, tmp_path / "m")
+    before = contents(tmp_path)
+    module = {
+        "copy_with": recalibration.weights,
+        "write_next": recalibration.provenance,
+        "put_in_place": recalibration.versions,
+    }[place]
+    original = getattr(module, place)
+
+    def fails(*args, **options):
+        if place != "put_in_place":
+            original(*args, **options)
+        raise error
+
+    monkeypatch.setattr(module, place, fails)
+    with pytest.raises(type(error)):
+        tfbn.recalibrate(tmp_path / "m", x, verbose=0)
+    assert contents(tmp_path) == before
+    assert os.listdir(tmp_path / "m") == ["1"]
+
+
+def test_a_server_that_polls_sees_a_version_when_it_is_complete(tmp_path, monkeypatch):
+    model, x = made("dense")
+    tfbn.export(model, tmp_path / "m")
+    seen = []
+    flush = versions._flush_directory
+
+    def look(path):
+        seen.append(sorted(versions.numbered(tmp_path / "m")))
+        return flush(path)
+
+    monkeypatch.setattr(versions, "_flush_directory", look)
+    found = tfbn.recalibrate(tmp_path / "m", x, verbose=0)
+    assert [1] in seen and seen[-1] == [1, 2]
+    # All of it was flushed to the disk, with its list of files, before it had its name.
+    assert seen.index([1, 2]) == len(seen) - 1
+    assert sorted(os.listdir(tmp_path / "m")) == ["1", "2"] and found.version == 2
+
+
+def test_a_version_that_does_not_predict_as_it_should_is_not_put_in_place(tmp_path, monkeypatch):
+    """The checkpoint is written without the variances, say."""
+    model, x = made("dense")
+    tfbn.export(model, tmp_path / "m")
+    values = recalibration._values
+
+    def without_variance(found, stats):
+        return dict(list(values(found, stats).items())[:1])
+
+    monkeypatch.setattr(recalibration, "_values", without_variance)
+    with pytest.raises(ValueError, match=r"output 'output_0' differs by"):
+        tfbn.recalibrate(tmp_path / "m", x, verbose=0)
+    assert os.listdir(tmp_path / "m") == ["1"]
+
+
+@pytest.mark.slow
+def test_serve_is_what_it_was_without_the_record(tmp_path):
+    """The record is a file beside the graph: nothing is added to the graph for it."""
+    model, x = made("residual")
+    exported = tfbn.export(model, tmp_path / "m")
+    loaded = tf.saved_model.load(os.fspath(exported.path))
+    assert list(loaded.signatures) == ["serve", "serving_default"]
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+
+    def serve(*args):
+        from tfbn.serving.export import endpoint, signature
+
+        return model(*endpoint._checked(args, signature.arguments(model)), training=False)
+
+    archive.add_endpoint("serve", serve, input_signature=[tf.TensorSpec((None, 6, 6, 2))])
+    archive.write_out(tmp_path / "plain", verbose=False)
+    plain = tf.saved_model.load(tmp_path / "plain")
+    operations = [
+        [op.type for op in m.serve.concrete_functions[0].graph.get_operations()]
+        for m in (loaded, plain)
+    ]
+    assert operations[0] == operations[1]
+    np.testing.assert_array_equal(loaded.serve(x), plain.serve(x))
+
+
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("name", ["nested", "siblings"])
+def test_the_paths_are_those_of_the_model(tmp_path, name):
+    model, _ = made(name)
+    tfbn.export(model, tmp_path / "m")
+    network = recalibration.opened(tmp_path / "m").network
+    assert list(batch_norm_layers(network)) == list(batch_norm_layers(model))
+
+
+def test_statistics_that_make_every_output_nan_are_refused(tmp_path):
+    model = exported_models.sweep(
+        keras.Sequential([keras.Input((4,)), layers.BatchNormalization(epsilon=0.0)])
+    )
+    tfbn.export(model, tmp_path / "m")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="with the new statistics is NaN or infinite in every"):
+        tfbn.recalibrate(tmp_path / "m", np.ones((8, 4), "float32"), verbose=0)
+    assert contents(tmp_path) == before
+
+
+def test_a_record_with_a_call_of_no_layer_is_refused(tmp_path):
+    tfbn.export(made("dense")[0], tmp_path / "m")
+    file = tmp_path / "m" / "1" / batch_norms.FILE
+    record = json.loads(file.read_text())
+    record["calls"][0][0] = "another"
+    file.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"is damaged .*a call of no layer"):
+        tfbn.recalibrate(tmp_path / "m", field(4), verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [("no/place", np.zeros(3), "a variable at 'no/place'"), (None, np.zeros(99), "shape")],
+)
+def test_values_for_other_variables_are_refused(tmp_path, place, value, says):
+    tfbn.export(made("dense")[0], tmp_path / "m")
+    version = tmp_path / "m" / "1"
+    [layer, *_] = batch_norms.read(version).layers.values()
+    place = place or layer.variables["moving_mean"]
+    with pytest.raises(ValueError, match=says):
+        weights.copy_with(version, tmp_path / "copy", {place: value})

@@ -1,0 +1,1 @@
+"""TensorFlow graphs, without any knowledge of Keras."""

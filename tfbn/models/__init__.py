@@ -1,0 +1,1 @@
+"""Keras models: their layers, observed calls, copies, conversion and folding."""

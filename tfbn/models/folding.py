@@ -1,0 +1,266 @@
+"""`fold`: the same inference network without batch norm layers."""
+
+import collections
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from keras import layers
+
+from tfbn.layer import BatchNormalization
+from tfbn.models import copying, keras_models
+
+# The axes of a layer's last kernel that are its output channels, counted from the end, which
+# holds for any number of spatial dimensions. Depthwise kernels have them along two axes: input
+# channel and multiplier, in the order of the channels.
+_CHANNELS = {
+    layers.Dense: (-1,),
+    layers.Conv1D: (-1,),
+    layers.Conv2D: (-1,),
+    layers.Conv3D: (-1,),
+    layers.Conv1DTranspose: (-2,),
+    layers.Conv2DTranspose: (-2,),
+    layers.Conv3DTranspose: (-2,),
+    layers.DepthwiseConv1D: (-2, -1),
+    layers.DepthwiseConv2D: (-2, -1),
+    layers.SeparableConv1D: (-1,),
+    layers.SeparableConv2D: (-1,),
+}
+
+_BATCH_NORMS = (layers.BatchNormalization, BatchNormalization)
+
+
+def fold(model: keras.Model) -> keras.Model:
+    """A copy of a model's inference network with its batch norm layers folded away.
+
+    In inference batch norm is an affine map per channel, y = scale x + offset with
+    scale = gamma / sqrt(variance + epsilon) and offset = beta - mean scale. Where x = W v + b
+    comes from a Dense or convolution layer, y = (scale W) v + (scale b + offset) is that
+    layer with other weights (Jacob et al. 2018, section 3.2), computed in float64. That is
+    done where it is exact: both layers are used once, nothing else uses x, the layer has no
+    activation, and channels and precision are the same. Elsewhere `keras.layers.Rescaling`,
+    under the name of the batch norm layer, multiplies by scale and adds offset.
+
+    Nested Functional and Sequential models are folded too. Left as they are, with a warning that
+    names them: batch norm in custom layers, wrappers and subclassed models, custom subclasses of
+    batch norm, and layers that are called with `training=True` and are not frozen.
+
+    Args:
+        model: A built Functional or Sequential model. It is not changed.
+
+    Returns:
+        A Functional model of stock Keras layers (and of those left as they are), with the same
+        names, inputs and outputs. It is not compiled. `training=True` does not bring
+        batch statistics back.
+
+    Raises:
+        ValueError: If the model is subclassed, so that its graph is not known, or not built; or
+            if a custom layer in it has state that saving and loading would lose.
+    """
+    if not _is_graph(model):
+        raise ValueError(
+            f"Expected a Functional or Sequential model. Received: {model!r}, whose graph Keras "
+            "does not know. Make it Functional, keras.Model(x, model.call(x)) with x = "
+            "keras.Input(shape), and fold that; or export it as it is."
+        )
+    keras_models.require_built(model)
+    plan = _planned(model)
+    if copying.custom_classes(model):
+        # A folded network rounds differently. One that is only copied does not, and so shows
+        # whether a layer has state that cannot be copied.
+        copying.verify(model, _rebuilt(model, _Plan(plan.graphs, {}, set(), set()), {}))
+    folded = _rebuilt(model, plan, {})
+    left = list(keras_models.batch_norm_layers(folded))
+    if left:
+        warnings.warn(
+            f"{len(left)} batch norm layers of model {model.name!r} cannot be folded exactly and "
+            f"are left as they are: {left}.",
+            stacklevel=2,
+        )
+    return folded
+
+
+def _is_graph(layer: keras.Operation) -> bool:
+    """Whether a layer is a Functional or Sequential model that is called as Keras calls it."""
+    if not isinstance(layer, (keras.Function, keras.Sequential)):
+        return False
+    defining = next(cls for cls in type(layer).__mro__ if "call" in vars(cls))
+    return defining.__module__.startswith("keras.")
+
+
+class _Graph(NamedTuple):
+    """Who calls whom in a model.
+
+    A tensor is a tuple (name of an operation, which of its calls, which output).
+    `calls`: for each operation's name the tensors of each of its calls. `in_training`: the
+    names of those called with `training=True`. `uses`: how often each tensor is used.
+    """
+
+    model: keras.Model
+    calls: dict
+    in_training: set
+    uses: collections.Counter
+
+
+class _Plan(NamedTuple):
+    """The fate of the layers of all models nested in one another, by their ids.
+
+    `graphs`: the graphs of these models. `into`: the batch norm layer that a Dense or
+    convolution layer takes in. `gone`: those layers. `rescaled`: the others that need not stay.
+    """
+
+    graphs: dict
+    into: dict
+    gone: set
+    rescaled: set
+
+
+def _planned(model: keras.Model) -> _Plan:
+    plan = _Plan({}, {}, set(), set())
+    _add_graphs(model, plan.graphs)
+    calls: collections.Counter[int] = collections.Counter()
+    for graph in plan.graphs.values():
+        for operation in graph.model.operations:
+            calls[id(operation)] += len(graph.calls[operation.name])
+    for graph in plan.graphs.values():
+        operations = {operation.name: operation for operation in graph.model.operations}
+        for name, layer in operations.items():
+            if type(layer) not in _BATCH_NORMS:
+                continue
+            if layer.trainable and name in graph.in_training:
+                continue
+            source = graph.calls[name][0][0]
+            producer = operations[source[0]]
+            once = calls[id(layer)] == calls[id(producer)] == graph.uses[source] == 1
+            if once and _takes_in(producer, layer):
+                plan.into[id(producer)] = layer
+                plan.gone.add(id(layer))
+            elif _can_be_rescaled(layer):
+                plan.rescaled.add(id(layer))
+    return plan
+
+
+def _add_graphs(model: keras.Model, graphs: dict[int, _Graph]) -> None:
+    graph = graphs[id(model)] = _graph(model)
+    for operation in graph.model.operations:
+        if _is_graph(operation) and id(operation) not in graphs:
+            _add_graphs(operation, graphs)
+
+
+def _graph(model: keras.Model) -> _Graph:
+    if isinstance(model, keras.Sequential):
+        [inputs], [outputs] = model.inputs, model.outputs
+    else:
+        inputs, outputs = model.input, model.output
+    # The same tensors and layers as a plain Functional model, whatever the class. Its config
+    # is the one public account of a graph.
+    plain = keras.Model(inputs, outputs, name=model.name)
+    config = plain.get_config()
+    nodes = {layer["name"]: layer["inbound_nodes"] for layer in config["layers"]}
+    calls = {name: [_tensors(node) for node in called] for name, called in nodes.items()}
+    in_training = {
+        name for name, called in nodes.items() if any(n["kwargs"].get("training") for n in called)
+    }
+    uses = collections.Counter(t for called in calls.values() for node in called for t in node)
+    outputs = keras.tree.flatten(config["output_layers"])
+    uses.update(zip(outputs[::3], outputs[1::3], outputs[2::3], strict=True))
+    return _Graph(plain, calls, in_training, uses)
+
+
+def _tensors(config: Any) -> list[tuple]:
+    """The tensors in a part of a config, in their order."""
+    if isinstance(config, dict):
+        if config.get("class_name") == "__keras_tensor__":
+            return [tuple(config["config"]["keras_history"])]
+        config = config.values()
+    elif not isinstance(config, (list, tuple)):
+        return []
+    return [tensor for part in config for tensor in _tensors(part)]
+
+
+def _takes_in(layer: keras.Operation, batch_norm: layers.BatchNormalization) -> bool:
+    """Whether a layer, other weights given, can do the work of the batch norm layer after it."""
+    if type(layer) not in _CHANNELS or layer.activation is not keras.activations.linear:
+        return False
+    if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
+        return False
+    rank = len(layer.output.shape)
+    channels_first = getattr(layer, "data_format", None) == "channels_first"
+    return (
+        batch_norm.axis % rank == (1 if channels_first else rank - 1)
+        and batch_norm.compute_dtype == layer.compute_dtype
+    )
+
+
+def _can_be_rescaled(batch_norm: layers.BatchNormalization) -> bool:
+    # Where images are channels first, Rescaling takes a scale of less than three axes for that
+    # of an image.
+    return keras.config.image_data_format() == "channels_last" or len(batch_norm.output.shape) > 3
+
+
+def _rebuilt(model: keras.Model, plan: _Plan, copies: dict[int, Any]) -> keras.Model:
+    """A model's copy; `copies` has those of layers that were met before, by id."""
+
+    def copy(operation: keras.Operation) -> Callable:
+        if id(operation) not in copies:
+            copies[id(operation)] = _copy(operation, plan, copies)
+        return copies[id(operation)]
+
+    graph = plan.graphs[id(model)].model
+    rebuilt = copying.graph_again(graph, copy)
+    for operation in graph.operations:
+        if id(operation) in plan.into:
+            weights = _with_batch_norm(operation, plan.into[id(operation)])
+            copies[id(operation)].set_weights(weights)
+        elif isinstance(copies.get(id(operation)), layers.Layer) and (
+            id(operation) not in plan.graphs and id(operation) not in plan.rescaled
+        ):
+            copying.copy_state(operation, copies[id(operation)])
+    return rebuilt
+
+
+def _copy(operation: keras.Operation, plan: _Plan, copies: dict[int, Any]) -> Callable:
+    if id(operation) in plan.graphs:
+        return _rebuilt(operation, plan, copies)
+    if id(operation) in plan.gone:
+        return lambda inputs, **_: inputs
+    if id(operation) in plan.rescaled:
+        rescaling = _rescaling(operation)
+        return lambda inputs, **_: rescaling(inputs)
+    if id(operation) in plan.into:
+        return type(operation).from_config(operation.get_config() | {"use_bias": True})
+    return copying.made_again(operation)
+
+
+def _affine(batch_norm: layers.BatchNormalization) -> tuple[np.ndarray, np.ndarray]:
+    """scale = gamma / sqrt(variance + epsilon) and offset = beta - mean scale, in float64."""
+    scale = 1 / np.sqrt(np.float64(batch_norm.moving_variance.numpy()) + batch_norm.epsilon)
+    if batch_norm.scale:
+        scale = scale * batch_norm.gamma.numpy()
+    offset = -batch_norm.moving_mean.numpy() * scale
+    if batch_norm.center:
+        offset = offset + batch_norm.beta.numpy()
+    return scale, offset
+
+
+def _with_batch_norm(layer: keras.Layer, batch_norm: layers.BatchNormalization) -> list[np.ndarray]:
+    """The weights of a layer that takes in the batch norm layer after it, bias included."""
+    scale, offset = _affine(batch_norm)
+    weights = layer.get_weights()
+    bias = weights.pop().astype(np.float64) if layer.use_bias else 0.0
+    kernel = weights.pop().astype(np.float64)
+    shape = [1] * kernel.ndim
+    for axis in _CHANNELS[type(layer)]:
+        shape[axis] = kernel.shape[axis]
+    return [*weights, kernel * scale.reshape(shape), bias * scale + offset]
+
+
+def _rescaling(batch_norm: layers.BatchNormalization) -> layers.Rescaling:
+    shape = [1] * len(batch_norm.output.shape)
+    shape[batch_norm.axis] = -1
+    scale, offset = (
+        v.reshape(shape[1:]).astype(batch_norm.variable_dtype) for v in _affine(batch_norm)
+    )
+    return layers.Rescaling(scale, offset, name=batch_norm.name, dtype=batch_norm.dtype_policy)

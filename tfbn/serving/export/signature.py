@@ -1,0 +1,307 @@
+"""The signature of an endpoint: shapes, dtypes and names, and whether old clients can go on."""
+
+import inspect
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+from google.protobuf.message import DecodeError
+from tensorflow.core.protobuf import saved_model_pb2
+
+from tfbn.models import keras_models
+from tfbn.serving import provenance, versions
+
+DEFAULT = "serving_default"
+
+# Names that Keras or TensorFlow make up for tensors without one. They count the tensors that the
+# process made before, so the same model may have others in the next process.
+_MADE_UP = re.compile(r"(keras_tensor|input_layer|args)(_\d+)*")
+
+
+class Endpoint(NamedTuple):
+    """The tensors that a client names, `tf.TensorSpec` by name.
+
+    Attributes:
+        inputs: The inputs, in the order of the model's arguments if `ordered`.
+        outputs: The outputs, in the order of the model's outputs if `ordered`.
+        ordered: Whether the orders are known. A SavedModel alone does not tell them.
+    """
+
+    inputs: dict[str, tf.TensorSpec]
+    outputs: dict[str, tf.TensorSpec]
+    ordered: bool
+
+
+def arguments(model: keras.Model, given: Any = None) -> list:
+    """The positional arguments of an endpoint: a list of structures of named `tf.TensorSpec`.
+
+    Args:
+        model: A built model.
+        given: `input_signature` as the user gave it, or `None` for the model's own inputs.
+    """
+    keras_models.require_built(model)
+    given = _own_arguments(model) if given is None else given
+    if not isinstance(given, (list, tuple)):
+        raise ValueError(
+            "Expected input_signature to be a list with one entry for each positional argument "
+            f"of the model. Received: {given!r}. Put it in a list."
+        )
+    specs = [keras.tree.map_structure(_tensor_spec, argument) for argument in given]
+    try:
+        inspect.signature(model.call).bind(*specs)
+    except TypeError as error:
+        raise ValueError(
+            f"Expected inputs for every argument of model {model.name!r}. Received: {specs} "
+            f"({error}). Give input_signature, with an entry for each argument."
+        ) from error
+    for spec in keras.tree.flatten(specs):
+        if spec.shape.rank is None:
+            raise ValueError(
+                f"Expected inputs of known rank, so that the endpoint can check it. Received: "
+                f"{spec}. Give input_signature, with None for unknown sizes."
+            )
+    return renamed(specs, _names(specs))
+
+
+def _own_arguments(model: keras.Model) -> list:
+    specs = keras_models.input_specs(model)
+    if specs is None:
+        raise ValueError(
+            "Expected a model whose inputs are known. Received: subclassed model "
+            f"{model.name!r}, of which Keras recorded {model.get_build_config() or 'nothing'}. "
+            "Give input_signature, for example "
+            "[tf.TensorSpec((None, 28, 28, 1), tf.float32)]."
+        )
+    return specs
+
+
+def _tensor_spec(spec: Any) -> tf.TensorSpec:
+    if isinstance(spec, tf.TensorSpec):
+        return spec
+    if getattr(spec, "dtype", None) is None:
+        raise ValueError(
+            "Expected entries of input_signature that have a shape and a dtype. "
+            f"Received: {spec!r}. Use tf.TensorSpec(shape, dtype)."
+        )
+    return tf.TensorSpec(spec.shape, spec.dtype, getattr(spec, "name", None))
+
+
+def _names(specs: list) -> list[str]:
+    """The names that TensorFlow gives to the arguments of an endpoint `serve(*args)`."""
+
+    def serve(*args):
+        return None
+
+    traced = tf.function(serve, input_signature=specs, autograph=False).get_concrete_function()
+    return [tensor.op.name for tensor in traced.inputs]
+
+
+def renamed(specs: list, names: list[str]) -> list:
+    """The same arguments under other names, one for each tensor in their order."""
+    flat = [
+        tf.TensorSpec(spec.shape, spec.dtype, name)
+        for spec, name in zip(keras.tree.flatten(specs), names, strict=True)
+    ]
+    return keras.tree.pack_sequence_as(specs, flat)
+
+
+def named_inputs(specs: list) -> dict[str, tf.TensorSpec]:
+    """The inputs of an endpoint by name, in the order of its arguments."""
+    return {spec.name: spec for spec in keras.tree.flatten(specs)}
+
+
+def named_outputs(outputs: Any) -> dict[str, Any]:
+    """The outputs of a model by the names that TensorFlow gives to those of an endpoint.
+
+    An endpoint has no structure in its outputs. Those in a list or dict of a dict are named by
+    all keys on the way, `boxes_0`; where the outermost is a list, they are counted through.
+
+    Raises:
+        ValueError: If two have the same name.
+    """
+    if not isinstance(outputs, Mapping):
+        return {f"output_{i}": output for i, output in enumerate(tf.nest.flatten(outputs))}
+    pairs = [pair for name, value in outputs.items() for pair in _named(name, value)]
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(
+            "Expected outputs that have different names when keys on the way to each are joined "
+            f"by '_'. Received: {names}. Rename one."
+        )
+    return named
+
+
+def _named(name, value):
+    items: Iterable[tuple]
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    else:
+        return [(name, value)]
+    return [pair for key, inner in items for pair in _named(f"{name}_{key}", inner)]
+
+
+def are_flat(outputs: Any) -> bool:
+    """Whether an endpoint can give a model's outputs in their own structure."""
+    inner = outputs.values() if isinstance(outputs, Mapping) else outputs
+    return tf.is_tensor(outputs) or all(map(tf.is_tensor, inner))
+
+
+def of_highest_version(directory: pathlib.Path) -> tuple[int, Endpoint] | None:
+    """The highest version in a model's directory that can be read, and its signature.
+
+    `None` if there is none. It may be of any tool that writes SavedModels.
+    """
+    for version in versions.newest(directory):
+        endpoint = read(version)
+        if endpoint is not None:
+            return int(version.name), endpoint
+    return None
+
+
+def read(version: str | os.PathLike) -> Endpoint | None:
+    """The default signature of a SavedModel, or `None` if the directory has none."""
+    version = pathlib.Path(version)
+    try:
+        content = (version / "saved_model.pb").read_bytes()
+        graph = saved_model_pb2.SavedModel.FromString(content).meta_graphs[0]
+    except (OSError, DecodeError, IndexError):
+        return None
+    if DEFAULT not in graph.signature_def:
+        return None
+    signature = graph.signature_def[DEFAULT]
+    inputs, outputs = (
+        {name: _spec(info, name) for name, info in side.items()}
+        for side in (signature.inputs, signature.outputs)
+    )
+    orders = provenance.names(version)
+    if orders is None or list(map(sorted, orders)) != [sorted(inputs), sorted(outputs)]:
+        return Endpoint(inputs, outputs, ordered=False)
+    inputs, outputs = (
+        {name: side[name] for name in order}
+        for order, side in zip(orders, (inputs, outputs), strict=True)
+    )
+    return Endpoint(inputs, outputs, ordered=True)
+
+
+def _spec(info: Any, name: str) -> tf.TensorSpec:
+    shape = tf.TensorShape(info.tensor_shape)
+    return tf.TensorSpec(shape, tf.dtypes.as_dtype(info.dtype), name)
+
+
+def kept_names(
+    side: str,
+    new: dict[str, tf.TensorSpec],
+    before: tuple[int, Endpoint] | None,
+    *,
+    allow_new: bool,
+) -> dict[str, str]:
+    """Names that the clients of an older version can use, by those that the tensors have.
+
+    Args:
+        side: "inputs": every request that fits the old ones must fit the new ones, so dtypes
+            are equal and sizes equal or open. Or "outputs": dtypes are equal, and sizes
+            wherever both are known.
+        new: The tensors of the version to be written.
+        before: Number and endpoint of an older version, or `None` without one.
+        allow_new: Whether tensors that old clients cannot use keep names of their own.
+
+    Raises:
+        ValueError: If there is no such name for each of them, unless `allow_new`.
+    """
+    own = {name: name for name in new}
+    if before is None:
+        return own
+    version, endpoint = before
+    old = getattr(endpoint, side)
+    names = _matched(new, old, endpoint.ordered, _FITS[side])
+    if names is None and not allow_new:
+        raise ValueError(
+            f"Expected {side} with which clients of version {version} can go on, "
+            f"{_in_words(old)}. Received: {_in_words(new)}. Export to another directory, or with "
+            "allow_new_signature=True (--allow-new-signature) once no client needs the old one."
+        )
+    return own if names is None else {name: names[name] for name in new}
+
+
+_FITS = {
+    "inputs": lambda old, new: old.dtype == new.dtype and old.shape.is_subtype_of(new.shape),
+    "outputs": lambda old, new: old.dtype == new.dtype and old.shape.is_compatible_with(new.shape),
+}
+
+
+def _matched(new: dict, old: dict, ordered: bool, fits: Callable) -> dict[str, str] | None:
+    """Old names by new ones.
+
+    A name that somebody chose is kept where both have it. Names that were made up tell
+    nothing, so they go by order; and chosen names of which the other side has none go by
+    dtype and shape, where these leave one way only.
+    """
+    same = {name: name for name in new if name in old and not _MADE_UP.fullmatch(name)}
+    left, free = ([name for name in side if name not in same] for side in (new, old))
+    if len(left) != len(free) or not all(fits(old[name], new[name]) for name in same):
+        return None
+    made_up = any(side and all(map(_MADE_UP.fullmatch, side)) for side in (left, free))
+    by_order = dict(zip(left, free, strict=True))
+    by_name = dict(zip(left, left, strict=True))
+    for guess in [by_order] if ordered and made_up else [by_name]:
+        if all(b in free and fits(old[b], new[a]) for a, b in guess.items()):
+            return same | guess
+    choices = {a: [b for b in free if fits(old[b], new[a])] for a in left}
+    by_spec = {a: names[0] for a, names in choices.items() if len(names) == 1}
+    return same | by_spec if len(set(by_spec.values())) == len(left) else None
+
+
+def _in_words(specs: Mapping[str, tf.TensorSpec]) -> str:
+    return ", ".join(f"{name}: {spec.dtype.name} {spec.shape}" for name, spec in specs.items())
+
+
+def batches(data: Any, specs: list, argument: str) -> Iterator[list]:
+    """A batch of inputs, or those of a dataset, as the arguments of an endpoint.
+
+    Args:
+        data: A batch as the model takes it, or a `tf.data.Dataset` of batches.
+        specs: The endpoint's arguments.
+        argument: The name of the argument that `data` was given as, for messages.
+
+    Yields:
+        Batches with the structure and the dtypes of `specs`, none of them empty.
+    """
+    given: Iterable[Any] = [data]
+    if isinstance(data, tf.data.Dataset):
+        given = map(keras_models.inputs_of, data)
+    empty = True
+    for batch in given:
+        inputs = _as_arguments(batch, specs, argument)
+        sizes = [x.shape[0] for x in keras.tree.flatten(inputs) if x.shape.rank]
+        if any(sizes) or not sizes:
+            empty = False
+            yield inputs
+    if empty:
+        raise ValueError(
+            f"Expected batches in {argument}. Received: {data!r}, which is empty. Leave it out."
+        )
+
+
+def _as_arguments(data: Any, specs: list, argument: str) -> list:
+    flat = keras.tree.flatten(specs)
+    inputs = [tf.convert_to_tensor(x) for x in keras.tree.flatten(data)]
+    fitting = len(inputs) == len(flat) and all(
+        spec.shape.is_compatible_with(x.shape)
+        and (spec.dtype == tf.string) == (x.dtype == tf.string)
+        for x, spec in zip(inputs, flat, strict=True)
+    )
+    if not fitting:
+        raise ValueError(
+            f"Expected batches of {flat} in {argument}. Received: shapes "
+            f"{[tuple(x.shape) for x in inputs]} of {[x.dtype.name for x in inputs]}. Give "
+            "inputs as the model takes them, with their batch axis."
+        )
+    cast = [tf.cast(x, spec.dtype) for x, spec in zip(inputs, flat, strict=True)]
+    return keras.tree.pack_sequence_as(specs, cast)

@@ -1,0 +1,1 @@
+"""Statistics of batch norm layers as numbers: moments, their merge, drift, tables, files."""

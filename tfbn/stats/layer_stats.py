@@ -1,0 +1,389 @@
+"""`LayerStats`: the statistics of one batch norm layer, and how it holds them."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfbn.models import keras_models
+from tfbn.stats import blending, moments
+
+RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
+ERRORS = ("mean_error", "variance_error")
+
+# Up to here every whole number is a float64 too, so that counts add up exactly.
+_MOST = 2**53
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerStats:
+    """The statistics of one batch norm layer. The arrays are read-only copies.
+
+    Attributes:
+        count: Number of values per channel that the statistics were taken from: all
+            samples and all positions, less the masked ones; the smallest of these numbers where
+            a mask tells channels apart. 0 if it is not known. Given as an int, or as an array
+            of shape `(channels,)`.
+        mean: Mean per channel, float64, shape `(channels,)`.
+        variance: Population variance per channel (divided by `count`; with
+            `"algorithm2"` the average of unbiased batch variances), same shape.
+        renorm: With `renorm=True`, the values of `moving_stddev`, `renorm_mean` and
+            `renorm_stddev` as they were read from a layer. `None` for swept statistics,
+            where they follow from mean and variance.
+        mean_error: Standard error of the mean per channel, same shape; how far it may be off from
+            that of the source that the samples were drawn from, see
+            `tfbn.PopulationStats.population_size`. From the spread between batches (see
+            `tfbn.stats.moments`), so it asks that batches, not values, are independent; NaN where
+            fewer than two batches had values, and for statistics that were read from a model.
+            For layers behind others, an `"exact"` sweep without `tolerance` gives more than the
+            true error of the mean: these are measured while the layers before them normalise
+            with the statistics of the same samples, which takes out the part that samples share.
+        variance_error: The same of the variance.
+        counts: `count` of every channel, int64, shape `(channels,)`.
+
+    Raises:
+        ValueError: If shapes do not fit, or a count is no whole number from 0 to 2**53.
+            Mean and variance may be any numbers here, as a broken model may hold any.
+    """
+
+    count: int | np.ndarray
+    mean: np.ndarray
+    variance: np.ndarray
+    renorm: dict[str, np.ndarray] | None = None
+    mean_error: np.ndarray = None  # type: ignore[assignment]  # Made NaN below.
+    variance_error: np.ndarray = None  # type: ignore[assignment]
+    counts: np.ndarray = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self):
+        given = {"mean": self.mean, "variance": self.variance, **(self.renorm or {})}
+        given |= {name: error for name, error in self.errors.items() if error is not None}
+        shape = np.shape(self.mean)
+        for name, value in given.items():  # All before any is copied: files may be hostile.
+            if np.shape(value) != shape or len(shape) != 1 or not shape[0]:
+                raise ValueError(
+                    "Expected mean, variance and their errors of one shape (channels,). Received: "
+                    f"{name} of shape {np.shape(value)}, and a mean of shape {shape}."
+                )
+        arrays = dict.fromkeys(ERRORS, np.broadcast_to(np.nan, shape))
+        arrays |= {name: _read_only(value, np.float64) for name, value in given.items()}
+        if self.renorm is not None and set(self.renorm) != set(RENORM):
+            raise ValueError(f"Expected renorm with {RENORM}. Received: {list(self.renorm)}.")
+        counts = _counts(self.count, shape)
+        fields: dict[str, Any] = {"count": int(counts.min()), "counts": counts, **arrays}
+        fields["renorm"] = self.renorm and {name: fields.pop(name) for name in RENORM}
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the two hold the same numbers, to the bit."""
+        if not isinstance(other, LayerStats):
+            return NotImplemented
+        return _bits(self) == _bits(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def impossible(self, where_counted: bool = False) -> str | None:
+        """Which of the values no data can have, in words, or `None`.
+
+        Args:
+            where_counted: Leave out the channels whose count is 0.
+        """
+        for name, value in {"mean": self.mean, "variance": self.variance, **self.errors}.items():
+            bad = np.isinf(value) if name in ERRORS else ~np.isfinite(value)
+            if name != "mean":
+                bad |= value < 0
+            if where_counted:
+                bad &= self.counts > 0
+            if bad.any():
+                channel = int(np.argmax(bad))
+                return f"{name} {value[channel]} in channel {channel}"
+        return None
+
+    def merge(self, other: "LayerStats", method: str) -> "LayerStats":
+        """The statistics of the values behind both, see `tfbn.stats.moments.merge`."""
+        if not other.counts.any():
+            return self  # To the bit.
+        if not self.counts.any():
+            return other
+        both = moments.merge(self._moments(), other._moments(), method=method)
+        merged = LayerStats(both.count, both.mean, moments.variance(both))
+        # The two are of different data, so their errors are independent.
+        squares = [np.square(part.errors_in(merged, method)) for part in (self, other)]
+        return merged.with_errors(*np.sqrt(np.sum(squares, axis=0)))
+
+    @property
+    def errors(self) -> dict[str, np.ndarray]:
+        """The standard errors by name."""
+        return {name: getattr(self, name) for name in ERRORS}
+
+    def with_errors(self, mean_error: np.ndarray, variance_error: np.ndarray) -> "LayerStats":
+        """These statistics with other standard errors."""
+        return LayerStats(
+            self.counts, self.mean, self.variance, self.renorm, mean_error, variance_error
+        )
+
+    def with_relative_errors(self, other: "LayerStats", factor: float) -> "LayerStats":
+        """These statistics with the errors that others have, in units of standard deviations.
+
+        Args:
+            other: Statistics of the same layer by another method.
+            factor: To multiply them by.
+        """
+        ratio = self.variance / np.where(other.variance > 0, other.variance, 1)
+        return self.with_errors(
+            factor * np.sqrt(ratio) * other.mean_error, factor * ratio * other.variance_error
+        )
+
+    def errors_in(self, whole: "LayerStats", method: str) -> np.ndarray:
+        """How much the standard errors of a part bring to those of the whole.
+
+        With w the part's share of the count, w mean_error, and
+        w (variance_error + 2 |mean - mean of the whole| mean_error), the most that it can be,
+        whatever the correlation of mean and variance; for `"algorithm2"` without the second term.
+        """
+        share = self.counts / np.maximum(whole.counts, 1)
+        apart = 0.0 if method == "algorithm2" else 2 * np.abs(self.mean - whole.mean)
+        errors = np.stack([self.mean_error, self.variance_error + apart * self.mean_error])
+        return np.where(self.counts > 0, share * errors, 0.0)
+
+    @property
+    def relative_error(self) -> float:
+        """The larger error of mean and standard deviation, in the worst channel.
+
+        The largest of mean_error / sqrt(variance), and of variance_error / (2 variance), the
+        relative error of the standard deviation, over all channels with values. 0 for a channel
+        whose errors are 0; NaN if any error is not known.
+        """
+        errors = np.stack([self.mean_error, self.variance_error])[:, self.counts > 0]
+        variance = self.variance[self.counts > 0]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            relative = errors / np.stack([np.sqrt(variance), 2 * variance])
+        return float(np.max(np.where(errors == 0, 0.0, relative), initial=0.0))
+
+    def blend(self, source: "LayerStats", samples: int, field_samples: int) -> "LayerStats":
+        """These statistics, blended with those of a source; see `PopulationStats.blend`.
+
+        Args:
+            source: The statistics of the same layer over the source.
+            samples: N, as how many samples the source counts.
+            field_samples: n, the number of samples behind these statistics. (`count` is the
+                number of values: samples times positions.)
+
+        Returns:
+            The mean and the variance N / (N + n) of the source's plus n / (N + n) of these, with
+            the count of these, and n / (N + n) of their standard errors, as if the source were
+            known without any.
+
+        Raises:
+            ValueError: If the shapes differ, if a number is not whole, or if the source has a mean
+                or variance that no data has.
+        """
+        share = blending.share(samples, field_samples)
+        require_same_shape("of both", self, source)
+        impossible = source.impossible()
+        if impossible is not None:
+            raise ValueError(
+                f"Expected a source with finite means and variances of at least 0. Received: "
+                f"{impossible}. Sweep the training data to have another."
+            )
+        blended = LayerStats(self.counts, *blending.weighted(self, source, share))
+        return blended.with_errors(*((1 - share) * error for error in self.errors.values()))
+
+    def _moments(self) -> moments.Moments:
+        count = self.counts.astype(np.float64)
+        return moments.of_values(count, self.mean, self.variance * count)
+
+
+def values(stats: LayerStats, layer: keras.Layer) -> dict[str, np.ndarray]:
+    """The values for the statistics variables of a layer, float64, by attribute name."""
+    by_name = {"moving_mean": stats.mean, "moving_variance": stats.variance}
+    if getattr(layer, "renorm", False):
+        stddev = np.sqrt(stats.variance + layer.epsilon)
+        by_name |= stats.renorm or {
+            "moving_stddev": stddev,
+            "renorm_mean": stats.mean,
+            "renorm_stddev": stddev,
+        }
+    return by_name
+
+
+def writes(path: str, stats: LayerStats, layer: keras.Layer) -> list[tuple]:
+    """The statistics variables of a layer and their new values, in their dtype.
+
+    Raises:
+        ValueError: If a shape differs, or a value is too large for the dtype.
+    """
+    assignments = []
+    for name, value in values(stats, layer).items():
+        variable = getattr(layer, name)
+        if tuple(variable.shape) != value.shape:
+            raise ValueError(
+                f"Expected statistics of shape {tuple(variable.shape)} for layer "
+                f"{path!r}. Received: shape {value.shape}. These statistics belong to "
+                "another model."
+            )
+        with np.errstate(over="ignore"):
+            cast = value.astype(keras.backend.standardize_dtype(variable.dtype))
+        too_large = np.isfinite(value) & ~np.isfinite(cast.astype(np.float64))
+        if too_large.any():
+            channel = int(np.argmax(too_large))
+            raise ValueError(
+                f"Expected statistics that {variable.dtype} can hold for layer {path!r}. Received: "
+                f"{name} {value[channel]} in channel {channel}. Look for very large values in the "
+                "data of the sweep."
+            )
+        assignments.append((variable, cast))
+    return assignments
+
+
+def of_calls(calls: list[moments.Moments], method: str) -> LayerStats:
+    """The statistics of a layer from the moments of its calls.
+
+    Its calls on one batch depend on each other, and nothing tells how. So the standard errors are
+    the largest that they can be: those of the calls add up.
+    """
+    each = [
+        LayerStats(
+            call.count, call.mean, moments.variance(call), None, *moments.standard_errors(call)
+        )
+        for call in calls
+    ]
+    if len(each) == 1:
+        return each[0]
+    merge = functools.partial(moments.merge, method=method)
+    together = functools.reduce(merge, calls)
+    whole = LayerStats(together.count, together.mean, moments.variance(together))
+    mean_error, variance_error = functools.reduce(
+        np.add, [call.errors_in(whole, method) for call in each]
+    )
+    return whole.with_errors(mean_error, variance_error)
+
+
+def of_layer(layer: keras.Layer) -> LayerStats:
+    """The `LayerStats` that a layer holds."""
+    by_name = {name: value_of(v) for name, v in keras_models.statistics(layer).items()}
+    mean, variance = by_name.pop("moving_mean"), by_name.pop("moving_variance")
+    return LayerStats(0, mean, variance, by_name or None)
+
+
+def value_of(variable: keras.Variable) -> np.ndarray:
+    """A copy of a variable's value, in its dtype."""
+    return tf.convert_to_tensor(variable).numpy().copy()
+
+
+def changed(stats: LayerStats, layer: keras.Layer) -> str | None:
+    """The name of a variable of a layer that does not hold these statistics, or `None`."""
+    for name, value in values(stats, layer).items():
+        held = value_of(getattr(layer, name))
+        if not np.array_equal(held, value.astype(held.dtype), equal_nan=True):
+            return name
+    return None
+
+
+def layers_of(model: keras.Model, paths: Iterable[str]) -> dict[str, keras.Layer]:
+    """The batch norm layers of a model at some paths, by path.
+
+    Raises:
+        ValueError: If one is missing or not built.
+    """
+    wanted = list(paths)
+    layers = keras_models.batch_norm_layers(model)
+    for path in wanted:
+        if path not in layers:
+            raise ValueError(
+                f"Expected a model with the batch norm layers of these statistics. "
+                f"Received: model {model.name!r}, which has no batch norm layer "
+                f"{path!r}; it has {list(layers)}. Assign statistics only to the model "
+                "they were collected from, or to one of the same architecture."
+            )
+        if not layers[path].built:
+            raise ValueError(
+                f"Expected a built model. Received: model {model.name!r}, whose layer "
+                f"{path!r} has no weights yet. Call the model on a batch first."
+            )
+    return {path: layers[path] for path in wanted}
+
+
+def checked(layers: Mapping[str, LayerStats]) -> dict[str, LayerStats]:
+    """A copy of a mapping from path to `LayerStats`; `ValueError` if it is anything else."""
+    layers = dict(layers)
+    for path, stats in layers.items():
+        if not isinstance(path, str) or not isinstance(stats, LayerStats):
+            raise ValueError(
+                f"Expected LayerStats by layer path. Received: {type(stats)} under {path!r}."
+            )
+    return layers
+
+
+def require_possible(layers: Mapping[str, LayerStats], where_counted: bool = False) -> None:
+    """Raise `ValueError` if statistics are none that data has. See `LayerStats.impossible`."""
+    for path, stats in layers.items():
+        why = stats.impossible(where_counted)
+        if why is not None:
+            raise ValueError(
+                f"Expected finite means and variances of at least 0. Received: {why} of layer "
+                f"{path!r}. Look for NaN, Inf or very large values in the data of the sweep."
+            )
+
+
+def require_values(layers: Mapping[str, LayerStats]) -> None:
+    """Raise `ValueError` if there were no values for a layer."""
+    for path, stats in layers.items():
+        if not stats.counts.any():
+            raise ValueError(
+                f"Expected values for layer {path!r}. Received: none, or only masked ones. "
+                "Look at the data and its masks."
+            )
+
+
+def require_same_layers(a: Mapping[str, LayerStats], b: Mapping[str, LayerStats]) -> None:
+    """Raise `ValueError` unless the two have the same layers, in order, of the same shapes."""
+    for ours, theirs in zip(a, b, strict=False):
+        if ours != theirs:
+            raise ValueError(
+                f"Expected statistics of the same layers. Received: layer {ours!r} in one and "
+                f"{theirs!r} in the other in the same place. They belong to different models."
+            )
+    if len(a) != len(b):
+        raise ValueError(
+            f"Expected statistics of the same layers. Received: {len(a)} layers in one and "
+            f"{len(b)} in the other. They belong to different models."
+        )
+    for path in a:
+        require_same_shape(path, a[path], b[path])
+
+
+def require_same_shape(path: str, ours: LayerStats, theirs: LayerStats) -> None:
+    """Raise `ValueError` unless the two have the same number of channels."""
+    if ours.mean.shape != theirs.mean.shape:
+        raise ValueError(
+            f"Expected statistics of the same shapes. Received: {ours.mean.shape} and "
+            f"{theirs.mean.shape} for layer {path!r}. They belong to different models."
+        )
+
+
+def _read_only(value: Any, dtype: type) -> np.ndarray:
+    value = np.array(value, dtype)
+    value.flags.writeable = False
+    return value
+
+
+def _counts(count: Any, shape: tuple[int, ...]) -> np.ndarray:
+    numbers = np.asarray(count)
+    fits = numbers.dtype.kind in "iuf" and numbers.shape in ((), shape)
+    if not fits or not np.all((numbers >= 0) & (numbers <= _MOST) & (numbers == np.floor(numbers))):
+        raise ValueError(
+            "Expected count to be a whole number from 0 to 2**53, or one for each of "
+            f"{shape[0]} channels. Received: {count}."
+        )
+    return np.broadcast_to(_read_only(numbers, np.int64), shape)
+
+
+def _bits(stats: LayerStats) -> list[bytes]:
+    arrays = [stats.counts, stats.mean, stats.variance, stats.mean_error, stats.variance_error]
+    arrays += (stats.renorm or {}).values()
+    return [array.tobytes() for array in arrays]
