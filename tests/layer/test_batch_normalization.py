@@ -510,3 +510,70 @@ def test_a_synchronized_layer_trains_outside_of_replicas_too(two_devices):
         np.testing.assert_allclose(layer.moving_variance, x.var(0), rtol=1e-5)
     expected = (x - x.mean(0)) / np.sqrt(x.var(0) + layer.epsilon)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def one_by_one(layer, x, training):
+    """Outputs and gradients of sum(y^3) by x and gamma, for every element of x by itself."""
+    rows = []
+    for element in x:
+        with tf.GradientTape() as tape:
+            tape.watch(element)
+            y = layer(element, training=training)
+            loss = tf.reduce_sum(y**3)
+        rows.append([y, *tape.gradient(loss, [element, layer.gamma.value])])
+    return [np.stack(column) for column in zip(*rows, strict=True)]
+
+
+@pytest.mark.quick(4)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+@pytest.mark.parametrize(("shape", "axis"), [((8, 3), -1), ((8, 5, 5, 3), -1), ((8, 3, 4, 4), 1)])
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16", "float64"])
+def test_vectorized_map(policy, shape, axis, mean, training):
+    layer, oracle = OURS(axis=axis, dtype=policy), KERAS(axis=axis, dtype="float64")
+    x = tf.constant(np.random.default_rng(0).normal(mean, 2, (3, *shape)), layer.compute_dtype)
+    for one in (layer, oracle):
+        one.build(shape)
+
+    def of_one(element):
+        with tf.GradientTape() as tape:
+            tape.watch(element)
+            y = layer(element, training=training)
+            loss = tf.reduce_sum(tf.cast(y, tf.float64) ** 3)
+        return [y, *tape.gradient(loss, [element, layer.gamma.value])]
+
+    results = tf.vectorized_map(of_one, x, fallback_to_while_loop=False)
+    expected = one_by_one(oracle, tf.cast(x, tf.float64), training)
+    # Units in the last place of the inputs, in standard deviations; the gradients are cubic.
+    rtol = {"float32": 1e-4, "float64": 1e-9, "mixed_float16": 0.01, "mixed_bfloat16": 0.08}[policy]
+    for ours, theirs in zip(results, expected, strict=True):
+        ours = np.asarray(tf.cast(ours, tf.float64))
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=rtol * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_vectorized_map_over_models(training):
+    """An ensemble: each element brings the weights and statistics of the layer."""
+    layer = OURS()
+    rng = np.random.default_rng(0)
+    x = tf.constant(rng.normal(2, 3, (4, 8, 3)), tf.float32)
+    layer.build((8, 3))
+    gamma, beta, mean, variance = (
+        tf.constant(rng.uniform(0.5, 2, (4, 3)), tf.float32) for _ in range(4)
+    )
+
+    @tf.function
+    def of_one(member):
+        x, trainable, fixed = member
+        return layer.stateless_call(trainable, fixed, x, training=training)
+
+    members = (x, [gamma, beta], [mean, variance])
+    y, (new_mean, _) = tf.vectorized_map(of_one, members, fallback_to_while_loop=False)
+
+    x, gamma, beta, mean, variance = (np.float64(v) for v in (x, gamma, beta, mean, variance))
+    moments = (x.mean(1), x.var(1)) if training else (mean, variance)
+    m, v = (value[:, np.newaxis] for value in moments)
+    expected = gamma[:, np.newaxis] * (x - m) / np.sqrt(v + layer.epsilon) + beta[:, np.newaxis]
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
+    moved = 0.99 * mean + 0.01 * x.mean(1) if training else mean
+    np.testing.assert_allclose(new_mean, moved, rtol=1e-5)

@@ -7,10 +7,10 @@ Two ways compute a training step; which one runs is decided while a function is 
   values of a channel one by one in float32, and at mean / std = 1e4 its variance is off by 8e-3.
 - Composite (`composite.py`), plain operations, everywhere else: under XLA, which lowers the fused
   operation's statistics to E[x^2] - E[x]^2 (TensorFlow #118701); for float64, masks, renorm, and
-  statistics shared across replicas; and where a GPU is visible. There the fused operation's
-  gradient takes other things on a GPU than on a CPU, and the device that will run it is not
-  known. The plain operations are compiled by XLA for themselves, if TensorFlow is built for such
-  GPUs, so that the activation is not read and written by each of them.
+  statistics shared across replicas; under `tf.vectorized_map`; and where a GPU is visible. There
+  the fused operation's gradient takes other things on a GPU than on a CPU, and the device that
+  will run it is not known. The plain operations are compiled by XLA for themselves, if TensorFlow
+  is built for such GPUs, so that the activation is not read and written by each of them.
 
 In inference, where there are no statistics to compute, the fused operation is used only where
 it is the faster one:
@@ -182,7 +182,23 @@ def _floating(x: tf.Tensor) -> tf.Tensor:
 
 
 def _fusable(x: tf.Tensor) -> bool:
-    return x.dtype in (tf.float32, tf.float16, tf.bfloat16) and not _under_xla()
+    half_or_single = x.dtype in (tf.float32, tf.float16, tf.bfloat16)
+    return half_or_single and not _under_xla() and not _vectorized()
+
+
+def _vectorized() -> bool:
+    """Whether `tf.vectorized_map` traces this call.
+
+    It cannot convert the fused operation with another mean per element, nor the branches of
+    `fused.py`. TensorFlow has no public way to ask; the name of the scope is the only sign.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None:
+        scopes = graph.get_name_scope().split("/")
+        if any(scope.startswith("loop_body") for scope in scopes):
+            return True
+        graph = getattr(graph, "outer_graph", None)  # The graph that calls this function.
+    return False
 
 
 def _fusion_pays_in_inference(x: tf.Tensor, axis: int) -> bool:
