@@ -54,10 +54,10 @@ def test_pandas_and_scipy():
     np.testing.assert_array_equal(batch.inputs, [[1, 3], [2, 4]])
 
 
-def test_scipy_sparse_matrices_are_made_dense():
+def test_scipy_sparse_matrices_are_sparse_tensors_as_in_fit():
     sparse = pytest.importorskip("scipy.sparse")
     x = sparse.coo_matrix(np.eye(5))
-    batches = [batch.inputs for batch in data.batches(x, batch_size=2)]
+    batches = [tf.sparse.to_dense(batch.inputs) for batch in data.batches(x, batch_size=2)]
     np.testing.assert_array_equal(np.concatenate(batches), np.eye(5))
 
 

@@ -99,10 +99,12 @@ def input_specs(model: keras.Model) -> list[Structure] | None:
     if shape is None:
         return None
 
-    def spec(shape: Sequence[int | None]) -> tf.TensorSpec:
-        return tf.TensorSpec((None, *shape[1:]), model.input_dtype)
+    def spec(shape: Sequence[int | None] | None) -> tf.TensorSpec | None:
+        return None if shape is None else tf.TensorSpec((None, *shape[1:]), model.input_dtype)
 
-    return [keras.tree.map_shape_structure(spec, shape)]
+    specs = keras.tree.map_shape_structure(spec, shape)
+    # An optional input was `None`, so that its shape is unknown.
+    return None if None in keras.tree.flatten(specs) else [specs]
 
 
 def _any_batch(tensor: keras.KerasTensor) -> tf.TensorSpec:

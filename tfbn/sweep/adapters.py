@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbn.models.keras_models import Structure, inputs_of
-from tfbn.sweep.arrays import number_of_samples, rows, to_sliceable
+from tfbn.sweep.arrays import ABSENT, is_absent, number_of_samples, rows, to_sliceable
 
 DEFAULT_BATCH_SIZE = 32  # As in `model.fit`.
 
@@ -71,6 +71,12 @@ def is_arrays(x: Any) -> bool:
     return bool(leaves) and all(hasattr(leaf, "shape") for leaf in leaves)
 
 
+def specs_of(x: tf.data.Dataset) -> Structure:
+    """The specs of the inputs in a dataset's batches."""
+    specs = inputs_of(x.element_spec)
+    return keras.tree.map_structure(lambda spec: ABSENT if is_absent(spec) else spec, specs)
+
+
 def is_one_shot(x: Any) -> bool:
     """Whether `x` is an iterator, which can be read only once."""
     return hasattr(x, "__next__") and not isinstance(x, keras.utils.PyDataset)
@@ -112,7 +118,7 @@ def _from_dataset(x: tf.data.Dataset) -> Source:
         "tf.data.Dataset",
         lambda: map(inputs_of, x),
         _length_of(int(x.cardinality())),
-        static=_is_static(x.element_spec),
+        static=_is_static(x),
     )
 
 
@@ -158,10 +164,9 @@ def _length_of(cardinality: int) -> float | None:
     return cardinality if cardinality >= 0 else None
 
 
-def _is_static(element_spec: Structure) -> bool:
+def _is_static(x: tf.data.Dataset) -> bool:
     """Whether all leaves of a dataset's inputs have a batch axis of known length."""
-    leaves = keras.tree.flatten(inputs_of(element_spec))
-    shapes = [getattr(leaf, "shape", tf.TensorShape(None)) for leaf in leaves]
+    shapes = [spec.shape for spec in keras.tree.flatten(specs_of(x))]
     return bool(shapes) and all(shape.rank and shape[0] is not None for shape in shapes)
 
 

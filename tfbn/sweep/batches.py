@@ -3,14 +3,14 @@
 import collections
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from tfbn.models.keras_models import Structure
 from tfbn.sweep import digests
+from tfbn.sweep.arrays import to_tensor
 
 
 class Batch(NamedTuple):
@@ -176,18 +176,7 @@ def prepared(inputs: Sequence[Structure], static: bool = False) -> Batches:
 
 def to_tensors(inputs: Structure) -> Structure:
     """A batch as the model gets it from `fit`."""
-    return keras.tree.map_structure(_to_tensor, inputs)
-
-
-def _to_tensor(leaf: Any) -> tf.Tensor:
-    if not tf.is_tensor(leaf):
-        leaf = leaf.toarray() if hasattr(leaf, "toarray") else np.asarray(leaf)
-        # As `fit` does it: float64 arrays reach the model in Keras's float type.
-        double = leaf.dtype == np.float64
-        leaf = tf.convert_to_tensor(leaf, keras.config.floatx() if double else None)
-    if leaf.dtype.is_complex:
-        raise ValueError(f"Expected real numbers. Received: values of {leaf.dtype.name}")
-    return leaf
+    return keras.tree.map_structure(to_tensor, inputs)
 
 
 def batch_size_of(inputs: Structure) -> int:

@@ -14,6 +14,7 @@ from tfbn.layer import kernels, sums
 from tfbn.models import keras_models
 from tfbn.models.keras_models import Structure
 from tfbn.sweep.accumulator import Site
+from tfbn.sweep.arrays import as_called
 from tfbn.sweep.inference import Draws, inference
 
 # Count, mean and variance of the values that enter a layer in one call, float64.
@@ -101,7 +102,7 @@ class Observer:
 
         model, draws = self._model(), Draws(number)
         with inference(dict(self._layers), observe, draws) as scope:
-            outputs = model(inputs, training=False)
+            outputs = model(as_called(inputs), training=False)
         updates = {key: scope.get_current_value(v) for key, (_, v) in self._variables().items()}
         updates = {key: value for key, value in updates.items() if value is not None}
         return outputs, calls, draws.made, updates
@@ -196,7 +197,8 @@ def untrained_sites(
 
     def run(number, *flat):
         with inference(layers, observe, Draws(number)):
-            model(tf.nest.pack_sequence_as(inputs, flat, expand_composites=True), training=True)
+            batch = tf.nest.pack_sequence_as(inputs, flat, expand_composites=True)
+            model(as_called(batch), training=True)
         return number
 
     specs = [tf.TensorSpec(value.shape, value.dtype) for value in flat]

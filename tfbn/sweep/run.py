@@ -14,6 +14,7 @@ from tfbn.models import keras_models
 from tfbn.population import PopulationStats
 from tfbn.sweep import data, memory
 from tfbn.sweep.accumulator import Site, SweepState, merged
+from tfbn.sweep.adapters import specs_of
 from tfbn.sweep.batches import Batches, empty, prepared
 from tfbn.sweep.caveats import warn_of
 from tfbn.sweep.methods import METHODS, check_method
@@ -305,7 +306,7 @@ def check_batch(
         )
     layers, batches = check(model, x, batch_size, steps, sample=tolerance is not None)
     if isinstance(x, tf.data.Dataset):
-        inputs = keras_models.inputs_of(x.element_spec)
+        inputs = specs_of(x)
         unknown = any(spec.shape.rank is None for spec in keras.tree.flatten(inputs))
         if unknown or hasattr(model, "preprocess_samples"):
             return frozenset(), frozenset()  # Only the data itself would tell.
