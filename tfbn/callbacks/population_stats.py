@@ -10,9 +10,11 @@ import numpy as np
 from tfbn import arguments
 from tfbn.callbacks import fit_guard
 from tfbn.callbacks.callback_lists import enclosing, pickled_state, shallow_copy, shared_copy
+from tfbn.callbacks.validation import check_targets, check_validation_data, evaluate
 from tfbn.models import fingerprints, keras_models
 from tfbn.population import PopulationStats
 from tfbn.stats import drift
+from tfbn.sweep.adapters import is_one_shot
 from tfbn.sweep.methods import check_method
 from tfbn.sweep.run import check_batch, collect
 
@@ -72,8 +74,10 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         model: The network to sweep, where the model that is trained only holds it: the generator
             of a GAN. It must have seen a batch before `fit`, or in its first step.
         tolerance: See `tfbn.collect`.
-        validation_data: As `model.fit` takes it. After the last sweep the trained model is
-            evaluated with the moving averages and with the population statistics.
+        validation_data: As `model.fit` takes it, but no generator. After the last sweep the
+            trained model is evaluated with the moving averages and with the population statistics.
+        validation_steps: Number of batches to evaluate; endless validation data needs it.
+        memory_limit: See `tfbn.collect`.
 
     Attributes:
         stats: The `PopulationStats` of the last sweep; `None` before the first.
@@ -99,10 +103,14 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         model: keras.Model | None = None,
         validation_data: Any = None,
         tolerance: float | None = None,
+        validation_steps: int | None = None,
+        memory_limit: int | None = None,
     ):
         super().__init__()
         check_method(method)
         arguments.positive(every_n_epochs=every_n_epochs)
+        if validation_data is not None:
+            check_validation_data(validation_data, validation_steps)
         self.stats: PopulationStats | None = None
         self.validation: dict[str, tuple[Any, Any]] | None = None
         self._x = x
@@ -118,6 +126,8 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         self._verbose = verbose
         self._inner = model
         self._validation_data = validation_data
+        self._validation_steps = validation_steps
+        self._memory_limit = memory_limit
         self._training = False
         self._stepped = True  # Since the last sweep.
         self._checked = False
@@ -149,6 +159,8 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         for _, before, after in lists:
             self._check_order(before, after)
         self._check_repeatable()
+        if self._validation_data is not None:
+            check_targets(self.model, self._validation_data)
         frozen = fit_guard.unfreeze(network)
         try:
             self._check()
@@ -233,7 +245,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         if not self._checked:
             return
         x = self._x
-        if hasattr(x, "__next__"):  # The batches that the check reads come again.
+        if is_one_shot(x):  # The batches that the check reads come again.
             self._x, x = itertools.tee(x)
         check_batch(self._network, x, **self._options)
 
@@ -246,7 +258,13 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             or self._stepped
             or not fingerprints.has_fingerprint(network, stats.fingerprint)
         ):
-            stats = self.stats = collect(network, self._x, verbose=verbose, **self._options)
+            stats = self.stats = collect(
+                network,
+                self._x,
+                verbose=verbose,
+                memory_limit=self._memory_limit,
+                **self._options,
+            )
             self._stepped = False
         fit_guard.put_in(network, stats)
         return stats
@@ -256,10 +274,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         if self._validation_data is None:
             return None
         with fit_guard.unchanged(self.model):
-            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(self._validation_data)
-            return self.model.evaluate(
-                x, y, sample_weight=sample_weight, verbose=0, return_dict=True
-            )
+            return evaluate(self.model, self._validation_data, steps=self._validation_steps)
 
     def _report(self, stats: PopulationStats) -> Iterator[str]:
         """The lines about the changes that the last sweep has made."""
@@ -287,7 +302,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
 
     def _check_repeatable(self) -> None:
         several = self._every_n_epochs or self._before_validation
-        if several and hasattr(self._x, "__next__") and self._options["steps"] is None:
+        if several and is_one_shot(self._x) and self._options["steps"] is None:
             raise ValueError(
                 "Expected data that can be swept several times, for every_n_epochs or "
                 "before_validation. Received: a generator, which can be read only once. Pass "

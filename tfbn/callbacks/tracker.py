@@ -14,12 +14,15 @@ import tensorflow as tf
 from tfbn import arguments
 from tfbn.callbacks import fit_guard
 from tfbn.callbacks.callback_lists import Place, enclosing, pickled_state, shallow_copy, shared_copy
+from tfbn.callbacks.validation import check_targets, check_validation_data, evaluate
 from tfbn.models import keras_models
 from tfbn.models.keras_models import Structure
 from tfbn.population import LayerStats, PopulationStats
 from tfbn.sweep.accumulator import Site
+from tfbn.sweep.adapters import is_one_shot
+from tfbn.sweep.data import batches
 from tfbn.sweep.methods import check_method
-from tfbn.sweep.run import check, check_batch, collect
+from tfbn.sweep.run import check_batch, collect
 
 WAYS = ("moving_average", "population", "mini_batch")
 
@@ -68,6 +71,8 @@ class StatsTracker(keras.callbacks.Callback):
         tolerance: Of the sweep, see `tfbn.collect`.
         validation_batch_size: For arrays; 32 by default. For mini-batch statistics as in
             training, the batch size of training.
+        validation_steps: Number of batches to evaluate; endless validation data needs it.
+        memory_limit: Of the sweep, see `tfbn.collect`.
         log_dir: A directory for TensorBoard, best the one given to
             `keras.callbacks.TensorBoard`. Needs tensorboard. Each way is a run of its own
             with the tags of that callback, so the three are curves in one chart: `epoch_loss`,
@@ -98,15 +103,12 @@ class StatsTracker(keras.callbacks.Callback):
         validation_batch_size: int | None = None,
         log_dir: str | os.PathLike | None = None,
         tolerance: float | None = None,
+        validation_steps: int | None = None,
+        memory_limit: int | None = None,
     ):
         super().__init__()
         check_method(method)
-        inputs = keras.utils.unpack_x_y_sample_weight(validation_data)[0]
-        if inputs is None or hasattr(inputs, "__next__"):
-            raise ValueError(
-                "Expected validation_data that can be read in every epoch, as (x, y), a "
-                f"tf.data.Dataset or a PyDataset. Received: {validation_data!r}."
-            )
+        check_validation_data(validation_data, validation_steps)
         if log_dir is not None:
             _require_tensorboard()
         self.stats: PopulationStats | None = None
@@ -119,8 +121,11 @@ class StatsTracker(keras.callbacks.Callback):
             "tolerance": arguments.tolerance(tolerance),
         }
         self._validation_batch_size = validation_batch_size
+        self._validation_steps = validation_steps
+        self._memory_limit = memory_limit
         self._log_dir = log_dir
         self._mini_batch_function = None
+        self._checked = False
         # The layers and calls that `fit` does not train, see `check_batch`.
         self._untrained: tuple[frozenset[str], frozenset[Site]] = frozenset(), frozenset()
         self._writers: dict[str, tf.summary.SummaryWriter] = {}
@@ -138,19 +143,13 @@ class StatsTracker(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Check all that can be checked by now."""
-        _, batches = check(
-            self.model,
-            self._x,
-            self._options["batch_size"],
-            self._options["steps"],
-            sample=self._options["tolerance"] is not None,
-        )
-        if not batches.repeatable:
+        if is_one_shot(self._x):
             raise ValueError(
                 "Expected data that can be swept in every epoch. Received: a generator, which "
                 "can be read only once. Pass arrays, a tf.data.Dataset or a PyDataset."
             )
-        self._untrained = check_batch(self.model, self._x, **self._options)
+        check_targets(self.model, self._validation_data)
+        self._check()
         self._mini_batch_function = None  # The model may have been compiled anew.
         _shorten_progress_bar(enclosing(self))
         if self._log_dir is not None:
@@ -159,13 +158,24 @@ class StatsTracker(keras.callbacks.Callback):
                 for way in WAYS
             }
 
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Check a model that the first step has built."""
+        if not self._checked:
+            self._check()
+
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Sweep, evaluate three ways, and put everything back."""
         # A callback listed before may have put population statistics in for those after it.
         others = fit_guard.put_back(self.model)
         try:
             with fit_guard.unchanged(self.model):
-                stats = self.stats = collect(self.model, self._x, verbose=0, **self._options)
+                stats = self.stats = collect(
+                    self.model,
+                    self._x,
+                    verbose=0,
+                    memory_limit=self._memory_limit,
+                    **self._options,
+                )
                 metrics = {"moving_average": self._evaluate()}
                 fit_guard.put_in(self.model, stats)
                 metrics["population"] = self._evaluate()
@@ -189,15 +199,22 @@ class StatsTracker(keras.callbacks.Callback):
             writer.close()
         self._writers = {}
 
+    def _check(self) -> None:
+        """Trace one batch, as soon as the model has weights, which the first step may give it."""
+        layers = keras_models.layers(self.model).values()
+        self._checked = self.model.built and all(layer.built for layer in layers)
+        if not self._checked:
+            options = {name: self._options[name] for name in ("batch_size", "steps")}
+            batches(self._x, **options, sample=self._options["tolerance"] is not None)
+        else:
+            self._untrained = check_batch(self.model, self._x, **self._options)
+
     def _evaluate(self) -> dict[str, float]:
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(self._validation_data)
-        return self.model.evaluate(
-            x,
-            y,
-            sample_weight=sample_weight,
+        return evaluate(
+            self.model,
+            self._validation_data,
             batch_size=self._validation_batch_size,
-            verbose=0,
-            return_dict=True,
+            steps=self._validation_steps,
         )
 
     def _evaluate_with_mini_batches(self) -> dict[str, float]:
