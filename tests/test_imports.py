@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "beam": "arguments models population sweep",
     "serving": "_version hidden_folders layer models origins population stats sweep",
     # The public API, which is `tfbn` itself, and the helpers for files and tables.
-    "cli": "tfbn _version hidden_folders models serving stats storage",
+    "cli": "tfbn _version hidden_folders models serving stats storage sweep",
 }
 
 

@@ -235,3 +235,16 @@ def test_an_error_of_the_system_without_a_reason_names_the_files():
     error = pytest.raises(FileError, match=r"OSError: a device of its own.*Files: a\.npy")
     with error, naming("a.npy"):
         raise OSError("a device of its own")
+
+
+def test_images_that_are_drawn_by_number_are_those_of_the_batches():
+    rng = np.random.default_rng(0)
+    for number in range(5):
+        folder = pathlib.Path("images", str(number % 2))
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (8, 10, 3)).astype("uint8")
+        (folder / f"{number}.png").write_bytes(tf.io.encode_png(pixels).numpy())
+    x, _ = read("images", Options(batch_size=2, scale=0.5), network((4, 5, 3)))
+    everything = np.concatenate(list(x))
+    np.testing.assert_allclose(x.take(np.array([1, 4, 2])), everything[[1, 4, 2]], rtol=1e-6)
+    assert (x.number, x.batch_size) == (5, 2)

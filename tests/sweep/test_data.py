@@ -78,3 +78,83 @@ def test_ctrl_c_passes_through():
 
     with pytest.raises(KeyboardInterrupt):
         list(data.batches(interrupted()))
+
+
+class _Batches(keras.utils.PyDataset):
+    """Batches by number."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self._parts = batches
+
+    @property
+    def num_batches(self):
+        return len(self._parts)
+
+    def __getitem__(self, index):
+        return (self._parts[index],)
+
+
+class _Sequence:
+    """A sequence of batches that is no PyDataset."""
+
+    def __init__(self, batches):
+        self._parts = batches
+
+    def __len__(self):
+        return len(self._parts)
+
+    def __getitem__(self, index):
+        if index >= len(self._parts):
+            raise IndexError
+        return (self._parts[index],)
+
+    def __iter__(self):
+        return map(self.__getitem__, range(len(self)))
+
+
+def _memory_map(x, folder):
+    np.save(folder / "x.npy", x)
+    return np.load(folder / "x.npy", mmap_mode="r")
+
+
+ADDRESSED = {
+    "array": lambda x, folder: x,
+    "tensor": lambda x, folder: tf.constant(x),
+    "memory map": _memory_map,
+    "dict": lambda x, folder: {"a": x, "b": x},
+    "PyDataset": lambda x, folder: _Batches(np.array_split(x, len(x) // 10)),
+    "sequence": lambda x, folder: _Sequence(np.array_split(x, len(x) // 10)),
+}
+
+
+@pytest.mark.parametrize("kind", ADDRESSED)
+def test_a_sample_of_sorted_data_is_drawn_at_random(kind, tmp_path):
+    x = np.repeat(np.arange(10.0, dtype="float32"), 100)[:, None]
+    size = 10 if kind in ("array", "tensor", "memory map", "dict") else None
+    drawn = data.batches(ADDRESSED[kind](x, tmp_path), size, sample=True)
+    assert drawn.drawn and drawn.total == 100
+    assert drawn.population_size == (1000 if size else 0)
+    rows = [np.ravel(keras.tree.flatten(batch.inputs)[0]) for batch in drawn]
+    np.testing.assert_array_equal(np.sort(np.concatenate(rows)), x[:, 0])
+    assert len(set(np.concatenate(rows[:30]))) >= 9  # Of ten classes; 3 in their order.
+    again = [np.ravel(keras.tree.flatten(batch.inputs)[0]) for batch in drawn.part(20, 25)]
+    np.testing.assert_array_equal(np.concatenate(again), np.concatenate(rows[20:25]))
+
+
+@pytest.mark.parametrize("kind", ADDRESSED)
+def test_a_sample_is_drawn_from_the_first_steps_batches(kind, tmp_path):
+    x = np.arange(1000, dtype="float32")[:, None]
+    size = 10 if kind in ("array", "tensor", "memory map", "dict") else None
+    drawn = data.batches(ADDRESSED[kind](x, tmp_path), size, steps=20, sample=True)
+    assert drawn.population_size == (200 if size else 0)
+    rows = [np.ravel(keras.tree.flatten(batch.inputs)[0]) for batch in drawn]
+    np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.arange(200))
+
+
+def test_streams_are_sampled_in_their_order():
+    x = tf.data.Dataset.from_tensor_slices(np.arange(100.0)).batch(10)
+    for stream in (x, iter(x), (batch for batch in x)):
+        drawn = data.batches(stream, sample=True)
+        assert not drawn.drawn
+        np.testing.assert_array_equal(drawn.first().inputs, np.arange(10))

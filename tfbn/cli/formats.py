@@ -4,7 +4,7 @@ import json
 import os
 import pathlib
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from tfbn import storage
 from tfbn.cli.errors import FileError, reading
+from tfbn.sweep.adapters import NumberedSamples
 
 _BATCH_SIZE = 32
 _COLORS = {1: "grayscale", 3: "rgb", 4: "rgba"}
@@ -100,7 +101,28 @@ def read_images(path: str, model: keras.Model, options: Options) -> tuple[Any, i
     scale = 1.0 if options.scale is None else options.scale
     # TensorFlow prepares places for a whole batch, however few images there are.
     batch_size = min(options.batch_size or _BATCH_SIZE, len(images.file_paths))
-    return images.map(lambda image: image * scale).batch(batch_size), None
+    batches = images.map(lambda image: image * scale).batch(batch_size)
+    paths = np.asarray(images.file_paths)
+    take = _image_reader((height, width, channels), scale)
+    return NumberedSamples(batches, lambda which: take(paths[which]), len(paths), batch_size), None
+
+
+def _image_reader(
+    shape: tuple[int, int, int], scale: float
+) -> Callable[[Sequence[str]], tf.Tensor]:
+    """A function from the names of files to a batch of their images."""
+
+    @tf.autograph.experimental.do_not_convert  # It rewrites the text of errors.
+    def read(path: tf.Tensor) -> tf.Tensor:
+        content = tf.io.read_file(path)
+        image = tf.io.decode_image(content, channels=shape[2], expand_animations=False)
+        return tf.ensure_shape(tf.image.resize(image, shape[:2]) * scale, shape)
+
+    return tf.function(
+        lambda paths: tf.map_fn(read, paths, fn_output_signature=tf.float32),
+        input_signature=[tf.TensorSpec([None], tf.string)],
+        autograph=False,
+    )
 
 
 def read_records(path: str, model: keras.Model, options: Options) -> tuple[Any, int | None]:

@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import keras
@@ -29,8 +29,11 @@ class Source:
         repeatable: Whether `read` can be called again.
         static: Whether all batches have one size, which `fit` makes part of the model's trace.
         split: Whether each batch comes as several, one for each replica.
-        population_size: The number of samples that the batches are drawn from at random; 0 if
-            they are not.
+        take: Returns the batch of the given items, numbers in ascending order, where items can be
+            addressed: samples of arrays, batches of other data. `None` for a stream.
+        items: How many items there are.
+        batch_items: How many of them make a batch.
+        by_sample: Whether an item is a sample.
     """
 
     kind: str
@@ -39,22 +42,45 @@ class Source:
     repeatable: bool = True
     static: bool = False
     split: bool = False
-    population_size: int = 0
+    take: Callable[[np.ndarray], Structure] | None = None
+    items: int = 0
+    batch_items: int = 1
+    by_sample: bool = False
 
 
-def adapt(x: Any, batch_size: int | None = None, *, shuffle: bool = False) -> Source:
+@dataclasses.dataclass(frozen=True)
+class NumberedSamples:
+    """Samples that can be read by their numbers, and faster one after the other.
+
+    Attributes:
+        batches: All of them in order.
+        take: Returns the batch of the samples with the given numbers.
+        number: How many there are.
+        batch_size: How many of them make a batch.
+    """
+
+    batches: tf.data.Dataset
+    take: Callable[[np.ndarray], Structure]
+    number: int
+    batch_size: int
+
+    def __iter__(self) -> Iterator[Structure]:
+        """Iterate over the batches."""
+        return iter(self.batches)
+
+
+def adapt(x: Any, batch_size: int | None = None) -> Source:
     """Return the `Source` for data of any kind.
 
     Args:
         x: The data.
         batch_size: For arrays; 32 by default.
-        shuffle: Whether to draw the samples of arrays in random order.
 
     Raises:
         ValueError: If `model.fit` does not take such data, or if arrays differ in length.
     """
     if is_arrays(x):
-        return _from_arrays(x, int(batch_size or DEFAULT_BATCH_SIZE), shuffle)
+        return _from_arrays(x, int(batch_size or DEFAULT_BATCH_SIZE))
     for kind, adapter in _ADAPTERS.items():
         if isinstance(x, kind) and not isinstance(x, str | bytes | dict):
             return adapter(x)
@@ -82,35 +108,42 @@ def is_one_shot(x: Any) -> bool:
     return hasattr(x, "__next__") and not isinstance(x, keras.utils.PyDataset)
 
 
-def _from_arrays(x: Structure, size: int, shuffle: bool) -> Source:
+def _from_arrays(x: Structure, size: int) -> Source:
     arrays = keras.tree.map_structure(to_sliceable, x)
     length = number_of_samples(arrays)
-    order = np.random.default_rng(0).permutation(length) if shuffle else None
 
-    def batch(start: int) -> Structure:
-        which: Any = slice(start, start + size)
-        if order is not None:
-            which = np.sort(order[which])  # A file is read in its order.
+    def take(which: slice | np.ndarray) -> Structure:
         return keras.tree.map_structure(lambda array: rows(array, which), arrays)
 
     return Source(
         "arrays",
-        lambda: map(batch, range(0, length, size)),
+        lambda: (take(slice(start, start + size)) for start in range(0, length, size)),
         -(-length // size),
-        population_size=length if shuffle else 0,
+        take=take,
+        items=length,
+        batch_items=size,
+        by_sample=True,
     )
 
 
 def _from_pydataset(x: keras.utils.PyDataset) -> Source:
+    # Not `on_epoch_end`: it may shuffle, and a sweep must not change the order in `fit`.
     length = x.num_batches
-    kind = "PyDataset (its num_batches is None)" if length is None else "PyDataset"
+    if length is None:
+        kind = "PyDataset (its num_batches is None)"
+        return Source(kind, lambda: (inputs_of(x[i]) for i in itertools.count()), math.inf)
+    return _from_sequence(x, length)
 
-    def read() -> Iterator[Structure]:
-        # Not `on_epoch_end`: it may shuffle, and a sweep must not change the order in `fit`.
-        for i in itertools.count() if length is None else range(length):
-            yield inputs_of(x[i])
 
-    return Source(kind, read, math.inf if length is None else length)
+def _from_sequence(x: Any, length: int) -> Source:
+    """Data whose batches have numbers."""
+    return Source(
+        type(x).__name__,
+        lambda: (inputs_of(x[i]) for i in range(length)),
+        length,
+        take=lambda numbers: inputs_of(x[int(numbers[0])]),
+        items=length,
+    )
 
 
 def _from_dataset(x: tf.data.Dataset) -> Source:
@@ -119,6 +152,16 @@ def _from_dataset(x: tf.data.Dataset) -> Source:
         lambda: map(inputs_of, x),
         _length_of(int(x.cardinality())),
         static=_is_static(x),
+    )
+
+
+def _from_numbered(x: NumberedSamples) -> Source:
+    return dataclasses.replace(
+        _from_dataset(x.batches),
+        take=lambda which: inputs_of(x.take(which)),
+        items=x.number,
+        batch_items=x.batch_size,
+        by_sample=True,
     )
 
 
@@ -143,16 +186,25 @@ def _from_distributed(x: tf.distribute.DistributedDataset) -> Source:
 def _from_iterable(x: Iterable) -> Source:
     length = len(x) if isinstance(x, Sized) else None
     endless = length == sys.maxsize  # Grain's datasets that repeat.
+    if length is not None and not endless and _has_numbers(x):
+        numbered = _from_sequence(x, length)
+        return dataclasses.replace(numbered, read=lambda: map(inputs_of, x))
     name, repeatable = type(x).__name__, iter(x) is not x
     return Source(
         name, lambda: map(inputs_of, x), math.inf if endless else length, repeatable=repeatable
     )
 
 
+def _has_numbers(x: Any) -> bool:
+    """Whether `x[i]` is the element that iteration yields as number i."""
+    return hasattr(x, "__getitem__") and not isinstance(x, Mapping) and not is_one_shot(x)
+
+
 # Kind of data -> its adapter; the first that fits.
 _ADAPTERS: dict[type, Callable[[Any], Source]] = {
     keras.utils.PyDataset: _from_pydataset,
     tf.data.Dataset: _from_dataset,
+    NumberedSamples: _from_numbered,
     tf.distribute.DistributedDataset: _from_distributed,
     Iterable: _from_iterable,
 }

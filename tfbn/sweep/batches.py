@@ -59,8 +59,8 @@ class Batches:
         total: The number of batches, or `None` where only counting them would tell.
         repeatable: Whether they can be iterated over again. A generator cannot.
         static: Whether all are of one size, which `fit` would make a part of the model's trace.
-        population_size: The number of samples that theirs are drawn from at random; 0 if they are
-            not.
+        drawn: Whether they come in random order.
+        population_size: The number of samples that they are drawn from; 0 if it is unknown.
     """
 
     def __init__(
@@ -71,10 +71,13 @@ class Batches:
         prepare: Callable[[Structure], Structure],
         repeatable: bool = True,
         static: bool = False,
+        read_from: Callable[[int], Iterator[Structure]] | None = None,
         population_size: int = 0,
         steps: int | None = None,
     ):
+        self.drawn = read_from is not None
         self.population_size = population_size
+        self._read_from = read_from
         self._elements = elements
         self.prepare = prepare
         self._steps = steps
@@ -105,10 +108,12 @@ class Batches:
         yield from iterator
 
     def part(self, start: int, stop: int) -> "Batches":
-        """The batches from number `start` to `stop`, for which those before are read too."""
+        """The batches from number `start` to `stop`. A stream is read from its beginning."""
         same = {name: getattr(self, name) for name in ("prepare", "repeatable", "static")}
 
         def elements() -> Iterator[Structure]:
+            if self._read_from is not None:
+                return itertools.islice(self._read_from(start), stop - start)
             return itertools.islice(self._elements(), start, stop)
 
         return Batches(elements, stop - start, **same, steps=stop - start)

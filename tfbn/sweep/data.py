@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfbn import arguments
 from tfbn.models import keras_models
 from tfbn.models.keras_models import Structure, inputs_of
-from tfbn.sweep.adapters import adapt, is_arrays
+from tfbn.sweep.adapters import Source, adapt, is_arrays
 from tfbn.sweep.arrays import number_of_samples
 from tfbn.sweep.batches import Batches, NotABatchError, empty, to_tensors, too_short
+from tfbn.sweep.random_order import RandomOrder
 
 
 def batches(
@@ -38,8 +40,8 @@ def batches(
             end needs it.
         may_be_empty: Whether no batch at all is fine too.
         model: The model that they are for, whose inputs tell unbatched data.
-        sample: Whether only the first ones will be taken. Then arrays come in random order, the
-            same every time, and other data may be endless.
+        sample: Whether only the first ones will be taken. Then data whose samples or batches can
+            be addressed comes in random order, the same every time, and a stream may be endless.
 
     Raises:
         ValueError: If `x` is nothing that `model.fit` takes, is endless and has no
@@ -51,7 +53,7 @@ def batches(
     specs = _single_input(model)
     if is_arrays(x):
         _refuse_list_of_batches(x, specs)
-    source = adapt(x, batch_size, shuffle=sample)
+    source = adapt(x, batch_size)
     if batch_size is not None and not is_arrays(x):
         raise ValueError(
             "Expected `batch_size` only with arrays and tensors. Received: "
@@ -69,14 +71,35 @@ def batches(
     prepare = functools.partial(_prepared, getattr(model, "preprocess_samples", None), specs)
     if source.split:
         return Batches(functools.partial(_parts, source.read, steps), None, prepare=prepare)
-    return Batches(
+    total = length if steps is None else int(steps)
+    in_order = Batches(
         source.read,
-        length if steps is None else int(steps),
+        total,
         prepare=prepare,
         repeatable=source.repeatable,
         static=source.static,
-        population_size=source.population_size,
         steps=steps,
+    )
+    return _in_random_order(source, in_order) if sample and source.take else in_order
+
+
+def _in_random_order(source: Source, in_order: Batches, seed: int = 0) -> Batches:
+    """The same data in random order: samples where they can be addressed, else whole batches."""
+    take, total, size = source.take, in_order.total, source.batch_items
+    assert take is not None and total is not None
+    order = RandomOrder(min(source.items, total * size), seed)
+
+    def read_from(first: int) -> Iterator[Structure]:
+        for number in range(first, total):
+            yield take(np.sort(order[number * size : (number + 1) * size]))  # Files are faster so.
+
+    return Batches(
+        lambda: read_from(0),
+        total,
+        prepare=in_order.prepare,
+        static=in_order.static,
+        read_from=read_from,
+        population_size=len(order) if source.by_sample else 0,
     )
 
 
