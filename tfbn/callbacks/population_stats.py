@@ -10,6 +10,8 @@ import numpy as np
 from tfbn import arguments
 from tfbn.callbacks import fit_guard
 from tfbn.callbacks.callback_lists import enclosing, pickled_state, shallow_copy, shared_copy
+from tfbn.callbacks.epoch_size import EpochSize
+from tfbn.callbacks.shared_iterators import refuse_shared
 from tfbn.callbacks.validation import check_targets, check_validation_data, evaluate
 from tfbn.models import fingerprints, keras_models
 from tfbn.population import PopulationStats
@@ -53,9 +55,10 @@ class PopulationStatsCallback(keras.callbacks.Callback):
 
     Args:
         x: The training data, as `tfbn.collect` takes it. A callback never sees the data
-            given to `fit`. A generator can be swept only once. A `tf.data.Dataset` that
-            shuffles with a seed, and that `fit` reads too, would be in another order after
-            every reading in the middle of training: give one that does not shuffle.
+            given to `fit`. A generator can be swept only once, and must not be the one that
+            `fit` reads. A `tf.data.Dataset` that shuffles with a seed, and that `fit` reads too,
+            would be in another order after every reading in the middle of training: give one that
+            does not shuffle.
         method: `"exact"`, `"pooled"` or `"algorithm2"`, see `tfbn.collect`.
         batch_size: For arrays; 32 by default. One-pass methods want it large.
         steps: Number of batches that make the data; endless data needs it.
@@ -132,6 +135,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         self._stepped = True  # Since the last sweep.
         self._checked = False
         self._guarded = False
+        self._epoch_size = EpochSize()
 
     def __deepcopy__(self, memo: dict) -> "PopulationStatsCallback":
         """A copy that shares the data and the models."""
@@ -159,6 +163,8 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         for _, before, after in lists:
             self._check_order(before, after)
         self._check_repeatable()
+        refuse_shared(self._x)
+        self._epoch_size = EpochSize()
         if self._validation_data is not None:
             check_targets(self.model, self._validation_data)
         frozen = fit_guard.unfreeze(network)
@@ -185,8 +191,13 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         if not self._checked:
             self._check()
 
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Count the batches."""
+        self._epoch_size.step(batch)
+
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Validate with population statistics, if asked to."""
+        self._epoch_size.end(self.model)
         if self._training and self._before_validation:
             self._sweep(verbose=0)
 
@@ -198,9 +209,11 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Train on from the moving averages."""
         fit_guard.put_back(self._network)
+        self._epoch_size.begin()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Sweep for the callbacks after this one, if it is the epoch to."""
+        self._epoch_size.end(self.model)
         if self._every_n_epochs and (epoch + 1) % self._every_n_epochs == 0:
             self._sweep(verbose=0)
 
@@ -213,6 +226,8 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         frozen = fit_guard.unfreeze(self._network)
         before = self._evaluate()
         stats = self._sweep(verbose=self._verbosity)
+        if is_one_shot(self._x) and self._options["steps"] is self._options["tolerance"] is None:
+            self._epoch_size.warn_if_short(stats)
         after = self._evaluate()
         if before is not None and after is not None:
             self.validation = {name: (before[name], after[name]) for name in before}

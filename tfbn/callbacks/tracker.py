@@ -14,6 +14,7 @@ import tensorflow as tf
 from tfbn import arguments
 from tfbn.callbacks import fit_guard
 from tfbn.callbacks.callback_lists import Place, enclosing, pickled_state, shallow_copy, shared_copy
+from tfbn.callbacks.shared_iterators import refuse_shared
 from tfbn.callbacks.validation import check_targets, check_validation_data, evaluate
 from tfbn.models import keras_models
 from tfbn.models.keras_models import Structure
@@ -148,6 +149,7 @@ class StatsTracker(keras.callbacks.Callback):
                 "Expected data that can be swept in every epoch. Received: a generator, which "
                 "can be read only once. Pass arrays, a tf.data.Dataset or a PyDataset."
             )
+        refuse_shared([self._x, self._validation_data])
         check_targets(self.model, self._validation_data)
         self._check()
         self._mini_batch_function = None  # The model may have been compiled anew.

@@ -1,0 +1,163 @@
+"""Tests of `tfbn.callbacks.shared_iterators`: one iterator is not read by `fit` and a callback."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfbn
+from tfbn.callbacks.shared_iterators import iterators_in
+
+X = np.random.default_rng(0).normal(3, 2, (64, 3)).astype("float32")
+SPEC = (tf.TensorSpec((None, 3)), tf.TensorSpec((None, 1)))
+
+
+def network():
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.BatchNormalization(), keras.layers.Dense(1)]
+    )
+    model.compile("sgd", "mse")
+    return model
+
+
+def batches(size=8, length=64):
+    for i in range(0, length, size):
+        yield X[i : i + size], X[i : i + size, :1]
+
+
+def endless():
+    while True:
+        yield from batches()
+
+
+class Batches:
+    """An iterator that is a class."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.source)
+
+
+def dataset(generator):
+    return tf.data.Dataset.from_generator(lambda: generator, output_signature=SPEC).prefetch(1)
+
+
+# What is read besides the iterator that `fit` reads.
+SHARED = {
+    "the same": lambda one: one,
+    "an expression": lambda one: (batch for batch in one),
+    "map": lambda one: map(tuple, one),
+    "zip": lambda one: ((x, y) for ((x, y),) in zip(one)),
+    "filter": lambda one: filter(None, one),
+    "enumerate": lambda one: (batch for _, batch in enumerate(one)),
+    "islice of chain": lambda one: itertools.islice(itertools.chain(one, batches()), 9),
+    "class": Batches,
+    "dataset": dataset,
+    "iterator of a dataset": lambda one: iter(dataset(one)),
+    "batches of a dataset": lambda one: (batch for batch in dataset(one).map(lambda x, y: (x, y))),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("make", [batches, endless])
+def test_an_iterator_that_fit_reads_too_is_refused(name, make):
+    one = make()
+    model = network()
+    callback = tfbn.PopulationStatsCallback(SHARED[name](one), steps=8)
+    with pytest.raises(ValueError, match=r"`fit` does not read too.*an iterator \(generator\)"):
+        model.fit(one, steps_per_epoch=8, callbacks=[callback], verbose=0)
+    assert model.optimizer.iterations == 0
+
+
+def test_validation_data_of_fit_counts():
+    one = batches()
+    with pytest.raises(ValueError, match="does not read too"):
+        network().fit(
+            X,
+            X[:, :1],
+            validation_data=one,
+            callbacks=[tfbn.PopulationStatsCallback(one)],
+            verbose=0,
+        )
+
+
+def test_a_dataset_of_a_used_iterator_is_refused_by_the_tracker():
+    shared = dataset(endless())
+    tracker = tfbn.StatsTracker(shared, (X, X[:, :1]), steps=8)
+    with pytest.raises(ValueError, match="does not read too"):
+        network().fit(shared, steps_per_epoch=8, callbacks=[tracker], verbose=0)
+
+
+class Sequence(keras.utils.PyDataset):
+    """Batches by number."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return X[8 * i : 8 * i + 8], X[8 * i : 8 * i + 8, :1]
+
+
+def twice():
+    first, second = itertools.tee(batches())
+    return (batch for batch in first), second
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        lambda: (batches(), batches()),  # The advice of the message.
+        lambda: (endless(), endless()),
+        lambda: [Sequence()] * 2,
+        lambda: [tf.data.Dataset.from_tensor_slices((X, X[:, :1])).shuffle(64).batch(8)] * 2,
+        lambda: [tf.data.Dataset.from_generator(batches, output_signature=SPEC)] * 2,
+        twice,
+    ],
+    ids=["generators", "endless", "PyDataset", "tf.data", "from_generator", "tee"],
+)
+def test_data_of_their_own_is_swept(pair):
+    trained, swept = pair()
+    callback = tfbn.PopulationStatsCallback(swept, steps=8)
+    network().fit(trained, steps_per_epoch=8, callbacks=[callback], verbose=0)
+    [stats] = callback.stats.values()
+    np.testing.assert_allclose(stats.mean, X.mean(0), rtol=1e-5)
+
+
+def test_a_generator_shorter_than_an_epoch_is_reported():
+    for validation in (None, (X, X[:, :1])):
+        callback = tfbn.PopulationStatsCallback(batches(length=24))
+        with pytest.warns(UserWarning, match="24 samples in 3 batches, but an epoch .* 64 samples"):
+            network().fit(
+                X,
+                X[:, :1],
+                epochs=2,
+                validation_data=validation,
+                callbacks=[callback],
+                verbose=0,
+            )
+
+
+def test_a_generator_of_other_batches_is_no_shorter(recwarn):
+    callback = tfbn.PopulationStatsCallback(batches(size=32))
+    network().fit(X, X[:, :1], batch_size=4, callbacks=[callback], verbose=0)
+    assert not [warning for warning in recwarn if "an epoch of training" in str(warning.message)]
+
+
+def test_iterators_are_found_in_functions_and_running_generators():
+    one = batches()
+
+    def closed_over():
+        yield from one
+
+    started = closed_over()
+    next(started)
+    for source in (closed_over, started, [{"a": (one,)}]):
+        assert one in iterators_in(source)
+    assert iterators_in([X, Sequence(), network(), itertools.count(), "text"]) == []

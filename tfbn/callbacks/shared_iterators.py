@@ -1,0 +1,115 @@
+"""Iterators that `fit` reads too: what one reader takes, the other never sees."""
+
+import functools
+import gc
+import inspect
+import itertools
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+# Larger structures hold data, not the machinery that reads it.
+_MOST = 10_000
+_STATELESS = (itertools.count, itertools.repeat)
+_NOT_READ: tuple[type, ...] = (
+    *(str, bytes, type, types.ModuleType),
+    *(np.ndarray, tf.Tensor, tf.Variable, keras.Layer, keras.utils.PyDataset),
+)
+# An object of a library is not taken apart, except for pipelines and their iterators.
+_LIBRARIES = ("keras", "tensorflow", "numpy", "pandas", "scipy", "torch")
+_PIPELINES = "tensorflow.python.data"
+
+
+def refuse_shared(x: Any) -> None:
+    """Raise `ValueError` if the `fit` that is running reads an iterator that `x` reads too."""
+    ours = {id(one) for one in iterators_in(x)}
+    for theirs in iterators_in(_data_of_fit()) if ours else ():
+        if id(theirs) in ours:
+            raise ValueError(
+                "Expected data that `fit` does not read too. Received: an iterator "
+                f"({type(theirs).__name__}) from which both would take batches. Call the function "
+                "that makes it once for each, or pass arrays, a tf.data.Dataset or a PyDataset."
+            )
+
+
+def iterators_in(data: Any) -> list[Iterator]:
+    """The iterators that reading `data` would advance, directly or inside others."""
+    seen: dict[int, Any] = {}
+    pending = [data]
+    while pending and len(seen) < _MOST:
+        value = pending.pop()
+        if id(value) not in seen and not isinstance(value, _NOT_READ):
+            seen[id(value)] = value
+            pending += _parts(value)
+    return [
+        value
+        for value in seen.values()
+        if hasattr(type(value), "__next__") and not isinstance(value, _STATELESS)
+    ]
+
+
+def _parts(value: Any) -> list:
+    """The objects that `value` may read from."""
+    if isinstance(value, dict):
+        return [*itertools.islice(value.values(), _MOST)]
+    if isinstance(value, list | tuple | set):
+        return [*itertools.islice(value, _MOST)]
+    if isinstance(value, types.FunctionType):
+        return _used_by(value)
+    if isinstance(value, types.MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, types.GeneratorType):
+        # A generator of a global function reads global names.
+        used = (
+            () if value.gi_frame is None else _globals_of(value.gi_code, value.gi_frame.f_globals)
+        )
+        running = [] if value.gi_yieldfrom is None else [value.gi_yieldfrom]
+        return [*inspect.getgeneratorlocals(value).values(), *used, *running]
+    module = type(value).__module__
+    if module.startswith(_PIPELINES) or module.partition(".")[0] not in _LIBRARIES:
+        # Iterators of the standard library have no attributes, but the collector knows theirs.
+        own = list(getattr(value, "__dict__", {}).values())
+        return own or (gc.get_referents(value) if hasattr(type(value), "__next__") else [])
+    return []
+
+
+def _used_by(function: types.FunctionType) -> list:
+    """The values that a function closes over, has as defaults, or names."""
+    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    return [
+        *cells,
+        *(function.__defaults__ or ()),
+        *(function.__kwdefaults__ or {}).values(),
+        *_globals_of(function.__code__, function.__globals__),
+    ]
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _globals_of(code: types.CodeType, names: dict[str, Any]) -> list:
+    """The values of the global names in a function, and in the functions inside it."""
+    inner = [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    used = [names[name] for name in code.co_names if name in names]
+    return used + [value for part in inner for value in _globals_of(part, names)]
+
+
+def _data_of_fit() -> list:
+    """The arguments of the innermost `fit` that is running, which Keras keeps in its frame."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        values = frame.f_locals
+        if frame.f_code.co_name == "fit" and isinstance(values.get("self"), keras.Model):
+            return [values.get(name) for name in ("x", "y", "validation_data")]
+        frame = frame.f_back
+    return []
