@@ -9,7 +9,7 @@ import tempfile
 import textwrap
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -135,11 +135,23 @@ def _stored(value: Any) -> np.ndarray:
 def verify(model: keras.Model, copied: keras.Model) -> None:
     """Refuse a copy that predicts something else, on inputs that are made up for it.
 
+    Inputs on which the model contradicts its own prediction show nothing about the copy, so
+    larger ones are tried: TensorFlow reads uninitialized memory where a convolution's window is
+    larger than its image.
+
     Raises:
-        ValueError: It does.
+        ValueError: The copy predicts something else.
     """
-    inputs, outputs, reason = _run(model)
-    if inputs is not None:
+    reason = "Keras does not know the inputs of the model"
+    for inputs in _made_up_inputs(model):
+        try:
+            outputs = _predicted(model, inputs)
+        except Exception as error:  # Of whatever class its layers raise.
+            reason = f"the model takes none of the inputs made up for it ({_in_short(error)})"
+            continue
+        if not any(output.size for output in outputs):
+            reason = "its predictions for the inputs made up for it are empty"
+            continue
         off = _difference(outputs, _predicted(copied, inputs))
         if off <= 1e-5:
             return
@@ -264,22 +276,14 @@ def _has_state(layer: keras.Layer) -> bool:
     return bool(layer.variables) or saves or hasattr(layer, "save_assets")
 
 
-def _run(model: keras.Model) -> tuple[Structure | None, list[np.ndarray], str]:
-    """Made-up inputs, and the predictions for them; or `None`, nothing, and the reason."""
+def _made_up_inputs(model: keras.Model) -> Iterator[Structure]:
+    """Inputs to try one after the other; none where Keras does not know their shapes."""
     # In these the size of a batch may be fixed.
     specs = [model.input] if isinstance(model, keras.Function) else getattr(model, "inputs", None)
     specs = specs or keras_models.input_specs(model)
-    if specs is None:
-        return None, [], "Keras does not know the inputs of the model"
     # Words and categories may be few, and images have a least size.
-    for size, categories in ((32, 2), (32, 1), (128, 2), (320, 2)):
-        made_up = _MadeUp(model, size, categories)
-        inputs = keras.tree.map_structure(made_up, specs)
-        try:
-            return inputs, _predicted(model, inputs), ""
-        except Exception as raised:  # Of whatever class its layers raise.
-            error = _in_short(raised)
-    return None, [], f"the model takes none of the inputs made up for it ({error})"
+    for size, categories in ((32, 2), (32, 1), (128, 2), (320, 2)) if specs is not None else ():
+        yield keras.tree.map_structure(_MadeUp(model, size, categories), specs)
 
 
 class _MadeUp:
