@@ -213,3 +213,32 @@ class Looped(keras.Model):
             return i + 1, total + self.bn(x[:, i], training=training)
 
         return tf.while_loop(lambda i, _: i < 3, body, [0, tf.zeros_like(x[:, 0])])[1]
+
+
+class Drawing(layers.Layer):
+    """Adds noise of standard deviation 1, in inference too."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.seeds = keras.random.SeedGenerator(11)
+        self.generator = tf.random.Generator.from_seed(3)
+
+    def call(self, x):
+        """The inputs and noise."""
+        shape = tf.shape(x)
+        if self.how == "generator":
+            return x + keras.random.normal(shape, seed=self.seeds)
+        if self.how == "global":
+            return x + keras.random.normal(shape)
+        if self.how == "tensorflow":
+            return x + tf.random.normal(shape)
+        if self.how == "uniform":
+            return x + tf.random.uniform(shape, -(3**0.5), 3**0.5)
+        if self.how == "truncated":
+            return x + tf.random.truncated_normal(shape) / 0.87962566
+        if self.how == "tf generator":
+            return x + self.generator.normal(shape)
+        if self.how == "gamma":
+            return x + tf.random.gamma(shape, 1.0)
+        raise ValueError(self.how)

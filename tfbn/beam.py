@@ -69,6 +69,9 @@ class Collect(beam.PTransform):
     in any sweep does. `"algorithm2"` weighs a batch by m_b / (m_b - 1), raises where m_b = 1, and
     is not reproducible over bundles: give it batches.
 
+    If the network draws random numbers in inference, one more stage groups equal batches, so that
+    each draws its own. The batches must then be the same at every level: give it batches.
+
     Args:
         model: The path of a `.keras` file, or a function without arguments that returns the
             model, where loading it takes more (custom objects, say). It is called in the process
@@ -131,11 +134,20 @@ class Collect(beam.PTransform):
                 | "Group" >> beam.BatchElements(self._batch_size, self._batch_size)
                 | "Stack" >> beam.Map(_stack)
             )
+        if stages.draws:
+            numbered = (
+                batches
+                | "Key by content" >> beam.ParDo(_Key(recipe))
+                | "Group equal batches" >> beam.GroupByKey()
+                | "Number equal batches" >> beam.FlatMap(lambda group: enumerate(group[1]))
+            )
+        else:
+            numbered = batches | "Number batches" >> beam.Map(lambda batch: (0, batch))
         state = examples.pipeline | "Begin" >> beam.Create([begin])
         for level in range(1, stages.number + 1):
             before = beam.pvalue.AsSingleton(state)
             state = (
-                batches
+                numbered
                 | f"Level {level}" >> beam.ParDo(_Level(recipe), before)
                 | f"Merge {level}" >> beam.CombineGlobally(_Merge())
                 | f"Join {level}" >> beam.Map(_joined, before)
@@ -144,10 +156,17 @@ class Collect(beam.PTransform):
 
 
 class _Stages(NamedTuple):
-    """How many stages a sweep takes, and whether each is a pass over the whole network."""
+    """The stages of a sweep.
+
+    Attributes:
+        number: How many there are.
+        whole: Whether each is a pass over the whole network.
+        draws: Whether the network may draw random numbers.
+    """
 
     number: int
     whole: bool
+    draws: bool
 
 
 def _stages(here: Replica, method: str) -> _Stages:
@@ -157,7 +176,7 @@ def _stages(here: Replica, method: str) -> _Stages:
         ValueError: If only the data would tell.
     """
     if not METHODS[method].by_level:
-        return _Stages(1, False)
+        return _Stages(1, False, _may_draw(here))
     model = here.model
     specs = keras_models.input_specs(model)
     if specs is None or model.run_eagerly:
@@ -169,15 +188,26 @@ def _stages(here: Replica, method: str) -> _Stages:
         )
     trace = Network(model, here.layers).trace(specs[0], settled=True)
     if levels_of(trace).of_path is not None:
-        return _Stages(max(1, depth(trace)), False)
+        return _Stages(max(1, depth(trace)), False, trace.random)
     # Every pass settles one more call, and one more tells that nothing has moved; in a cell that
     # is called on its own output first its calls settle, then the layers behind it.
     calls = len(trace.calls) + 2
-    return _Stages(2 * calls if recurrent(trace) else calls, True)
+    return _Stages(2 * calls if recurrent(trace) else calls, True, trace.random)
 
 
-class _Level(beam.DoFn):
-    """From batches to the state of each after one level."""
+def _may_draw(here: Replica) -> bool:
+    """Whether a network draws random numbers in a one-pass sweep, or cannot be traced yet."""
+    specs = keras_models.input_specs(here.model)
+    if specs is None or here.model.run_eagerly:
+        return True
+    try:
+        return Network(here.model, here.layers).trace(specs[0], settled=False).random
+    except Exception:  # The sweep raises the error on a batch.
+        return True
+
+
+class _Key(beam.DoFn):
+    """From batches to pairs of a key, which equal batches share, and the batch."""
 
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
@@ -185,20 +215,40 @@ class _Level(beam.DoFn):
     def setup(self) -> None:
         self._replica = replica(self._recipe)
 
-    def process(self, batch: Structure, state: SweepState) -> Iterator[SweepState]:
+    def process(self, batch: Structure) -> Iterator[tuple[str, Structure]]:
+        yield str(_Element(batch, self._replica.model).first().key), batch
+
+
+class _Level(beam.DoFn):
+    """From numbered batches to the state of each after one level."""
+
+    def __init__(self, recipe: Recipe):
+        self._recipe = recipe
+
+    def setup(self) -> None:
+        self._replica = replica(self._recipe)
+
+    def process(self, numbered: tuple[int, Structure], state: SweepState) -> Iterator[SweepState]:
         if state.complete:
             return
-        yield self._replica.sweep_level(state, _Element(batch, self._replica.model))
+        number, batch = numbered
+        yield self._replica.sweep_level(state, _Element(batch, self._replica.model, number))
 
 
 class _Element:
-    """The `Batches` of one element."""
+    """The `Batches` of one element.
+
+    Args:
+        x: The element.
+        model: The model.
+        number: Its number among equal elements.
+    """
 
     static = False
 
-    def __init__(self, x: Structure, model: keras.Model):
+    def __init__(self, x: Structure, model: keras.Model, number: int = 0):
         # In a tuple of one, because it is x alone, which may be a tuple too.
-        [batch] = data.batches(iter([(x,)]), model=model)
+        [batch] = data.batches(iter([(x,)]), model=model, shard=number)
         self._batch = _Unnumbered(*batch)
 
     def first(self) -> Batch:

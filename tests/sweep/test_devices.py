@@ -435,3 +435,50 @@ def test_workers_go_on_from_their_checkpoints(tmp_path):
     for found, (mean, variance) in zip(a.values(), expected, strict=True):
         np.testing.assert_allclose(found.mean, mean, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(found.variance, variance, rtol=1e-4)
+
+
+EMPTY = """
+class PartlyFrozen(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = (keras.layers.BatchNormalization() for _ in range(3))
+    def call(self, inputs, training=None):
+        x = self.two(self.one(inputs, training=training), training=False)
+        return self.three(x, training=training)
+
+with strategy.scope():
+    partly = PartlyFrozen()
+    partly(np.zeros((2, 4), "f"))
+    noise = [networks.Drawing("generator"), keras.layers.BatchNormalization()]
+    noisy = keras.Sequential([keras.Input((8,)), *noise])
+x = np.random.default_rng(0).normal(size=(50, 4)).astype("f")
+for order, ends in enumerate([(0, 0), (0, 50), (50, 50), (0, 20), (20, 20), (20, 50)]):
+    for method in ["exact", "pooled"]:
+        for name in ["all", "checkpoint"] if method == "exact" else ["all"]:
+            options = {"checkpoint": out / "c", "memory_limit": 0} if name == "checkpoint" else {}
+            stats = tfbn.collect(
+                partly, shard(*ends), method=method, batch_size=10, verbose=0, **options
+            )
+            assert list(stats) == [partly.one.name, partly.three.name], (order, method)
+            stats.save(out / f"{method}_{name}_{order}_{me}.npz")
+stats = tfbn.collect(noisy, np.zeros((1000, 8), "f"), batch_size=10, verbose=0)
+stats.save(out / f"noise_{me}.npz")
+"""
+
+
+@pytest.mark.slow
+def test_workers_without_data_in_any_place_and_workers_with_equal_batches(tmp_path):
+    statuses, printed = run_workers(tmp_path, EMPTY, count=3)
+    assert statuses == [0, 0, 0], printed
+    x = np.random.default_rng(0).normal(size=(50, 4)).astype("f").astype("d")
+    behind = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-3) / np.sqrt(1 + 1e-3)
+    for path in tmp_path.glob("exact_*.npz"):
+        stats = tfbn.PopulationStats.load(path)
+        assert stats.samples == 50, path
+        for found, values in zip(stats.values(), (x, behind), strict=True):
+            np.testing.assert_allclose(found.mean, values.mean(0), atol=1e-5)
+            np.testing.assert_allclose(found.variance, values.var(0), rtol=1e-4)
+    # 3,000 draws a channel: a standard error of 0.018.
+    [noise] = tfbn.PopulationStats.load(tmp_path / "noise_0.npz").values()
+    np.testing.assert_allclose(noise.mean, 0, atol=0.08)
+    assert np.all(noise.mean_error > 0.01)

@@ -126,7 +126,8 @@ def test_equal_batches_have_keys_of_their_own():
     found = digests.of_samples(tf.constant(samples(4)))
     keys = {digests.of_batch(found, occurrence) for occurrence in range(5)}
     keys |= {digests.of_batch(found[::-1].copy(), 0), digests.of_batch(found[:-1], 0)}
-    assert len(keys) == 7 and all(0 <= key < 2**64 for key in keys)
+    keys |= {digests.of_batch(found, 0, source) for source in [(0, 1), (1, 0), (1, 1)]}
+    assert len(keys) == 10 and all(0 <= key < 2**64 for key in keys)
 
 
 def test_a_sequence_knows_its_order():

@@ -166,35 +166,6 @@ def test_random_augmentation_is_read_once_where_it_fits():
 # Layers that draw random numbers in inference.
 
 
-class Drawing(layers.Layer):
-    """Adds noise of standard deviation 1, in inference too."""
-
-    def __init__(self, how):
-        super().__init__()
-        self.how = how
-        self.seeds = keras.random.SeedGenerator(11)
-        self.generator = tf.random.Generator.from_seed(3)
-
-    def call(self, x):
-        """The inputs and noise."""
-        shape = tf.shape(x)
-        if self.how == "generator":
-            return x + keras.random.normal(shape, seed=self.seeds)
-        if self.how == "global":
-            return x + keras.random.normal(shape)
-        if self.how == "tensorflow":
-            return x + tf.random.normal(shape)
-        if self.how == "uniform":
-            return x + tf.random.uniform(shape, -(3**0.5), 3**0.5)
-        if self.how == "truncated":
-            return x + tf.random.truncated_normal(shape) / 0.87962566
-        if self.how == "tf generator":
-            return x + self.generator.normal(shape)
-        if self.how == "gamma":
-            return x + tf.random.gamma(shape, 1.0)
-        raise ValueError(self.how)
-
-
 DRAWS = ["generator", "global", "tensorflow", "uniform", "truncated", "tf generator"]
 
 
@@ -202,7 +173,7 @@ DRAWS = ["generator", "global", "tensorflow", "uniform", "truncated", "tf genera
 @pytest.mark.parametrize("memory_limit", [0, 10**9])
 @pytest.mark.parametrize("how", DRAWS)
 def test_every_batch_draws_anew_and_two_sweeps_agree(how, memory_limit):
-    drawing = Drawing(how)
+    drawing = networks.Drawing(how)
     model = keras.Sequential(
         [keras.Input((8,)), drawing, layers.BatchNormalization(), layers.BatchNormalization()]
     )
@@ -229,7 +200,12 @@ def test_global_seeds_are_left_alone(eager):
     draws = []
     for sweep in (False, True):
         model = keras.Sequential(
-            [keras.Input((3,)), Drawing("global"), Drawing("tensorflow"), tfbn.BatchNormalization()]
+            [
+                keras.Input((3,)),
+                networks.Drawing("global"),
+                networks.Drawing("tensorflow"),
+                tfbn.BatchNormalization(),
+            ]
         )
         model.run_eagerly = eager
         keras.utils.clear_session()  # Before Keras 3.13 the seed alone leaves its generator be.
@@ -242,7 +218,7 @@ def test_global_seeds_are_left_alone(eager):
 
 def test_draws_that_cannot_be_made_again_are_refused_only_where_they_would_have_to_be():
     model = keras.Sequential(
-        [keras.Input((3,)), Drawing("gamma"), layers.BatchNormalization(), layers.Dense(3)]
+        [keras.Input((3,)), networks.Drawing("gamma"), layers.BatchNormalization(), layers.Dense(3)]
     )
     deep = keras.Sequential([model, layers.BatchNormalization()])
     x = np.zeros((2000, 3), "f")
@@ -255,7 +231,12 @@ def test_draws_that_cannot_be_made_again_are_refused_only_where_they_would_have_
 
 def test_random_draws_in_other_batches_of_the_same_data_are_an_error():
     model = keras.Sequential(
-        [keras.Input((4,)), Drawing("generator"), layers.BatchNormalization(), layers.Dense(4)]
+        [
+            keras.Input((4,)),
+            networks.Drawing("generator"),
+            layers.BatchNormalization(),
+            layers.Dense(4),
+        ]
     )
     deep = keras.Sequential([model, layers.BatchNormalization()])
     x = varied(100)

@@ -214,6 +214,52 @@ def test_steps_are_those_of_every_shard():
     assert (stats.samples, stats.batches) == (12, 4)
 
 
+# Random numbers and empty shards.
+
+
+def two_layers_behind_noise(how):
+    """Noise of standard deviation 1 in inference, then two layers: the second sees N(0, 1) too."""
+    bn = [layers.BatchNormalization(), layers.BatchNormalization()]
+    return keras.Sequential([keras.Input((8,)), networks.Drawing(how), *bn])
+
+
+@pytest.mark.parametrize("how", ["generator", "tensorflow", "tf generator"])
+def test_equal_batches_of_different_shards_draw_their_own_numbers(how):
+    model = two_layers_behind_noise(how)
+    shards = [np.zeros((20, 8), "f") for _ in range(100)]
+    stats = tfbn.collect_shards(model, shards, batch_size=10, verbose=0)
+    first, second = stats.values()
+    # 2,000 draws a channel: a standard error of 0.022.
+    np.testing.assert_allclose(first.mean, 0, atol=0.1)
+    np.testing.assert_allclose(first.variance, 1, atol=0.15)
+    assert np.all(first.mean_error > 0.01)
+    # Every pass draws the same, and so does another sweep.
+    np.testing.assert_allclose(second.mean, 0, atol=1e-5)
+    np.testing.assert_allclose(second.variance, first.variance / (first.variance + 1e-3), rtol=1e-5)
+    assert tfbn.collect_shards(model, shards, batch_size=10, verbose=0, map=shuffled) == stats
+
+
+def test_equal_batches_of_a_sampled_shard_draw_their_own_numbers_in_every_round():
+    model = two_layers_behind_noise("generator")
+    shards = [np.zeros((4000, 8), "f")] * 2
+    stats = tfbn.collect_shards(model, shards, batch_size=4, tolerance=0.04, verbose=0)
+    first, _ = stats.values()
+    assert 300 < first.count < 8000
+    np.testing.assert_allclose(first.mean, 0, atol=0.16)
+    assert np.all(first.mean_error > 0.5 / np.sqrt(first.count))
+
+
+@pytest.mark.parametrize("order", sorted(set(itertools.permutations([0, 0, 10, 14]))))
+def test_empty_shards_in_any_place(order):
+    model = PartlyFrozen()
+    x = np.random.default_rng(0).normal(size=(SAMPLES, 4)).astype("float32")
+    model(x)
+    ends = list(itertools.accumulate(order))[:-1]
+    stats = tfbn.collect_shards(model, cut(x, *ends), verbose=0)
+    assert list(stats) == [model.one.name, model.three.name]
+    assert_same(stats, tfbn.collect(model, x, verbose=0), 1e-6)
+
+
 # Where it runs.
 
 

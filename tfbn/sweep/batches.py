@@ -21,7 +21,7 @@ class Batch(NamedTuple):
         inputs: A structure of tensors.
         samples: How many samples it has: the length of the first axis of its first input.
         data: The sum of its samples' digests, see `tfbn.sweep.digests`.
-        key: Its own digest, other than that of an equal batch before it.
+        key: Its own digest. An equal batch of the same sweep has another one.
     """
 
     index: int  # type: ignore[assignment]  # It hides a method of tuples.
@@ -61,6 +61,8 @@ class Batches:
         static: Whether all are of one size, which `fit` would make a part of the model's trace.
         drawn: Whether they come in random order.
         population_size: The number of samples that they are drawn from; 0 if it is unknown.
+        source: The numbers of the shard and of its batch that these begin with. They tell equal
+            batches of one sweep apart, so that each draws its own random numbers.
     """
 
     def __init__(
@@ -74,10 +76,12 @@ class Batches:
         read_from: Callable[[int], Iterator[Structure]] | None = None,
         population_size: int = 0,
         steps: int | None = None,
+        source: tuple[int, int] = (0, 0),
     ):
         self.drawn = read_from is not None
         self.population_size = population_size
         self._read_from = read_from
+        self.source = source
         self._elements = elements
         self.prepare = prepare
         self._steps = steps
@@ -110,13 +114,16 @@ class Batches:
     def part(self, start: int, stop: int) -> "Batches":
         """The batches from number `start` to `stop`. A stream is read from its beginning."""
         same = {name: getattr(self, name) for name in ("prepare", "repeatable", "static")}
+        shard, first = self.source
 
         def elements() -> Iterator[Structure]:
             if self._read_from is not None:
                 return itertools.islice(self._read_from(start), stop - start)
             return itertools.islice(self._elements(), start, stop)
 
-        return Batches(elements, stop - start, **same, steps=stop - start)
+        return Batches(
+            elements, stop - start, **same, steps=stop - start, source=(shard, first + start)
+        )
 
     def in_memory(self, limit: int) -> "Batches":
         """The same batches, read once and held in main memory.
@@ -130,7 +137,11 @@ class Batches:
             taken += nbytes(batch.inputs)
             if taken > limit:
                 raise too_large(len(inputs), limit)
-        return prepared(inputs)
+        return self.holding(inputs)
+
+    def holding(self, inputs: Sequence[Structure]) -> "Batches":
+        """The batches of inputs that were read from these."""
+        return prepared(inputs, self.static, self.source)
 
     def _read(self) -> Iterator[Batch]:
         """Yield each `Batch`.
@@ -154,7 +165,7 @@ class Batches:
                     f"Expected batch {number} (counting from 0) of the data. Received: "
                     f"{type(error).__name__}: {error}. Nothing was changed."
                 ) from error
-            yield _numbered(number, inputs, seen)
+            yield _numbered(number, inputs, seen, self.source)
             number += 1
         if self._steps is not None and number < self._steps:
             raise too_short(self._steps, number)
@@ -166,17 +177,27 @@ def nbytes(structure: Structure) -> int:
     return sum(tensor.dtype.size * int(tf.size(tensor)) for tensor in flat)
 
 
-def _numbered(number: int, inputs: Structure, seen: collections.Counter[int]) -> Batch:
+def _numbered(
+    number: int, inputs: Structure, seen: collections.Counter[int], source: tuple[int, int]
+) -> Batch:
     of_samples = digests.of_samples(inputs)
-    content = digests.of_batch(of_samples, 0)
-    key = digests.of_batch(of_samples, seen[content]) if seen[content] else content
+    content = digests.of_batch(of_samples)
+    key = digests.of_batch(of_samples, seen[content], source)
     seen[content] += 1
     return Batch(number, inputs, batch_size_of(inputs), digests.total(of_samples), key)
 
 
-def prepared(inputs: Sequence[Structure], static: bool = False) -> Batches:
+def prepared(
+    inputs: Sequence[Structure], static: bool = False, source: tuple[int, int] = (0, 0)
+) -> Batches:
     """Batches of inputs that are prepared for the model already."""
-    return Batches(lambda: iter(inputs), len(inputs), prepare=lambda batch: batch, static=static)
+    return Batches(
+        lambda: iter(inputs),
+        len(inputs),
+        prepare=lambda batch: batch,
+        static=static,
+        source=source,
+    )
 
 
 def to_tensors(inputs: Structure) -> Structure:

@@ -26,6 +26,7 @@ def batches(
     may_be_empty: bool = False,
     model: keras.Model | None = None,
     sample: bool = False,
+    shard: int = 0,
 ) -> Batches:
     """Batches of the inputs in `x`; targets and sample weights are dropped.
 
@@ -42,6 +43,7 @@ def batches(
         model: The model that they are for, whose inputs tell unbatched data.
         sample: Whether only the first ones will be taken. Then data whose samples or batches can
             be addressed comes in random order, the same every time, and a stream may be endless.
+        shard: The number of this part of the data, if others are swept with it.
 
     Raises:
         ValueError: If `x` is nothing that `model.fit` takes, is endless and has no
@@ -70,7 +72,8 @@ def batches(
         raise too_short(steps, length)
     prepare = functools.partial(_prepared, getattr(model, "preprocess_samples", None), specs)
     if source.split:
-        return Batches(functools.partial(_parts, source.read, steps), None, prepare=prepare)
+        read = functools.partial(_parts, source.read, steps)
+        return Batches(read, None, prepare=prepare, source=(shard, 0))
     total = length if steps is None else int(steps)
     in_order = Batches(
         source.read,
@@ -79,15 +82,16 @@ def batches(
         repeatable=source.repeatable,
         static=source.static,
         steps=steps,
+        source=(shard, 0),
     )
-    return _in_random_order(source, in_order) if sample and source.take else in_order
+    return _in_random_order(source, in_order, shard) if sample and source.take else in_order
 
 
-def _in_random_order(source: Source, in_order: Batches, seed: int = 0) -> Batches:
+def _in_random_order(source: Source, in_order: Batches, shard: int) -> Batches:
     """The same data in random order: samples where they can be addressed, else whole batches."""
     take, total, size = source.take, in_order.total, source.batch_items
     assert take is not None and total is not None
-    order = RandomOrder(min(source.items, total * size), seed)
+    order = RandomOrder(min(source.items, total * size), seed=shard)
 
     def read_from(first: int) -> Iterator[Structure]:
         for number in range(first, total):
@@ -100,6 +104,7 @@ def _in_random_order(source: Source, in_order: Batches, seed: int = 0) -> Batche
         static=in_order.static,
         read_from=read_from,
         population_size=len(order) if source.by_sample else 0,
+        source=in_order.source,
     )
 
 

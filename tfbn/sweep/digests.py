@@ -76,15 +76,16 @@ def total(digests: np.ndarray) -> int:
     return int(digests.sum(dtype=np.uint64))
 
 
-def of_batch(digests: np.ndarray, occurrence: int) -> int:
+def of_batch(digests: np.ndarray, occurrence: int = 0, source: tuple[int, int] = (0, 0)) -> int:
     """A 64-bit digest of a batch: of its samples in their order.
 
     Args:
         digests: Of its samples.
         occurrence: How many batches of the same samples came before it.
+        source: See `tfbn.sweep.batches.Batches`.
     """
     content = hashlib.blake2b(digests.tobytes(), digest_size=8)
-    content.update(str(occurrence).encode())
+    content.update(repr((occurrence, *source)).encode())
     return int.from_bytes(content.digest(), "little")
 
 

@@ -126,7 +126,14 @@ def collect(
     sweep = _Sweep(
         model,
         lambda: check(
-            model, x, batch_size, steps, include_frozen, len(workers) > 1, tolerance is not None
+            model,
+            x,
+            batch_size,
+            steps,
+            include_frozen,
+            may_be_empty=len(workers) > 1,
+            sample=tolerance is not None,
+            shard=workers.index,
         ),
         method,
         workers,
@@ -230,7 +237,7 @@ class _Sweep:
             if reached is None:
                 raise empty()
             if reached.whole and not state.whole:
-                state = state.whole_passes()
+                state = reached.whole_passes()
                 shard().forget_frontiers()
             else:
                 state = reached.next_level()
@@ -267,6 +274,7 @@ def check(
     include_frozen: bool = False,
     may_be_empty: bool = False,
     sample: bool = False,
+    shard: int = 0,
 ) -> tuple[dict[str, keras.Layer], Batches]:
     """The layers that `collect` would sweep, by path, and the batches it would sweep.
 
@@ -274,7 +282,7 @@ def check(
         ValueError: All that `collect` would raise before it reads the first batch.
     """
     layers = layers_to_sweep(model, include_frozen)
-    return layers, data.batches(x, batch_size, steps, may_be_empty, model, sample)
+    return layers, data.batches(x, batch_size, steps, may_be_empty, model, sample, shard)
 
 
 def check_batch(

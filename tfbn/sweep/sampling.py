@@ -11,7 +11,7 @@ import numpy as np
 from tfbn.models.keras_models import Structure
 from tfbn.population import LayerStats, PopulationStats
 from tfbn.sweep.accumulator import SweepState
-from tfbn.sweep.batches import Batch, Batches, empty, nbytes, prepared, too_large
+from tfbn.sweep.batches import Batch, Batches, empty, nbytes, too_large
 
 # Standard errors from fewer batches vary so much that a sweep would often end too early.
 _FEWEST = 20
@@ -50,7 +50,7 @@ class Sample:
         """All that was taken, as `Batches`."""
         if self._inputs is None:
             return self._batches.part(0, self._taken)
-        return prepared(self._inputs, self._batches.static)
+        return self._batches.holding(self._inputs)
 
     def _take(self, batch: Batch) -> Batch:
         self._taken += 1

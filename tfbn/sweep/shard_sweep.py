@@ -135,8 +135,6 @@ class ShardSweep:
             return state
         if not self._chosen:
             self._choose_layers(batches)
-        if state.level == 1:  # The data tells which layers are frozen by call.
-            state = dataclasses.replace(state, paths=self.begin.paths)
         self._batches = batches
         self.forget_frontiers()  # They are of the batches before.
         return self.sweep_level(state)
@@ -156,6 +154,9 @@ class ShardSweep:
             The state after this process's data. If its `whole` is set and that of `state` was
             not, the network cannot be cut at levels, and the sweep begins anew by whole passes.
         """
+        if state.level == 1 and self._chosen:
+            # The state may begin in a process without data, which does not show these.
+            state = dataclasses.replace(state, paths=self.begin.paths)
         reached, digest = state, b""
         if self._saved is not None and self._saved[0].level == state.level:
             reached, digest = self._saved

@@ -120,11 +120,17 @@ class _Reader:
     steps: int | None
     sample: bool
 
-    def batches(self, shard: Any, model: keras.Model) -> Batches:
-        """The `Batches` of a shard."""
+    def batches(self, number: int, shard: Any, model: keras.Model) -> Batches:
+        """The `Batches` of a shard, given its number too."""
         x = shard if self.load is None else self.load(shard)
         return data.batches(
-            x, self.batch_size, self.steps, may_be_empty=True, model=model, sample=self.sample
+            x,
+            self.batch_size,
+            self.steps,
+            may_be_empty=True,
+            model=model,
+            sample=self.sample,
+            shard=number,
         )
 
 
@@ -156,7 +162,7 @@ class _Task(abc.ABC):
         number, shard = item
         try:
             here = replica(self.recipe)
-            return number, self.run(here, number, self.reader.batches(shard, here.model))
+            return number, self.run(here, number, self.reader.batches(number, shard, here.model))
         except Exception as error:
             # A string alone: the error itself may not survive the way back.
             raise RuntimeError(
