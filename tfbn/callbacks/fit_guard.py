@@ -13,6 +13,7 @@ import keras
 
 from tfbn.models import keras_models
 from tfbn.models.keras_models import Snapshot
+from tfbn.models.random_state import unchanged_generators
 from tfbn.population import PopulationStats
 
 # The hooks of a `keras.callbacks.CallbackList` that run the callbacks while population statistics
@@ -70,12 +71,13 @@ def keep(model: keras.Model) -> None:
 
 @contextlib.contextmanager
 def unchanged(model: keras.Model) -> Iterator[None]:
-    """A stretch of evaluations, after which metrics, counters and random seeds are as before."""
+    """A stretch of evaluations, after which metrics, counters and generators are as before."""
     state = Snapshot(model, model.non_trainable_variables + model.metrics_variables)
-    try:
-        yield
-    finally:
-        state.restore()
+    with unchanged_generators(model):
+        try:
+            yield
+        finally:
+            state.restore()
 
 
 def freeze(model: keras.Model) -> None:

@@ -14,6 +14,7 @@ from tfbn.callbacks.epoch_size import EpochSize
 from tfbn.callbacks.shared_iterators import refuse_shared
 from tfbn.callbacks.validation import check_targets, check_validation_data, evaluate
 from tfbn.models import fingerprints, keras_models
+from tfbn.models.random_state import unchanged_generators
 from tfbn.population import PopulationStats
 from tfbn.stats import drift
 from tfbn.sweep.adapters import is_one_shot
@@ -262,7 +263,8 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         x = self._x
         if is_one_shot(x):  # The batches that the check reads come again.
             self._x, x = itertools.tee(x)
-        check_batch(self._network, x, **self._options)
+        with unchanged_generators(self.model):  # The data may draw random numbers.
+            check_batch(self._network, x, **self._options)
 
     def _sweep(self, verbose: int | str) -> PopulationStats:
         """Put population statistics in, from a new sweep if the weights are others."""
@@ -273,13 +275,14 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             or self._stepped
             or not fingerprints.has_fingerprint(network, stats.fingerprint)
         ):
-            stats = self.stats = collect(
-                network,
-                self._x,
-                verbose=verbose,
-                memory_limit=self._memory_limit,
-                **self._options,
-            )
+            with unchanged_generators(self.model):
+                stats = self.stats = collect(
+                    network,
+                    self._x,
+                    verbose=verbose,
+                    memory_limit=self._memory_limit,
+                    **self._options,
+                )
             self._stepped = False
         fit_guard.put_in(network, stats)
         return stats

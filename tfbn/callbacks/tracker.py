@@ -18,6 +18,7 @@ from tfbn.callbacks.shared_iterators import refuse_shared
 from tfbn.callbacks.validation import check_targets, check_validation_data, evaluate
 from tfbn.models import keras_models
 from tfbn.models.keras_models import Structure
+from tfbn.models.random_state import unchanged_generators
 from tfbn.population import LayerStats, PopulationStats
 from tfbn.sweep.accumulator import Site
 from tfbn.sweep.adapters import is_one_shot
@@ -54,8 +55,8 @@ class StatsTracker(keras.callbacks.Callback):
     that are listed after this one: `CSVLogger`, `TensorBoard`, `EarlyStopping` (with a `mode`,
     for Keras does not know whether these metrics are to go up or down).
 
-    Training goes on as if it were not there: weights, statistics, metrics and seeds are
-    those from before. It costs a sweep and three evaluations an epoch. The first of them is
+    Training goes on as if it were not there: weights, statistics, metrics and the random
+    generators of the model, Keras, TensorFlow, NumPy and Python are as before. It costs a sweep and three evaluations an epoch. The first of them is
     what `fit` does with `validation_data`, so that `fit` can do without and the cost is a
     sweep and two evaluations more.
 
@@ -209,7 +210,8 @@ class StatsTracker(keras.callbacks.Callback):
             options = {name: self._options[name] for name in ("batch_size", "steps")}
             batches(self._x, **options, sample=self._options["tolerance"] is not None)
         else:
-            self._untrained = check_batch(self.model, self._x, **self._options)
+            with unchanged_generators(self.model):  # The data may draw random numbers.
+                self._untrained = check_batch(self.model, self._x, **self._options)
 
     def _evaluate(self) -> dict[str, float]:
         return evaluate(

@@ -1,0 +1,109 @@
+"""The states of all random generators that a model or its data may draw from.
+
+All that is private of Keras and TensorFlow, and is needed for it, is in this module.
+"""
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+# Private. Keras and TensorFlow create their global generators in the first public call that asks
+# for them, and a model without random layers must not create any.
+from keras.src.backend.common import global_state
+from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR
+
+# Private. `context()._rng` gives the seeds of eager operations after `tf.random.set_seed`.
+from tensorflow.python.eager import context
+from tensorflow.python.ops import stateful_random_ops
+
+from tfbn.models import keras_models
+
+
+@contextlib.contextmanager
+def unchanged_generators(model: keras.Model) -> Iterator[None]:
+    """Within the context a model may run and data be read; then all generators are as before.
+
+    These are Python's and NumPy's global ones, Keras's and TensorFlow's global ones, and each
+    `tf.random.Generator` of the model. The state of a `keras.random.SeedGenerator` of the model is
+    one of the model's variables. Not restored are generators that only the user's code holds, and
+    the states of `tf.random` operations with a seed of their own that run eagerly.
+    """
+    restore = [
+        _python(),
+        _numpy(),
+        _tensorflow_seeds(),
+        _keras_global(),
+        *(_generator(model, generator) for generator in _generators(model)),
+    ]
+    try:
+        yield
+    finally:
+        for function in restore:
+            function()
+
+
+def _python() -> Callable[[], None]:
+    state = random.getstate()
+    return lambda: random.setstate(state)
+
+
+def _numpy() -> Callable[[], None]:
+    state = np.random.get_state()
+    return lambda: np.random.set_state(state)
+
+
+def _tensorflow_seeds() -> Callable[[], None]:
+    """Exchange the generator of the seeds of eager operations.
+
+    TensorFlow keeps the state of an operation by its seed, so no seed may be used twice.
+    """
+    eager_context = context.context()
+    generator: random.Random | None = getattr(eager_context, "_rng", None)
+    if generator is None:
+        return lambda: None
+    eager_context._rng = random.Random("tfbn")
+    return lambda: setattr(eager_context, "_rng", generator)
+
+
+def _keras_global() -> Callable[[], None]:
+    generator = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
+    value = None if generator is None else generator.state.numpy()
+
+    def restore() -> None:
+        global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, generator)
+        if generator is not None:
+            generator.state.assign(value)
+
+    return restore
+
+
+def _generators(model: keras.Model) -> Iterator[tf.random.Generator]:
+    """TensorFlow's generators: the global one, if it exists, and all in attributes of layers."""
+    if stateful_random_ops.global_generator is not None:
+        yield stateful_random_ops.global_generator
+    pending = [
+        value for layer in keras_models.layers(model).values() for value in vars(layer).values()
+    ]
+    seen: set[int] = set()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            pending += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, tf.random.Generator):
+            yield value
+
+
+def _generator(model: keras.Model, generator: tf.random.Generator) -> Callable[[], None]:
+    local = model.distribute_strategy.experimental_local_results(generator.state)
+    states = [(state, state.numpy()) for state in local]
+
+    def restore() -> None:
+        for state, value in states:
+            state.assign(value)
+
+    return restore
