@@ -56,7 +56,8 @@ class StatsTracker(keras.callbacks.Callback):
     for Keras does not know whether these metrics are to go up or down).
 
     Training goes on as if it were not there: weights, statistics, metrics and the random
-    generators of the model, Keras, TensorFlow, NumPy and Python are as before. It costs a sweep and three evaluations an epoch. The first of them is
+    generators of the model, Keras, TensorFlow, NumPy and Python are as before.
+    It costs a sweep and three evaluations an epoch. The first of them is
     what `fit` does with `validation_data`, so that `fit` can do without and the cost is a
     sweep and two evaluations more.
 
