@@ -286,7 +286,26 @@ def test_compare_says_when_weights_are_others(capsys, tmp_path, saved):
     found = run_for_json(capsys, "compare", saved, saved, tmp_path / "other.keras")
     assert found["of_other_weights"] == [str(tmp_path / "other.keras")]
     two_inputs().save(tmp_path / "two.keras")
-    assert "layers of" in fails(capsys, "compare", saved, saved, tmp_path / "two.keras")
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0], [1, 1]])
+def test_compare_names_the_file_of_another_model(capsys, tmp_path, saved, order):
+    files = [saved, tmp_path / "two.keras"]
+    two_inputs().save(files[1])
+    line = fails(capsys, "compare", saved, *(files[i] for i in order))
+    assert f"layers of {saved}. Received: {files[1]}, with layer " in line
+
+
+def test_compare_needs_layers_that_both_have(capsys, tmp_path, saved):
+    stats = tfbn.PopulationStats.read(keras.models.load_model(saved))
+    files = {path: tmp_path / f"{path[-1]}.npz" for path in stats}
+    for path, file in files.items():
+        tfbn.PopulationStats({path: stats[path]}, method="assigned").save(file)
+    line = fails(capsys, "compare", saved, *files.values())
+    assert all(f"{file} with {path!r}" in line for path, file in files.items())
+    plain = tmp_path / "plain.keras"
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).save(plain)
+    assert f"{plain}, without any" in fails(capsys, "compare", saved, saved, plain)
 
 
 def test_compare_refuses_statistics_of_other_shapes(capsys, tmp_path, saved):

@@ -135,18 +135,23 @@ def compare(args: argparse.Namespace) -> int:
     model = model_files.load(args.model, args.unsafe)
     held = tfbn.PopulationStats.read(model)
     a, b = (_statistics(path, args.unsafe) for path in (args.a, args.b))
-    # Sweeps leave frozen layers out, and a model file has them.
-    shared = [path for path in a if path in b]
     for stats, name in ((a, args.a), (b, args.b)):
         strange = [path for path in stats if path not in held]
-        if strange or not shared:
+        if strange or not stats:
+            received = f"with layer {strange[0]!r}" if strange else "without any"
             raise FileError(
-                f"Expected statistics of the layers of {args.model}. Received: {name}, with layer "
-                f"{(strange or list(stats) or [None])[0]!r}."
+                f"Expected statistics of the layers of {args.model}. Received: {name}, {received}."
             )
         with naming(name, args.model):
             for path in stats:
                 require_same_shape(path, held[path], stats[path])
+    # Sweeps leave frozen layers out, so both can be right and have none in common.
+    if not any(path in b for path in a):
+        raise FileError(
+            f"Expected two files with statistics of the same layers. Received: {args.a} with "
+            f"{next(iter(a))!r} and {args.b} with {next(iter(b))!r}. Sweep both with "
+            "--include-frozen."
+        )
     off = drift.of_layers(a, b)
     others = [name for name, s in ((args.a, a), (args.b, b)) if s.fingerprint != held.fingerprint]
     if args.json:
