@@ -40,6 +40,17 @@ def enclosing(callback: keras.callbacks.Callback) -> list[Place]:
     return places
 
 
+def argument_of_fit(name: str) -> Any:
+    """An argument of the `fit` that is calling a callback, `None` if there is no `fit`."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, keras.Model) and frame.f_code.co_name == "fit":
+            return frame.f_locals.get(name)
+        frame = frame.f_back
+    return None
+
+
 def _place(
     callbacks: keras.callbacks.CallbackList, inside: list[keras.callbacks.Callback]
 ) -> Place:

@@ -1,4 +1,4 @@
-"""How much data an epoch of `fit` has, for a generator of another size to be noticed."""
+"""How much data an epoch of `fit` has, for a sweep of far less to be noticed."""
 
 import warnings
 from typing import Any
@@ -7,16 +7,23 @@ import keras
 
 from tfbn.population import PopulationStats
 
+# Fewer samples than this leave the mean of a channel unknown by more than 0.06 std.
+_FEW_SAMPLES = 256
+
 
 class EpochSize:
     """The size of the largest epoch so far.
+
+    Args:
+        whole: Whether an epoch has all data once; with `steps_per_epoch` it may repeat little.
 
     Attributes:
         batches: How many batches.
         samples: How many samples; 0 where a model does not count them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, whole: bool = False) -> None:
+        self._whole = whole
         self.batches = self.samples = 0
         self._open = False
 
@@ -36,8 +43,26 @@ class EpochSize:
             self.samples = max(self.samples, *counts, 0)
             self._open = False
 
-    def warn_if_short(self, stats: PopulationStats) -> None:
-        """Warn where fewer samples were swept than an epoch trains on."""
+    def warn_of(self, stats: PopulationStats, generator: bool) -> None:
+        """Warn if the statistics are of less data than an epoch trains on.
+
+        Args:
+            stats: The statistics of a sweep that was to have all data.
+            generator: Whether the data came from a generator, which was to have no less. Other
+                data may be a part that the user has chosen, unless it is hardly any.
+        """
+        if generator:
+            self._warn_if_short(stats)
+            return
+        fed = self.samples or self.batches
+        if self._whole and stats.samples < min(_FEW_SAMPLES, fed / 4):
+            warnings.warn(
+                f"The sweep had {stats.samples} samples, an epoch of `fit` at least {fed}. Pass "
+                "all training data as x, or `steps` to sweep a part of it.",
+                stacklevel=4,
+            )
+
+    def _warn_if_short(self, stats: PopulationStats) -> None:
         if self.samples:
             short, size = stats.samples < self.samples, f"{self.samples} samples"
         else:
@@ -47,7 +72,7 @@ class EpochSize:
                 f"The generator of PopulationStatsCallback ended after {stats.samples} samples in "
                 f"{stats.batches} batches, but an epoch of training has {size}. Pass all of the "
                 "training data, or say with `steps` how much of it to sweep.",
-                stacklevel=3,
+                stacklevel=5,
             )
 
 

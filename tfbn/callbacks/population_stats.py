@@ -9,8 +9,15 @@ import numpy as np
 
 from tfbn import arguments
 from tfbn.callbacks import fit_guard
-from tfbn.callbacks.callback_lists import enclosing, pickled_state, shallow_copy, shared_copy
+from tfbn.callbacks.callback_lists import (
+    argument_of_fit,
+    enclosing,
+    pickled_state,
+    shallow_copy,
+    shared_copy,
+)
 from tfbn.callbacks.epoch_size import EpochSize
+from tfbn.callbacks.fed_data import FedData
 from tfbn.callbacks.shared_iterators import refuse_shared
 from tfbn.callbacks.validation import check_targets, check_validation_data, evaluate
 from tfbn.models import fingerprints, keras_models
@@ -55,8 +62,10 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     statistics. In the middle of training each gets its own moving averages back.
 
     Args:
-        x: The training data, as `tfbn.collect` takes it. A callback never sees the data
-            given to `fit`. A generator can be swept only once, and must not be the one that
+        x: The training data, as `tfbn.collect` takes it, preprocessed as the network gets it in
+            training: what a `train_step` of your own does to the data is not done here. A callback
+            never sees the data given to `fit`; a warning says so where the moving averages show
+            other data. A generator can be swept only once, and must not be the one that
             `fit` reads. A `tf.data.Dataset` that shuffles with a seed, and that `fit` reads too,
             would be in another order after every reading in the middle of training: give one that
             does not shuffle.
@@ -137,16 +146,19 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         self._checked = False
         self._guarded = False
         self._epoch_size = EpochSize()
+        self._fed: FedData | None = None  # While `fit` runs.
 
     def __deepcopy__(self, memo: dict) -> "PopulationStatsCallback":
         """A copy that shares the data and the models."""
-        return shared_copy(self, memo, ("_x", "_validation_data", "_inner", "_model", "stats"))
+        return shared_copy(
+            self, memo, ("_x", "_validation_data", "_inner", "_model", "stats", "_fed")
+        )
 
     __copy__ = shallow_copy
 
     def __getstate__(self) -> dict[str, Any]:
-        """All attributes, unless the data cannot be pickled."""
-        return pickled_state(self, ("_x", "_validation_data"))
+        """All attributes but that of a running `fit`, unless the data cannot be pickled."""
+        return {**pickled_state(self, ("_x", "_validation_data")), "_fed": None}
 
     def unfreeze(self) -> None:
         """Put every layer's `trainable` flag back to its value before the freeze.
@@ -165,7 +177,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             self._check_order(before, after)
         self._check_repeatable()
         refuse_shared(self._x)
-        self._epoch_size = EpochSize()
+        self._epoch_size = EpochSize(argument_of_fit("steps_per_epoch") is None)
         if self._validation_data is not None:
             check_targets(self.model, self._validation_data)
         frozen = fit_guard.unfreeze(network)
@@ -185,12 +197,15 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             fits = lists[-1].callbacks if lists else None
             fit_guard.guard_validation(self.model, network, fits)
         self._training = self._stepped = True
+        self._fed = FedData(self.model, network)
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Note that the weights will change, and check a model that the first step has built."""
         self._stepped = True
         if not self._checked:
             self._check()
+        if self._fed is not None:
+            self._fed.begin_step(batch)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Count the batches."""
@@ -211,10 +226,14 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         """Train on from the moving averages."""
         fit_guard.put_back(self._network)
         self._epoch_size.begin()
+        if self._fed is not None:
+            self._fed.begin_epoch()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Sweep for the callbacks after this one, if it is the epoch to."""
         self._epoch_size.end(self.model)
+        if self._fed is not None:
+            self._fed.end_epoch((self.params or {}).get("steps"))
         if self._every_n_epochs and (epoch + 1) % self._every_n_epochs == 0:
             self._sweep(verbose=0)
 
@@ -226,9 +245,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         fit_guard.put_back(self._network)
         frozen = fit_guard.unfreeze(self._network)
         before = self._evaluate()
-        stats = self._sweep(verbose=self._verbosity)
-        if is_one_shot(self._x) and self._options["steps"] is self._options["tolerance"] is None:
-            self._epoch_size.warn_if_short(stats)
+        stats = self._sweep(verbose=self._verbosity, last=True)
         after = self._evaluate()
         if before is not None and after is not None:
             self.validation = {name: (before[name], after[name]) for name in before}
@@ -266,7 +283,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         with unchanged_generators(self.model):  # The data may draw random numbers.
             check_batch(self._network, x, **self._options)
 
-    def _sweep(self, verbose: int | str) -> PopulationStats:
+    def _sweep(self, verbose: int | str, last: bool = False) -> PopulationStats:
         """Put population statistics in, from a new sweep if the weights are others."""
         network, stats = self._network, self.stats
         fit_guard.put_back(network)
@@ -284,8 +301,18 @@ class PopulationStatsCallback(keras.callbacks.Callback):
                     **self._options,
                 )
             self._stepped = False
+        if last:
+            self._compare_with_fit(stats)
         fit_guard.put_in(network, stats)
         return stats
+
+    def _compare_with_fit(self, stats: PopulationStats) -> None:
+        """Warn if the sweep had other data than `fit`, or less."""
+        if self._options["steps"] is self._options["tolerance"] is None:
+            self._epoch_size.warn_of(stats, is_one_shot(self._x))
+        if self._fed is not None:
+            self._fed.warn_of(stats)
+            self._fed = None
 
     def _evaluate(self) -> dict[str, Any] | None:
         """The metrics on the validation data, without a trace in the model."""

@@ -3,13 +3,14 @@
 import collections
 from collections.abc import Callable, Mapping
 
+import keras
 import tensorflow as tf
 
 from tfbn.graphs.subgraphs import sources
 from tfbn.sweep.accumulator import Site
 from tfbn.sweep.batches import Batch
 from tfbn.sweep.frontiers import Frontier
-from tfbn.sweep.network import Network, Trace, UnobservableError, flatten
+from tfbn.sweep.network import Network, Trace, UnobservableError, flatten, traces_of
 from tfbn.sweep.observation import Call, CallMoments
 
 # A call, and the moments of the values that entered it.
@@ -205,6 +206,20 @@ def levels_of(trace: Trace) -> Levels:
         if "levels" not in trace.pieces:
             trace.pieces["levels"] = Levels(trace)
         return trace.pieces["levels"]
+
+
+def first_level(model: keras.Model) -> dict[str, int]:
+    """Path -> number of calls of the layers of level 1, in all traces that sweeps have made.
+
+    It is empty before the first trace, and without the layers of networks that cannot be cut.
+    """
+    calls: collections.Counter[str] = collections.Counter()
+    above: set[str] = set()
+    for trace in traces_of(model):
+        levels = levels_of(trace).of_path or {}
+        calls |= collections.Counter(call.site.path for call in trace.calls if call.fetches)
+        above |= {call.site.path for call in trace.calls if levels.get(call.site.path) != 1}
+    return {path: calls[path] for path in calls if path not in above}
 
 
 def depth(trace: Trace) -> int:

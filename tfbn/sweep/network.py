@@ -321,6 +321,15 @@ class Network:
             yield
 
 
+def traces_of(model: keras.Model) -> list[Trace]:
+    """The traces that sweeps of a model have made, and that still fit its layers."""
+    with _building:
+        known, traces = _traces.get(model, (None, None))
+        if traces is None or known != keras_models.structure(model):
+            return []
+        return [trace for of_key in traces.values() for trace in of_key]
+
+
 def flatten(structure: Structure) -> list:
     """The dense tensors, or their specs, of a structure that may have ragged and sparse ones."""
     return tf.nest.flatten(structure, expand_composites=True)

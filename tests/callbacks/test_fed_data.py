@@ -1,0 +1,245 @@
+"""Tests of the comparison of a sweep with what `fit` fed the network."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import layers
+
+import tfbn
+from tfbn.callbacks import fed_data
+from tfbn.callbacks.fed_data import Moments
+from tfbn.stats.layer_stats import LayerStats
+
+X = np.random.default_rng(0).normal(3, 2, (640, 6)).astype("float32")
+
+
+class Scaling(keras.Model):
+    """Scales the data in its steps, before the network gets it."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def call(self, x, training=None):
+        """The network alone."""
+        return self.network(x, training=training)
+
+    def train_step(self, data):
+        """A step on scaled data."""
+        x, y = data
+        return super().train_step((x / 16, y))
+
+
+def build(bn=layers.BatchNormalization, model=lambda network: network, **options):
+    """Two batch norm layers, the first of them behind a dense layer."""
+    keras.utils.set_random_seed(0)
+    network = keras.Sequential([keras.Input((6,)), layers.Dense(8), bn(name="first")])
+    for layer in [layers.Dense(8), layers.BatchNormalization(), layers.Dense(1)]:
+        network.add(layer)
+    built = model(network)
+    built(X[:2])
+    built.compile("adam", "mse", **options)
+    return built
+
+
+def messages(model, swept, options=None, callbacks=(), data=(X, X[:, :1]), **fit):
+    """The warnings of a `fit` about its data."""
+    callback = tfbn.PopulationStatsCallback(swept, verbose=0, **(options or {}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(*data, verbose=0, callbacks=[*callbacks, callback], **{"epochs": 2, **fit})
+    return [str(w.message) for w in caught if "`fit`" in str(w.message)]
+
+
+@settings(deadline=None)
+@given(
+    momentum=st.sampled_from([0.0, 0.5, 0.9, 0.99]),
+    steps=st.integers(1, 30),
+    start=st.floats(-10, 10),
+    seed=st.integers(0, 99),
+)
+def test_the_average_is_that_of_the_batches_whatever_came_before(momentum, steps, start, seed):
+    batches = np.random.default_rng(seed).normal(1, 2, (steps, 2, 3)) ** 2
+    moving = np.full((2, 3), start)
+    for batch in batches:
+        moving = momentum * moving + (1 - momentum) * batch
+    found = fed_data.recent_moments(
+        Moments(*np.full((2, 3), start)), Moments(*moving), momentum**steps
+    )
+    weights = momentum ** np.arange(steps)[::-1].astype(float)
+    expected = np.tensordot(weights / weights.sum(), batches, 1)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "kept"),
+    [
+        ((0.0, 1.0), (3.0, 4.0), 1.0),
+        ((3.0, 4.0), (3.0, 4.0), 0.9),
+        ((0.0, 1.0), (3.0, 0.9), 0.9),  # The variance of every batch was 0.
+        ((1e7, 1.0), (1e7 + 1, 1.5), 0.9),
+    ],
+    ids=["momentum 1", "not trained", "single values", "rounding"],
+)
+def test_there_is_no_average_where_nothing_can_be_known(start, end, kept):
+    start, end = (Moments(*np.reshape(pair, (2, 1))) for pair in (start, end))
+    assert fed_data.recent_moments(start, end, kept) is None
+
+
+@pytest.mark.parametrize(
+    ("fed", "between", "noise", "expected"),
+    [
+        ((1.0, 4.0), 0.0, 1.0, (0.0, 0.0)),
+        ((3.0, 4.0), 0.0, 1.0, (1.0, 0.0)),
+        ((1.0, 16.0), 0.0, 1.0, (0.0, np.log(2))),
+        ((1.0, 1.0), 0.0, 1.0, (0.0, -np.log(2))),
+        ((2.5, 4.0), 1.0, 1.0, (0.0, 0.0)),  # Within two of the std between batches.
+        ((5.0, 4.0), 1.0, 1.0, (1.0, 0.0)),
+        ((1.0, 3.5), 1.0, 1.0, (0.0, 0.0)),  # Ordered batches vary less than the whole.
+        ((1.0, 16.0), 0.0, 3.0, (0.0, 0.0)),
+    ],
+)
+def test_the_distance_is_in_standard_deviations(fed, between, noise, expected):
+    # The second channel never varies, and does not count.
+    stats = LayerStats(100, np.array([1.0, 0.0]), np.array([4.0, 0.0]))
+    fed = Moments(np.array([fed[0], 9.0]), np.array([fed[1], 9.0]))
+    found = fed_data.distance_of(fed, stats, np.array([between, 0.0]), noise)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_batches_in_random_order_are_not_ordered_and_sorted_ones_are():
+    x = np.random.default_rng(0).normal(size=(640, 4))
+    for ordered, expected in [(False, 0.0), (True, 1.0)]:
+        means = np.sort(x, axis=0).reshape(20, 32, 4) if ordered else x.reshape(20, 32, 4)
+        error = means.mean(1).std(0) / np.sqrt(20)
+        stats = LayerStats(640, x.mean(0), x.var(0), None, error, error)
+        found = fed_data.between_batches(stats, batches=20, batch_size=32)
+        np.testing.assert_allclose(found, expected, atol=0.2)
+
+
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("swept", [X * 255, X * 16, X / 2, X - 3], ids=["255", "16", "2", "mean"])
+def test_other_data_than_fit_has_is_reported_before_it_goes_in(swept):
+    [message] = messages(build(), swept)
+    assert "'first'" in message
+    assert "x=dataset.map(preprocess)" in message
+
+
+def test_the_data_of_fit_is_not_reported():
+    model = build()
+    for _ in range(2):  # The second goes on from the first.
+        assert messages(model, X) == []
+
+
+def test_a_step_that_scales_its_data_is_reported_and_the_advice_helps():
+    assert messages(build(model=Scaling), X)
+    dataset = tf.data.Dataset.from_tensor_slices(X).batch(32)
+    assert messages(build(model=Scaling), dataset.map(lambda x: x / 16)) == []
+
+
+class Doubling(layers.BatchNormalization):
+    """Has its own rule of training."""
+
+    def call(self, inputs, training=None, mask=None):
+        """Twice the moments."""
+        return super().call(2 * inputs, training=training, mask=mask)
+
+
+def renormed(**options):
+    """Batch renormalization, of which the averages are others."""
+    return tfbn.BatchNormalization(renorm=True, **options)
+
+
+def constant(**options):
+    """A layer whose statistics stay as they are."""
+    return layers.BatchNormalization(momentum=1.0, **options)
+
+
+def restored(monitor="loss"):
+    """`EarlyStopping` that goes back to the first epoch."""
+    return keras.callbacks.EarlyStopping(
+        monitor, patience=1, restore_best_weights=True, mode="max", min_delta=1e9
+    )
+
+
+def resetting():
+    """A callback that begins with new moving averages in the middle of `fit`."""
+
+    def reset(epoch, logs):
+        layer = callback.model.get_layer("first")
+        layer.moving_mean.assign(np.zeros(8))
+        layer.moving_variance.assign(np.ones(8))
+
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=reset)
+    return callback
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "fit"),
+    [
+        ({"steps_per_execution": 3}, {}),
+        ({"run_eagerly": True}, {}),
+        ({"bn": renormed}, {}),
+        ({"bn": constant}, {}),
+        ({"bn": Doubling}, {}),
+        ({"bn": tfbn.BatchNormalization}, {"validation_split": 0.5}),
+        ({}, {"epochs": 5, "callbacks": [restored()]}),
+        ({}, {"epochs": 3, "callbacks": [resetting()]}),
+        ({}, {"batch_size": 1, "epochs": 1}),
+        ({}, {"steps_per_epoch": 1, "epochs": 3}),
+        ({}, {"class_weight": {0: 2.0}, "data": (X, np.zeros(640, "int32"))}),
+    ],
+    ids=[
+        *("several steps", "eager", "renorm", "momentum 1", "own rule", "split"),
+        *("restored", "reset", "batches of 1", "one step", "class weight"),
+    ],
+)
+def test_what_cannot_be_compared_is_not_reported(model, fit):
+    assert messages(build(**model), X, **fit) == []
+
+
+@pytest.mark.slow
+def test_the_epoch_that_is_restored_is_compared():
+    assert messages(build(), X * 16, callbacks=[restored()], epochs=5)
+
+
+@pytest.mark.slow
+def test_ordered_data_is_not_reported():
+    order = np.argsort(X[:, 0])
+    ordered = X[order]
+    assert messages(build(), ordered, data=(ordered, ordered[:, :1]), shuffle=False) == []
+
+
+@pytest.mark.slow
+def test_dropout_before_a_layer_is_not_reported():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((6,)), layers.Dropout(0.5), layers.BatchNormalization()])
+    model.add(layers.Dense(1))
+    model.compile("adam", "mse")
+    assert messages(model, X) == []
+
+
+def test_too_few_samples_are_reported_and_the_advice_helps():
+    [message] = messages(build(), X[:16])
+    assert "16 samples" in message
+    assert "640" in message
+    assert messages(build(), X[:16], {"steps": 1}) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "fit"),
+    [({"tolerance": 0.5}, {}), ({"batch_size": 16, "steps": 1}, {}), ({}, {"steps_per_epoch": 20})],
+    ids=["tolerance", "steps", "steps per epoch"],
+)
+def test_a_sample_that_was_asked_for_is_not_reported(options, fit):
+    swept = X if options else X[:64]
+    repeated = tf.data.Dataset.from_tensor_slices((X[:64], X[:64, :1])).repeat().batch(32)
+    data = (repeated,) if fit else (X, X[:, :1])
+    assert messages(build(), swept, options, data=data, **fit) == []
