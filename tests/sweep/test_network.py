@@ -181,3 +181,106 @@ def test_stateful_layers_are_found_wherever_they_are(kind):
     found = Network(model, batch_norm_layers(model))
     with pytest.raises(UnobservableError, match=r"layer '.*/keeps', which keeps a state"):
         found.trace(tf.zeros([5, 3, 4]), settled=True)
+
+
+# NaN that the network leaves out.
+
+LEAVING_OUT = {
+    "where": lambda x, known: keras.ops.where(known, x, 0.0),
+    "select": lambda x, known: tf.raw_ops.Select(condition=known, x=x, y=tf.zeros_like(x)),
+    "boolean_mask": lambda x, known: tf.boolean_mask(x, tf.reduce_all(known, 1)),
+    "where and gather": lambda x, known: tf.gather(x, tf.where(known[:, 1])[:, 0]),
+    "gather_nd": lambda x, known: tf.gather_nd(x, tf.where(known[:, 1])),
+    "dynamic_partition": lambda x, known: tf.dynamic_partition(
+        x, tf.cast(known[:, 1], tf.int32), 2
+    )[1],
+    "columns": lambda x, known: x[:, ::2],
+    "gather columns": lambda x, known: tf.gather(x, [0, 2], axis=1),
+    "unstack": lambda x, known: tf.stack(tf.unstack(x, axis=1)[::2], 1),
+    "split": lambda x, known: tf.split(x, 3, axis=1)[0],
+}
+
+
+class LeavingOut(keras.layers.Layer):
+    """It takes some of the values."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def call(self, x, known):
+        """The values."""
+        return LEAVING_OUT[self.how](x, known)
+
+
+class Masked(keras.Model):
+    """Batch norm over the values that are known."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.leave_out = LeavingOut(how)
+        self.first, self.dense = keras.layers.BatchNormalization(), keras.layers.Dense(2)
+        self.second = keras.layers.BatchNormalization()
+
+    def call(self, inputs):
+        """The network."""
+        return self.second(self.dense(self.first(self.leave_out(**inputs))))
+
+
+@pytest.mark.quick(5)
+@pytest.mark.parametrize("method", ["exact", "pooled"])
+@pytest.mark.parametrize("how", LEAVING_OUT)
+def test_nan_that_the_network_leaves_out_is_no_error(how, method):
+    x = np.random.default_rng(0).normal(3, 2, (24, 3)).astype("float32")
+    x[::4, 1] = np.nan
+    inputs = {"x": x, "known": ~np.isnan(x)}
+    model = Masked(how)
+    model(inputs)
+    stats = tfbn.collect(model, inputs, method=method, batch_size=10, verbose=0)
+    entered = model.leave_out(**{name: tf.constant(value) for name, value in inputs.items()})
+    assert np.isfinite(entered).all()
+    first, second = stats.values()
+    np.testing.assert_allclose(first.mean, np.asarray(entered, "d").mean(0), rtol=1e-5)
+    assert np.isfinite(second.mean).all()
+
+
+def test_nan_that_enters_a_layer_behind_a_choice_is_an_error():
+    x = np.random.default_rng(0).normal(3, 2, (24, 3)).astype("float32")
+    x[5, 2] = np.nan
+    model = Masked("columns")
+    model({"x": x, "known": x > 0})
+    with pytest.raises(ValueError, match="finite values to enter layer"):
+        tfbn.collect(model, {"x": x, "known": x > 0}, verbose=0)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("kind", [keras.layers.BatchNormalization, tfbn.BatchNormalization])
+def test_a_mask_that_is_not_one_value_per_position_is_named(kind, rank):
+    frames, mask = keras.Input((5, 4, 4, 2)), keras.Input((5, 4, 3, 1)[: rank - 1], dtype="bool")
+    video = keras.layers.ConvLSTM2D(3, 3, return_sequences=True, padding="same")(frames)
+    norm = kind(name="norm")
+    outputs = norm(video, mask=mask)
+    model = keras.Model([frames, mask], outputs)
+    x = [np.ones((6, 5, 4, 4, 2), "f"), np.ones((6, 5, 4, 3)[:rank], bool)]
+    with pytest.raises(ValueError, match=r"^Expected a mask of shape .* layer 'norm'") as caught:
+        tfbn.collect(model, x, verbose=0)
+    assert len(str(caught.value)) < 250
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError):  # Keras does not train it either.
+        model.fit(x, np.zeros((6, 5, 4, 4, 3)), verbose=0)
+    # The advice.
+    cured = keras.Model([frames, mask], keras.layers.BatchNormalization()(video, mask=None))
+    tfbn.collect(cured, x, verbose=0)
+
+
+def test_conv_lstm_behind_a_mask_of_positions():
+    x = np.random.default_rng(0).normal(size=(6, 5, 4, 4, 2)).astype("float32")
+    x[:, 3:] = 0
+    inputs = keras.Input((5, 4, 4, 2))
+    masked = keras.layers.Masking()(inputs)
+    video = keras.layers.ConvLSTM2D(3, 3, padding="same", return_sequences=True)(masked)
+    model = keras.Model(inputs, keras.layers.BatchNormalization()(video))
+    [stats] = tfbn.collect(model, x, verbose=0).values()
+    entered = keras.Model(inputs, video).predict(x, verbose=0).astype("d")[:, :3]
+    np.testing.assert_allclose(stats.mean, entered.mean((0, 1, 2, 3)), rtol=1e-4)
+    assert stats.count == 6 * 3 * 16

@@ -19,14 +19,19 @@ from tfbn.graphs.subgraphs import Extraction, ancestors, kept_apart
 from tfbn.models import keras_models
 from tfbn.models.keras_models import Structure
 from tfbn.sweep.accumulator import Site
-from tfbn.sweep.observation import Call, Observer
+from tfbn.sweep.observation import Call, Observer, UnobservableError
 
 # Traces that a model keeps: a few signatures for each of two methods.
 _KEPT_TRACES = 8
 
 _LOOKS_FOR_NAN = {"IsNan", "IsInf", "IsFinite", "MulNoNan"}
-# Of the values that go into these, NaN does not come out.
+# Ops that never propagate NaN.
 _WITHOUT_NAN = {"Bucketize", "Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"}
+# Ops that may leave NaN out, because they choose among the values of their data. (`boolean_mask`
+# gathers.) The values that enter layers are checked in any case.
+_WITHOUT_NAN |= {"Select", "SelectV2", "Where"}
+_CHOOSING = {"Gather", "GatherV2", "GatherNd", "Slice", "StridedSlice", "DynamicPartition"}
+_CHOOSING |= {"Split", "SplitV", "Unpack"}
 
 _HARMLESS = {"Placeholder", "ReadVariableOp", "VarHandleOp"}
 
@@ -34,10 +39,6 @@ _building = threading.RLock()
 # By model: its structure, and traces by key.
 _traces: "weakref.WeakKeyDictionary[keras.Model, tuple[tuple, Traces]]"
 _traces = weakref.WeakKeyDictionary()
-
-
-class UnobservableError(ValueError):
-    """A model on which the statistics that a sweep is to find are not defined, or not seen."""
 
 
 class Trace:
@@ -156,13 +157,15 @@ def _looks_for_nan(op: tf.Operation) -> bool:
 
 
 def _carrying_nan(tensors: Iterable[tf.Tensor]) -> set[int]:
-    """The ids of the tensors from which NaN could come to others: not through a comparison."""
+    """The ids of the tensors whose NaN reaches others: not through a comparison or a choice."""
     seen, pending = set(), list(tensors)
     while pending:
         tensor = pending.pop()
         if id(tensor) not in seen and tensor.dtype != tf.bool:
             seen.add(id(tensor))
-            if tensor.op.type not in _WITHOUT_NAN:
+            if tensor.op.type in _CHOOSING:
+                pending += [source for source in tensor.op.inputs if not source.dtype.is_floating]
+            elif tensor.op.type not in _WITHOUT_NAN:
                 pending += tensor.op.inputs
     return seen
 

@@ -21,6 +21,10 @@ from tfbn.sweep.inference import Draws, inference
 CallMoments = Sequence[tf.Tensor]
 
 
+class UnobservableError(ValueError):
+    """A model on which the statistics that a sweep is to find are not defined, or not seen."""
+
+
 class Call(NamedTuple):
     """One call of an observed layer.
 
@@ -82,6 +86,7 @@ class Observer:
             by the id of a Keras variable the value that the run would have given to it.
         """
         calls: list[Call] = []
+        refused: list[UnobservableError] = []
         counts: collections.Counter[str] = collections.Counter()
         outer = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
@@ -91,6 +96,9 @@ class Observer:
             x = tf.convert_to_tensor(x)
             if not x.dtype.is_floating:  # As the layer itself does it.
                 x = tf.cast(x, layer.compute_dtype)
+            if wrong := _wrong_mask(path, x, mask):
+                refused.append(wrong)
+                raise wrong
             channels = layer.moving_mean.shape[0]
             made = _observed(site, layer, x, mask, population(site, channels))
             if site in self._ignored:
@@ -102,7 +110,10 @@ class Observer:
 
         model, draws = self._model(), Draws(number)
         with inference(dict(self._layers), observe, draws) as scope:
-            outputs = model(as_called(inputs), training=False)
+            try:
+                outputs = model(as_called(inputs), training=False)
+            except UnobservableError:
+                raise refused[0] from None  # Without the arguments that Keras adds to the message.
         updates = {key: scope.get_current_value(v) for key, (_, v) in self._variables().items()}
         updates = {key: value for key, value in updates.items() if value is not None}
         return outputs, calls, draws.made, updates
@@ -207,6 +218,21 @@ def untrained_sites(
     except Exception:  # The sweep itself raises the error for a batch that the model refuses.
         return set(), set()
     return met - trained, trained
+
+
+def _wrong_mask(path: str, x: tf.Tensor, mask: tf.Tensor | None) -> UnobservableError | None:
+    """The error for a mask that is not one value per position of `x`."""
+    if mask is None or x.shape.rank is None or mask.shape.rank is None:
+        return None
+    positions = x.shape[:-1]
+    pairs = zip(mask.shape, positions, strict=False)
+    if mask.shape.rank != positions.rank or any(a not in (1, b, None) and b for a, b in pairs):
+        return UnobservableError(
+            f"Expected a mask of shape {tuple(positions)} for batch norm layer {path!r}, a value "
+            f"per position. Received: a mask of shape {tuple(mask.shape)}, on which `fit` fails "
+            "too. Call the layer with mask=None, or expand the mask."
+        )
+    return None
 
 
 def _observed(
