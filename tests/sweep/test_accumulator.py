@@ -7,6 +7,7 @@ import itertools
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers
@@ -217,3 +218,59 @@ def test_what_is_finished_holds_every_layer(model):
     masked = begun().add(batch(4), [(FIRST, of(x)), (SECOND, none)], one_level, False)
     with pytest.raises(ValueError, match="values for layer 'b'"):
         masked.next_level().finish(model, previous)
+
+
+def padded(**options):
+    """Sequences of 1 to 9 steps in shuffled batches, each padded to its longest."""
+
+    def sequences():
+        for i in range(40):
+            yield np.random.default_rng(i).normal(3, 2, (1 + i % 9, 2)).astype("float32")
+
+    spec = tf.TensorSpec((None, 2), tf.float32)
+    dataset = tf.data.Dataset.from_generator(sequences, output_signature=spec)
+    return dataset.shuffle(40, **options).padded_batch(8)
+
+
+def test_padding_that_differs_in_every_pass_is_refused_with_advice_that_works():
+    model = keras.Sequential(
+        [
+            keras.Input((None, 2)),
+            keras.layers.Masking(),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dense(3, activation="relu"),
+            keras.layers.BatchNormalization(),
+        ]
+    )
+    with pytest.raises(ValueError, match=r"padding to the longest.*reshuffle_each_iteration=False"):
+        tfbn.collect(model, padded(), memory_limit=0, verbose=0)
+    x = np.concatenate([np.concatenate(list(batch)) for batch in padded(seed=1)])
+    x = x[x.any(-1)].astype("d")
+    advice = [
+        (padded(reshuffle_each_iteration=False), {"memory_limit": 0}),
+        (padded(), {}),
+    ]
+    for data, options in advice:
+        first, second = tfbn.collect(model, data, verbose=0, **options).values()
+        np.testing.assert_allclose(first.mean, x.mean(0), rtol=1e-5)
+        assert first.count == second.count == len(x)
+
+
+def test_the_callback_has_a_memory_limit():
+    model = keras.Sequential(
+        [
+            keras.Input((None, 2)),
+            keras.layers.Masking(),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dense(3),
+            keras.layers.BatchNormalization(),
+        ]
+    )
+    model.compile("sgd", "mse")
+    x, y = np.ones((8, 3, 2), "float32"), np.zeros((8, 3, 3), "float32")
+    callback = tfbn.PopulationStatsCallback(padded(), memory_limit=0)
+    with pytest.raises(ValueError, match="Raise `memory_limit`"):
+        model.fit(x, y, callbacks=[callback], verbose=0)
+    callback = tfbn.PopulationStatsCallback(padded(), memory_limit=2**20)
+    model.fit(x, y, callbacks=[callback], verbose=0)
+    assert callback.stats.samples == 40

@@ -356,10 +356,11 @@ def _check_same_data(first: Sequence[int], now: Sequence[int], random: bool) -> 
     if first[:2] != now[:2]:
         raise ValueError(
             "Expected the same data in every pass. Received: data that differs from that of the "
-            f"first pass ({first[0]} samples then, {now[0]} now), as random augmentation in a "
-            "pipeline makes it. method='exact' reads the data once where the tensors between its "
-            "levels fit in memory: raise `memory_limit`, sweep fewer samples with `steps`, seed "
-            "the pipeline, or use method='pooled', which reads it once."
+            f"first pass ({first[0]} samples then, {now[0]} now), as random augmentation makes it, "
+            "or padding to the longest sample of a shuffled batch. Raise `memory_limit`, so that "
+            "method='exact' reads the data once; shuffle with reshuffle_each_iteration=False; "
+            "seed the augmentation; sweep fewer samples with `steps`; or use method='pooled', "
+            "which reads it once."
         )
     if random and first != now:
         raise ValueError(
