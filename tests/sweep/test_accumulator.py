@@ -203,7 +203,7 @@ def test_bytes_and_back():
         accumulator_bytes.unpack(tfbn.PopulationStats({}, method="exact").to_bytes())
 
 
-def test_what_is_finished_holds_every_layer(model):
+def test_what_is_finished_holds_every_layer_that_inference_calls(model):
     previous = tfbn.PopulationStats.read(model)
     x = values(4, 0)
     one_level = {"a": 1, "b": 1}
@@ -212,8 +212,10 @@ def test_what_is_finished_holds_every_layer(model):
     assert list(stats) == ["a", "b"] and stats.previous is previous
     np.testing.assert_allclose(stats["a"].variance, x.var(0), rtol=1e-12)
     lacking = swept(begun(), [(FIRST, x)], levels=one_level).next_level()
-    with pytest.raises(ValueError, match="call its batch norm layer 'b'"):
-        lacking.finish(model, previous)
+    stats = lacking.finish(model, previous)
+    assert list(stats) == list(stats.previous) == ["a"]
+    with pytest.raises(ValueError, match="does not call a, b"):
+        begun().add(batch(4), [], one_level, False).next_level().finish(model, previous)
     none = moments.of_values(*np.zeros((3, 2)))
     masked = begun().add(batch(4), [(FIRST, of(x)), (SECOND, none)], one_level, False)
     with pytest.raises(ValueError, match="values for layer 'b'"):

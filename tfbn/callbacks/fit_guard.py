@@ -6,7 +6,7 @@ It is kept by model and not by callback, so that several callbacks of one `fit` 
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -22,6 +22,9 @@ _HOOKS = ("on_epoch_end", "on_test_begin", "on_test_end", "on_train_end")
 
 # By model: by path, a layer's `trainable` before the freeze.
 _flags: weakref.WeakKeyDictionary[keras.Model, dict[str, bool]] = weakref.WeakKeyDictionary()
+# Model -> the paths of the layers that the freeze has left as they are.
+_left_trainable: weakref.WeakKeyDictionary[keras.Model, frozenset[str]]
+_left_trainable = weakref.WeakKeyDictionary()
 
 
 class _Exchanged(NamedTuple):
@@ -80,11 +83,20 @@ def unchanged(model: keras.Model) -> Iterator[None]:
             state.restore()
 
 
-def freeze(model: keras.Model) -> None:
-    """Set `trainable=False` in all layers, and remember the flags."""
+def freeze(model: keras.Model, by_batch: Collection[str] = ()) -> None:
+    """Set `trainable=False` in all layers, and remember the flags.
+
+    Args:
+        model: The model.
+        by_batch: The paths of the layers that inference normalizes by the batch, which it would not
+            do if they were frozen. They stay as they are.
+    """
     layers = keras_models.layers(model)
     _flags[model] = {path: layer.trainable for path, layer in layers.items()}
     model.trainable = False
+    _left_trainable[model] = frozenset(by_batch)
+    for path in by_batch:
+        layers[path].trainable = True
 
 
 def unfreeze(model: keras.Model) -> bool:
@@ -95,7 +107,8 @@ def unfreeze(model: keras.Model) -> bool:
     """
     flags = _flags.pop(model, None)
     layers = keras_models.layers(model)
-    if flags is None or any(layer.trainable for layer in layers.values()):
+    left = _left_trainable.pop(model, frozenset())
+    if flags is None or any(v.trainable and path not in left for path, v in layers.items()):
         return False
     # Setting a layer's flag sets those of the layers inside it: outer layers come first.
     for path, layer in layers.items():

@@ -19,14 +19,16 @@ from tfbn.callbacks.callback_lists import (
 from tfbn.callbacks.epoch_size import EpochSize
 from tfbn.callbacks.fed_data import FedData
 from tfbn.callbacks.shared_iterators import refuse_shared
+from tfbn.callbacks.swept_layers import SweptLayers
 from tfbn.callbacks.validation import check_targets, check_validation_data, evaluate
-from tfbn.models import fingerprints, keras_models
+from tfbn.models import fingerprints
 from tfbn.models.random_state import unchanged_generators
 from tfbn.population import PopulationStats
 from tfbn.stats import drift
 from tfbn.sweep.adapters import is_one_shot
+from tfbn.sweep.first_trace import FirstTrace, check_batch
 from tfbn.sweep.methods import check_method
-from tfbn.sweep.run import check_batch, collect
+from tfbn.sweep.run import collect_trained
 
 
 class PopulationStatsCallback(keras.callbacks.Callback):
@@ -58,6 +60,9 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     optimizer, and `load_model("train.keras").fit(..., initial_epoch=...)` goes on to the bit. After
     `fit`, `callback.unfreeze()` and `callback.stats.previous.assign(model)` bring them back.
 
+    A layer is swept if a step of `fit` has changed its moving statistics, whatever `train_step` and
+    `call` look like, and if inference uses these. Others hold what they have.
+
     Under `tf.distribute.MirroredStrategy` all devices share the sweep and get the same
     statistics. In the middle of training each gets its own moving averages back.
 
@@ -85,7 +90,8 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             follows `fit`. Unless it is silent, a few lines at the end say how far the moving
             averages were off.
         model: The network to sweep, where the model that is trained only holds it: the generator
-            of a GAN. It must have seen a batch before `fit`, or in its first step.
+            of a GAN. It must have seen a batch before `fit`, or in its first step. If `fit` trains
+            none of its layers (an average of weights), those that its `call` trains are swept.
         tolerance: See `tfbn.collect`.
         validation_data: As `model.fit` takes it, but no generator. After the last sweep the
             trained model is evaluated with the moving averages and with the population statistics.
@@ -93,14 +99,16 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         memory_limit: See `tfbn.collect`.
 
     Attributes:
-        stats: The `PopulationStats` of the last sweep; `None` before the first.
+        stats: The `PopulationStats` of the last sweep; `None` before the first, and if `fit` has
+            trained no batch norm layer.
         validation: With `validation_data`, the metrics by name, each a tuple of the one before
             the last sweep and the one after it; else `None`.
 
     Raises:
         ValueError: At the beginning of training, if another callback is listed where it would
             replace the weights that were swept, or save the wrong statistics; and whatever
-            `tfbn.collect` raises on the first batch.
+            `tfbn.collect` raises on the first batch. After the first step, if nothing trains the
+            network, or nothing calls it.
     """
 
     def __init__(
@@ -141,24 +149,24 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         self._validation_data = validation_data
         self._validation_steps = validation_steps
         self._memory_limit = memory_limit
+        self._layers: Any = None  # The `SweptLayers` of a running `fit`.
         self._training = False
         self._stepped = True  # Since the last sweep.
-        self._checked = False
         self._guarded = False
         self._epoch_size = EpochSize()
         self._fed: FedData | None = None  # While `fit` runs.
 
     def __deepcopy__(self, memo: dict) -> "PopulationStatsCallback":
         """A copy that shares the data and the models."""
-        return shared_copy(
-            self, memo, ("_x", "_validation_data", "_inner", "_model", "stats", "_fed")
-        )
+        shared = ("_x", "_validation_data", "_inner", "_model", "stats", "_fed", "_layers")
+        return shared_copy(self, memo, shared)
 
     __copy__ = shallow_copy
 
     def __getstate__(self) -> dict[str, Any]:
-        """All attributes but that of a running `fit`, unless the data cannot be pickled."""
-        return {**pickled_state(self, ("_x", "_validation_data")), "_fed": None}
+        """All attributes but those of a running `fit`, unless the data cannot be pickled."""
+        state = pickled_state(self, ("_x", "_validation_data"))
+        return {**state, "_fed": None, "_layers": None}
 
     def unfreeze(self) -> None:
         """Put every layer's `trainable` flag back to its value before the freeze.
@@ -181,8 +189,9 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         if self._validation_data is not None:
             check_targets(self.model, self._validation_data)
         frozen = fit_guard.unfreeze(network)
+        self._layers = SweptLayers(self.model, network, self._inner is not None, self._trace)
         try:
-            self._check()
+            self._layers.check()
         except BaseException:
             if frozen:
                 fit_guard.freeze(network)
@@ -200,16 +209,16 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         self._fed = FedData(self.model, network)
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Note that the weights will change, and check a model that the first step has built."""
+        """Note that the weights will change."""
         self._stepped = True
-        if not self._checked:
-            self._check()
+        self._layers.begin_step()
         if self._fed is not None:
             self._fed.begin_step(batch)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Count the batches."""
+        """Count the batches, and check what only the first step shows."""
         self._epoch_size.step(batch)
+        self._layers.end_step()
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Validate with population statistics, if asked to."""
@@ -249,12 +258,12 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         after = self._evaluate()
         if before is not None and after is not None:
             self.validation = {name: (before[name], after[name]) for name in before}
-        if self._freeze or frozen:
-            fit_guard.freeze(self._network)
+        if (self._freeze and stats is not None) or frozen:
+            fit_guard.freeze(self._network, self._layers.by_batch)
             _trace_anew(self.model)
         if not self._guarded:
             fit_guard.keep(self._network)
-        for line in self._report(stats):
+        for line in () if stats is None else self._report(stats):
             self._say(line)
 
     @property
@@ -271,20 +280,19 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         if self._verbosity:
             print(line)
 
-    def _check(self) -> None:
-        """Trace one batch, as soon as the model has weights, which the first step may give it."""
-        layers = keras_models.layers(self._network).values()
-        self._checked = self._network.built and all(layer.built for layer in layers)
-        if not self._checked:
-            return
+    def _trace(self, **options: Any) -> FirstTrace | None:
         x = self._x
         if is_one_shot(x):  # The batches that the check reads come again.
             self._x, x = itertools.tee(x)
         with unchanged_generators(self.model):  # The data may draw random numbers.
-            check_batch(self._network, x, **self._options)
+            return check_batch(self._network, x, **self._options, **options)
 
-    def _sweep(self, verbose: int | str, last: bool = False) -> PopulationStats:
-        """Put population statistics in, from a new sweep if the weights are others."""
+    def _sweep(self, verbose: int | str, last: bool = False) -> PopulationStats | None:
+        """Put population statistics in, from a new sweep if the weights are others.
+
+        Returns:
+            The statistics; `None` if there is no layer to sweep.
+        """
         network, stats = self._network, self.stats
         fit_guard.put_back(network)
         if (
@@ -292,12 +300,17 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             or self._stepped
             or not fingerprints.has_fingerprint(network, stats.fingerprint)
         ):
+            trained = self._layers.paths()
+            if trained is not None and not trained:
+                return None
             with unchanged_generators(self.model):
-                stats = self.stats = collect(
+                stats = self.stats = collect_trained(
                     network,
                     self._x,
+                    trained,
                     verbose=verbose,
                     memory_limit=self._memory_limit,
+                    reported=self._layers.known,
                     **self._options,
                 )
             self._stepped = False

@@ -1,6 +1,6 @@
 """`StatsTracker`: the callback that logs validation metrics three ways while a model trains."""
 
-import collections
+import contextlib
 import functools
 import os
 import pathlib
@@ -15,16 +15,19 @@ from tfbn import arguments
 from tfbn.callbacks import fit_guard
 from tfbn.callbacks.callback_lists import Place, enclosing, pickled_state, shallow_copy, shared_copy
 from tfbn.callbacks.shared_iterators import refuse_shared
+from tfbn.callbacks.swept_layers import SweptLayers
 from tfbn.callbacks.validation import check_targets, check_validation_data, evaluate
 from tfbn.models import keras_models
+from tfbn.models.detours import detour
 from tfbn.models.keras_models import Structure
 from tfbn.models.random_state import unchanged_generators
 from tfbn.population import LayerStats, PopulationStats
-from tfbn.sweep.accumulator import Site
 from tfbn.sweep.adapters import is_one_shot
 from tfbn.sweep.data import batches
+from tfbn.sweep.first_trace import FirstTrace, check_batch
 from tfbn.sweep.methods import check_method
-from tfbn.sweep.run import check_batch, collect
+from tfbn.sweep.run import collect_trained
+from tfbn.sweep.trained_layers import PassedOn
 
 WAYS = ("moving_average", "population", "mini_batch")
 
@@ -128,21 +131,20 @@ class StatsTracker(keras.callbacks.Callback):
         self._memory_limit = memory_limit
         self._log_dir = log_dir
         self._mini_batch_function = None
-        self._checked = False
-        # The layers and calls that `fit` does not train, see `check_batch`.
-        self._untrained: tuple[frozenset[str], frozenset[Site]] = frozenset(), frozenset()
+        self._mini_batch_layers: frozenset[str] = frozenset()
+        self._layers: Any = None  # The `SweptLayers` of a running `fit`.
         self._writers: dict[str, tf.summary.SummaryWriter] = {}
 
     def __deepcopy__(self, memo: dict) -> "StatsTracker":
         """A copy that shares the data and the model."""
-        return shared_copy(self, memo, ("_x", "_validation_data", "_model", "stats"))
+        return shared_copy(self, memo, ("_x", "_validation_data", "_model", "stats", "_layers"))
 
     __copy__ = shallow_copy
 
     def __getstate__(self) -> dict[str, Any]:
         """All attributes but those of a running `fit`."""
         state = pickled_state(self, ("_x", "_validation_data"))
-        return {**state, "_mini_batch_function": None, "_writers": {}}
+        return {**state, "_mini_batch_function": None, "_layers": None, "_writers": {}}
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Check all that can be checked by now."""
@@ -153,7 +155,11 @@ class StatsTracker(keras.callbacks.Callback):
             )
         refuse_shared([self._x, self._validation_data])
         check_targets(self.model, self._validation_data)
-        self._check()
+        self._layers = SweptLayers(self.model, self.model, False, self._trace)
+        self._layers.check()
+        if not self._layers.checked:
+            options = {name: self._options[name] for name in ("batch_size", "steps")}
+            batches(self._x, **options, sample=self._options["tolerance"] is not None)
         self._mini_batch_function = None  # The model may have been compiled anew.
         _shorten_progress_bar(enclosing(self))
         if self._log_dir is not None:
@@ -162,10 +168,13 @@ class StatsTracker(keras.callbacks.Callback):
                 for way in WAYS
             }
 
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Note the moving averages before the first step."""
+        self._layers.begin_step()
+
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Check a model that the first step has built."""
-        if not self._checked:
-            self._check()
+        """Check what only the first step shows."""
+        self._layers.end_step()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Sweep, evaluate three ways, and put everything back."""
@@ -173,19 +182,27 @@ class StatsTracker(keras.callbacks.Callback):
         others = fit_guard.put_back(self.model)
         try:
             with fit_guard.unchanged(self.model):
-                stats = self.stats = collect(
-                    self.model,
-                    self._x,
-                    verbose=0,
-                    memory_limit=self._memory_limit,
-                    **self._options,
-                )
-                metrics = {"moving_average": self._evaluate()}
-                fit_guard.put_in(self.model, stats)
-                metrics["population"] = self._evaluate()
-                # Calls that `fit` does not train infer with the moving averages, as in training.
-                fit_guard.put_back(self.model)
-                metrics["mini_batch"] = self._evaluate_with_mini_batches()
+                trained = self._layers.paths()
+                stats = None
+                if trained is None or trained:
+                    stats = collect_trained(
+                        self.model,
+                        self._x,
+                        trained,
+                        verbose=0,
+                        memory_limit=self._memory_limit,
+                        reported=self._layers.known,
+                        **self._options,
+                    )
+                self.stats = stats
+                moving = self._evaluate()
+                metrics = dict.fromkeys(WAYS, moving)
+                if stats is not None:
+                    fit_guard.put_in(self.model, stats)
+                    metrics["population"] = self._evaluate()
+                    # What `fit` does not train infers with the moving averages, as in training.
+                    fit_guard.put_back(self.model)
+                    metrics["mini_batch"] = self._evaluate_with_mini_batches(frozenset(stats))
         finally:
             fit_guard.put_back(self.model)
             if others is not None:
@@ -194,7 +211,7 @@ class StatsTracker(keras.callbacks.Callback):
         if logs is not None:
             for way, values in metrics.items():
                 logs.update({f"val_{name}_{way}": value for name, value in values.items()})
-        if self._writers:
+        if self._writers and stats is not None:
             self._write(epoch, metrics, stats)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
@@ -203,16 +220,9 @@ class StatsTracker(keras.callbacks.Callback):
             writer.close()
         self._writers = {}
 
-    def _check(self) -> None:
-        """Trace one batch, as soon as the model has weights, which the first step may give it."""
-        layers = keras_models.layers(self.model).values()
-        self._checked = self.model.built and all(layer.built for layer in layers)
-        if not self._checked:
-            options = {name: self._options[name] for name in ("batch_size", "steps")}
-            batches(self._x, **options, sample=self._options["tolerance"] is not None)
-        else:
-            with unchanged_generators(self.model):  # The data may draw random numbers.
-                self._untrained = check_batch(self.model, self._x, **self._options)
+    def _trace(self, **options: Any) -> FirstTrace | None:
+        with unchanged_generators(self.model):  # The data may draw random numbers.
+            return check_batch(self.model, self._x, **self._options, **options)
 
     def _evaluate(self) -> dict[str, float]:
         return evaluate(
@@ -222,12 +232,16 @@ class StatsTracker(keras.callbacks.Callback):
             steps=self._validation_steps,
         )
 
-    def _evaluate_with_mini_batches(self) -> dict[str, float]:
+    def _evaluate_with_mini_batches(self, trained: frozenset[str]) -> dict[str, float]:
         # Keras traces the test step once and keeps the function. This one is kept beside it.
         model = self.model
         kept = model.test_function
+        if trained != self._mini_batch_layers:
+            self._mini_batch_function, self._mini_batch_layers = None, trained
         model.test_function = self._mini_batch_function
-        step = functools.partial(_with_mini_batches, model, self._untrained, model.test_step)
+        step = functools.partial(
+            _with_mini_batches, model, trained, self._layers.partly, model.test_step
+        )
         model.test_step = step
         try:
             return self._evaluate()
@@ -258,28 +272,36 @@ class StatsTracker(keras.callbacks.Callback):
 
 def _with_mini_batches(
     model: keras.Model,
-    untrained: tuple[frozenset[str], frozenset[Site]],
+    trained: frozenset[str],
+    partly: frozenset[str],
     test_step: Callable,
     data: Structure,
 ) -> Structure:
     """A model's test step, with batch norm layers in training mode that keep their statistics.
 
-    The layers are changed only while the step is traced, and only in the calls that `fit` trains.
+    The layers are changed only while the step is traced, and only in the calls that `fit` trains:
+    not in those that fix `training=False`, of layers that train in some calls only.
     """
     layers = keras_models.batch_norm_layers(model)
-    frozen, frozen_calls = untrained
-    counts: collections.Counter[str] = collections.Counter()
+
+    def called(call, layer, *args, **kwargs):
+        if layer is model and kwargs.get("training") is False:
+            kwargs["training"] = PassedOn()
+        return call(layer, *args, **kwargs)
 
     def observe(path, layer, call, inputs, training, mask):
-        site = Site(path, counts[path])
-        counts[path] += 1
-        if path in frozen or site in frozen_calls:
+        fixed = path in partly and not isinstance(training, PassedOn)
+        if path not in trained or fixed:
             return call(inputs, training=training, mask=mask)
         # New moving averages go into the scope, and with it.
         with keras.StatelessScope():
             return call(inputs, training=True, mask=mask)
 
-    with keras_models.inlined_functions(), keras_models.observed_calls(layers, observe):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(keras_models.inlined_functions())
+        stack.enter_context(keras_models.observed_calls(layers, observe))
+        if partly:
+            stack.enter_context(detour(keras.Layer, "__call__", called))
         return test_step(data)
 
 

@@ -77,11 +77,23 @@ def require_built(model: Any, layers: Iterable[keras.Layer] = ()) -> None:
     """Raise `ValueError` unless a model is one of Keras's and has weights, and so have layers."""
     if not isinstance(model, keras.Model):
         raise ValueError(f"Expected a Keras model. Received: {model!r}. Pass the model itself.")
-    if not model.built or not all(layer.built for layer in layers):
+    if not has_weights(model) or not all(layer.built for layer in layers):
         raise ValueError(
             f"Expected a built model. Received: model {model.name!r}, which has no weights yet. "
             "Call it on a batch, or fit or load it, before this."
         )
+
+
+def has_weights(model: keras.Model) -> bool:
+    """Whether a model and all its layers have the weights that they are going to have.
+
+    Keras does not count a subclass as built before it is called, even if its layers have weights
+    and it creates none.
+    """
+    return all(
+        layer.built or (type(layer).build is keras.Model.build and len(layers(layer)) > 1)
+        for layer in layers(model).values()
+    )
 
 
 def input_specs(model: keras.Model) -> list[Structure] | None:

@@ -13,6 +13,7 @@ from tfbn.stats import drift, layer_stats, moments
 from tfbn.stats.layer_stats import LayerStats
 from tfbn.stats.moments import Moments
 from tfbn.sweep.batches import Batch
+from tfbn.sweep.caveats import unused
 from tfbn.sweep.methods import METHODS
 
 # A pass has settled where the statistics that it measured are those that it was made with, up to
@@ -87,7 +88,9 @@ class SweepState:
         settling: In whole passes, how many there were for the layers that are settling now.
         complete: Whether no level is left.
         levels: By path the level of every layer that a batch has shown.
-        random: Whether the network draws random numbers, which follow from the batches' keys.
+        by_batch: The paths of the layers that inference normalizes by the batch.
+        random: Whether the passes need the same batches, because the network draws random numbers,
+            which follow from the batches' keys, or normalizes by the batch.
         samples: How many samples this level has seen; `batches` in how many batches;
             `batch_size` the size of the largest.
         data: The digests of these samples, summed: whatever their order and their batches.
@@ -109,6 +112,7 @@ class SweepState:
     settling: int = _field(_equal, 1)
     complete: bool = _field(_equal, False)
     levels: dict[str, int] = dataclasses.field(default_factory=dict, metadata={"merge": _union})
+    by_batch: tuple[str, ...] = _field(_union_of_paths, ())
     random: bool = _field(_largest, False)
     samples: int = _field(_sum, 0)
     batches: int = _field(_sum, 0)
@@ -126,6 +130,7 @@ class SweepState:
         levels: dict[str, int],
         random: bool,
         recurrent: Iterable[str] = (),
+        by_batch: Iterable[str] = (),
     ) -> "SweepState":
         """The state with one batch more.
 
@@ -135,6 +140,7 @@ class SweepState:
             levels: By path the level of the layers that it has shown.
             random: Whether it has shown random draws.
             recurrent: The paths of recurrent layers that it has shown.
+            by_batch: The paths of layers that it has shown to normalize by the batch.
         """
         by_site: dict[Site, Moments] = {}
         for site, of_call in site_moments:  # The body of a loop has several for one site.
@@ -145,8 +151,9 @@ class SweepState:
             self.without_batches(),
             moments=by_site,
             levels=levels,
-            random=random,
+            random=random or bool(by_batch),
             recurrent=tuple(recurrent),
+            by_batch=tuple(by_batch),
             samples=batch.samples,
             batches=1,
             batch_size=batch.samples,
@@ -297,26 +304,29 @@ class SweepState:
         return {path: layer_stats.of_calls(each, self.method) for path, each in calls.items()}
 
     def finish(self, model: keras.Model, previous: PopulationStats) -> PopulationStats:
-        """The result of a complete sweep.
+        """The result of a complete sweep, without layers whose statistics inference does not use.
 
         Args:
             model: The model that was swept.
             previous: The `PopulationStats` that it holds.
 
         Raises:
-            ValueError: If a layer was never called, or without any value.
+            ValueError: If no layer is left, or if one was called without any value.
         """
-        statistics = self.statistics()
-        for path in self.paths:
-            if path not in statistics:
-                raise never_called(model, path)
-            if not statistics[path].counts.any():
+        statistics = {path: s for path, s in self.statistics().items() if path in self.paths}
+        if not statistics:
+            raise unused(model, self.paths, self.by_batch)
+        for path, of_layer in statistics.items():
+            if not of_layer.counts.any():
                 raise ValueError(
                     f"Expected values for layer {path!r}. Received: none, or only masked ones. "
                     "Look at the data and its masks."
                 )
+        if unswept := previous.keys() - statistics.keys():
+            held = {path: previous[path] for path in previous if path not in unswept}
+            previous = previous.replace(layers=held)
         return PopulationStats(
-            {path: statistics[path] for path in self.paths},
+            {path: statistics[path] for path in self.paths if path in statistics},
             method=self.method,
             samples=self.samples,
             batches=self.batches,
@@ -325,15 +335,6 @@ class SweepState:
             levels=self.level,
             previous=previous,
         )
-
-
-def never_called(model: keras.Model, path: str) -> ValueError:
-    """The error to raise for a layer that the network does not call."""
-    return ValueError(
-        f"Expected model {model.name!r} to call its batch norm layer {path!r}. Received: a model "
-        "that does not call it for inference, or whose subclass of BatchNormalization does not "
-        "call super().call(). Remove the layer, or set its trainable=False to leave it out."
-    )
 
 
 def merged(states: Iterable[SweepState], begin: SweepState) -> SweepState | None:
@@ -364,9 +365,9 @@ def _check_same_data(first: Sequence[int], now: Sequence[int], random: bool) -> 
         )
     if random and first != now:
         raise ValueError(
-            "Expected the same batches in every pass, because the network draws random numbers in "
-            "inference, anew for every batch. Received: the same data in other batches. Raise "
-            "`memory_limit`, use a pipeline that does not shuffle, or use method='pooled'."
+            "Expected the same batches in every pass, because inference draws random numbers for "
+            "every batch, or normalizes by the batch. Received: the same data in other batches. "
+            "Raise `memory_limit`, do not shuffle, or use method='pooled'."
         )
 
 

@@ -42,7 +42,7 @@ def unpack(content: bytes) -> SweepState:
             values[name] = {
                 Site(*site): _possible(arrays[f"{name}_{i}"]) for i, site in enumerate(values[name])
             }
-        for name in ("paths", "recurrent", "first"):
+        for name in ("paths", "recurrent", "by_batch", "first"):
             values[name] = None if values[name] is None else tuple(values[name])
         state = SweepState(**values)
         _check_types(state)
@@ -65,7 +65,7 @@ def _check_types(state: SweepState) -> None:
         state.data,
     )
     whole += (state.keys, *state.levels.values(), *(state.first or ()))
-    names = (*state.paths, *state.recurrent, *state.levels, state.fingerprint)
+    names = (*state.paths, *state.recurrent, *state.by_batch, *state.levels, state.fingerprint)
     sites = (*state.settled, *state.moments)
     flags = (state.whole, state.behind, state.complete, state.random)
     possible = (

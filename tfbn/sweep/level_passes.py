@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import keras
 import tensorflow as tf
@@ -10,6 +11,7 @@ from tfbn.graphs.subgraphs import sources
 from tfbn.sweep.accumulator import Site
 from tfbn.sweep.batches import Batch
 from tfbn.sweep.frontiers import Frontier
+from tfbn.sweep.loops import feeding_themselves
 from tfbn.sweep.network import Network, Trace, UnobservableError, flatten, traces_of
 from tfbn.sweep.observation import Call, CallMoments
 
@@ -22,6 +24,18 @@ Populations = Mapping[str | Site, tf.Tensor]
 # `uniform` and `truncated_normal`, and Keras's, do not come here: see `tfbn.sweep.inference`.
 _DRAWS = ("Random", "Multinomial", "ParameterizedTruncatedNormal", "Stateful", "Rng")
 _DRAWS_NOT = ("StatefulPartitionedCall",)
+
+
+class Shown(NamedTuple):
+    """What a batch has shown of the network.
+
+    Attributes:
+        random: Whether it draws random numbers.
+        by_batch: See `tfbn.sweep.observation.Run`.
+    """
+
+    random: bool
+    by_batch: frozenset[str]
 
 
 class LevelPasses:
@@ -45,13 +59,17 @@ class LevelPasses:
         """By path the levels of the layers, or `None` if the network cannot be cut there."""
         return levels_of(_trace_of(frontier)).of_path
 
+    def looping(self, frontier: Frontier) -> frozenset[str]:
+        """The paths of the layers in loops that feed themselves."""
+        return feeding_themselves(_trace_of(frontier))
+
     def not_nan(self, frontier: Frontier) -> list[int]:
         """The places of the inputs in which NaN would be an error."""
         return _trace_of(frontier).not_nan
 
     def advance(
         self, frontier: Frontier, level: int, populations: Populations
-    ) -> tuple[list[SiteMoments], Frontier, bool]:
+    ) -> tuple[list[SiteMoments], Frontier, Shown]:
         """Take a batch to a level.
 
         Args:
@@ -67,8 +85,9 @@ class LevelPasses:
         """
         trace = _trace_of(frontier)
         levels = levels_of(trace)
+        shown = Shown(trace.random, trace.by_batch)
         if level > levels.depth:  # Another signature has more levels.
-            return [], frontier, trace.random
+            return [], frontier, shown
         if frontier.level < level - 1 and levels.drawn is not None:
             raise UnobservableError(
                 "Expected random numbers that can be drawn again. Received: operation "
@@ -79,7 +98,7 @@ class LevelPasses:
         values = frontier.values
         for number in range(frontier.level + 1, level + 1):
             entered, values = levels.run_segment(number, values, populations)
-        return entered, Frontier(trace, level, values), trace.random
+        return entered, Frontier(trace, level, values), shown
 
 
 def _trace_of(frontier: Frontier) -> Trace:

@@ -59,6 +59,7 @@ class Trace:
         function: The function from `inputs` to `measured`, and more.
         populations: By site the placeholder of the population that it normalises with.
         calls: The calls of observed layers in their order.
+        by_batch: See `tfbn.sweep.observation.Run`.
         random: Whether the network draws random numbers.
         lock: To be held while `pieces` changes, and while the graph runs with calls in loops.
         pieces: Objects that passes make of the graph once, by the name of their kind.
@@ -90,7 +91,9 @@ class Trace:
                 return tf.unstack(placeholder)
 
             inputs = tf.nest.pack_sequence_as(structure, tensors, expand_composites=True)
-            outputs, self.calls, draws, updated = observer.run(inputs, number, population)
+            outputs, self.calls, self.by_batch, draws, updated = observer.run(
+                inputs, number, population
+            )
             self.random = draws > 0
             updates.update(updated)
             self.measured = [tensor for call in self.calls for tensor in call.fetches or ()]

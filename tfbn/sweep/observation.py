@@ -46,6 +46,25 @@ class Call(NamedTuple):
     measure: Callable[..., list[CallMoments]]
 
 
+class Run(NamedTuple):
+    """One run of an observed model.
+
+    Attributes:
+        outputs: The model's outputs.
+        calls: The observed calls in their order.
+        by_batch: The paths of layers that the model calls with `training=True` in inference too.
+            Such a call normalizes by the batch, uses no statistics, and is not observed.
+        draws: How many random draws there were.
+        updates: Id of a Keras variable -> the value that the run would have assigned to it.
+    """
+
+    outputs: Structure
+    calls: list[Call]
+    by_batch: frozenset[str]
+    draws: int
+    updates: dict[int, tf.Tensor]
+
+
 class Observer:
     """Runs a model with some of its batch norm layers observed.
 
@@ -71,7 +90,7 @@ class Observer:
         inputs: Structure,
         number: tf.Tensor,
         population: Callable[[Site, int], Sequence[tf.Tensor] | None],
-    ) -> tuple[Structure, list[Call], int, dict[int, tf.Tensor]]:
+    ) -> Run:
         """Run the model for inference.
 
         Args:
@@ -80,19 +99,19 @@ class Observer:
             population: From a site and its number of channels to the mean and variance that the
                 call normalises with, a tensor of shape (2, channels); or to `None`, where the
                 call is to normalise with the moments of the batch, as in training.
-
-        Returns:
-            The model's outputs, the calls that were made, how many random draws there were, and
-            by the id of a Keras variable the value that the run would have given to it.
         """
         calls: list[Call] = []
         refused: list[UnobservableError] = []
+        by_batch: set[str] = set()
         counts: collections.Counter[str] = collections.Counter()
         outer = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
         def observe(path, layer, call, x, training, mask):
             site = Site(path, counts[path])
             counts[path] += 1
+            if training and layer.trainable:
+                by_batch.add(path)
+                return call(x, training=training, mask=mask)
             x = tf.convert_to_tensor(x)
             if not x.dtype.is_floating:  # As the layer itself does it.
                 x = tf.cast(x, layer.compute_dtype)
@@ -116,7 +135,7 @@ class Observer:
                 raise refused[0] from None  # Without the arguments that Keras adds to the message.
         updates = {key: scope.get_current_value(v) for key, (_, v) in self._variables().items()}
         updates = {key: value for key, value in updates.items() if value is not None}
-        return outputs, calls, draws.made, updates
+        return Run(outputs, calls, frozenset(by_batch), draws.made, updates)
 
     def owner(self, variable_id: int) -> str:
         """The path of the innermost layer that has a variable."""
@@ -174,50 +193,6 @@ class Observer:
                     np.iinfo(np.int32).max, [tf.float64] * 3, [[channels]] * 3
                 )
         return self._queues[site]
-
-
-def untrained_sites(
-    model: keras.Model, layers: Mapping[str, keras.Layer], inputs: Structure
-) -> tuple[set[Site], set[Site]]:
-    """The calls of batch norm layers that `fit` does not train.
-
-    A layer trains in a call that is in training mode, whatever its `trainable` flag says: a
-    custom model may call a part of it with `training=False`. One trace in training mode tells.
-
-    Args:
-        model: A built model.
-        layers: Its batch norm layers by path.
-        inputs: A batch of its inputs.
-
-    Returns:
-        The sites of the calls that do not train and of those that do; none where the model
-        cannot be traced.
-    """
-    trained, met = set(), set()
-    counts: collections.Counter[str] = collections.Counter()
-
-    def observe(path, layer, call, x, training, mask):
-        site = Site(path, counts[path])
-        counts[path] += 1
-        met.add(site)
-        if training:
-            trained.add(site)
-        return tf.cast(x, layer.compute_dtype)
-
-    flat = tf.nest.flatten(inputs, expand_composites=True)
-
-    def run(number, *flat):
-        with inference(layers, observe, Draws(number)):
-            batch = tf.nest.pack_sequence_as(inputs, flat, expand_composites=True)
-            model(as_called(batch), training=True)
-        return number
-
-    specs = [tf.TensorSpec(value.shape, value.dtype) for value in flat]
-    try:
-        tf.compat.v1.wrap_function(run, [tf.TensorSpec([], tf.int64), *specs])
-    except Exception:  # The sweep itself raises the error for a batch that the model refuses.
-        return set(), set()
-    return met - trained, trained
 
 
 def _wrong_mask(path: str, x: tf.Tensor, mask: tf.Tensor | None) -> UnobservableError | None:

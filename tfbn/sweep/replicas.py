@@ -14,8 +14,8 @@ from tfbn.sweep.accumulator import SweepState
 from tfbn.sweep.batches import BatchReader, prepared
 from tfbn.sweep.caveats import warn_of
 from tfbn.sweep.model_sources import Source, check_source, load
-from tfbn.sweep.run import layers_to_sweep
 from tfbn.sweep.shard_sweep import ShardSweep
+from tfbn.sweep.trained_layers import layers_to_sweep
 
 
 @dataclasses.dataclass(frozen=True)

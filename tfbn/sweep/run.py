@@ -3,23 +3,21 @@
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from tfbn import arguments
-from tfbn.models import keras_models
 from tfbn.population import PopulationStats
 from tfbn.sweep import data, memory
-from tfbn.sweep.accumulator import Site, SweepState, merged
-from tfbn.sweep.adapters import specs_of
+from tfbn.sweep.accumulator import SweepState, merged
 from tfbn.sweep.batches import Batches, empty, prepared
 from tfbn.sweep.caveats import warn_of
 from tfbn.sweep.methods import METHODS, check_method
 from tfbn.sweep.sampling import Pilot, Sample
-from tfbn.sweep.shard_sweep import ShardSweep, trace_first
+from tfbn.sweep.shard_sweep import ShardSweep
+from tfbn.sweep.trained_layers import layers_to_sweep
 from tfbn.sweep.workers import Workers
 
 
@@ -61,8 +59,10 @@ def collect(
     converge there. A warning says so where the calls' populations differ.
 
     Layers that `fit` does not train, because they are frozen or called with `training=False`, are
-    left alone. Layers that draw random numbers in inference too draw anew for every batch, and
-    the same in every pass and in every sweep.
+    left alone. A trace of `call` in training mode shows which: what a `train_step` of your own
+    trains is seen inside `fit` only, by `PopulationStatsCallback`. Layers that inference does not
+    call, or runs with `training=True`, are left out with a warning. Layers that draw random numbers
+    in inference too draw anew for every batch, and the same in every pass and in every sweep.
 
     Nothing is changed: no weight, no other state of the model, no random seed. The network is
     traced once for all sweeps of a model.
@@ -120,6 +120,53 @@ def collect(
         RuntimeError: If the data itself fails, from the error that it raised; on all workers,
             if one of them fails.
     """
+    return collect_trained(
+        model,
+        x,
+        None,
+        method=method,
+        batch_size=batch_size,
+        steps=steps,
+        include_frozen=include_frozen,
+        verbose=verbose,
+        memory_limit=memory_limit,
+        checkpoint=checkpoint,
+        tolerance=tolerance,
+    )
+
+
+def collect_trained(
+    model: keras.Model,
+    x: Any,
+    trained: Collection[str] | None,
+    *,
+    method: str = "exact",
+    batch_size: int | None = None,
+    steps: int | None = None,
+    include_frozen: bool = False,
+    verbose: int | str = "auto",
+    memory_limit: int | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    tolerance: float | None = None,
+    reported: bool = False,
+) -> PopulationStats:
+    """`collect` for callbacks.
+
+    Args:
+        model: See `collect`.
+        x: See `collect`.
+        trained: The paths of the layers that training has changed; `None` for those that `call`
+            trains.
+        method: See `collect`, as for all arguments but the last.
+        batch_size: As above.
+        steps: As above.
+        include_frozen: As above.
+        verbose: As above.
+        memory_limit: As above.
+        checkpoint: As above.
+        tolerance: As above.
+        reported: Whether `check_batch` has given the warnings about the network.
+    """
     check_method(method)
     tolerance = arguments.tolerance(tolerance)
     workers = Workers(model)
@@ -134,10 +181,13 @@ def collect(
             may_be_empty=len(workers) > 1,
             sample=tolerance is not None,
             shard=workers.index,
+            trained=trained,
         ),
         method,
         workers,
         include_frozen=include_frozen,
+        observed=trained is not None,
+        reported=reported,
         verbose=verbose if workers.index == 0 else 0,
         memory_limit=memory.default_limit() if memory_limit is None else memory_limit,
         checkpoint=f"{checkpoint}.{workers.index}"
@@ -146,7 +196,7 @@ def collect(
     )
     state, shard, pilot = sweep.of_all() if tolerance is None else sweep.of_sample(tolerance)
     stats = state.finish(model, shard.previous_of(state.paths))
-    warn_of(state, stats)
+    warn_of(state, stats, reported)
     shard.end()
     return stats if pilot is None or tolerance is None else pilot.with_errors(stats, tolerance)
 
@@ -275,83 +325,12 @@ def check(
     may_be_empty: bool = False,
     sample: bool = False,
     shard: int = 0,
+    trained: Collection[str] | None = None,
 ) -> tuple[dict[str, keras.Layer], Batches]:
     """The layers that `collect` would sweep, by path, and the batches it would sweep.
 
     Raises:
         ValueError: All that `collect` would raise before it reads the first batch.
     """
-    layers = layers_to_sweep(model, include_frozen)
+    layers = layers_to_sweep(model, include_frozen, trained)
     return layers, data.batches(x, batch_size, steps, may_be_empty, model, sample, shard)
-
-
-def check_batch(
-    model: keras.Model,
-    x: Any,
-    method: str = "exact",
-    batch_size: int | None = None,
-    steps: int | None = None,
-    tolerance: float | None = None,
-) -> tuple[frozenset[str], frozenset[Site]]:
-    """Make the traces of `collect` on one batch, so that it need not make them again.
-
-    A `tf.data.Dataset` is not read for it, because that would change the order in which a shuffled
-    one comes to `fit`: its specs tell. A generator is read from.
-
-    Returns:
-        The paths of layers that `fit` does not train although they may, and the sites of single
-        such calls of other layers; none where only the data would tell.
-
-    Raises:
-        ValueError: All that `collect` would raise before it has run the first batch, and for layers
-            that are never called; if the model is only a container of others.
-    """
-    if isinstance(model, keras.Model) and type(model).call is keras.Model.call:
-        raise ValueError(
-            f"Expected a model with a `call` of its own. Received: model {model.name!r}, which "
-            "only holds others, as a GAN holds its generator. Sweep the network inside: pass it "
-            "as `model`, for example PopulationStatsCallback(x, model=gan.generator)."
-        )
-    layers, batches = check(model, x, batch_size, steps, sample=tolerance is not None)
-    if isinstance(x, tf.data.Dataset):
-        inputs = specs_of(x)
-        unknown = any(spec.shape.rank is None for spec in keras.tree.flatten(inputs))
-        if unknown or hasattr(model, "preprocess_samples"):
-            return frozenset(), frozenset()  # Only the data itself would tell.
-        batches.prepare(inputs)
-    else:
-        first = batches.first()
-        if first is None:
-            raise empty()
-        inputs = first.inputs
-    return trace_first(model, layers, inputs, method, static=batches.static)
-
-
-def layers_to_sweep(model: keras.Model, include_frozen: bool) -> dict[str, keras.Layer]:
-    """The layers that `collect` would sweep, by path.
-
-    Raises:
-        ValueError: If the model is none, is not built, or has no such layers, or in a graph.
-    """
-    if not tf.executing_eagerly():
-        raise ValueError(
-            "Expected a sweep outside of tf.function and tf.Graph, as `model.fit` is called. "
-            "Received: a call while a graph is made. Call it before or after."
-        )
-    keras_models.require_built(model)
-    layers = keras_models.batch_norm_layers(model)
-    keras_models.require_built(model, layers.values())
-    if not layers:
-        raise ValueError(
-            f"Expected a model with BatchNormalization layers. Received: model {model.name!r}, "
-            "which has none. There is nothing to sweep."
-        )
-    wanted = {path: layer for path, layer in layers.items() if include_frozen or layer.trainable}
-    if not wanted:
-        raise ValueError(
-            "Expected a model with BatchNormalization layers that are not frozen. Received: model "
-            f"{model.name!r}, all of whose {len(layers)} have trainable=False. Unfreeze them (the "
-            "callback that froze them has `unfreeze()`; of a loaded model, set trainable=True and "
-            "compile it), or pass include_frozen=True."
-        )
-    return wanted

@@ -12,21 +12,22 @@ import numpy as np
 import tensorflow as tf
 
 from tfbn.models import keras_models
-from tfbn.models.keras_models import Structure
 from tfbn.population import PopulationStats
 from tfbn.stats import moments
 from tfbn.stats.moments import Moments
 from tfbn.sweep import digests
-from tfbn.sweep.accumulator import Site, SweepState, never_called
+from tfbn.sweep.accumulator import Site, SweepState
 from tfbn.sweep.batches import Batch, Batches, BatchReader, nbytes
+from tfbn.sweep.caveats import warn_of_loops
 from tfbn.sweep.checkpoint import Checkpoint
 from tfbn.sweep.devices import devices, in_turn
 from tfbn.sweep.frontiers import Frontier, Frontiers
-from tfbn.sweep.level_passes import LevelPasses
+from tfbn.sweep.level_passes import LevelPasses, Shown
 from tfbn.sweep.methods import METHODS
 from tfbn.sweep.network import Network, UnobservableError, flatten
-from tfbn.sweep.observation import CallMoments, untrained_sites
+from tfbn.sweep.observation import CallMoments
 from tfbn.sweep.report import Report
+from tfbn.sweep.trained_layers import require_trained, trained_calls
 from tfbn.sweep.whole_passes import WholePasses
 
 
@@ -38,7 +39,7 @@ class _BatchResult(NamedTuple):
         frontier: The `Frontier` that it has reached.
         site_moments: (site, moments) of the calls that were observed.
         levels: By path the levels of the layers; `None` if the network cannot be cut there.
-        random: Whether the network drew random numbers.
+        shown: What it has shown of the network.
         recurrent: The paths of layers whose calls depend on their own output, in whole passes.
     """
 
@@ -46,7 +47,7 @@ class _BatchResult(NamedTuple):
     frontier: Frontier
     site_moments: list[tuple[Site, Moments]]
     levels: dict[str, int] | None
-    random: bool
+    shown: Shown | None
     recurrent: frozenset[str] = frozenset()
 
 
@@ -59,6 +60,9 @@ class ShardSweep:
         batches: The `tfbn.sweep.batches.Batches` of this process.
         method: The name of the method.
         include_frozen: Whether to sweep layers too that `fit` does not train.
+        observed: Whether `layers` are those that training was seen to change, so that no trace
+            needs to show which ones train.
+        reported: Whether the warnings about loops have been given.
         memory_limit: See `collect`; `None` where this process sweeps one level only, so that
             nothing is read or computed again.
         checkpoint: See `collect`.
@@ -76,6 +80,8 @@ class ShardSweep:
         method: str,
         *,
         include_frozen: bool = False,
+        observed: bool = False,
+        reported: bool = False,
         memory_limit: int | None = None,
         checkpoint: str | os.PathLike | None = None,
         verbose: int | str = 0,
@@ -95,6 +101,8 @@ class ShardSweep:
         self._model = model
         self._layers = layers
         self._include_frozen = include_frozen
+        self._observed = observed
+        self._reported = reported
         self._eager = model.run_eagerly
         whole = by_level and self._eager
         self.begin = SweepState(method, stats.fingerprint, tuple(layers), whole)
@@ -164,11 +172,14 @@ class ShardSweep:
         self._begin_passes(state)
         try:
             for result in in_turn(self._jobs(state, reached, digest), len(self._networks)):
-                batch, frontier, site_moments, levels, random, recurrent = result
-                if levels is None:
+                batch, frontier, site_moments, levels, shown, recurrent = result
+                self._warn_of_loops(frontier)
+                if levels is None or shown is None:
                     return dataclasses.replace(reached, whole=True)
                 self._frontiers.put(batch, frontier)
-                added = reached.add(batch, site_moments, levels, random, recurrent)
+                added = reached.add(
+                    batch, site_moments, levels, shown.random, recurrent, shown.by_batch
+                )
                 # As one, because Ctrl-C may come at any point.
                 reached, digest = added, digests.of_sequence(digest, batch.key)
                 if reached.whole and not state.whole:
@@ -191,6 +202,12 @@ class ShardSweep:
         if self._checkpoint is not None:
             self._checkpoint.remove()
 
+    def _warn_of_loops(self, frontier: Frontier) -> None:
+        """Warn, before the first batch is added, that the passes may not settle."""
+        if not self._reported and METHODS[self._method].by_level:
+            warn_of_loops(self._passes[0].looping(frontier))
+        self._reported = True
+
     def _choose_layers(self, batches: BatchReader) -> None:
         """Leave out the layers that, as the first batch of this process shows, do not train."""
         layers = self._layers
@@ -200,8 +217,10 @@ class ShardSweep:
             first = batches.first()
             self._chosen = first is not None
             if first is not None:
-                frozen, ignored = _frozen_by_call(self._model, layers, first.inputs)
-                layers = {path: layer for path, layer in layers.items() if path not in frozen}
+                frozen, _, ignored = trained_calls(self._model, layers, first.inputs)
+                if not self._observed:
+                    require_trained(self._model, layers, frozen)
+                    layers = {path: layer for path, layer in layers.items() if path not in frozen}
         self.begin = dataclasses.replace(self.begin, paths=tuple(layers))
         places = devices(self._model)
         self._networks = [Network(self._model, layers, ignored, device) for device in places]
@@ -249,22 +268,22 @@ class ShardSweep:
         place = batch.index % len(self._networks)
         passes = self._passes[place]
         with self._networks[place].placed():
-            with _naming(self._model, batch):
+            with naming(self._model, batch):
                 frontier = start = self._frontiers.get(batch) or passes.start(batch)
                 levels = passes.levels(frontier)
                 if levels is None:
-                    return _BatchResult(batch, frontier, [], None, False)
+                    return _BatchResult(batch, frontier, [], None, None)
                 recurrent: frozenset[str] = frozenset()
                 if state.whole and isinstance(passes, WholePasses):
                     recurrent = passes.recurrent(frontier)
                 populations = {path: value for path, (_, value) in self._populations[place].items()}
-                called, frontier, random = passes.advance(frontier, level, populations)
+                called, frontier, shown = passes.advance(frontier, level, populations)
             site_moments = self._moments(
                 batch, [(site, values) for site, entered in called for values in entered]
             )
             if level == 1:
                 _refuse_nan(batch, passes.not_nan(start))
-        return _BatchResult(batch, frontier, site_moments, levels, random, recurrent)
+        return _BatchResult(batch, frontier, site_moments, levels, shown, recurrent)
 
     def _moments(
         self, batch: Batch, entered: Sequence[tuple[Site, CallMoments]]
@@ -307,66 +326,6 @@ class ShardSweep:
         )
 
 
-def trace_first(
-    model: keras.Model,
-    layers: Mapping[str, keras.Layer],
-    inputs: Structure,
-    method: str,
-    *,
-    static: bool,
-) -> tuple[frozenset[str], frozenset[Site]]:
-    """Make the traces that the sweep of one process runs.
-
-    Args:
-        model: A built model.
-        layers: The layers to sweep, by path.
-        inputs: A batch of the model's inputs, or the specs of one.
-        method: The name of the method.
-        static: See `tfbn.sweep.network.Network.trace`.
-
-    Returns:
-        The paths of layers that `fit` does not train although they may, and the sites of single
-        such calls of other layers.
-
-    Raises:
-        ValueError: If the model does not take the batch, or does not call one of the layers.
-    """
-    frozen, ignored = _frozen_by_call(model, layers, inputs)
-    swept = {path: layer for path, layer in layers.items() if path not in frozen}
-    network = Network(model, swept, ignored, devices(model)[0])
-    with _naming(model, Batch(0, inputs, 0, 0, 0)):
-        if not model.run_eagerly:
-            settled = METHODS[method].by_level
-            calls = network.trace(inputs, settled=settled, static=static).calls
-        elif all(map(tf.is_tensor, flatten(inputs))):
-            _, calls, *_ = network.observer.run(
-                inputs, tf.constant(0, tf.int64), lambda site, channels: None
-            )
-        else:
-            return frozen, ignored
-    called = {call.site.path for call in calls}
-    for path in swept:
-        if path not in called:
-            raise never_called(model, path)
-    return frozen, ignored
-
-
-def _frozen_by_call(
-    model: keras.Model, layers: Mapping[str, keras.Layer], inputs: Structure
-) -> tuple[frozenset[str], frozenset[Site]]:
-    """The paths of layers that `fit` does not train although they may, and single such calls."""
-    untrained, trained = untrained_sites(model, layers, inputs)
-    paths = {site.path for site in trained}
-    frozen = frozenset(site.path for site in untrained if site.path not in paths)
-    if frozen == layers.keys():
-        raise ValueError(
-            "Expected a model with BatchNormalization layers that train. Received: model "
-            f"{model.name!r}, which calls all of them with training=False. Pass "
-            "include_frozen=True to sweep them all the same."
-        )
-    return frozen, frozenset(site for site in untrained if site.path in paths)
-
-
 def _refuse_nan(batch: Batch, places: Iterable[int]) -> None:
     # By NumPy: this runs on the devices' threads, and while an iterator ends in another thread,
     # TensorFlow gives its error to whatever operation copies between devices.
@@ -388,7 +347,7 @@ def _reason(batch: Batch) -> str:
 
 
 @contextlib.contextmanager
-def _naming(model: keras.Model, batch: Batch) -> Iterator[None]:
+def naming(model: keras.Model, batch: Batch) -> Iterator[None]:
     """Turn whatever a model raises on a batch into a `ValueError` that names the batch."""
     try:
         yield

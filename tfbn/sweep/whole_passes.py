@@ -9,7 +9,8 @@ from tfbn.models.keras_models import Structure
 from tfbn.sweep.accumulator import Site
 from tfbn.sweep.batches import Batch
 from tfbn.sweep.frontiers import Frontier
-from tfbn.sweep.level_passes import Populations, SiteMoments, recurrent
+from tfbn.sweep.level_passes import Populations, Shown, SiteMoments, recurrent
+from tfbn.sweep.loops import feeding_themselves
 from tfbn.sweep.network import Network, Trace, UnobservableError, flatten
 
 
@@ -45,6 +46,12 @@ class WholePasses:
         trace = self._trace_if_any(inputs, settled=True)
         return frozenset() if trace is None else recurrent(trace)
 
+    def looping(self, frontier: Frontier) -> frozenset[str]:
+        """The paths of the layers in loops that feed themselves."""
+        inputs, _ = frontier.values
+        trace = self._trace_if_any(inputs, settled=True)
+        return frozenset() if trace is None else feeding_themselves(trace)
+
     def not_nan(self, frontier: Frontier) -> list[int]:
         """The places of the inputs in which NaN would be an error."""
         trace = self._trace_if_any(frontier.values[0], settled=False)
@@ -52,7 +59,7 @@ class WholePasses:
 
     def advance(
         self, frontier: Frontier, level: int, populations: Populations
-    ) -> tuple[list[SiteMoments], Frontier, bool]:
+    ) -> tuple[list[SiteMoments], Frontier, Shown]:
         """Run a batch through the network.
 
         Args:
@@ -63,13 +70,12 @@ class WholePasses:
 
         Returns:
             For every call its site and the moments of the values that entered, a list of
-            (count, mean, variance); the frontier as it was; and whether the network draws random
-            numbers.
+            (count, mean, variance); the frontier as it was; and what the network has shown.
         """
         inputs, number = frontier.values
         run = self._run_eagerly if self._eager else self._run_graph
-        called, random = run(inputs, number, populations)
-        return called, frontier, random
+        called, shown = run(inputs, number, populations)
+        return called, frontier, shown
 
     def _trace_if_any(self, inputs: Structure, settled: bool) -> Trace | None:
         """The trace, or `None` where there is none; `advance` says if it has to be."""
@@ -85,17 +91,18 @@ class WholePasses:
 
     def _run_eagerly(
         self, inputs: Structure, number: tf.Tensor, populations: Populations
-    ) -> tuple[list[SiteMoments], bool]:
+    ) -> tuple[list[SiteMoments], Shown]:
         def population(site: Site, channels: int) -> list[tf.Tensor] | None:
             given = populations.get(site, populations.get(site.path))
             return None if given is None else tf.unstack(given)
 
-        _, calls, draws, _ = self._network.observer.run(inputs, number, population)
-        return [(call.site, call.measure(*(call.fetches or ()))) for call in calls], draws > 0
+        run = self._network.observer.run(inputs, number, population)
+        called = [(call.site, call.measure(*(call.fetches or ()))) for call in run.calls]
+        return called, Shown(run.draws > 0, run.by_batch)
 
     def _run_graph(
         self, inputs: Structure, number: tf.Tensor, populations: Populations
-    ) -> tuple[list[SiteMoments], bool]:
+    ) -> tuple[list[SiteMoments], Shown]:
         trace = self._network.trace(inputs, settled=bool(populations), static=self._static)
         function, sites, fetches = _function_of(trace)
         fed = (_population(trace, populations, site) for site in sites)
@@ -106,7 +113,7 @@ class WholePasses:
                 (call.site, call.measure(*(next(fetched) for _ in call.fetches or ())))
                 for call in trace.calls
             ]
-        return called, trace.random
+        return called, Shown(trace.random, trace.by_batch)
 
 
 def _population(trace: Trace, populations: Populations, site: Site) -> tf.Tensor:

@@ -1,0 +1,367 @@
+"""Which layers a sweep inside `fit` covers, for steps of the user's own, against NumPy."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+
+import tfbn
+
+X = np.random.default_rng(0).normal(3, 2, (96, 6)).astype("float32")
+Y = X[:, :1]
+PRETRAINED = 3.0  # The moving means that no data has.
+
+
+def bn(name, **options):
+    """A layer whose moving mean shows whether anything has moved it."""
+    initial = keras.initializers.Constant(PRETRAINED)
+    return layers.BatchNormalization(name=name, moving_mean_initializer=initial, **options)
+
+
+class Base(keras.Model):
+    """An encoder, a head, and a step that may train them in another way than `call`."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.dense, self.out = layers.Dense(5), layers.Dense(1)
+        self.encoder, self.head = bn("encoder", **options), bn("head")
+
+    def encode(self, x, training):
+        """Batch norm behind a dense layer."""
+        return self.encoder(self.dense(x), training=training)
+
+    def call(self, x, training=None):
+        """Everything passes `training` on."""
+        return self.out(self.head(ops.tanh(self.encode(x, training)), training=training))
+
+    def loss_of(self, x, y):
+        """The loss of a step."""
+        return tf.reduce_mean((self(x, training=True) - y) ** 2)
+
+    def train_step(self, data):
+        """One step."""
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.loss_of(x, y)
+        weights = self.trainable_variables
+        pairs = zip(tape.gradient(loss, weights), weights, strict=True)
+        self.optimizer.apply_gradients([(g, w) for g, w in pairs if g is not None])
+        return {"loss": loss}
+
+
+class FrozenByStep(Base):
+    """The step runs the encoder in inference mode, though `call` passes `training` on."""
+
+    def loss_of(self, x, y):
+        """The head trains."""
+        z = self.head(ops.tanh(self.encode(x, False)), training=True)
+        return tf.reduce_mean((self.out(z) - y) ** 2)
+
+
+class TrainedByStep(Base):
+    """`call` is for prediction, and only the step trains the encoder."""
+
+    def call(self, x, training=None):
+        """The encoder infers."""
+        return self.out(self.head(ops.tanh(self.encode(x, False)), training=training))
+
+    def loss_of(self, x, y):
+        """Both train."""
+        z = self.head(ops.tanh(self.encode(x, True)), training=True)
+        return tf.reduce_mean((self.out(z) - y) ** 2)
+
+
+class Predicts(TrainedByStep):
+    """`call` trains nothing at all."""
+
+    def call(self, x, training=None):
+        """Both infer."""
+        return self.out(self.head(ops.tanh(self.encode(x, False)), training=False))
+
+
+class Sometimes(Base):
+    """Trains the encoder in every third step."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = self.add_weight(shape=(), dtype="int32", trainable=False, initializer="zeros")
+
+    def loss_of(self, x, y):
+        """Nothing trains in the first two steps."""
+        self.steps.assign_add(1)
+        return tf.cond(
+            self.steps.value % 3 == 0,
+            lambda: tf.reduce_mean((self(x, training=True) - y) ** 2),
+            lambda: tf.reduce_mean((self(x, training=False) - y) ** 2),
+        )
+
+
+def fit(model, *callbacks, x=X, y=Y, **options):
+    """A short training."""
+    keras.utils.set_random_seed(0)
+    model(X[:2])
+    kinds = ("steps_per_execution", "run_eagerly", "jit_compile")
+    model.compile("sgd", "mse", **{k: options.pop(k) for k in kinds if k in options})
+    options = {"batch_size": 16, "verbose": 0, **options}
+    return model.fit(x, y, callbacks=list(callbacks), **options)
+
+
+def entering(model, x=X):
+    """What enters the encoder, float64."""
+    kernel, bias = (np.asarray(w, "float64") for w in model.dense.weights)
+    return x.astype("float64") @ kernel + bias
+
+
+def assert_swept(layer, values):
+    """The layer infers with the mean and variance of some values."""
+    np.testing.assert_allclose(layer.moving_mean, values.mean(0), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(layer.moving_variance, values.var(0), rtol=1e-3)
+
+
+def normalized(layer, values, mean, variance):
+    """Batch norm in float64."""
+    gamma, beta = np.asarray(layer.gamma, "d"), np.asarray(layer.beta, "d")
+    return (values - mean) / np.sqrt(variance + layer.epsilon) * gamma + beta
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"steps_per_execution": 3},
+        {"run_eagerly": True},
+        {"jit_compile": True},
+        {"batch_size": 96},
+        {"epochs": 2, "validation_data": (X[:16], Y[:16])},
+    ],
+    ids=str,
+)
+@pytest.mark.quick(2)
+def test_a_layer_that_only_the_step_freezes_is_left_alone(options):
+    model = FrozenByStep()
+    callback = tfbn.PopulationStatsCallback(X, before_validation="validation_data" in options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fit(model, callback, **options)
+    assert set(callback.stats) == {"head"}
+    np.testing.assert_array_equal(model.encoder.moving_mean, PRETRAINED)
+    hidden = normalized(model.encoder, entering(model), PRETRAINED, 1.0)
+    assert_swept(model.head, np.tanh(hidden))
+
+
+@pytest.mark.parametrize("kind", [TrainedByStep, Predicts])
+def test_a_layer_that_only_the_step_trains_is_swept(kind):
+    model = kind()
+    callback = tfbn.PopulationStatsCallback(X)
+    fit(model, callback)
+    assert set(callback.stats) == {"encoder", "head"}
+    values = entering(model)
+    assert_swept(model.encoder, values)
+    hidden = normalized(model.encoder, values, values.mean(0), values.var(0))
+    assert_swept(model.head, np.tanh(hidden))
+
+
+def test_layers_that_train_in_later_steps_only():
+    model = Sometimes()
+    callback = tfbn.PopulationStatsCallback(X)
+    with pytest.warns(UserWarning, match="first step of `fit` has changed no statistics"):
+        fit(model, callback)
+    assert_swept(model.encoder, entering(model))
+
+
+def test_nothing_has_moved_yet_when_the_first_validation_comes():
+    model = Sometimes()
+    callback = tfbn.PopulationStatsCallback(X, before_validation=True, every_n_epochs=1)
+    with pytest.warns(UserWarning, match="first step"):
+        fit(model, callback, validation_data=(X, Y), steps_per_epoch=1, epochs=1)
+    assert callback.stats is None and model.trainable
+    np.testing.assert_array_equal(model.head.moving_mean, PRETRAINED)
+
+
+def test_layers_whose_statistics_cannot_move():
+    model = Base(momentum=1.0)
+    callback = tfbn.PopulationStatsCallback(X)
+    fit(model, callback)
+    assert set(callback.stats) == {"encoder", "head"}
+    assert_swept(model.encoder, entering(model))
+
+
+def test_data_that_has_the_moving_statistics_already():
+    model = keras.Sequential([keras.Input((2,)), layers.BatchNormalization(name="bn")])
+    x = np.array([[-1, 1], [1, -1]], "float32").repeat(8, 0)
+    callback = tfbn.PopulationStatsCallback(x)
+    fit_options = {"batch_size": 16, "verbose": 0, "callbacks": [callback]}
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    model.fit(x, x, **fit_options)
+    np.testing.assert_allclose(callback.stats["bn"].mean, 0, atol=1e-6)
+    np.testing.assert_allclose(callback.stats["bn"].variance, 1, rtol=1e-6)
+
+
+def test_a_fit_without_steps_sweeps_what_call_trains():
+    model = Base()
+    callback = tfbn.PopulationStatsCallback(X)
+    fit(model, callback, epochs=0)
+    assert set(callback.stats) == {"encoder", "head"}
+
+
+def test_each_fit_is_observed_anew():
+    model = Base()
+    fit(model, tfbn.PopulationStatsCallback(X, freeze=False))
+    held = np.asarray(model.encoder.moving_mean)
+    model.loss_of = FrozenByStep.loss_of.__get__(model)
+    callback = tfbn.PopulationStatsCallback(X + 1)
+    fit(model, callback, x=X + 1)
+    assert set(callback.stats) == {"head"}
+    np.testing.assert_array_equal(model.encoder.moving_mean, held)
+
+
+def test_flags_that_a_step_does_not_follow():
+    """Without another `compile`, Keras trains on as it did."""
+    model = Base()
+    fit(model)
+    model.encoder.trainable = False
+    callback = tfbn.PopulationStatsCallback(X)
+    model.fit(X, Y, batch_size=16, verbose=0, callbacks=[callback])
+    moved = callback.stats.keys()
+    assert ("encoder" in moved) and "head" in moved
+
+
+def test_weights_that_another_callback_loads_are_no_training():
+    model = FrozenByStep()
+    other = FrozenByStep()
+    other(X[:2])
+    values = [w.numpy() for w in other.encoder.weights]
+    load = keras.callbacks.LambdaCallback(
+        on_train_begin=lambda logs: model.encoder.set_weights([v + 0.5 for v in values])
+    )
+    callback = tfbn.PopulationStatsCallback(X)
+    fit(model, callback, load)
+    assert set(callback.stats) == {"head"}
+
+
+@pytest.mark.slow
+def test_mirrored():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    with strategy.scope():
+        model = FrozenByStep()
+        model(X[:2])
+        model.compile("sgd")
+    callback = tfbn.PopulationStatsCallback(X)
+    model.fit(X, Y, batch_size=16, verbose=0, callbacks=[callback])
+    assert set(callback.stats) == {"head"}
+
+
+class Gan(keras.Model):
+    """A container without weights of its own, which nothing builds."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = keras.Sequential([keras.Input((6,)), layers.Dense(6), bn("g")])
+        self.critic = keras.Sequential([keras.Input((6,)), layers.Dense(4), bn("c")])
+
+    def train_step(self, data):
+        """Both train."""
+        x, _ = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(self.critic(self.generator(x, training=True), training=True) ** 2)
+        weights = self.trainable_variables
+        self.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+        return {"loss": loss}
+
+
+class Predicting(Gan):
+    """Its `call` is for prediction."""
+
+    def call(self, x):
+        """The generator's images."""
+        return self.generator(x, training=False)
+
+
+class Lazy(Gan):
+    """Has a `call` that nothing calls, and that cannot be traced before."""
+
+    def call(self, x):
+        """Not for these inputs."""
+        raise NotImplementedError
+
+
+class Unbuilt(Gan):
+    """Its parts get their weights in the first step, and nothing calls the container."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = keras.Sequential([layers.Dense(6), bn("g")])
+
+    def call(self, x):
+        """Of no use."""
+        raise NotImplementedError
+
+
+def steps_of(model, callback):
+    """Fit, and count the steps."""
+    steps = []
+    count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: steps.append(1))
+    model.compile("sgd")
+    try:
+        model.fit(X, Y, batch_size=16, epochs=2, verbose=0, callbacks=[count, callback])
+    finally:
+        steps_of.steps = len(steps)
+
+
+@pytest.mark.parametrize(("kind", "steps"), [(Gan, 0), (Lazy, 0), (Unbuilt, 1)])
+def test_a_container_is_refused_early_with_advice_that_works(kind, steps):
+    model = kind()
+    with pytest.raises(ValueError, match=r"model=gan.generator") as error:
+        steps_of(model, tfbn.PopulationStatsCallback(X))
+    assert steps_of.steps == steps and "include_frozen" not in str(error.value)
+    callback = tfbn.PopulationStatsCallback(X, model=model.generator)
+    steps_of(model, callback)
+    assert steps_of.steps == 12
+    assert set(callback.stats) == {"g"}
+    kernel, bias = (np.asarray(w, "d") for w in model.generator.layers[0].weights)
+    assert_swept(model.generator.layers[1], X.astype("d") @ kernel + bias)
+
+
+def test_a_container_whose_call_predicts():
+    model = Predicting()
+    callback = tfbn.PopulationStatsCallback(X)
+    with pytest.warns(UserWarning, match="never calls are left out: 'sequential.*/c'") as caught:
+        steps_of(model, callback)
+    assert len([w for w in caught if "left out" in str(w.message)]) == 1
+    [path] = callback.stats
+    assert path.endswith("/g")
+    kernel, bias = (np.asarray(w, "d") for w in model.generator.layers[0].weights)
+    assert_swept(model.generator.layers[1], X.astype("d") @ kernel + bias)
+    np.testing.assert_array_less(0.01, np.abs(model.critic.layers[1].moving_mean - PRETRAINED))
+
+
+def test_a_network_that_no_step_trains_but_the_user_names():
+    """An average of weights."""
+    model = Gan()
+    average = keras.models.clone_model(model.generator)
+    callback = tfbn.PopulationStatsCallback(X, model=average)
+    steps_of(model, callback)
+    kernel, bias = (np.asarray(w, "d") for w in average.layers[0].weights)
+    assert_swept(average.layers[1], X.astype("d") @ kernel + bias)
+
+
+class Untrained(Base):
+    """Neither `call` nor the step trains a layer."""
+
+    def call(self, x, training=None):
+        """All infer."""
+        return self.out(self.encode(x, False))
+
+
+def test_what_nothing_trains_is_refused_after_the_first_step():
+    model = Untrained()
+    model(X[:2])
+    model.head.build((None, 5))
+    with pytest.raises(ValueError, match="calls all of them with training=False"):
+        steps_of(model, tfbn.PopulationStatsCallback(X))
+    assert steps_of.steps == 1
+    stats = tfbn.update_population_stats(model, X, include_frozen=True, verbose=0)
+    assert set(stats) == {"encoder"}

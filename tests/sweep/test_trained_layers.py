@@ -1,0 +1,312 @@
+"""Which layers and calls `collect` sweeps, against NumPy in float64."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+
+import tfbn
+
+A, B = (np.random.default_rng(seed).normal(seed, 2, (64, 4)).astype("float32") for seed in (1, 5))
+
+
+class Views(keras.Model):
+    """One encoder for two inputs, swept and trained in several ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.d, self.n = layers.Dense(5), layers.BatchNormalization(name="n")
+
+    def f(self, v, training):
+        """Dense, batch norm."""
+        return self.n(self.d(v), training=training)
+
+    def entering(self, *inputs):
+        """What enters the layer, float64."""
+        kernel, bias = (np.asarray(w, "d") for w in self.d.weights)
+        return [x.astype("d") @ kernel + bias for x in inputs]
+
+
+class ExtraView(Views):
+    """An auxiliary loss on a view that infers, first."""
+
+    def call(self, z, training=None):
+        """Three calls in training, two in inference."""
+        if training:
+            self.add_loss(ops.mean(self.f(z[0] + z[1], False) ** 2))
+        return self.f(z[0], training) + self.f(z[1], training)
+
+
+class ExtraTrained(Views):
+    """A second view that trains, in training alone."""
+
+    def call(self, z, training=None):
+        """It comes before the calls that inference makes too."""
+        if training:
+            self.add_loss(ops.mean(self.f(z[0] - z[1], True) ** 2))
+        return self.f(z[0], training) + self.f(z[1], training)
+
+
+class Adversarial(Views):
+    """Infers on one input, in training twice."""
+
+    def call(self, z, training=None):
+        """The second input is seen in inference mode."""
+        if training:
+            z = [z[0] + 0.01 * self.f(z[1], False)[:, :4], z[1]]
+        return self.f(z[0], training) + self.f(z[1], training)
+
+
+class Other(Views):
+    """Other code for training, with no call at the same place."""
+
+    def call(self, z, training=None):
+        """In inference the order is another."""
+        if training:
+            return self.f(z[1], True) + self.f(z[0], True) + self.f(z[0], False)
+        return self.f(z[0], False) + self.f(z[1], False)
+
+
+class Fixed(Views):
+    """The second call fixes `training=False`, in both modes."""
+
+    def call(self, z, training=None):
+        """One call trains."""
+        return self.f(z[0], training) + self.f(z[1], False)
+
+
+class FixedFirst(Views):
+    """The first call fixes it, and training makes one more."""
+
+    def call(self, z, training=None):
+        """The second of two calls trains, the third of three."""
+        if training:
+            self.f(z[0] + 1, training)
+        return self.f(z[1], False) + self.f(z[0], training)
+
+
+class Branches(Views):
+    """Literal flags for each mode."""
+
+    def call(self, z, training=None):
+        """`training` is never passed on."""
+        if training:
+            return self.f(z[0], True) + self.f(z[1], True)
+        return self.f(z[0], False) + self.f(z[1], False)
+
+
+class AsTensor(Views):
+    """Uses `training` as a number too."""
+
+    def call(self, z, training=None):
+        """The flag is also a factor."""
+        scale = 1.0 - ops.cast(ops.convert_to_tensor(training or False), "float32")
+        return self.f(z[0], training) + scale * self.f(z[1], False)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "counted"),
+    [
+        (ExtraView, (0, 1)),
+        (ExtraTrained, (0, 1)),
+        (Adversarial, (0, 1)),
+        (Other, (0, 1)),
+        (Fixed, (0,)),
+        (FixedFirst, (0,)),
+        (Branches, (0, 1)),
+        (AsTensor, (0,)),
+    ],
+)
+@pytest.mark.quick(8)
+def test_calls_of_inference_are_judged_on_their_own(kind, counted, eager):
+    model = kind()
+    model([A[:2], B[:2]])
+    model.compile(run_eagerly=eager)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # The calls differ.
+        [stats] = tfbn.collect(model, [A, B], batch_size=16, verbose=0).values()
+    values = np.concatenate(model.entering(*((A, B)[i] for i in counted)))
+    assert stats.count == len(values)
+    np.testing.assert_allclose(stats.mean, values.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(stats.variance, values.var(0), rtol=1e-4)
+
+
+class Auxiliary(keras.Model):
+    """A head that only training runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.n, self.head = (
+            layers.BatchNormalization(name="n"),
+            layers.BatchNormalization(name="aux"),
+        )
+        self.out = layers.Dense(1)
+
+    def call(self, x, training=None):
+        """The head gives a loss."""
+        h = ops.tanh(self.n(x, training=training))
+        if training:
+            self.add_loss(ops.mean(self.head(h, training=True) ** 2))
+        return self.out(h)
+
+
+def test_what_inference_never_calls_is_left_out_with_one_warning():
+    model = Auxiliary()
+    model(A[:2], training=True)
+    with pytest.warns(UserWarning, match="never calls are left out: 'aux'") as caught:
+        stats = tfbn.collect(model, A, verbose=0)
+    assert len(caught) == 1 and set(stats) == set(stats.previous) == {"n"}
+    np.testing.assert_allclose(stats["n"].mean, A.astype("d").mean(0), rtol=1e-5)
+    callback = tfbn.PopulationStatsCallback(A)
+    model.compile("sgd", "mse")
+    with pytest.warns(UserWarning, match="left out: 'aux'") as caught:
+        model.fit(A, A[:, :1], epochs=2, verbose=0, callbacks=[callback])
+    assert len([w for w in caught if "left out" in str(w.message)]) == 1
+    assert set(callback.stats) == {"n"}
+    assert np.abs(model.head.moving_mean).max() > 0  # It trains.
+    callback.unfreeze()
+    assert model.head.trainable
+
+
+class ByBatch(keras.Model):
+    """pix2pix: the first layer normalizes by the batch, always."""
+
+    def __init__(self, options):
+        super().__init__()
+        self.first = layers.BatchNormalization(name="first", **options)
+        self.second = layers.BatchNormalization(name="second")
+
+    def call(self, x, training=None):
+        """The second layer is behind it."""
+        return self.second(ops.sigmoid(self.first(x, training=True)), training=training)
+
+
+def behind(x, size):
+    """What enters the second layer, by batches, float64."""
+    parts = [x[i : i + size].astype("d") for i in range(0, len(x), size)]
+    normal = [(p - p.mean(0)) / np.sqrt(p.var(0) + 1e-3) for p in parts]
+    return 1 / (1 + np.exp(-np.concatenate(normal)))
+
+
+@pytest.mark.parametrize("method", ["exact", "pooled"])
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.quick(2)
+def test_a_layer_that_inference_normalizes_by_the_batch(method, eager):
+    model = ByBatch({})
+    model(A[:2])
+    held = np.asarray(model.first.moving_mean)
+    model.compile(run_eagerly=eager)
+    with pytest.warns(
+        UserWarning, match="training=True in inference too: 'first'.*depends on"
+    ) as w:
+        stats = tfbn.collect(model, A, method, batch_size=8, verbose=0)
+    assert len([one for one in w if "depends on" in str(one.message)]) == 1
+    assert set(stats) == {"second"}
+    values = behind(A, 8)
+    np.testing.assert_allclose(stats["second"].mean, values.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(stats["second"].variance, values.var(0), rtol=1e-4)
+    np.testing.assert_array_equal(model.first.moving_mean, held)
+
+
+def test_a_frozen_layer_is_not_normalized_by_the_batch():
+    model = ByBatch({"trainable": False})
+    model(A[:2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stats = tfbn.collect(model, A, batch_size=8, verbose=0)
+    values = 1 / (1 + np.exp(-A.astype("d") / np.sqrt(1 + 1e-3)))
+    np.testing.assert_allclose(stats["second"].mean, values.mean(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_fit_leaves_what_inference_does(freeze):
+    model = ByBatch({})
+    model(A[:2])
+    model.compile("sgd", "mse")
+    callback = tfbn.PopulationStatsCallback(A, batch_size=8, freeze=freeze)
+    with pytest.warns(UserWarning, match="depends on the batch") as caught:
+        model.fit(A, A, batch_size=8, verbose=0, callbacks=[callback])
+    assert len([w for w in caught if "depends on" in str(w.message)]) == 1
+    gamma, beta = (np.asarray(w, "d") for w in (model.first.gamma, model.first.beta))
+    parts = [A[i : i + 8].astype("d") for i in range(0, 64, 8)]
+    normal = np.concatenate([(p - p.mean(0)) / np.sqrt(p.var(0) + 1e-3) for p in parts])
+    values = 1 / (1 + np.exp(-(normal * gamma + beta)))
+    np.testing.assert_allclose(model.second.moving_mean, values.mean(0), rtol=1e-4)
+    expected = (values - values.mean(0)) / np.sqrt(values.var(0) + 1e-3)
+    expected = expected * np.asarray(model.second.gamma, "d") + np.asarray(model.second.beta, "d")
+    np.testing.assert_allclose(model.predict(A, batch_size=8, verbose=0), expected, atol=1e-3)
+    callback.unfreeze()
+    assert all(layer.trainable for layer in model.layers)
+
+
+class Cell(layers.Layer):
+    """A cell with batch norm on the input, or on the state."""
+
+    def __init__(self, on_state, **options):
+        super().__init__(**options)
+        self.state_size, self.on_state = 4, on_state
+        self.bn = layers.BatchNormalization(name="bn")
+
+    def build(self, shape):
+        """Its layer."""
+        self.bn.build((None, 4))
+
+    def call(self, x, states, training=None):
+        """A recurrence that does not settle quickly."""
+        if self.on_state:
+            h = ops.tanh(self.bn(x + states[0], training=training))
+        else:
+            h = ops.tanh(self.bn(x, training=training) + states[0])
+        return h, [h]
+
+
+SEQUENCES = np.random.default_rng(0).normal(1, 2, (32, 3, 4)).astype("float32")
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("on_state", [False, True])
+def test_a_loop_that_feeds_itself_is_reported_before_the_sweep(on_state, eager):
+    model = keras.Sequential(
+        [keras.Input((3, 4)), layers.RNN(Cell(on_state, name="cell"), name="rnn")]
+    )
+    model.compile("sgd", "mse", run_eagerly=eager)
+    steps = []
+    count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: steps.append(1))
+
+    def fit(method):
+        callback = tfbn.PopulationStatsCallback(SEQUENCES, method)
+        model.fit(SEQUENCES, SEQUENCES[:, 0], verbose=0, callbacks=[count, callback])
+        return callback
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            fit("exact")
+        except ValueError as error:
+            assert on_state and "loop that feeds" in str(error)
+    said = [w for w in caught if "may not settle" in str(w.message)]
+    assert len(said) == on_state
+    if on_state:
+        assert "'rnn/cell/bn'" in str(said[0].message) and "method='pooled'" in str(said[0].message)
+        assert set(fit("pooled").stats) == {"rnn/cell/bn"}
+
+
+def test_a_call_in_a_loop_over_the_batch_feeds_nothing():
+    class Mapped(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.bn = layers.BatchNormalization()
+
+        def call(self, x, training=None):
+            return tf.map_fn(lambda row: self.bn(row, training=training), x)
+
+    model = Mapped()
+    model(SEQUENCES[:2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        [stats] = tfbn.collect(model, SEQUENCES, verbose=0).values()
+    np.testing.assert_allclose(stats.mean, SEQUENCES.astype("d").mean((0, 1)), rtol=1e-4)

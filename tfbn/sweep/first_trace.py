@@ -1,0 +1,136 @@
+"""What one batch shows of a sweep, before `fit` spends time on training."""
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from tfbn.models.keras_models import Structure
+from tfbn.sweep import caveats, data
+from tfbn.sweep.adapters import specs_of
+from tfbn.sweep.batches import Batch, empty
+from tfbn.sweep.devices import devices
+from tfbn.sweep.frontiers import Frontier
+from tfbn.sweep.loops import feeding_themselves
+from tfbn.sweep.methods import METHODS
+from tfbn.sweep.network import Network, flatten
+from tfbn.sweep.shard_sweep import naming
+from tfbn.sweep.trained_layers import all_layers, layers_to_sweep, require_trained, trained_calls
+from tfbn.sweep.whole_passes import WholePasses
+
+
+class FirstTrace(NamedTuple):
+    """What the first batch has shown.
+
+    Attributes:
+        trained: The paths of the layers that `call` trains, or that the caller has named.
+        partly: Those that it trains in some calls and not in others.
+        used: Those whose statistics inference uses.
+        by_batch: Those that inference normalizes by the batch.
+        looping: Those in loops that feed themselves, for a method that sweeps by levels.
+    """
+
+    trained: frozenset[str]
+    partly: frozenset[str]
+    used: frozenset[str]
+    by_batch: frozenset[str] = frozenset()
+    looping: frozenset[str] = frozenset()
+
+    def warn(self, known: Collection[str] = ()) -> None:
+        """Give the warnings that `collect` would give, but for layers that are known."""
+        caveats.warn_of_loops(self.looping - {*known})
+        left_out = self.trained - self.used - {*known}
+        caveats.warn_of_left_out(left_out, self.by_batch - {*known})
+
+
+def check_batch(
+    model: keras.Model,
+    x: Any,
+    method: str = "exact",
+    batch_size: int | None = None,
+    steps: int | None = None,
+    tolerance: float | None = None,
+    *,
+    trained: Collection[str] | None = None,
+    may_train_others: bool = False,
+) -> FirstTrace | None:
+    """Make the traces of `collect` on one batch, so that it need not make them again.
+
+    A `tf.data.Dataset` is not read for it, because that would change the order in which a shuffled
+    one comes to `fit`: its specs tell. A generator is read from.
+
+    Args:
+        model: See `collect`.
+        x: See `collect`.
+        method: See `collect`.
+        batch_size: See `collect`.
+        steps: See `collect`.
+        tolerance: See `collect`.
+        trained: The paths of the layers that training has changed; `None` for those that `call`
+            trains.
+        may_train_others: Whether it is no error if `call` trains no layer, or inference uses none,
+            because a step of the user's own may train others.
+
+    Returns:
+        The `FirstTrace`; `None` where only the data would show it.
+
+    Raises:
+        ValueError: All that `collect` would raise before it has run the first batch.
+    """
+    layers = all_layers(model)
+    if trained is not None or not may_train_others:
+        layers = layers_to_sweep(model, False, trained)
+    else:
+        layers = {path: layer for path, layer in layers.items() if layer.trainable}
+    batches = data.batches(x, batch_size, steps, False, model, tolerance is not None)
+    if isinstance(x, tf.data.Dataset):
+        inputs = specs_of(x)
+        unknown = any(spec.shape.rank is None for spec in keras.tree.flatten(inputs))
+        if unknown or hasattr(model, "preprocess_samples"):
+            return None
+        batches.prepare(inputs)
+    else:
+        first = batches.first()
+        if first is None:
+            raise empty()
+        inputs = first.inputs
+    frozen, partly, ignored = trained_calls(model, layers, inputs)
+    if trained is None:
+        if not may_train_others:
+            require_trained(model, layers, frozen)
+        layers = {path: layer for path, layer in layers.items() if path not in frozen}
+    network = Network(model, layers, ignored, devices(model)[0])
+    with naming(model, Batch(0, inputs, 0, 0, 0)):
+        used, by_batch, looping = _traced(network, layers, inputs, method, static=batches.static)
+    if not (used or may_train_others):
+        raise caveats.unused(model, layers, by_batch)
+    return FirstTrace(frozenset(layers), partly, used, by_batch, looping)
+
+
+def _traced(
+    network: Network,
+    layers: Mapping[str, keras.Layer],
+    inputs: Structure,
+    method: str,
+    *,
+    static: bool,
+) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+    """Make the trace that a sweep runs: `used`, `by_batch` and `looping` of `FirstTrace`."""
+    by_level = METHODS[method].by_level
+    looping: frozenset[str] = frozenset()
+    if not network.model.run_eagerly:
+        trace = network.trace(inputs, settled=by_level, static=static)
+        calls, by_batch = trace.calls, trace.by_batch
+        if by_level:
+            looping = feeding_themselves(trace)
+    elif all(map(tf.is_tensor, flatten(inputs))):
+        number = tf.constant(0, tf.int64)
+        run = network.observer.run(inputs, number, lambda site, channels: None)
+        calls, by_batch = run.calls, run.by_batch
+        if by_level:
+            passes = WholePasses(network, static, eager=True)
+            looping = passes.looping(Frontier(None, 0, [inputs, number]))
+    else:
+        return frozenset(layers), frozenset(), looping
+    return frozenset(call.site.path for call in calls), by_batch, looping

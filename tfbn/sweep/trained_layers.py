@@ -1,0 +1,190 @@
+"""The batch norm layers to sweep, and which of their calls count: those that train.
+
+A trace of `call` in training mode shows them. A `train_step` of the user's own may do something
+else, so inside `fit` the moving statistics decide, see `tfbn.callbacks.movement`.
+"""
+
+import collections
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from tfbn.models import keras_models
+from tfbn.models.keras_models import Structure
+from tfbn.sweep.accumulator import Site
+from tfbn.sweep.arrays import as_called
+from tfbn.sweep.inference import Draws, inference
+
+
+class TrainedCalls(NamedTuple):
+    """What `call` does with a model's batch norm layers.
+
+    Attributes:
+        frozen: The paths of the layers that `call` uses and never trains.
+        partly: The paths of the layers that it trains in some calls, and not in others.
+        ignored: In inference, the calls of these layers that fix `training=False`. Training does
+            not train there, so their values do not count.
+    """
+
+    frozen: frozenset[str] = frozenset()
+    partly: frozenset[str] = frozenset()
+    ignored: frozenset[Site] = frozenset()
+
+
+class PassedOn(int):
+    """A `training=False` that can be told from one that a model's code fixes.
+
+    A call receives it only if every call around it passes its own `training` on.
+    """
+
+    def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> tf.Tensor:
+        return tf.constant(False, dtype or tf.bool, name=name or "training")
+
+
+class _Call(NamedTuple):
+    """One call of a layer: whether it trains, and whether its code fixes `training=False`."""
+
+    path: str
+    trains: bool
+    fixed: bool
+
+
+def trained_calls(
+    model: keras.Model, layers: Mapping[str, keras.Layer], inputs: Structure
+) -> TrainedCalls:
+    """Trace a model in training mode, and where that leaves a doubt in inference mode.
+
+    The calls of the two modes are not matched with each other, because a model may make other
+    calls in training: an auxiliary loss, a second view.
+
+    Args:
+        model: A built model.
+        layers: Its batch norm layers by path.
+        inputs: A batch of its inputs, or specs of one.
+
+    Returns:
+        The `TrainedCalls`; empty where the model cannot be traced.
+    """
+    if keras_models.always_passes_training_on(model):
+        return TrainedCalls()
+    training = _calls(model, layers, inputs, True)
+    if training is None:
+        return TrainedCalls()
+    trained = {call.path for call in training if call.trains}
+    partly = frozenset(call.path for call in training if not call.trains) & trained
+    frozen = {call.path for call in training} - trained
+    ignored: frozenset[Site] = frozenset()
+    unmet = layers.keys() - trained - frozen
+    if unmet or partly:
+        calls = _calls(model, layers, inputs, PassedOn())
+        frozen |= unmet & {call.path for call in calls or ()}
+        if calls and partly and _paths(calls) == _paths(_calls(model, layers, inputs, False)):
+            ignored = _fixed(calls, partly)
+    return TrainedCalls(frozenset(frozen), partly, ignored)
+
+
+def layers_to_sweep(
+    model: keras.Model, include_frozen: bool, trained: Collection[str] | None = None
+) -> dict[str, keras.Layer]:
+    """The layers that `collect` would sweep before any trace, by path.
+
+    Args:
+        model: The model.
+        include_frozen: See `collect`.
+        trained: The paths of the layers that training has changed, `None` where nobody observed it.
+
+    Raises:
+        ValueError: If the model is not a built one, or has no such layers, or in a graph.
+    """
+    layers = all_layers(model)
+    if trained is not None:
+        return {path: layer for path, layer in layers.items() if path in trained}
+    wanted = {path: layer for path, layer in layers.items() if include_frozen or layer.trainable}
+    if not wanted:
+        raise ValueError(
+            "Expected a model with BatchNormalization layers that are not frozen. Received: model "
+            f"{model.name!r}, all of whose {len(layers)} have trainable=False. Unfreeze them (the "
+            "callback that froze them has `unfreeze()`; of a loaded model, set trainable=True and "
+            "compile it), or pass include_frozen=True to `collect` or `update_population_stats`."
+        )
+    return wanted
+
+
+def all_layers(model: keras.Model) -> dict[str, keras.Layer]:
+    """The batch norm layers of a model by path, frozen or not.
+
+    Raises:
+        ValueError: If the model is not a built one, or has no such layers, or in a graph.
+    """
+    if not tf.executing_eagerly():
+        raise ValueError(
+            "Expected a sweep outside of tf.function and tf.Graph, as `model.fit` is called. "
+            "Received: a call while a graph is made. Call it before or after."
+        )
+    keras_models.require_built(model)
+    layers = keras_models.batch_norm_layers(model)
+    keras_models.require_built(model, layers.values())
+    if not layers:
+        raise ValueError(
+            f"Expected a model with BatchNormalization layers. Received: model {model.name!r}, "
+            "which has none. There is nothing to sweep."
+        )
+    return layers
+
+
+def require_trained(
+    model: keras.Model, layers: Mapping[str, keras.Layer], frozen: frozenset[str]
+) -> None:
+    """Raise `ValueError` if `call` trains none of some layers."""
+    if frozen >= layers.keys():
+        raise ValueError(
+            "Expected a model with BatchNormalization layers that train. Received: model "
+            f"{model.name!r}, which calls all of them with training=False. Pass "
+            "include_frozen=True to `collect` or `update_population_stats` to sweep them all the "
+            "same."
+        )
+
+
+def _calls(
+    model: keras.Model, layers: Mapping[str, keras.Layer], inputs: Structure, training: Any
+) -> list[_Call] | None:
+    """The calls of some layers in their order, or `None` if the model cannot be traced."""
+    calls: list[_Call] = []
+
+    def observe(path, layer, call, x, training, mask):
+        fixed = not isinstance(training, PassedOn)
+        calls.append(_Call(path, bool(training), fixed and not training))
+        return tf.cast(x, layer.compute_dtype)
+
+    flat = tf.nest.flatten(inputs, expand_composites=True)
+
+    def run(number, *flat):
+        with inference(layers, observe, Draws(number)):
+            batch = tf.nest.pack_sequence_as(inputs, flat, expand_composites=True)
+            model(as_called(batch), training=training)
+        return number
+
+    specs = [tf.TensorSpec(value.shape, value.dtype) for value in flat]
+    try:
+        tf.compat.v1.wrap_function(run, [tf.TensorSpec([], tf.int64), *specs])
+    except Exception:  # The sweep itself raises the error for a batch that the model refuses.
+        return None
+    return calls
+
+
+def _paths(calls: list[_Call] | None) -> list[str]:
+    return [call.path for call in calls or ()]
+
+
+def _fixed(calls: list[_Call], paths: frozenset[str]) -> frozenset[Site]:
+    """The sites that fix `training=False`, of layers that other calls pass `training` on to."""
+    following = {call.path for call in calls if not (call.fixed or call.trains)}
+    counts: collections.Counter[str] = collections.Counter()
+    fixed = set()
+    for call in calls:
+        if call.fixed and call.path in following & paths:
+            fixed.add(Site(call.path, counts[call.path]))
+        counts[call.path] += 1
+    return frozenset(fixed)
