@@ -158,3 +158,19 @@ def test_streams_are_sampled_in_their_order():
         drawn = data.batches(stream, sample=True)
         assert not drawn.drawn
         np.testing.assert_array_equal(drawn.first().inputs, np.arange(10))
+
+
+def test_what_can_be_read_again():
+    class Held:
+        def __init__(self):
+            self.held = (x for x in [np.ones((2, 2))])
+
+        def __iter__(self):
+            return self.held
+
+    class Made:
+        def __iter__(self):
+            return (x for x in [np.ones((2, 2))])
+
+    for x, repeatable in ((Held(), False), (Made(), True), (iter([]), False), ([[1.0]], True)):
+        assert data.batches(x, may_be_empty=True).repeatable is repeatable

@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
@@ -189,7 +190,7 @@ def _from_iterable(x: Iterable) -> Source:
     if length is not None and not endless and _has_numbers(x):
         numbered = _from_sequence(x, length)
         return dataclasses.replace(numbered, read=lambda: map(inputs_of, x))
-    name, repeatable = type(x).__name__, iter(x) is not x
+    name, repeatable = type(x).__name__, _is_repeatable(x)
     return Source(
         name, lambda: map(inputs_of, x), math.inf if endless else length, repeatable=repeatable
     )
@@ -198,6 +199,13 @@ def _from_iterable(x: Iterable) -> Source:
 def _has_numbers(x: Any) -> bool:
     """Whether `x[i]` is the element that iteration yields as number i."""
     return hasattr(x, "__getitem__") and not isinstance(x, Mapping) and not is_one_shot(x)
+
+
+def _is_repeatable(x: Iterable) -> bool:
+    first = iter(x)
+    # Each call of `__iter__` makes another generator, unless it returns one that it holds.
+    holds = isinstance(first, types.GeneratorType) and iter(x) is first
+    return first is not x and not holds
 
 
 # Kind of data -> its adapter; the first that fits.
