@@ -461,3 +461,44 @@ def test_layers_whose_kernel_is_not_all_are_left_alone(change):
     assert folded.get_layer("dense").count_params() == dense.count_params()
     expected = model.predict(data, verbose=0)
     np.testing.assert_allclose(folded.predict(data, verbose=0), expected, rtol=1e-5, atol=1e-5)
+
+
+HALF = {"float16": 2**-11, "mixed_float16": 2**-11, "bfloat16": 2**-8, "mixed_bfloat16": 2**-8}
+
+
+@pytest.mark.parametrize("policy", HALF)
+@pytest.mark.parametrize("before", ["nothing", "product", "bias", "small product"])
+@pytest.mark.parametrize("cls", [layers.BatchNormalization, tfbn.BatchNormalization])
+def test_half_precision_is_no_worse_than_batch_norm(policy, before, cls):
+    """Years from 1990 to 2030, 170 std from zero, or a Dense layer's outputs 200 std from it."""
+    x = np.random.default_rng(0).integers(1990, 2031, (64, 2)).astype("float32")
+    x = x if before in ("nothing", "product") else (x - 2010) / 12
+    inputs = keras.Input((2,))
+    dense = layers.Dense(
+        3,
+        use_bias=before == "bias",
+        kernel_initializer=keras.initializers.RandomUniform(0.1, 1, seed=1),
+        bias_initializer=keras.initializers.Constant(200),
+        dtype=policy,
+    )
+    y = entering = inputs if before == "nothing" else dense(inputs)
+    y = cls(dtype=policy)(y)
+    model = keras.Model(inputs, [y, keras.ops.relu(y)])
+    [layer] = batch_norm_layers(model).values()
+    held = keras.ops.cast(keras.Model(inputs, entering)(x), layer.compute_dtype)
+    z = np.asarray(keras.ops.cast(held, "float64"))
+    for variable, value in ((layer.moving_mean, z.mean(0)), (layer.moving_variance, z.var(0))):
+        variable.assign(value)
+    mean, variance = (
+        np.asarray(keras.ops.cast(v, "float64")) for v in (layer.moving_mean, layer.moving_variance)
+    )
+    folded = fold(model)
+    assert not batch_norm_layers(folded)
+    expected = (z - mean) / np.sqrt(variance + layer.epsilon)
+    found = np.asarray(keras.ops.cast(folded(x)[0], "float64"))
+    # The output is rounded once; a folded kernel may move it by 0.01 std, as fold says.
+    atol = 2 * HALF[policy] * np.abs(expected).max() + (0.02 if before == "small product" else 1e-3)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+    assert [output.dtype for output in folded.outputs] == [output.dtype for output in model.outputs]
+    gone_into_dense = "Rescaling" not in [type(layer).__name__ for layer in folded.layers]
+    assert gone_into_dense == (before == "small product")

@@ -29,6 +29,10 @@ _CHANNELS = {
     layers.SeparableConv2D: (-1,),
 }
 
+# Half precision -> the largest |mean| / std whose rounding, by 2**-11 or 2**-8 of it, is less
+# than about 0.01 std.
+_LARGEST_RATIO = {"float16": 20.0, "bfloat16": 2.5}
+
 _BATCH_NORMS = (layers.BatchNormalization, BatchNormalization)
 
 
@@ -41,7 +45,10 @@ def fold(model: keras.Model) -> keras.Model:
     layer with other weights (Jacob et al. 2018, section 3.2), computed in float64. That is
     done where it is exact: both layers are used once, nothing else uses x, the layer has no
     activation, and channels and precision are the same. Elsewhere `keras.layers.Rescaling`,
-    under the name of the batch norm layer, multiplies by scale and adds offset.
+    under the name of the batch norm layer, multiplies by scale and adds offset. Half precision
+    would round x scale and offset before they cancel, so Rescaling computes in float32 there, and
+    a Dense or convolution layer takes in only batch norm whose mean, with the layer's bias and
+    without, is at most 20 (float16) or 2.5 (bfloat16) standard deviations from zero.
 
     Nested Functional and Sequential models are folded too. Left as they are, with a warning that
     names them: batch norm in custom layers, wrappers and subclassed models, custom subclasses of
@@ -191,7 +198,24 @@ def _takes_in(layer: keras.Operation, batch_norm: layers.BatchNormalization) -> 
     return (
         batch_norm.axis % rank == (1 if channels_first else rank - 1)
         and batch_norm.compute_dtype == layer.compute_dtype
+        and _survives_rounding(layer, batch_norm)
     )
+
+
+def _survives_rounding(layer: keras.Layer, batch_norm: layers.BatchNormalization) -> bool:
+    """Whether half precision keeps the folded output within about 0.01 std of the model's.
+
+    A new kernel off by one unit in the last place moves the product with it by as much of the
+    product's mean, and the model rounds the sum of product and bias to the last place of that.
+    In single precision both are nothing.
+    """
+    limit = _LARGEST_RATIO.get(layer.compute_dtype)
+    if limit is None:
+        return True
+    std = np.sqrt(np.float64(batch_norm.moving_variance.numpy()) + batch_norm.epsilon)
+    mean = np.float64(batch_norm.moving_mean.numpy())
+    product = mean - np.float64(layer.bias.numpy()) if layer.use_bias else mean
+    return bool(np.all(np.maximum(np.abs(mean), np.abs(product)) <= limit * std))
 
 
 def _can_be_rescaled(batch_norm: layers.BatchNormalization) -> bool:
@@ -257,10 +281,23 @@ def _with_batch_norm(layer: keras.Layer, batch_norm: layers.BatchNormalization) 
     return [*weights, kernel * scale.reshape(shape), bias * scale + offset]
 
 
-def _rescaling(batch_norm: layers.BatchNormalization) -> layers.Rescaling:
+def _rescaling(batch_norm: layers.BatchNormalization) -> Callable:
+    """A function on Keras tensors that is the batch norm layer in inference."""
     shape = [1] * len(batch_norm.output.shape)
     shape[batch_norm.axis] = -1
-    scale, offset = (
-        v.reshape(shape[1:]).astype(batch_norm.variable_dtype) for v in _affine(batch_norm)
-    )
-    return layers.Rescaling(scale, offset, name=batch_norm.name, dtype=batch_norm.dtype_policy)
+    scale, offset = (v.reshape(shape[1:]) for v in _affine(batch_norm))
+    name, policy = batch_norm.name, batch_norm.dtype_policy
+    if batch_norm.compute_dtype not in _LARGEST_RATIO:
+        scale, offset = (v.astype(batch_norm.variable_dtype) for v in (scale, offset))
+        return layers.Rescaling(scale, offset, name=name, dtype=policy)
+    scale, offset = scale.astype("float32"), offset.astype("float32")
+    rescaling = layers.Rescaling(scale, offset, name=name, dtype="float32")
+    # Identity layers cast what they are given, as the batch norm layer did before and after.
+    before = layers.Identity(name=f"{name}_input", dtype=policy)
+    after = layers.Identity(name=f"{name}_output", dtype=policy)
+
+    def rescaled(x):
+        is_wide = x.dtype in ("float32", "float64")
+        return after(rescaling(before(x) if is_wide else x))
+
+    return rescaled
