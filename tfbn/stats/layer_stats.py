@@ -240,6 +240,22 @@ def writes(path: str, stats: LayerStats, layer: keras.Layer) -> list[tuple]:
     return assignments
 
 
+def held(
+    path: str, mean: np.ndarray, variance: np.ndarray, layer: keras.Layer
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance as the variables of a layer will hold them, rounded to their dtype.
+
+    Raises:
+        ValueError: If a value is too large for the dtype.
+    """
+    written = {id(v): value for v, value in writes(path, LayerStats(1, mean, variance), layer)}
+    rounded_mean, rounded_variance = (
+        written[id(variable)].astype(np.float64)
+        for variable in (layer.moving_mean, layer.moving_variance)
+    )
+    return rounded_mean, rounded_variance
+
+
 def of_calls(calls: list[moments.Moments], method: str) -> LayerStats:
     """The statistics of a layer from the moments of its calls.
 

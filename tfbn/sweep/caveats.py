@@ -1,13 +1,14 @@
 """Warnings about the statistics of a sweep, and the error if there are none."""
 
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import keras
 import numpy as np
 
 from tfbn.population import PopulationStats
+from tfbn.stats import layer_stats
 from tfbn.sweep.methods import METHODS
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ _SMALL_BATCH = 16
 # Calls of one layer whose populations differ by more than this, in standard deviations, are worth
 # a warning: such networks lost accuracy in inference (`tests/benchmarks/shared_layers.py`).
 _SPREAD = 0.05
+# Rounding to half precision that moves a mean by more than this, in standard deviations, is worth
+# a warning.
+_ROUNDING = 0.01
 # So many layers does a warning name.
 _NAMED = 5
 
@@ -99,4 +103,31 @@ def unused(model: keras.Model, paths: Iterable[str], by_batch: Iterable[str]) ->
         f"{model.name!r}, which {'runs' if by_batch else 'does not call'} {', '.join(paths)}"
         f"{' with training=True' if by_batch else ''}. Sweep the network that predicts, or pass "
         "`training` on in its `call`."
+    )
+
+
+def warn_of_rounding(stats: PopulationStats, layers: Mapping[str, keras.Layer]) -> None:
+    """Warn of the layer whose half-precision variables lose most of its statistics."""
+    lost: dict[str, float] = {}
+    for path, swept in stats.items():
+        dtype = keras.backend.standardize_dtype(layers[path].moving_mean.dtype)
+        if dtype not in ("float16", "bfloat16"):
+            continue
+        mean, variance = layer_stats.held(path, swept.mean, swept.variance, layers[path])
+        varies = swept.variance > 0
+        shift = np.abs(mean - swept.mean)[varies] / np.sqrt(swept.variance[varies])
+        lost[path] = np.inf if np.any(variance[varies] == 0) else np.max(shift, initial=0.0)
+    if not lost or max(lost.values()) <= _ROUNDING:
+        return
+    path = max(lost, key=lambda path: lost[path])
+    dtype = keras.backend.standardize_dtype(layers[path].moving_mean.dtype)
+    effect = (
+        "a variance to 0"
+        if np.isinf(lost[path])
+        else f"a mean by {lost[path]:.2g} standard deviations"
+    )
+    warnings.warn(
+        f"Layer {path!r} has statistics in {dtype}, which rounds {effect}. Build it with "
+        f"dtype='mixed_{dtype}', which keeps variables in float32.",
+        stacklevel=3,
     )

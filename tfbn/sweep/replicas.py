@@ -12,7 +12,7 @@ import keras
 from tfbn.population import PopulationStats
 from tfbn.sweep.accumulator import SweepState
 from tfbn.sweep.batches import BatchReader, prepared
-from tfbn.sweep.caveats import warn_of
+from tfbn.sweep.caveats import warn_of, warn_of_rounding
 from tfbn.sweep.model_sources import Source, check_source, load
 from tfbn.sweep.shard_sweep import ShardSweep
 from tfbn.sweep.trained_layers import layers_to_sweep
@@ -129,6 +129,7 @@ class Replica:
         sweep = self._sweep_by(state.method)
         stats = state.finish(self.model, sweep.previous_of(state.paths))
         warn_of(state, stats)
+        warn_of_rounding(stats, sweep.layers)
         return stats
 
 

@@ -13,7 +13,7 @@ from tfbn.population import PopulationStats
 from tfbn.sweep import data, memory
 from tfbn.sweep.accumulator import SweepState, merged
 from tfbn.sweep.batches import Batches, empty, prepared
-from tfbn.sweep.caveats import warn_of
+from tfbn.sweep.caveats import warn_of, warn_of_rounding
 from tfbn.sweep.methods import METHODS, check_method
 from tfbn.sweep.sampling import Pilot, Sample
 from tfbn.sweep.shard_sweep import ShardSweep
@@ -197,6 +197,7 @@ def collect_trained(
     state, shard, pilot = sweep.of_all() if tolerance is None else sweep.of_sample(tolerance)
     stats = state.finish(model, shard.previous_of(state.paths))
     warn_of(state, stats, reported)
+    warn_of_rounding(stats, shard.layers)
     shard.end()
     return stats if pilot is None or tolerance is None else pilot.with_errors(stats, tolerance)
 

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tfbn.models import keras_models
 from tfbn.population import PopulationStats
-from tfbn.stats import moments
+from tfbn.stats import layer_stats, moments
 from tfbn.stats.moments import Moments
 from tfbn.sweep import digests
 from tfbn.sweep.accumulator import Site, SweepState
@@ -70,6 +70,7 @@ class ShardSweep:
 
     Attributes:
         begin: The state to begin at: that of a new sweep, or of the checkpoint.
+        layers: The layers to sweep, by path.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class ShardSweep:
         path_of = {id(layer): path for path, layer in keras_models.batch_norm_layers(model).items()}
         self._previous = {path: stats[path_of[id(layer)]] for path, layer in layers.items()}
         self._model = model
-        self._layers = layers
+        self.layers = layers
         self._include_frozen = include_frozen
         self._observed = observed
         self._reported = reported
@@ -210,7 +211,7 @@ class ShardSweep:
 
     def _choose_layers(self, batches: BatchReader) -> None:
         """Leave out the layers that, as the first batch of this process shows, do not train."""
-        layers = self._layers
+        layers = self.layers
         ignored: frozenset[Site] = frozenset()
         self._chosen = True
         if not (self._include_frozen or keras_models.always_passes_training_on(self._model)):
@@ -244,8 +245,10 @@ class ShardSweep:
                 for key, population in populations.items():
                     before, _ = placed.get(key, (None, None))
                     if population is not before:  # A settled level stays as it is.
-                        stacked = np.stack([population.mean, moments.variance(population)])
-                        placed[key] = population, tf.constant(stacked)
+                        values = population.mean, moments.variance(population)
+                        if isinstance(key, str):  # As inference will read them.
+                            values = layer_stats.held(key, *values, self.layers[key])
+                        placed[key] = population, tf.constant(np.stack(values))
 
     def _jobs(
         self, state: SweepState, reached: SweepState, expected: bytes

@@ -1,0 +1,92 @@
+"""Tests of statistics in half precision, and of the warnings about a sweep that is done."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import tfbn
+
+EPSILON = 1e-3
+
+
+def two_layers(dtype):
+    """Batch norm on the input, and another behind it."""
+    bn = [layers.BatchNormalization(dtype=dtype, epsilon=EPSILON, name=n) for n in ("one", "two")]
+    return keras.Sequential([keras.Input((2,), dtype="float32"), *bn])
+
+
+def data(dtype):
+    """Whole numbers that the dtype can hold, with a mean between two that it can hold."""
+    high = {"bfloat16": 256, "float16": 2048}[dtype]
+    step = high // 128 if dtype == "bfloat16" else high // 1024
+    rng = np.random.default_rng(0)
+    return (high + step * rng.choice(4, (4000, 2), p=[0.25, 0.3, 0.25, 0.2])).astype("float32")
+
+
+def to(dtype, value):
+    """Rounded, in float64."""
+    return keras.ops.convert_to_numpy(keras.ops.cast(value, dtype)).astype("float64")
+
+
+def sweep(model, x, engine):
+    """The statistics from one of the engines."""
+    if engine == "shards":
+        return tfbn.collect_shards(model, [x[:100], x[100:]], verbose=0)
+    options = {"memory_limit": 0} if engine == "again" else {}
+    return tfbn.collect(model, x, batch_size=500, verbose=0, **options)
+
+
+@pytest.mark.parametrize("engine", ["once", "again", "shards"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_later_layers_are_measured_with_the_statistics_that_variables_hold(dtype, engine):
+    model, x = two_layers(dtype), data(dtype)
+    with pytest.warns(
+        UserWarning, match=rf"'one' has statistics in {dtype}.* standard dev.*mixed_"
+    ):
+        one, two = sweep(model, x, engine).values()
+    wide = x.astype("float64")
+    np.testing.assert_allclose(one.mean, wide.mean(0), rtol=1e-6)
+    held_mean, held_variance = to(dtype, wide.mean(0)), to(dtype, wide.var(0))
+    assert np.all(np.abs(held_mean - wide.mean(0)) > 0.02 * wide.std(0))
+    normalized = (wide - held_mean) / np.sqrt(held_variance + EPSILON)
+    # The outputs of the first layer are in half precision: up to 2^-9 of 2 for bfloat16.
+    np.testing.assert_allclose(two.mean, normalized.mean(0), atol=0.01)
+    np.testing.assert_allclose(two.variance, normalized.var(0), rtol=0.02)
+    # What inference sends into the second layer has these statistics, before and after another.
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            stats = tfbn.update_population_stats(model, x, batch_size=500, verbose=0)
+        np.testing.assert_allclose(stats["two"].mean, two.mean, atol=1e-6)
+        between = keras.ops.convert_to_numpy(model.layers[0](x, training=False)).astype("float64")
+        np.testing.assert_allclose(two.mean, between.mean(0), atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_advice_keeps_the_statistics(dtype):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stats = tfbn.collect(two_layers(f"mixed_{dtype}"), data(dtype), verbose=0)
+    assert abs(stats["two"].mean).max() < 0.02
+
+
+def test_a_variance_that_becomes_0_and_a_mean_that_does_not_fit():
+    x = np.random.default_rng(0).normal(0, 1e-5, (100, 2)).astype("float32")
+    with pytest.warns(UserWarning, match=r"'one' has statistics in float16.*a variance to 0"):
+        tfbn.collect(two_layers("float16"), x, method="pooled", batch_size=50, verbose=0)
+    large = keras.Sequential(
+        [
+            keras.Input((2,)),
+            layers.BatchNormalization(dtype="float16", name="one"),
+            layers.BatchNormalization(name="two"),
+        ]
+    )
+    held = [w.copy() for w in large.get_weights()]
+    wide = np.random.default_rng(0).normal(0, 1000, (100, 2)).astype("float32")
+    with pytest.raises(ValueError, match=r"float16 can hold for layer 'one'.*moving_variance"):
+        tfbn.update_population_stats(large, wide, verbose=0)
+    for before, after in zip(held, large.get_weights(), strict=True):
+        np.testing.assert_array_equal(before, after)
