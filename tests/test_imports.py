@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "sweep": "arguments graphs layer models population stats storage",
     "callbacks": "arguments models population stats sweep",
     "beam": "arguments models population sweep",
-    "serving": "_version hidden_folders layer models origins population stats sweep",
+    "serving": "_version graphs hidden_folders layer models origins population stats sweep",
     # The public API, which is `tfbn` itself, and the helpers for files and tables.
     "cli": "tfbn _version hidden_folders models serving stats storage sweep",
 }

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from tensorflow.core.protobuf import saved_model_pb2
 
 import tfbn
 
@@ -266,15 +267,23 @@ REFUSED = {
     ),
     "tfbn's layer": (
         keras_model(keras.Input((4,)), layers.BatchNormalization(), tfbn.BatchNormalization()),
-        "of no batch norm layer that was recognized",
+        "(of no batch norm that is recognized|that reads a statistic as well)",
+    ),
+    "masks of rank 4": (
+        keras_model(
+            keras.Input((5, 4, 3)),
+            layers.Masking(),
+            layers.BatchNormalization(),
+        ),
+        "over sequences",
     ),
     "none": (keras_model(keras.Input((4,)), layers.Dense(2)), "no batch norm layer"),
-    "another reader": (module(Reader), "that reads a statistic for itself"),
-    "constants": (module(Frozen), "whose statistics are of no variables"),
-    "hidden": (module(Hidden, of_hidden), "no function of its own"),
-    "without a signature": (without_signature, "no function of its own"),
+    "another reader": (module(Reader), "that reads a statistic as well"),
+    "constants": (module(Frozen), "whose (beta|mean) is no variable"),
+    "hidden": (module(Hidden, of_hidden), "no batch norm layer that is recognized"),
+    "without a signature": (without_signature, "no signature"),
     "shared mean": (module(SharedMean), "two batch norm layers that share a mean"),
-    "any rank": (module(OfAnyRank), "of no batch norm layer that was recognized"),
+    "any rank": (module(OfAnyRank), "of unknown rank"),
 }
 
 
@@ -283,7 +292,7 @@ REFUSED = {
 def test_what_may_have_more_than_is_recognized_is_refused(tmp_path, name):
     write, says = REFUSED[name]
     write(tmp_path / "m" / "1")
-    with pytest.raises(ValueError, match=f"^Expected a SavedModel of .*Received: .*{says}"):
+    with pytest.raises(ValueError, match=f"^Cannot recalibrate .*: it has .*{says}"):
         tfbn.recalibrate(tmp_path / "m", field(4), verbose=0)
     assert os.listdir(tmp_path / "m") == ["1"]
 
@@ -294,5 +303,65 @@ def test_a_model_of_tensorflow_1_is_refused(tmp_path):
         tf.compat.v1.saved_model.simple_save(
             session, os.fspath(tmp_path / "m" / "1"), {"x": x}, {"y": x * 2}
         )
-    with pytest.raises(ValueError, match=r"^Expected a SavedModel of .*no function of its own"):
+    with pytest.raises(
+        ValueError, match=r"^Cannot recalibrate .*: it has no record of the variables"
+    ):
         tfbn.recalibrate(tmp_path / "m", field(3), verbose=0)
+
+
+def test_a_function_that_is_no_attribute(tmp_path):
+    made = Fused()
+    outer = tf.function(lambda x: made.infer(x), input_signature=[tf.TensorSpec((None, 5, 5, 3))])
+    tf.saved_model.save(made, tmp_path / "1", signatures=outer)
+    x = field(5, 5, 3)
+    found = tfbn.recalibrate(tmp_path, x, verbose=0)
+    np.testing.assert_allclose(found.stats["bn"].mean, np.float64(x).mean((0, 1, 2)), rtol=1e-5)
+
+
+class Fixed(tf.Module):
+    """Batch norm in a branch, out of which nothing can be observed."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = tf.Variable([0.3] * 3, name="bn/ema", trainable=False)
+        self.known = Fused()
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 5, 5, 3), name="image")])
+    def infer(self, x):
+        """One in a branch, one outside."""
+        inside = tf.cond(tf.reduce_mean(x) > 0, lambda: x - self.mean, lambda: x)
+        return self.known.infer(inside)
+
+
+def test_a_statistic_in_a_branch_is_refused_by_its_name(tmp_path):
+    made = Fixed()
+    tf.saved_model.save(made, tmp_path / "1", signatures=made.infer)
+    with pytest.raises(ValueError, match="a variable 'bn/ema' of no batch norm"):
+        tfbn.recalibrate(tmp_path, field(5, 5, 3), verbose=0)
+
+
+def test_both_copies_that_keras_stores_are_written(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), layers.BatchNormalization()])
+    model.export(tmp_path / "1", verbose=False)
+    x = field(4)
+    tfbn.recalibrate(tmp_path, x, verbose=0)
+    reader = tf.train.load_checkpoint(os.fspath(tmp_path / "2" / "variables" / "variables"))
+    values = [reader.get_tensor(name) for name in reader.get_variable_to_shape_map()]
+    floating = [value for value in values if getattr(value, "dtype", None) == np.float32]
+    means = [value for value in floating if np.allclose(value, x.mean(0), rtol=1e-5)]
+    assert len(floating) == 8 and len(means) == 2
+
+
+def test_of_two_meta_graphs_the_one_for_serving(tmp_path):
+    made = Fused()
+    tf.saved_model.save(made, tmp_path / "1", signatures=made.infer)
+    file = tmp_path / "1" / "saved_model.pb"
+    content = saved_model_pb2.SavedModel.FromString(file.read_bytes())
+    other = saved_model_pb2.SavedModel.FromString(file.read_bytes()).meta_graphs[0]
+    del other.meta_info_def.tags[:]
+    other.meta_info_def.tags.append("train")
+    content.meta_graphs.insert(0, other)
+    file.write_bytes(content.SerializeToString())
+    x = field(5, 5, 3)
+    found = tfbn.recalibrate(tmp_path, x, verbose=0)
+    np.testing.assert_allclose(found.stats["bn"].mean, np.float64(x).mean((0, 1, 2)), rtol=1e-5)

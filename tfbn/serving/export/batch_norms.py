@@ -61,12 +61,13 @@ class BatchNorms(NamedTuple):
     Attributes:
         layers: The layers, by path.
         calls: Their calls, in order.
-        function: The name of the endpoint's function in the SavedModel.
+        function: The name of the endpoint's function in the SavedModel; `None` if the names are
+            those of tensors in its flattened default signature.
     """
 
     layers: dict[str, Layer]
     calls: list[Call]
-    function: str = "serve"
+    function: str | None = "serve"
 
     def ordered(self, model: keras.Model) -> "BatchNorms":
         """The same, with the layers in the order in which a model holds them."""

@@ -9,13 +9,10 @@ from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
-from google.protobuf.message import DecodeError
-from tensorflow.core.protobuf import saved_model_pb2
 
 from tfbn.models import keras_models
-from tfbn.serving import provenance, versions
-
-DEFAULT = "serving_default"
+from tfbn.serving import provenance, saved_models, versions
+from tfbn.serving.saved_models import DEFAULT
 
 # Names that Keras or TensorFlow make up for tensors without one. They count the tensors that the
 # process made before, so the same model may have others in the next process.
@@ -169,9 +166,8 @@ def read(version: str | os.PathLike) -> Endpoint | None:
     """The default signature of a SavedModel, or `None` if the directory has none."""
     version = pathlib.Path(version)
     try:
-        content = (version / "saved_model.pb").read_bytes()
-        graph = saved_model_pb2.SavedModel.FromString(content).meta_graphs[0]
-    except (OSError, DecodeError, IndexError):
+        graph = saved_models.meta_graph(version)
+    except (OSError, ValueError):
         return None
     if DEFAULT not in graph.signature_def:
         return None

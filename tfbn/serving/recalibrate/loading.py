@@ -7,103 +7,20 @@ is a model with these layers, in which everything else is its own code.
 
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from tfbn.graphs.flattening import flattened
+from tfbn.graphs.importing import GraphImporter
 from tfbn.layer import BatchNormalization
 from tfbn.models.keras_models import Structure
+from tfbn.serving import saved_models
 from tfbn.serving.export import signature
 from tfbn.serving.export.batch_norms import BatchNorms
 from tfbn.serving.recalibrate import weights
-
-
-class Graph:
-    """The graph of a loaded function, to be imported into another graph piece by piece.
-
-    Args:
-        function: A concrete function. It is held, since it keeps its variables alive.
-        arguments: How many of its inputs are arguments, not captured variables.
-    """
-
-    def __init__(self, function: Any, arguments: int):
-        self.function = function
-        graph = function.graph
-        self._graph_def = graph.as_graph_def()
-        self._nodes = {node.name: node for node in self._graph_def.node}
-        self._operations = {op.name: op for op in graph.get_operations()}
-        self._order = {name: place for place, name in enumerate(self._operations)}
-        self.inputs = [tensor.name for tensor in graph.inputs[:arguments]]
-        self.outputs = [tensor.name for tensor in graph.outputs]
-        captured = zip(graph.inputs[arguments:], function.captured_inputs, strict=True)
-        self._captured = {inner.name: outer for inner, outer in captured}
-
-    def missing(self, names: list[str]) -> list[str]:
-        """Those of some names of tensors that are not in the graph."""
-        return [
-            name
-            for name in names
-            if (op := self._operations.get(name.partition(":")[0])) is None
-            or name not in [tensor.name for tensor in op.outputs]
-        ]
-
-    def tensors(self, names: list[str], values: dict[str, tf.Tensor]) -> list[tf.Tensor]:
-        """Tensors of this graph as tensors of the graph that is being made.
-
-        Args:
-            names: Their names.
-            values: By name the tensors that are there already. Imported tensors join them.
-        """
-        body = self._between(names, values)
-        if body:
-            # Operations imported before have run: whoever waits for its effect need not wait.
-            wanted = [tensor.name for op in body for tensor in op.outputs]
-            used = {tensor.name for op in body for tensor in op.inputs} - set(wanted)
-            made = tf.graph_util.import_graph_def(
-                self._copied(body),
-                input_map={name: values[name] for name in used},
-                return_elements=wanted,
-                name="served",
-            )
-            values.update(zip(wanted, made, strict=True))
-        return [values[name] for name in names]
-
-    def _between(self, names, values):
-        body, pending = {}, [name for name in names if name not in values]
-        waiting: list = []
-        while pending or waiting:
-            if pending:
-                name = pending.pop()
-                if name in values:
-                    continue
-                if name in self._captured:
-                    graph = tf.compat.v1.get_default_graph()
-                    values[name] = graph.capture(self._captured[name])
-                    continue
-                op = self._operations[name.partition(":")[0]]
-            else:
-                op = waiting.pop()
-            if op.name in body or any(tensor.name in values for tensor in op.outputs):
-                continue
-            body[op.name] = op
-            pending += [tensor.name for tensor in op.inputs]
-            waiting += op.control_inputs
-        return sorted(body.values(), key=lambda op: self._order[op.name])
-
-    def _copied(self, body):
-        graph_def = tf.compat.v1.GraphDef(versions=self._graph_def.versions)
-        names = {op.name for op in body}
-        for op in body:
-            node = graph_def.node.add()
-            node.CopyFrom(self._nodes[op.name])
-            node.attr.pop("_class", None)  # Operations to be placed with, which may be elsewhere.
-            inputs = [name for name in node.input if name[0] != "^" or name[1:] in names]
-            del node.input[:]
-            node.input.extend(inputs)
-        graph_def.library.CopyFrom(self._graph_def.library)
-        return graph_def
 
 
 class ServedNetwork(keras.Model):
@@ -113,7 +30,8 @@ class ServedNetwork(keras.Model):
     the structure of the endpoint's arguments, and it is called in graphs only.
 
     Args:
-        graph: The `Graph` of the endpoint.
+        function: The concrete function of the endpoint.
+        owner: The SavedModel, which holds the variables that the function reads.
         found: Its batch norm layers.
         variables: By layer and name the values of the layers' variables.
         specs: The endpoint's inputs, `tf.TensorSpec` with the names that clients use, in the order
@@ -124,16 +42,24 @@ class ServedNetwork(keras.Model):
 
     def __init__(
         self,
-        graph: Graph,
+        function: Any,
+        owner: Any,
         found: BatchNorms,
         variables: Mapping,
-        specs: Iterable[tf.TensorSpec],
+        specs: Sequence[tf.TensorSpec],
         outputs: Iterable[str],
         name: str,
     ):
         # The graph takes the dtypes that it takes.
         super().__init__(name=re.sub(r"\W", "_", name) or "served", autocast=False)
-        self._served = graph
+        self._owner = _Plain(owner)
+        arguments = len(specs)
+        names = [tensor.name for tensor in function.inputs]
+        captured = zip(names[arguments:], function.captured_inputs, strict=True)
+        self._served = GraphImporter(function.graph, dict(captured))
+        self._entered = tuple(names[:arguments])
+        self._left = tuple(tensor.name for tensor in function.outputs)
+        self._ordered = found.function is not None
         self._calls = tuple(found.calls)
         self._specs = tuple(specs)
         self._output_names = tuple(outputs)
@@ -157,15 +83,20 @@ class ServedNetwork(keras.Model):
     def call(self, *args: Structure, training: bool | None = None) -> dict[str, tf.Tensor]:
         """The outputs by name."""
         named = self.by_name(*args)
-        values = dict(zip(self._served.inputs, named.values(), strict=True))
+        values = dict(zip(self._entered, named.values(), strict=True))
         for made in self._calls:
             layer = self._by_path.value[made.path]
             entered = [name for name in (made.entered, made.mask) if name is not None]
             x, *mask = self._served.tensors(entered, values)
             left = layer(x, mask=mask[0] if mask else None, training=training)
             values[made.left] = left
-        outputs = self._served.tensors(self._served.outputs, values)
+        outputs = self._served.tensors(list(self._left), values)
         return dict(zip(self._output_names, outputs, strict=True))
+
+    def missing(self) -> list[str]:
+        """Return the recorded names that no tensor of the graph has."""
+        names = (name for call in self._calls for name in call[1:] if name is not None)
+        return self._served.missing(list(names))
 
     def by_name(self, *args: Structure) -> dict[str, tf.Tensor]:
         """Inputs by the names that clients use, in the dtypes that the endpoint takes."""
@@ -173,7 +104,8 @@ class ServedNetwork(keras.Model):
         if len(args) == 1 and isinstance(args[0], dict) and set(args[0]) == set(names):
             flat = [args[0][name] for name in names]
         else:
-            flat = keras.tree.flatten(args)
+            # Other tools record no order of the inputs.
+            flat = keras.tree.flatten(args) if self._ordered or len(names) == 1 else []
         fitting = len(flat) == len(names) and all(
             spec.shape.is_compatible_with(value.shape)
             and (spec.dtype == tf.string) == (value.dtype == tf.string)
@@ -183,12 +115,16 @@ class ServedNetwork(keras.Model):
             wanted = {spec.name: f"{spec.dtype.name}{spec.shape}" for spec in self._specs}
             raise ValueError(
                 f"Expected data for the inputs {wanted} of the served model, for several as a dict "
-                f"by these names. Received: {[f'{v.dtype.name}{v.shape}' for v in flat]}."
+                f"by these names. Received: {keras.tree.map_structure(_in_words, args)}."
             )
         return {
             spec.name: value if value.dtype == spec.dtype else tf.cast(value, spec.dtype)
             for value, spec in zip(flat, self._specs, strict=True)
         }
+
+
+def _in_words(value):
+    return f"{value.dtype.name}{value.shape}"
 
 
 class _Plain:
@@ -257,22 +193,25 @@ def load(version: pathlib.Path, loaded: Any, found: BatchNorms) -> ServedNetwork
             f"Received: {str(version)!r}, whose layer {hidden[0]!r} is in one, where a graph does "
             "not let it be observed. Recalibrate the model itself, and export it again."
         )
-    [function] = getattr(loaded, found.function).concrete_functions
+    if found.function is None:
+        function = flattened(loaded.signatures[saved_models.DEFAULT])
+    else:
+        [function] = getattr(loaded, found.function).concrete_functions
     specs = tf.nest.flatten(function.structured_input_signature)
-    graph = Graph(function, len(specs))
-    strange = graph.missing([name for call in found.calls for name in call[1:] if name is not None])
-    if strange:
-        raise ValueError(
-            f"Expected a SavedModel as tfbn.export wrote it. Received: {str(version)!r}, whose "
-            f"graph has no tensor {strange[0]!r}. Export the model again."
-        )
     outputs = list(signature.named_outputs(function.structured_outputs))
     if isinstance(function.structured_outputs, Mapping):  # TensorFlow flattens these sorted.
         outputs.sort()
     places = [place for layer in found.layers.values() for place in layer.variables.values()]
     values = dict(zip(places, weights.read(version, places), strict=True))
     variables = {
-        path: {name: values[place] for name, place in layer.variables.items()}
+        # Other tools keep axes of size 1 for broadcasting.
+        path: {name: values[place].reshape(-1) for name, place in layer.variables.items()}
         for path, layer in found.layers.items()
     }
-    return ServedNetwork(graph, found, variables, specs, outputs, version.parent.name)
+    network = ServedNetwork(function, loaded, found, variables, specs, outputs, version.parent.name)
+    if strange := network.missing():
+        raise ValueError(
+            f"Expected a SavedModel as tfbn.export wrote it. Received: {str(version)!r}, whose "
+            f"graph has no tensor {strange[0]!r}. Export the model again."
+        )
+    return network

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tfbn.models import fingerprints, keras_models
 from tfbn.population import PopulationStats
-from tfbn.serving import provenance, versions
+from tfbn.serving import provenance, saved_models, versions
 from tfbn.serving.export import batch_norms, checks, signature
 from tfbn.serving.monitor import monitor
 from tfbn.serving.recalibrate import loading, recognition, weights
@@ -151,12 +151,12 @@ def opened(path: str | os.PathLike) -> Opened:
             f"{str(version)!r}, which tfbn {written['tfbn']} wrote without one. Export the model "
             "again."
         )
-    loaded = tf.saved_model.load(os.fspath(version))
+    loaded = saved_models.load(version)
     return Opened(version, loading.load(version, loaded, found), loaded, found, written)
 
 
 def _opened_of_others(version):
-    loaded = tf.saved_model.load(os.fspath(version))
+    loaded = saved_models.load(version)
     found = recognition.recognized(version, loaded)
     network = loading.load(version, loaded, found)
     written = recognition.described(loaded)
@@ -190,7 +190,7 @@ def next_version(
     directory = before.path.parent
     with versions.unfinished(directory) as partial:
         weights.copy_with(before.path, partial, _values(before.found, stats))
-        loaded = tf.saved_model.load(os.fspath(partial))
+        loaded = saved_models.load(partial)
         _require_numbers(expected, before.path)
         off = _require_same(_served(loaded, network, inputs), expected, before.path)
         batch_norms.write(partial, before.found)

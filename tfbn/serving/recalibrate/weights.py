@@ -58,13 +58,15 @@ def copy_with(version: pathlib.Path, target: pathlib.Path, values: dict[str, np.
             dtypes=[dtypes[name] for name in names],
         )
         tensors = dict(zip(names, restored, strict=True))
-        for key, value in zip(_keys(version, reader, list(values)), values.values(), strict=True):
-            if tensors[key].shape != value.shape:
+        keys = dict(zip(_keys(version, reader, list(values)), values.values(), strict=True))
+        for key, value in (keys | _copies(reader, tensors, keys)).items():
+            # Other tools keep axes of size 1 for broadcasting.
+            if tensors[key].shape.num_elements() != value.size:
                 raise ValueError(
                     f"Expected values of shape {tuple(tensors[key].shape)} for {key!r}. Received: "
                     f"{value.shape}."
                 )
-            tensors[key] = tf.cast(value, tensors[key].dtype)
+            tensors[key] = tf.cast(tf.reshape(value, tensors[key].shape), tensors[key].dtype)
         tf.raw_ops.SaveV2(
             prefix=_prefix(target),
             tensor_names=names,
@@ -74,14 +76,38 @@ def copy_with(version: pathlib.Path, target: pathlib.Path, values: dict[str, np.
     write_fingerprint(os.fspath(target))
 
 
+def _copies(reader, tensors, values):
+    """The values for further copies of the same variables, which no function reads.
+
+    Keras's `export` stores each variable twice. A copy has the variable's full name and value.
+    """
+    nodes = _nodes(reader)
+    entries = [entry for node in nodes for entry in node.attributes if entry.name == _VALUE]
+    names = {entry.checkpoint_key: entry.full_name for entry in entries}
+    left = [key for key in names if key not in values]
+    copies = {}
+    for key, value in values.items():
+        for other in left:
+            same = names[other] == names[key] and tensors[other].dtype == tensors[key].dtype
+            if same and np.array_equal(tensors[other], tensors[key], equal_nan=True):
+                copies[other] = value
+                left.remove(other)
+                break
+    return copies
+
+
+def _nodes(reader):
+    content = reader.get_tensor(_OBJECTS)
+    return trackable_object_graph_pb2.TrackableObjectGraph.FromString(content).nodes
+
+
 def _prefix(version):
     return os.path.join(version, _FOLDER, _NAME)
 
 
 def _keys(version, reader, paths):
     """The names in the checkpoint of the variables at some paths."""
-    content = reader.get_tensor(_OBJECTS)
-    nodes = trackable_object_graph_pb2.TrackableObjectGraph.FromString(content).nodes
+    nodes = _nodes(reader)
     children = [{child.local_name: child.node_id for child in node.children} for node in nodes]
     found = []
     for path in paths:

@@ -1,0 +1,82 @@
+"""Read a SavedModel: its meta graph, its functions, and the places of its variables."""
+
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+import tensorflow as tf
+from google.protobuf.message import DecodeError
+from tensorflow.core.protobuf import saved_model_pb2
+
+DEFAULT = "serving_default"
+
+
+def load(version: pathlib.Path) -> Any:
+    """Load the meta graph of a SavedModel that a server loads."""
+    if len(_meta_graphs(version)) == 1:
+        return tf.saved_model.load(os.fspath(version))
+    # TensorFlow restores the objects of a SavedModel only if it has a single meta graph.
+    single = saved_model_pb2.SavedModel(
+        saved_model_schema_version=1, meta_graphs=[meta_graph(version)]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        pathlib.Path(folder, "saved_model.pb").write_bytes(single.SerializeToString())
+        for name in ("variables", "assets"):
+            if (version / name).exists():
+                os.symlink((version / name).resolve(), pathlib.Path(folder, name))
+        return tf.saved_model.load(folder)
+
+
+def meta_graph(version: pathlib.Path) -> Any:
+    """Return the `MetaGraphDef` that a server loads.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    graphs = _meta_graphs(version)
+    for graph in graphs:
+        if "serve" in graph.meta_info_def.tags:
+            return graph
+    if len(graphs) == 1:
+        return graphs[0]
+    raise ValueError(
+        f"Expected a SavedModel with a meta graph tagged 'serve'. Received: {str(version)!r} with "
+        f"{[sorted(graph.meta_info_def.tags) for graph in graphs]}. Export the model again."
+    )
+
+
+def _meta_graphs(version: pathlib.Path) -> list[Any]:
+    try:
+        content = (version / "saved_model.pb").read_bytes()
+        return list(saved_model_pb2.SavedModel.FromString(content).meta_graphs)
+    except DecodeError as error:
+        raise ValueError(
+            f"Expected a SavedModel. Received: {str(version)!r}, whose saved_model.pb is damaged "
+            f"({error}). Export the model again."
+        ) from error
+
+
+def places(objects: Any) -> dict[int, str]:
+    """Return node -> the first path that leads to it, in an `object_graph_def`."""
+    found, pending = {0: ""}, [0]
+    for node in pending:
+        for child in objects.nodes[node].children if objects.nodes else ():
+            if child.node_id not in found:
+                prefix = f"{found[node]}/" if found[node] else ""
+                found[child.node_id] = prefix + child.local_name
+                pending.append(child.node_id)
+    return found
+
+
+def bound_inputs(objects: Any, signature: str) -> list[int] | None:
+    """Return the nodes that a signature captures, in order, or `None` without a record of it."""
+    node = 0
+    for name in ("signatures", signature):
+        children = objects.nodes[node].children if objects.nodes else ()
+        found = [child.node_id for child in children if child.local_name == name]
+        if not found:
+            return None
+        [node] = found
+    function = objects.nodes[node].bare_concrete_function.concrete_function_name
+    return list(objects.concrete_functions[function].bound_inputs)
