@@ -171,7 +171,7 @@ def test_the_callback_and_checkpoints_leave_it():
     model = network()
     checkpoint = keras.callbacks.ModelCheckpoint("epoch.keras")
     training = keras.callbacks.ModelCheckpoint("training.keras")
-    callback = tfbn.PopulationStatsCallback(X, every_n_epochs=1)
+    callback = tfbn.PopulationStatsCallback(X, every_epoch=True)
     y = np.zeros((24, 2, 2))
     model.fit(X, y, verbose=0, callbacks=[training, callback, checkpoint])
     for path, known in (("epoch.keras", True), ("training.keras", False)):

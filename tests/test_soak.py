@@ -117,9 +117,7 @@ def fit_50_epochs_with_both_callbacks():
             begun.append((resident(), gradients()))
 
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    sweeps = tfbn.PopulationStatsCallback(
-        x, every_n_epochs=1, before_validation=True, verbose=0, freeze=False
-    )
+    sweeps = tfbn.PopulationStatsCallback(x, every_epoch=True, verbose=0, freeze=False)
     with others_at_work():
         model.fit(
             x,

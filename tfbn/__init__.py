@@ -6,9 +6,10 @@ with moving averages, which lag. With tfbn a model gets its population statistic
 
 - at the end of training: `model.fit(..., callbacks=[tfbn.PopulationStatsCallback(x_train)])`;
 - when it is trained already: `tfbn.update_population_stats(model, x_train)`, or, without
-  touching it, `stats = tfbn.collect(model, x_train)` and later `stats.assign(model)`.
+  touching it, `stats = tfbn.collect(model, x_train)` and later `stats.assign(model)`;
+- for the length of a block: `with tfbn.population_stats(model, x_train): evaluate()`.
 
-Both work for Keras's own layer and for `tfbn.BatchNormalization`, a faster drop-in for it.
+All work for Keras's own layer and for `tfbn.BatchNormalization`, a faster drop-in for it.
 `tfbn.convert(model)` exchanges the one for the other. `tfbn.export(model, path)` writes a verified
 SavedModel for TensorFlow Serving, `tfbn.describe(path)` says where its statistics came from, and
 `tfbn.fold(model)` is the same network without batch norm layers. With `monitor=True` the server
@@ -34,6 +35,7 @@ from tfbn._version import __version__
 
 if TYPE_CHECKING:
     from tfbn.callbacks.population_stats import PopulationStatsCallback
+    from tfbn.callbacks.swapping import population_stats
     from tfbn.callbacks.tracker import StatsTracker
     from tfbn.layer import BatchNormalization
     from tfbn.models.conversion import convert
@@ -63,6 +65,7 @@ __all__ = [
     "fold",
     "plot_drift",
     "plot_history",
+    "population_stats",
     "recalibrate",
     "update_population_stats",
 ]
@@ -84,6 +87,7 @@ _MODULES = {
     "fold": "tfbn.models.folding",
     "plot_drift": "tfbn.plots",
     "plot_history": "tfbn.plots",
+    "population_stats": "tfbn.callbacks.swapping",
     "recalibrate": "tfbn.serving.recalibrate.recalibration",
     "update_population_stats": "tfbn.sweep.run",
 }

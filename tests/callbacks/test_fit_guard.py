@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
-from tfbn.callbacks import fit_guard, population_stats
+from tfbn.callbacks import fit_guard, freezing, population_stats, swapping
 from tfbn.models import fingerprints
 
 rng = np.random.default_rng(0)
@@ -131,10 +131,10 @@ for _name in [name for name in dir(keras.callbacks.Callback) if name.startswith(
 def several():
     """Callbacks that sweep, in one list."""
     return [
-        sweep(before_validation=True, every_n_epochs=1, method="pooled", batch_size=24),
+        sweep(every_epoch=True, method="pooled", batch_size=24),
         tfbn.StatsTracker(X, (X, Y)),
-        sweep(before_validation=True),
-        sweep(every_n_epochs=1, freeze=False),
+        sweep(every_epoch=True),
+        sweep(every_epoch=True, freeze=False),
     ]
 
 
@@ -183,7 +183,7 @@ def test_another_callback_that_raises_leaves_the_moving_averages(moment, forward
 @pytest.mark.slow
 def test_an_error_in_the_validation_itself_leaves_the_moving_averages():
     plain, model = build(), build()
-    for trained, callbacks in ((plain, []), (model, [sweep(before_validation=True)])):
+    for trained, callbacks in ((plain, []), (model, [sweep(every_epoch=True)])):
         failing = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8)
         failing = failing.map(lambda x, y: (tf.debugging.check_numerics(x / 0.0, "no"), y))
         with pytest.raises(tf.errors.InvalidArgumentError):
@@ -219,23 +219,23 @@ def test_control_c_in_a_step_leaves_nothing_behind(forwarded):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["put_back", "keep"])
+@pytest.mark.parametrize("name", ["swap_out", "keep"])
 def test_control_c_between_the_callbacks_and_the_end_of_an_epoch(name, monkeypatch):
     plain, model = build(), build()
-    finish, raised = getattr(fit_guard, name), []
+    finish, raised = getattr(swapping, name), []
 
     def interrupted(*args):
         frame = sys._getframe(1)
-        if frame.f_code.co_name == "_guarded" and not raised:
+        if frame.f_code.co_name == "_run" and not raised:
             raised.append(1)
             raise KeyboardInterrupt
         return finish(*args)
 
-    monkeypatch.setattr(fit_guard, name, interrupted)
+    monkeypatch.setattr(swapping, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        fit(model, [sweep(every_n_epochs=1)])
+        fit(model, [sweep(every_epoch=True)])
     assert raised
-    fit(plain, epochs=1 if name == "put_back" else 2)
+    fit(plain, epochs=1 if name == "swap_out" else 2)
     assert_same(state(plain), state(model))
     assert model.trainable
 
@@ -271,7 +271,7 @@ def test_same_losses_however_the_model_is_compiled(options):
         return build(tfbn.BatchNormalization, **made)
 
     plain, model = compiled(), compiled()
-    callback = sweep(before_validation=True, every_n_epochs=1)
+    callback = sweep(every_epoch=True)
     for epochs in ({"epochs": 2}, {"epochs": 3, "initial_epoch": 2}):
         assert fit(plain, **epochs)["loss"] == fit(model, [callback], **epochs)["loss"]
         assert_population(model)
@@ -341,7 +341,7 @@ def counted(monkeypatch, module, name):
 
 @pytest.mark.parametrize(
     ("options", "sweeps", "reuses"),
-    [({}, 1, 0), ({"before_validation": True, "every_n_epochs": 1}, 2, 3)],
+    [({}, 1, 0), ({"every_epoch": True}, 2, 3)],
 )
 def test_weights_are_hashed_once_for_a_sweep_and_for_a_reuse(monkeypatch, options, sweeps, reuses):
     hashed = counted(monkeypatch, fingerprints, "fingerprint")
@@ -352,19 +352,22 @@ def test_weights_are_hashed_once_for_a_sweep_and_for_a_reuse(monkeypatch, option
 
 
 def test_order_of_those_that_save(tmp_path):
-    checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "model.keras")
+    checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "model.keras", save_best_only=True)
+    named = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}-{val_loss:.2f}.keras")
     backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
     model = build()
     for wrong in (
-        [checkpoint, sweep(every_n_epochs=1)],
-        [Forwards(checkpoint, sweep(every_n_epochs=1))],
-        [checkpoint, Forwards(sweep(every_n_epochs=1))],
-        [sweep(every_n_epochs=1), backup],
+        [checkpoint, sweep(every_epoch=True)],
+        [named, sweep(every_epoch=True)],
+        [Forwards(checkpoint), sweep(every_epoch=True)],
+        [Forwards(checkpoint, sweep(every_epoch=True))],
+        [checkpoint, Forwards(sweep(every_epoch=True))],
+        [sweep(every_epoch=True), backup],
     ):
         with pytest.raises(ValueError, match=r"Expected .* Received: .* Swap"):
             fit(model, wrong)
     training = keras.callbacks.ModelCheckpoint(tmp_path / "training.keras")
-    fit(model, [backup, training, sweep(every_n_epochs=1), checkpoint])
+    fit(model, [backup, training, sweep(every_epoch=True), checkpoint])
     saved = keras.models.load_model(tmp_path / "model.keras")
     assert_population(saved)
     with pytest.raises(AssertionError):
@@ -567,7 +570,7 @@ def test_what_cannot_be_swept_is_told_before_the_first_epoch(kind):
 
 
 def test_a_generator_is_no_data_for_several_sweeps():
-    for options in ({"every_n_epochs": 1}, {"before_validation": True}):
+    for options in ({"every_epoch": True}, {"every_epoch": True}):
         with pytest.raises(ValueError, match="Received: a generator"):
             fit(build(), [tfbn.PopulationStatsCallback(iter([X]), **options)])
 
@@ -584,7 +587,7 @@ def test_a_shuffled_dataset_comes_to_fit_as_without_the_callback():
 
 def test_a_loop_of_ones_own_has_no_list_to_guard():
     plain, model = build(), build()
-    callback = sweep(every_n_epochs=1)
+    callback = sweep(every_epoch=True)
     callback.set_model(model)
     callback.on_train_begin()
     for trained in (plain, model):
@@ -597,12 +600,14 @@ def test_a_loop_of_ones_own_has_no_list_to_guard():
                 assert_population(model)
     callback.on_train_end()
     assert_population(model)
-    assert fit_guard.put_back(model) is None  # It is final.
+    assert swapping.swap_out(model) is None  # It is final.
     assert_same(state(plain)[:4], previous_of([callback], model)[:4])
 
 
 class ControlC:
-    """Raises at a line of `fit_guard`, the n-th that runs; counts them if that is 0."""
+    """Raises at a line of the modules below, the n-th that runs; counts them if that is 0."""
+
+    files = tuple(module.__file__ for module in (fit_guard, freezing, swapping))
 
     def __init__(self, at=0):
         self.at, self.count, self.raised = at, 0, False
@@ -615,8 +620,8 @@ class ControlC:
         sys.settrace(None)
 
     def trace(self, frame, event, argument):
-        """Trace the functions of the module alone."""
-        return self.line if frame.f_code.co_filename == fit_guard.__file__ else None
+        """Trace the functions of these modules alone."""
+        return self.line if frame.f_code.co_filename in self.files else None
 
     def line(self, frame, event, argument):
         """Count a line, or raise there."""
@@ -650,13 +655,13 @@ def test_control_c_at_any_line_leaves_a_state_of_training(every):
     )
     for _ in range(2):  # The first run has lines that no later one has.
         with ControlC() as lines:
-            run(sweep(before_validation=True, every_n_epochs=1))
+            run(sweep(every_epoch=True))
     assert_population(model)
     assert lines.count > 100
     for at in range(1, lines.count + 1, every):
         control = ControlC(at)
         with contextlib.suppress(KeyboardInterrupt), control:
-            run(sweep(before_validation=True, every_n_epochs=1))
+            run(sweep(every_epoch=True))
         if not control.raised:  # What the interrupted run before left made this one shorter.
             assert lines.count / 2 < control.count < at, at
             assert_population(model)

@@ -142,7 +142,7 @@ def normalized(layer, values, mean, variance):
 @pytest.mark.quick(2)
 def test_a_layer_that_only_the_step_freezes_is_left_alone(options):
     model = FrozenByStep()
-    callback = tfbn.PopulationStatsCallback(X, before_validation="validation_data" in options)
+    callback = tfbn.PopulationStatsCallback(X, every_epoch="validation_data" in options)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         fit(model, callback, **options)
@@ -174,7 +174,7 @@ def test_layers_that_train_in_later_steps_only():
 
 def test_nothing_has_moved_yet_when_the_first_validation_comes():
     model = Sometimes()
-    callback = tfbn.PopulationStatsCallback(X, before_validation=True, every_n_epochs=1)
+    callback = tfbn.PopulationStatsCallback(X, every_epoch=True)
     with pytest.warns(UserWarning, match="first step"):
         fit(model, callback, validation_data=(X, Y), steps_per_epoch=1, epochs=1)
     assert callback.stats is None and model.trainable

@@ -286,7 +286,7 @@ def test_datasets_and_one_more_metric_after_compiling_anew():
 def test_moving_averages_are_found_behind_population_statistics():
     """A callback that is listed before has replaced them for the others."""
     alone = fit(compiled(network()), [tracker()])
-    swept = tfbn.PopulationStatsCallback(X, batch_size=11, every_n_epochs=1, verbose=0)
+    swept = tfbn.PopulationStatsCallback(X, batch_size=11, every_epoch=True, verbose=0)
     model = compiled(network())
 
     class Held(keras.callbacks.Callback):

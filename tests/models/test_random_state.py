@@ -95,10 +95,10 @@ class FromLibraries(keras.utils.PyDataset):
 CALLBACKS = {
     "tracker": lambda x: tfbn.StatsTracker(x, method="pooled", validation_data=x),
     "validation": lambda x: tfbn.PopulationStatsCallback(
-        x, method="pooled", before_validation=True, freeze=False, verbose=0
+        x, method="pooled", every_epoch=True, freeze=False, verbose=0
     ),
     "epochs": lambda x: tfbn.PopulationStatsCallback(
-        x, method="pooled", every_n_epochs=1, validation_data=x, freeze=False, verbose=0
+        x, method="pooled", every_epoch=True, validation_data=x, freeze=False, verbose=0
     ),
 }
 

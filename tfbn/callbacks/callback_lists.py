@@ -60,6 +60,21 @@ def _place(
     return Place(callbacks, [], [])
 
 
+def members(callbacks: keras.callbacks.CallbackList | list) -> list[keras.callbacks.Callback]:
+    """The callbacks in a list, and those in the lists that they hold."""
+    found: list[keras.callbacks.Callback] = []
+    pending = list(getattr(callbacks, "callbacks", callbacks))
+    while pending:
+        callback = pending.pop(0)
+        if any(callback is one for one in found):
+            continue
+        found.append(callback)
+        for held in vars(callback).values():
+            if isinstance(held, keras.callbacks.CallbackList):
+                pending += held.callbacks
+    return found
+
+
 def shared_copy(
     callback: keras.callbacks.Callback, memo: dict, shared: tuple[str, ...]
 ) -> keras.callbacks.Callback:

@@ -1,14 +1,15 @@
 """`PopulationStatsCallback`: when to sweep during `model.fit`."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+import warnings
 from typing import Any
 
 import keras
-import numpy as np
+import tensorflow as tf
 
 from tfbn import arguments
-from tfbn.callbacks import fit_guard
+from tfbn.callbacks import freezing, list_order, report, swapping
 from tfbn.callbacks.callback_lists import (
     argument_of_fit,
     enclosing,
@@ -18,13 +19,13 @@ from tfbn.callbacks.callback_lists import (
 )
 from tfbn.callbacks.epoch_size import EpochSize
 from tfbn.callbacks.fed_data import FedData
+from tfbn.callbacks.fit_guard import FitGuard
 from tfbn.callbacks.shared_iterators import refuse_shared
 from tfbn.callbacks.swept_layers import SweptLayers
 from tfbn.callbacks.validation import check_targets, check_validation_data, evaluate
-from tfbn.models import fingerprints
+from tfbn.models import fingerprints, keras_models
 from tfbn.models.random_state import unchanged_generators
 from tfbn.population import PopulationStats
-from tfbn.stats import drift
 from tfbn.sweep.adapters import is_one_shot
 from tfbn.sweep.first_trace import FirstTrace, check_batch
 from tfbn.sweep.methods import check_method
@@ -46,14 +47,29 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     )
     ```
 
-    List it after callbacks that put other weights into the model: `EarlyStopping` with
-    `restore_best_weights=True`, and `SwapEMAWeights`. Of several such callbacks the last one
-    listed has the last word.
+    With `every_epoch=True` validation, and the callbacks listed after this one at the end of an
+    epoch, have population statistics too: metrics, `EarlyStopping` and `ReduceLROnPlateau` see
+    the model that will be deployed, and the file that `ModelCheckpoint` saves gives the metrics it
+    was saved for. Training goes on from the moving averages. The order of callbacks:
 
-    While `fit` runs, population statistics are in the model only for validation
-    (`before_validation`) and for the callbacks after this one at the end of an epoch
-    (`every_n_epochs`). However `fit` ends, also by an error or Ctrl-C, the model holds the moving
-    averages of its last step, or after a regular end the population statistics.
+    ```python
+    callbacks=[
+        keras.callbacks.BackupAndRestore("backup"),  # the state of training
+        keras.callbacks.EarlyStopping(restore_best_weights=True),  # weights to sweep
+        keras.callbacks.ReduceLROnPlateau(),
+        tfbn.PopulationStatsCallback(x_train, every_epoch=True),
+        keras.callbacks.ModelCheckpoint("best.keras", save_best_only=True),  # for inference
+    ]
+    ```
+
+    Callbacks that put other weights into the model (`EarlyStopping` with
+    `restore_best_weights=True`, `SwapEMAWeights`) or save the state of training come before this
+    one; those that save the model for inference come after it. Another order is an error when
+    training begins. `BackupAndRestore` deletes its files only when the last sweep is done.
+
+    However `fit` ends, also by an error or Ctrl-C, the model holds the moving averages of its last
+    step, or after a regular end the population statistics. If weights are not finite at the end
+    (`TerminateOnNaN`), a warning says so, and the model keeps its moving averages.
 
     To resume training exactly, keep the state of training: `ModelCheckpoint("train.keras")` listed
     before this callback saves at the end of every epoch the moving averages, the flags and the
@@ -77,16 +93,13 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         method: `"exact"`, `"pooled"` or `"algorithm2"`, see `tfbn.collect`.
         batch_size: For arrays; 32 by default. One-pass methods want it large.
         steps: Number of batches that make the data; endless data needs it.
-        every_n_epochs: Also at the end of every n-th epoch, after its validation: for
-            `ModelCheckpoint`, listed after this callback. The next epoch goes on from the moving
-            averages, as if no sweep had been.
-        before_validation: Also before every validation inside `fit`, whose metrics are
-            then those with population statistics. After it the moving averages are back.
+        every_epoch: Whether to sweep in every epoch, see above. It costs one sweep an epoch.
         freeze: Whether to leave the model frozen (`trainable=False`) after the sweep at the
             end of training, as in Algorithm 2. It keeps training mode and `fit` from
             overwriting the statistics. `unfreeze()` undoes it, and so does another `fit` with
-            such a callback.
-        verbose: 0 for silence, 1 for a progress bar, 2 for one line per pass. `"auto"`
+            such a callback, also of a model that reuses a layer. Flags that were set since the
+            freeze stay: `base.trainable = True` for the next stage of fine-tuning, for example.
+        verbose: 0 for silence, 1 for a progress bar, 2 for one line with the time. `"auto"`
             follows `fit`. Unless it is silent, a few lines at the end say how far the moving
             averages were off.
         model: The network to sweep, where the model that is trained only holds it: the generator
@@ -117,8 +130,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         method: str = "exact",
         batch_size: int | None = None,
         steps: int | None = None,
-        every_n_epochs: int | None = None,
-        before_validation: bool = False,
+        every_epoch: bool = False,
         freeze: bool = True,
         verbose: int | str = "auto",
         model: keras.Model | None = None,
@@ -129,7 +141,8 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     ):
         super().__init__()
         check_method(method)
-        arguments.positive(every_n_epochs=every_n_epochs)
+        if not isinstance(every_epoch, bool):
+            raise ValueError(f"Expected every_epoch to be a bool. Received: {every_epoch!r}.")
         if validation_data is not None:
             check_validation_data(validation_data, validation_steps)
         self.stats: PopulationStats | None = None
@@ -141,8 +154,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             "steps": steps,
             "tolerance": arguments.tolerance(tolerance),
         }
-        self._every_n_epochs = every_n_epochs
-        self._before_validation = before_validation
+        self._every_epoch = every_epoch
         self._freeze = freeze
         self._verbose = verbose
         self._inner = model
@@ -155,6 +167,8 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         self._guarded = False
         self._epoch_size = EpochSize()
         self._fed: FedData | None = None  # While `fit` runs.
+        self._seconds: float | None = None  # Of the first sweep in an epoch, until it is said.
+        self._said_seconds = False
 
     def __deepcopy__(self, memo: dict) -> "PopulationStatsCallback":
         """A copy that shares the data and the models."""
@@ -173,38 +187,39 @@ class PopulationStatsCallback(keras.callbacks.Callback):
 
         The statistics stay as they are.
         """
-        if self.model is not None and fit_guard.unfreeze(self._network):
-            _trace_anew(self.model)
+        if self.model is not None and freezing.unfreeze(self._network):
+            freezing.trace_anew(self.model)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Undo the freeze of an earlier `fit`, and check all that can be checked by now."""
         network = self._network
-        fit_guard.put_back(network)  # Left by a loop of the user's own that failed.
+        swapping.swap_out(network)  # Left by a custom loop that failed.
         lists = enclosing(self)
-        for _, before, after in lists:
-            self._check_order(before, after)
+        for place in lists:
+            list_order.check(place, self._every_epoch)
         self._check_repeatable()
         refuse_shared(self._x)
         self._epoch_size = EpochSize(argument_of_fit("steps_per_epoch") is None)
         if self._validation_data is not None:
             check_targets(self.model, self._validation_data)
-        frozen = fit_guard.unfreeze(network)
         self._layers = SweptLayers(self.model, network, self._inner is not None, self._trace)
-        try:
+        with freezing.unchanged_on_error(network):
+            unfrozen = freezing.unfreeze(network)
+            if unfrozen:
+                freezing.require_optimizer_for_all(self.model)
             self._layers.check()
-        except BaseException:
-            if frozen:
-                fit_guard.freeze(network)
-            raise
-        if frozen:
-            _trace_anew(self.model)
-            self._say("The model, which an earlier fit had left frozen, is trained further.")
+        if unfrozen:
+            freezing.trace_anew(self.model)
+            self._say(
+                f"{report.counted(unfrozen, 'layer')} left frozen by an earlier fit will train."
+            )
+        for place in lists:
+            for sentence in list_order.warnings(place, self._every_epoch):
+                warnings.warn(sentence, stacklevel=2)
         self._guarded = bool(lists)
         if lists:
-            fit_guard.guard(lists[-1].callbacks, network)
-        if self._before_validation:
-            fits = lists[-1].callbacks if lists else None
-            fit_guard.guard_validation(self.model, network, fits)
+            guard = FitGuard.install(lists[-1].callbacks, self.model)
+            guard.add(network, validation=self._every_epoch)
         self._training = self._stepped = True
         self._fed = FedData(self.model, network)
 
@@ -223,47 +238,56 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Validate with population statistics, if asked to."""
         self._epoch_size.end(self.model)
-        if self._training and self._before_validation:
+        if self._training and self._every_epoch:
             self._sweep(verbose=0)
 
     def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
         """Go back to the moving averages."""
         if self._training:
-            fit_guard.put_back(self._network)
+            swapping.swap_out(self._network)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Train on from the moving averages."""
-        fit_guard.put_back(self._network)
+        swapping.swap_out(self._network)
         self._epoch_size.begin()
         if self._fed is not None:
             self._fed.begin_epoch()
+        if self._seconds is not None:
+            self._say(f"The sweep with every_epoch=True took {self._seconds:.1f} s of the epoch.")
+            self._seconds = None
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Sweep for the callbacks after this one, if it is the epoch to."""
+        """Have population statistics in the model for the callbacks after this one."""
         self._epoch_size.end(self.model)
         if self._fed is not None:
             self._fed.end_epoch((self.params or {}).get("steps"))
-        if self._every_n_epochs and (epoch + 1) % self._every_n_epochs == 0:
+        if self._every_epoch:
             self._sweep(verbose=0)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Sweep, say how far the moving averages were off, and freeze if asked to."""
         self._training = False
-        fit_guard.release(self.model)
+        network = self._network
         # Another such callback may have come to its end before.
-        fit_guard.put_back(self._network)
-        frozen = fit_guard.unfreeze(self._network)
-        before = self._evaluate()
+        swapping.swap_out(network)
+        frozen = freezing.unfreeze(network)
         stats = self._sweep(verbose=self._verbosity, last=True)
-        after = self._evaluate()
-        if before is not None and after is not None:
+        if stats is None:
+            if frozen:
+                freezing.freeze(network, self._layers.by_batch)
+            return
+        if self._validation_data is not None:
+            data, steps = self._validation_data, self._validation_steps
+            after = evaluate(self.model, data, steps=steps)
+            with swapping.swapped_out(network):
+                before = evaluate(self.model, data, steps=steps)
             self.validation = {name: (before[name], after[name]) for name in before}
-        if (self._freeze and stats is not None) or frozen:
-            fit_guard.freeze(self._network, self._layers.by_batch)
-            _trace_anew(self.model)
+        if self._freeze or frozen:
+            freezing.freeze(network, self._layers.by_batch)
+            freezing.trace_anew(self.model)
         if not self._guarded:
-            fit_guard.keep(self._network)
-        for line in () if stats is None else self._report(stats):
+            swapping.keep(network)
+        for line in report.lines(stats, self.validation, self._freeze):
             self._say(line)
 
     @property
@@ -288,13 +312,13 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             return check_batch(self._network, x, **self._options, **options)
 
     def _sweep(self, verbose: int | str, last: bool = False) -> PopulationStats | None:
-        """Put population statistics in, from a new sweep if the weights are others.
+        """Swap population statistics in, from a new sweep if the weights are others.
 
         Returns:
-            The statistics; `None` if there is no layer to sweep.
+            The statistics; `None` if there is no layer to sweep, or if weights are not finite.
         """
         network, stats = self._network, self.stats
-        fit_guard.put_back(network)
+        swapping.swap_out(network)
         if (
             stats is None
             or self._stepped
@@ -303,6 +327,15 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             trained = self._layers.paths()
             if trained is not None and not trained:
                 return None
+            diverged = _not_finite(network)
+            if diverged is not None:
+                warnings.warn(
+                    f"Weights are not finite ({diverged}): training has diverged. The model keeps "
+                    "its moving averages, and is not swept.",
+                    stacklevel=2,
+                )
+                return None
+            began = time.perf_counter()
             with unchanged_generators(self.model):
                 stats = self.stats = collect_trained(
                     network,
@@ -313,10 +346,12 @@ class PopulationStatsCallback(keras.callbacks.Callback):
                     reported=self._layers.known,
                     **self._options,
                 )
+            if self._training and self._stepped and not self._said_seconds:
+                self._seconds, self._said_seconds = time.perf_counter() - began, True
             self._stepped = False
         if last:
             self._compare_with_fit(stats)
-        fit_guard.put_in(network, stats)
+        swapping.swap_in(network, stats)
         return stats
 
     def _compare_with_fit(self, stats: PopulationStats) -> None:
@@ -327,89 +362,21 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             self._fed.warn_of(stats)
             self._fed = None
 
-    def _evaluate(self) -> dict[str, Any] | None:
-        """The metrics on the validation data, without a trace in the model."""
-        if self._validation_data is None:
-            return None
-        with fit_guard.unchanged(self.model):
-            return evaluate(self.model, self._validation_data, steps=self._validation_steps)
-
-    def _report(self, stats: PopulationStats) -> Iterator[str]:
-        """The lines about the changes that the last sweep has made."""
-        drifts = drift.of_layers(stats, stats.previous or {})
-        if drifts:
-            shift, factor = _overall(drifts.values())
-            worst, off = next(iter(drifts.items()))
-            yield (
-                f"Population statistics of {len(drifts)} layers: the moving averages were off by "
-                f"{shift:.3f} std in the mean and a factor of {factor:.3f} in the std, most in "
-                f"{worst!r} ({off['mean_shift']:.3f} std, {off['std_ratio']:.3f})."
-            )
-        if self.validation is not None:
-            changes = (
-                f"{name} {old:.4g} -> {new:.4g}"
-                for name, (old, new) in self.validation.items()
-                if isinstance(old, float)  # A metric may give anything.
-            )
-            yield f"Validation before and after: {', '.join(changes)}."
-        if self._freeze:
-            yield (
-                "The model is now frozen. To train it further, call `unfreeze()` of the callback, "
-                "or pass it freeze=False."
-            )
-
     def _check_repeatable(self) -> None:
-        several = self._every_n_epochs or self._before_validation
-        if several and is_one_shot(self._x) and self._options["steps"] is None:
+        one_pass = is_one_shot(self._x) and self._options["steps"] is None
+        if self._every_epoch and one_pass:
             raise ValueError(
-                "Expected data that can be swept several times, for every_n_epochs or "
-                "before_validation. Received: a generator, which can be read only once. Pass "
-                "arrays, a tf.data.Dataset or a PyDataset, or `steps` of an endless generator."
+                "Expected data that can be swept several times, for every_epoch=True. Received: a "
+                "generator, which can be read only once. Pass arrays, a tf.data.Dataset or a "
+                "PyDataset, or `steps` of an endless generator."
             )
 
-    def _check_order(
-        self, before: Sequence[keras.callbacks.Callback], after: Sequence[keras.callbacks.Callback]
-    ) -> None:
-        callbacks = keras.callbacks
-        saves = _saves_epochs(before, callbacks.ModelCheckpoint)
-        # Of two, the one before is for training to go on from.
-        if self._every_n_epochs and saves and not _saves_epochs(after, callbacks.ModelCheckpoint):
-            raise ValueError(
-                "Expected ModelCheckpoint after PopulationStatsCallback with every_n_epochs, so "
-                "that its files have the population statistics. Received: callbacks in the other "
-                "order. Swap the two in the list, or leave out every_n_epochs."
-            )
-        for other in after:
-            restores = isinstance(other, callbacks.EarlyStopping) and other.restore_best_weights
-            in_training = self._before_validation or self._every_n_epochs
-            swaps = isinstance(other, callbacks.SwapEMAWeights) and in_training
-            backs_up = self._every_n_epochs and _saves_epochs([other], callbacks.BackupAndRestore)
-            if restores or swaps or backs_up:
-                why = (
-                    "which would save the population statistics for training to go on from"
-                    if backs_up
-                    else "which puts other weights into the model than those that would be swept"
-                )
-                raise ValueError(
-                    f"Expected PopulationStatsCallback after {type(other).__name__}, {why}. "
-                    "Received: callbacks in the other order. Swap the two in the list."
-                )
 
-
-def _saves_epochs(
-    callbacks: Iterable[keras.callbacks.Callback], kind: type[keras.callbacks.Callback]
-) -> list[keras.callbacks.Callback]:
-    """Those of one of Keras's kinds that save at the end of an epoch."""
-    return [cb for cb in callbacks if isinstance(cb, kind) and cb.save_freq == "epoch"]
-
-
-def _overall(drifts: Iterable[Mapping[str, float]]) -> tuple[float, float]:
-    """Over layers: the root mean square of the shifts, and exp of that of log(ratio)."""
-    shifts, ratios = zip(*((off["mean_shift"], off["std_ratio"]) for off in drifts), strict=True)
-    return np.sqrt(np.mean(np.square(shifts))), np.exp(np.sqrt(np.mean(np.log(ratios) ** 2)))
-
-
-def _trace_anew(model: keras.Model) -> None:
-    """Have `fit` trace its step again: Keras keeps the trace whatever becomes trainable."""
-    if model.train_function is not None:
-        model.make_train_function(force=True)
+def _not_finite(model: keras.Model) -> str | None:
+    """The name of a weight that is not finite; the statistics that a sweep replaces may be."""
+    replaced = set(map(id, keras_models.all_statistics(model)))
+    for weight in model.weights:
+        counts = id(weight) not in replaced and keras.backend.is_float_dtype(weight.dtype)
+        if counts and not tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(weight))):
+            return weight.path
+    return None

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -12,11 +12,12 @@ import numpy as np
 import tensorflow as tf
 
 from tfbn import arguments
-from tfbn.callbacks import fit_guard
-from tfbn.callbacks.callback_lists import Place, enclosing, pickled_state, shallow_copy, shared_copy
+from tfbn.callbacks import swapping
+from tfbn.callbacks.callback_lists import enclosing, pickled_state, shallow_copy, shared_copy
+from tfbn.callbacks.fit_guard import replaced
 from tfbn.callbacks.shared_iterators import refuse_shared
 from tfbn.callbacks.swept_layers import SweptLayers
-from tfbn.callbacks.validation import check_targets, check_validation_data, evaluate
+from tfbn.callbacks.validation import check_targets, check_validation_data, evaluate, unchanged
 from tfbn.models import keras_models
 from tfbn.models.detours import detour
 from tfbn.models.keras_models import Structure
@@ -134,6 +135,7 @@ class StatsTracker(keras.callbacks.Callback):
         self._mini_batch_layers: frozenset[str] = frozenset()
         self._layers: Any = None  # The `SweptLayers` of a running `fit`.
         self._writers: dict[str, tf.summary.SummaryWriter] = {}
+        self._progress_bar = contextlib.ExitStack()
 
     def __deepcopy__(self, memo: dict) -> "StatsTracker":
         """A copy that shares the data and the model."""
@@ -144,7 +146,12 @@ class StatsTracker(keras.callbacks.Callback):
     def __getstate__(self) -> dict[str, Any]:
         """All attributes but those of a running `fit`."""
         state = pickled_state(self, ("_x", "_validation_data"))
-        return {**state, "_mini_batch_function": None, "_layers": None, "_writers": {}}
+        running: dict[str, Any] = {
+            "_layers": None,
+            "_writers": {},
+            "_progress_bar": contextlib.ExitStack(),
+        }
+        return {**state, "_mini_batch_function": None, **running}
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Check all that can be checked by now."""
@@ -161,7 +168,6 @@ class StatsTracker(keras.callbacks.Callback):
             options = {name: self._options[name] for name in ("batch_size", "steps")}
             batches(self._x, **options, sample=self._options["tolerance"] is not None)
         self._mini_batch_function = None  # The model may have been compiled anew.
-        _shorten_progress_bar(enclosing(self))
         if self._log_dir is not None:
             self._writers = {
                 way: tf.summary.create_file_writer(str(pathlib.Path(self._log_dir) / way))
@@ -176,39 +182,36 @@ class StatsTracker(keras.callbacks.Callback):
         """Check what only the first step shows."""
         self._layers.end_step()
 
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Give the progress bar its own method back."""
+        self._progress_bar.close()
+
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Sweep, evaluate three ways, and put everything back."""
-        # A callback listed before may have put population statistics in for those after it.
-        others = fit_guard.put_back(self.model)
-        try:
-            with fit_guard.unchanged(self.model):
-                trained = self._layers.paths()
-                stats = None
-                if trained is None or trained:
-                    stats = collect_trained(
-                        self.model,
-                        self._x,
-                        trained,
-                        verbose=0,
-                        memory_limit=self._memory_limit,
-                        reported=self._layers.known,
-                        **self._options,
-                    )
-                self.stats = stats
-                moving = self._evaluate()
-                metrics = dict.fromkeys(WAYS, moving)
-                if stats is not None:
-                    fit_guard.put_in(self.model, stats)
+        # A callback listed before may have swapped population statistics in for those after it.
+        with swapping.swapped_out(self.model), unchanged(self.model):
+            trained = self._layers.paths()
+            stats = None
+            if trained is None or trained:
+                stats = collect_trained(
+                    self.model,
+                    self._x,
+                    trained,
+                    verbose=0,
+                    memory_limit=self._memory_limit,
+                    reported=self._layers.known,
+                    **self._options,
+                )
+            self.stats = stats
+            metrics = dict.fromkeys(WAYS, self._evaluate())
+            if stats is not None:
+                with swapping.swapped_in(self.model, stats):
                     metrics["population"] = self._evaluate()
-                    # What `fit` does not train infers with the moving averages, as in training.
-                    fit_guard.put_back(self.model)
-                    metrics["mini_batch"] = self._evaluate_with_mini_batches(frozenset(stats))
-        finally:
-            fit_guard.put_back(self.model)
-            if others is not None:
-                fit_guard.put_in(self.model, others)
+                # What `fit` does not train infers with the moving averages, as in training.
+                metrics["mini_batch"] = self._evaluate_with_mini_batches(frozenset(stats))
         # Keras hands one dict to all callbacks, and `History`, which it adds, comes last.
         if logs is not None:
+            self._shorten_progress_bar()
             for way, values in metrics.items():
                 logs.update({f"val_{name}_{way}": value for name, value in values.items()})
         if self._writers and stats is not None:
@@ -216,6 +219,7 @@ class StatsTracker(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Close the files."""
+        self._progress_bar.close()
         for writer in self._writers.values():
             writer.close()
         self._writers = {}
@@ -223,6 +227,14 @@ class StatsTracker(keras.callbacks.Callback):
     def _trace(self, **options: Any) -> FirstTrace | None:
         with unchanged_generators(self.model):  # The data may draw random numbers.
             return check_batch(self.model, self._x, **self._options, **options)
+
+    def _shorten_progress_bar(self) -> None:
+        """Show only Keras's own metrics and the population's at the end of this epoch."""
+        lists = enclosing(self)
+        for callback in lists[-1].callbacks.callbacks if lists else ():
+            if isinstance(callback, keras.callbacks.ProgbarLogger):
+                finish = functools.partial(_finish_line, callback.on_epoch_end)
+                self._progress_bar.enter_context(replaced(callback, "on_epoch_end", finish))
 
     def _evaluate(self) -> dict[str, float]:
         return evaluate(
@@ -235,20 +247,19 @@ class StatsTracker(keras.callbacks.Callback):
     def _evaluate_with_mini_batches(self, trained: frozenset[str]) -> dict[str, float]:
         # Keras traces the test step once and keeps the function. This one is kept beside it.
         model = self.model
-        kept = model.test_function
         if trained != self._mini_batch_layers:
             self._mini_batch_function, self._mini_batch_layers = None, trained
-        model.test_function = self._mini_batch_function
         step = functools.partial(
             _with_mini_batches, model, trained, self._layers.partly, model.test_step
         )
-        model.test_step = step
-        try:
-            return self._evaluate()
-        finally:
-            self._mini_batch_function = model.test_function
-            model.test_function = kept
-            del model.test_step
+        with (
+            replaced(model, "test_function", self._mini_batch_function),
+            replaced(model, "test_step", step),
+        ):
+            try:
+                return self._evaluate()
+            finally:
+                self._mini_batch_function = model.test_function
 
     def _write(
         self, epoch: int, metrics: Mapping[str, Mapping[str, float]], stats: PopulationStats
@@ -305,19 +316,12 @@ def _with_mini_batches(
         return test_step(data)
 
 
-def _shorten_progress_bar(places: Sequence[Place]) -> None:
-    """Leave to the logs all metrics but Keras's own and the population's."""
-    for callback in places[-1].callbacks.callbacks if places else ():
-        if isinstance(callback, keras.callbacks.ProgbarLogger):
-            callback.on_epoch_end = functools.partial(_finish_line, callback)
-
-
 def _finish_line(
-    progress: keras.callbacks.ProgbarLogger, epoch: int, logs: dict[str, Any] | None = None
+    finish: Callable[..., None], epoch: int, logs: dict[str, Any] | None = None
 ) -> None:
     hidden = tuple(f"_{way}" for way in WAYS if way != "population")
     shown = {name: value for name, value in (logs or {}).items() if not name.endswith(hidden)}
-    type(progress).on_epoch_end(progress, epoch, shown)
+    finish(epoch, shown)
 
 
 def _by_channel(population: LayerStats, moving: LayerStats) -> tuple[np.ndarray, np.ndarray]:

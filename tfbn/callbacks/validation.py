@@ -1,13 +1,16 @@
 """Validation data that callbacks evaluate several times: checked before `fit` spends time."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tfbn import arguments
-from tfbn.models.keras_models import inputs_of
+from tfbn.models.keras_models import Snapshot, inputs_of
+from tfbn.models.random_state import unchanged_generators
 from tfbn.sweep.adapters import adapt, is_arrays, is_one_shot
 
 
@@ -63,14 +66,26 @@ def check_targets(model: keras.Model, data: Any) -> None:
 def evaluate(
     model: keras.Model, data: Any, *, batch_size: int | None = None, steps: int | None = None
 ) -> dict[str, Any]:
-    """Return the metrics of a model on validation data, by name."""
+    """Return the metrics of a model on validation data, by name, and leave no trace in it."""
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    return model.evaluate(
-        x,
-        y,
-        sample_weight=sample_weight,
-        batch_size=batch_size,
-        steps=steps,
-        verbose=0,
-        return_dict=True,
-    )
+    with unchanged(model):
+        return model.evaluate(
+            x,
+            y,
+            sample_weight=sample_weight,
+            batch_size=batch_size,
+            steps=steps,
+            verbose=0,
+            return_dict=True,
+        )
+
+
+@contextlib.contextmanager
+def unchanged(model: keras.Model) -> Iterator[None]:
+    """A context after which metrics, counters and random generators are as before."""
+    state = Snapshot(model, model.non_trainable_variables + model.metrics_variables)
+    with unchanged_generators(model):
+        try:
+            yield
+        finally:
+            state.restore()

@@ -1,5 +1,7 @@
 """The progress of a sweep, in words or as a bar."""
 
+import time
+
 import keras
 
 
@@ -8,7 +10,7 @@ class Report:
 
     Args:
         method: The name of the method.
-        verbose: 0 for silence, 1 for a progress bar, 2 for one line per pass. `"auto"` is 1.
+        verbose: 0 for silence, 1 for a progress bar, 2 for one line with the time. `"auto"` is 1.
         total: How many batches there are, `None` if unknown.
         unit: The word for one of them.
     """
@@ -20,16 +22,17 @@ class Report:
         self._total = total
         self._bar: keras.utils.Progbar | None = None
         self._seen = 0
+        self._level = 0
+        self._began = 0.0
 
     def begin(self) -> None:
         """Say that the sweep begins, before the network is traced."""
-        if self._verbose:
+        self._began = time.perf_counter()
+        if self._verbose == 1:
             print(f"Population statistics, {self._method}")
 
     def begin_level(self, level: int) -> None:
         """Go on with a level, from its first batch."""
-        if self._verbose == 2:
-            print(f"pass {level}")
         self._level = level
         self._seen = 0
 
@@ -54,7 +57,13 @@ class Report:
         self._bar.update(done, finalize=False)
 
     def end(self) -> None:
-        """Finish the line of the bar."""
+        """Finish the line of the bar, or print the one line."""
+        if self._verbose == 2:
+            seconds, passes = time.perf_counter() - self._began, self._level
+            print(
+                f"Population statistics, {self._method}: {passes} pass{'es' * (passes != 1)}, "
+                f"{seconds:.1f} s"
+            )
         if self._bar is not None:
             self._bar.target = self._bar.target or self._seen
             self._bar.update(self._bar.target, finalize=True)

@@ -86,7 +86,7 @@ def collect(
         batch_size: For arrays; 32 by default. One-pass methods want it large.
         steps: Number of batches that make the data; endless data needs it.
         include_frozen: Whether to sweep layers too that `fit` does not train.
-        verbose: 0 for silence, 1 for a progress bar, 2 for one line per pass. `"auto"` is 1.
+        verbose: 0 for silence, 1 for a progress bar, 2 for one line with the time. `"auto"` is 1.
         memory_limit: For `"exact"`: bytes of main memory for the tensors that one level hands
             to the next; by default a quarter of the free memory of the host or container. Those
             that do not fit are computed again, for which the data is read again: in any order,

@@ -1,0 +1,177 @@
+"""Flags before, during and after a freeze."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import tfbn
+from tfbn.callbacks import freezing
+
+X = np.random.default_rng(0).normal(3, 2, (32, 6)).astype("float32")
+
+
+def encoder():
+    """Two layers with weights and a batch norm."""
+    return keras.Sequential(
+        [keras.Input((6,)), layers.Dense(8), layers.BatchNormalization()], name="encoder"
+    )
+
+
+class Subclassed(keras.Model):
+    """An encoder and a head, called in Python."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.norm, self.head = base, layers.BatchNormalization(), layers.Dense(1)
+
+    def call(self, inputs, training=None):
+        """Encoder, batch norm, head."""
+        return self.head(self.norm(self.base(inputs, training=training), training=training))
+
+
+def with_head(base, kind="functional"):
+    """A compiled model on an encoder."""
+    if kind == "subclassed":
+        model = Subclassed(base)
+        model(X[:1])
+    elif kind == "sequential":
+        model = keras.Sequential(
+            [keras.Input((6,)), base, layers.BatchNormalization(), layers.Dense(1)]
+        )
+    else:
+        inputs = keras.Input((6,))
+        model = keras.Model(inputs, layers.Dense(1)(layers.BatchNormalization()(base(inputs))))
+    return compiled(model)
+
+
+def compiled(model, **options):
+    """The model, to be trained."""
+    model.compile("sgd", "mse", **options)
+    return model
+
+
+def fit(model, verbose=0):
+    """One epoch with the callback, which is returned."""
+    callback = tfbn.PopulationStatsCallback(X)
+    model.fit(X, X[:, :1], callbacks=[callback], verbose=verbose)
+    return callback
+
+
+def trained(model, before):
+    """How many of the weights that gradients change have changed."""
+    return sum(not np.array_equal(a, w.numpy()) for a, w in zip(before, model.weights, strict=True))
+
+
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("kind", ["functional", "sequential", "subclassed"])
+@pytest.mark.parametrize("options", [{}, {"jit_compile": True}], ids=str)
+def test_stages_of_fine_tuning(kind, options):
+    base = encoder()
+    model = with_head(base, kind)
+    base.trainable = False
+    fit(compiled(model, **options))
+    base.trainable = True
+    before = [w.numpy() for w in model.weights]
+    callback = fit(compiled(model, **options))
+    assert trained(model, before) == 12  # 8 by gradients, and the statistics of 2 layers.
+    assert len(callback.stats) == 2
+    callback.unfreeze()
+    assert len(model.trainable_weights) == 8
+
+
+@pytest.mark.slow
+def test_stages_of_fine_tuning_on_two_devices(two_devices):
+    with two_devices.scope():
+        base = encoder()
+        model = with_head(base)
+        base.trainable = False
+        callback = fit(compiled(model))
+        base.trainable = True
+        before = [w.numpy() for w in model.weights]
+        with pytest.raises(ValueError, match=r"Call `unfreeze\(\)` of the earlier"):
+            fit(compiled(model))
+        assert base.trainable and not model.trainable
+        callback.unfreeze()
+        callback = fit(compiled(model))
+    assert trained(model, before) == 12
+    assert len(callback.stats) == 2
+
+
+def test_an_encoder_in_a_new_model_trains_again(capsys):
+    base = encoder()
+    fit(compiled(keras.Sequential([base, layers.Dense(6), layers.Dense(1)])))
+    assert not base.trainable
+    model = with_head(base)
+    before = [w.numpy() for w in model.weights]
+    fit(model, verbose=2)
+    assert trained(model, before) == 12
+    assert "left frozen by an earlier fit will train" in capsys.readouterr().out
+
+
+def small():
+    """A model whose layers freeze and unfreeze without `fit`."""
+    inner = keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(4, name="dense"),
+            layers.BatchNormalization(center=False, scale=False, name="plain"),
+            layers.ReLU(name="relu"),
+        ],
+        name="inner",
+    )
+    return keras.Sequential([keras.Input((6,)), inner, layers.Dense(1, name="head")])
+
+
+def flags(model):
+    """`trainable` by layer."""
+    inner = model.get_layer("inner")
+    return {layer.name: bool(layer.trainable) for layer in [*model.layers, *inner.layers]}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda model, inner: None, {}),
+        (lambda model, inner: setattr(inner, "trainable", True), {}),
+        (lambda model, inner: setattr(inner.layers[0], "trainable", True), {}),
+        (
+            lambda model, inner: (
+                setattr(inner, "trainable", True), setattr(inner.layers[0], "trainable", False)
+            ),
+            {"dense": False},
+        ),
+        (
+            lambda model, inner: (
+                setattr(model, "trainable", True), setattr(inner.layers[1], "trainable", False)
+            ),
+            {"plain": False},
+        ),
+    ],
+)  # fmt: skip
+def test_a_flag_that_was_set_since_stays(change, expected):
+    model = small()
+    freezing.freeze(model)
+    assert not any(flags(model).values()) and not model.trainable_variables
+    change(model, model.get_layer("inner"))
+    freezing.unfreeze(model)
+    assert flags(model) == {**dict.fromkeys(flags(model), True), **expected}
+    assert model.trainable
+    assert freezing.unfreeze(model) == 0
+
+
+def test_flags_from_before_the_freeze_come_back():
+    model = small()
+    model.get_layer("inner").layers[0].trainable = False
+    before = flags(model)
+    freezing.freeze(model)
+    assert freezing.unfreeze(model) == 7  # All but the frozen one, and the model.
+    assert flags(model) == before
+    freezing.freeze(model)
+    model.layers[1].trainable = True
+    with pytest.raises(KeyError), freezing.unchanged_on_error(model):
+        freezing.unfreeze(model)
+        raise KeyError
+    assert [name for name, flag in flags(model).items() if flag] == ["head"]
+    freezing.unfreeze(model)
+    assert flags(model) == before

@@ -1,0 +1,47 @@
+"""What `PopulationStatsCallback` prints at the end of training."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from tfbn.population import PopulationStats
+from tfbn.stats import drift
+
+
+def lines(
+    stats: PopulationStats, validation: dict[str, tuple[Any, Any]] | None, frozen: bool
+) -> Iterator[str]:
+    """The lines about the changes that the last sweep has made."""
+    drifts = drift.of_layers(stats, stats.previous or {})
+    if drifts:
+        shift, factor = _overall(drifts.values())
+        worst, off = next(iter(drifts.items()))
+        yield (
+            f"Population statistics of {counted(len(drifts), 'layer')}: the moving averages "
+            f"were off by {shift:.3f} std in the mean and a factor of {factor:.3f} in the std, "
+            f"most in {worst!r} ({off['mean_shift']:.3f} std, {off['std_ratio']:.3f})."
+        )
+    if validation is not None:
+        changes = (
+            f"{name} {old:.4g} -> {new:.4g}"
+            for name, (old, new) in validation.items()
+            if isinstance(old, float)  # A metric may give anything.
+        )
+        yield f"Validation before and after: {', '.join(changes)}."
+    if frozen:
+        yield (
+            "The model is now frozen. To train it further, call `unfreeze()` of the callback, "
+            "or pass it freeze=False."
+        )
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and a noun: `1 layer`, `2 layers`."""
+    return f"{number} {noun}" + ("s" if number != 1 else "")
+
+
+def _overall(drifts: Iterable[Mapping[str, float]]) -> tuple[float, float]:
+    """Over layers: the root mean square of the shifts, and exp of that of log(ratio)."""
+    shifts, ratios = zip(*((off["mean_shift"], off["std_ratio"]) for off in drifts), strict=True)
+    return np.sqrt(np.mean(np.square(shifts))), np.exp(np.sqrt(np.mean(np.log(ratios) ** 2)))
