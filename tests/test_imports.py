@@ -8,19 +8,19 @@ import tfbn
 
 MAY_IMPORT = {
     **dict.fromkeys(("_requirements", "_version", "arguments"), ""),
-    **dict.fromkeys(("graphs", "hidden_folders", "storage"), ""),
-    "stats": "_version arguments models storage",
+    **dict.fromkeys(("files", "graphs"), ""),
+    "stats": "_version arguments models files",
     "layer": "origins",
-    "origins": "storage",
+    "origins": "files",
     "models": "layer origins",
-    "population": "arguments layer models origins stats storage",
+    "population": "arguments layer models origins stats files",
     "plots": "stats",
-    "sweep": "arguments graphs layer models population stats storage",
+    "sweep": "arguments graphs layer models population stats files",
     "callbacks": "arguments models population stats sweep",
     "beam": "arguments models population sweep",
-    "serving": "_version graphs hidden_folders layer models origins population stats sweep",
+    "serving": "_version graphs files layer models origins population stats sweep",
     # The public API, which is `tfbn` itself, and the helpers for files and tables.
-    "cli": "tfbn _version hidden_folders models serving stats storage sweep",
+    "cli": "tfbn _version files models serving stats files sweep",
 }
 
 

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn import storage
+from tfbn.files import sealed
 
 if TYPE_CHECKING:
     from tfbn.population import PopulationStats
@@ -56,7 +56,7 @@ class Origin(NamedTuple):
         arrays = {"stats": np.frombuffer(stats.to_bytes(), np.uint8)}
         if self.weights is not None:
             arrays["weights"] = np.array(sorted(self.weights), np.uint64)
-        return storage.pack({"format": _FORMAT}, arrays)
+        return sealed.pack({"format": _FORMAT}, arrays)
 
 
 def unpack(content: bytes) -> tuple[bytes, frozenset[int] | None]:
@@ -65,7 +65,7 @@ def unpack(content: bytes) -> tuple[bytes, frozenset[int] | None]:
     Raises:
         ValueError: If they are damaged, of a later format or something else.
     """
-    header, arrays = storage.unpack(content)
+    header, arrays = sealed.unpack(content)
     packed, weights = arrays.get("stats"), arrays.get("weights")
     if header.get("format") != _FORMAT or packed is None:
         raise ValueError("another kind of file, or a later format")

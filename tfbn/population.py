@@ -8,7 +8,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfbn import arguments, origins, storage
+from tfbn import arguments, origins
+from tfbn.files import atomic
 from tfbn.models import fingerprints, keras_models
 from tfbn.stats import blending, drift, layer_stats, stats_file, summary
 from tfbn.stats.layer_stats import LayerStats
@@ -334,7 +335,7 @@ class PopulationStats(collections.abc.Mapping):
             OSError: If it cannot be written.
             ValueError: If there is something under that name that is not a file.
         """
-        storage.write(path, self.to_bytes())
+        atomic.write(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "PopulationStats":
@@ -349,7 +350,7 @@ class PopulationStats(collections.abc.Mapping):
             ValueError: If the file is damaged or is not such a file, or has statistics that no
                 data has.
         """
-        content = storage.read(path)
+        content = atomic.read(path)
         try:
             return cls._unpacked(content)
         except ValueError as error:

@@ -14,7 +14,7 @@ import pytest
 import tfbn
 from tfbn.cli import model_files
 from tfbn.cli.errors import FileError
-from tfbn.hidden_folders import hidden
+from tfbn.files.hidden_folders import hidden
 
 
 def network():

@@ -19,7 +19,7 @@ from damage import damaged
 from keras import layers
 
 import tfbn
-from tfbn import storage
+from tfbn.files import sealed
 
 OLD = pathlib.Path(__file__).parents[1] / "data"
 RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
@@ -142,8 +142,8 @@ def test_files_of_format_2_load():
 
 
 def test_a_later_format_says_so(tmp_path):
-    header, arrays = storage.unpack(made_up().to_bytes())
-    later = storage.pack({**header, "format": 4, "tfbn": "9.9"}, arrays)
+    header, arrays = sealed.unpack(made_up().to_bytes())
+    later = sealed.pack({**header, "format": 4, "tfbn": "9.9"}, arrays)
     with pytest.raises(ValueError, match=r"format 4, as tfbn '9.9' writes it"):
         tfbn.PopulationStats.from_bytes(later)
     with pytest.raises(ValueError, match="no checksum"):
@@ -234,7 +234,7 @@ def crafted(header, arrays, random):
 
 
 def archive(header, arrays, compression, seal=True):
-    """What `storage.pack` gives, but compressed, or without its checksum."""
+    """What `sealed.pack` gives, but compressed, or without its checksum."""
     arrays = {"header": np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays}
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", compression) as file:
@@ -319,7 +319,7 @@ def samples():
 
 def changed(content, **changes):
     """A file with some attributes or arrays changed, and a checksum that is right."""
-    header, arrays = storage.unpack(content, unsealed=(2,))
+    header, arrays = sealed.unpack(content, unsealed=(2,))
     for name, value in changes.items():
         held = arrays if name in arrays or isinstance(value, np.ndarray) else header
         held[name] = value
@@ -420,7 +420,7 @@ def fuzz(seed):
         loaded = load(damaged(content, random))
         if loaded is not None:
             assert_equal(loaded, stats)
-    loaded = load(crafted(*storage.unpack(content, unsealed=(2,)), random))
+    loaded = load(crafted(*sealed.unpack(content, unsealed=(2,)), random))
     if loaded is not None:
         use(loaded, model)
 

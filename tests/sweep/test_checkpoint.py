@@ -17,7 +17,7 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
-from tfbn import storage
+from tfbn.files import sealed
 from tfbn.sweep import accumulator_bytes, digests, run
 from tfbn.sweep import checkpoint as module
 from tfbn.sweep.level_passes import LevelPasses
@@ -303,8 +303,8 @@ def test_a_relative_name_is_meant_from_the_folder_of_the_start(tmp_path, monkeyp
 
 def crafted(content, random):
     """A sealed checkpoint with a value that no sweep has, or one of another type."""
-    header, arrays = storage.unpack(content)
-    inner, moments = storage.unpack(arrays["state"].tobytes())
+    header, arrays = sealed.unpack(content)
+    inner, moments = sealed.unpack(arrays["state"].tobytes())
     state = inner["state"]
     kind = random.choice(["value", "missing", "moments", "shape", "digest", "outer"])
     name = random.choice(sorted(state))
@@ -324,8 +324,8 @@ def crafted(content, random):
         header["digest"] = random.choice(["zz", 3, None])
     else:
         header.pop(random.choice(sorted(header)))
-    arrays["state"] = np.frombuffer(storage.pack(inner, moments), np.uint8)
-    return storage.pack(header, arrays)
+    arrays["state"] = np.frombuffer(sealed.pack(inner, moments), np.uint8)
+    return sealed.pack(header, arrays)
 
 
 @pytest.mark.parametrize("change", [damage.damaged, crafted])
@@ -360,6 +360,6 @@ def test_a_damaged_checkpoint_is_one_error_or_the_same_state(tmp_path, change, s
 
 
 def test_the_state_of_something_else_is_refused():
-    content = storage.pack({"kind": "statistics"}, {})
+    content = sealed.pack({"kind": "statistics"}, {})
     with pytest.raises(ValueError, match=r"Expected the state of a sweep.*another kind of file"):
         accumulator_bytes.unpack(content)

@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable
 
 import tfbn
-from tfbn import storage
 from tfbn.cli import formats, model_files
 from tfbn.cli.errors import FileError, naming, reading, visible
+from tfbn.files import atomic
 from tfbn.models import keras_models
 from tfbn.serving import provenance
 from tfbn.serving.recalibrate import recalibration
@@ -264,7 +264,7 @@ def _statistics(path, unsafe):
         return tfbn.PopulationStats.read(model_files.load(path, unsafe))
     kind = "a model file, or one that PopulationStats.save wrote"
     with reading(path, kind, "Collect the statistics again."):
-        return model_files.unpack(storage.read(path), path, kind)
+        return model_files.unpack(atomic.read(path), path, kind)
 
 
 def _layer(layer):

@@ -11,8 +11,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn import storage
 from tfbn.cli.errors import FileError, reading
+from tfbn.files import atomic
 from tfbn.sweep.adapters import NumberedSamples
 
 _BATCH_SIZE = 32
@@ -268,7 +268,7 @@ def _features(path):
         f"A dtype is one of {_FEATURE_DTYPES}, and images have no shape.",
     ):
         features = {}
-        described = json.loads(storage.read(path))
+        described = json.loads(atomic.read(path))
         if not isinstance(described, dict) or not described:
             raise ValueError("no features by name")
         for name, feature in described.items():

@@ -12,7 +12,7 @@ import keras
 
 import tfbn
 from tfbn.cli.errors import FileError, describe, naming, reading
-from tfbn.hidden_folders import hidden
+from tfbn.files.hidden_folders import hidden
 
 # The member of a .keras file in which `recalibrate` writes down its sweep, also of Keras's layers.
 # Keras ignores it, and leaves it out when it saves the model again after more training.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tfbn.hidden_folders import hidden
+from tfbn.files.hidden_folders import hidden
 
 # TensorFlow Serving reads the name of a version as a signed integer of 64 bits.
 MAX_VERSION = 2**63 - 1

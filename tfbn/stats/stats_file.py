@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from tfbn import storage
 from tfbn._version import __version__
+from tfbn.files import sealed
 from tfbn.stats.layer_stats import ERRORS, RENORM, LayerStats
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def pack(stats: "PopulationStats") -> bytes:
         header["previous"], theirs = _packed(stats.previous, "previous_")
         arrays |= theirs
     versions = {"format": _FORMAT, "tfbn": __version__, "keras": keras.__version__}
-    return storage.pack({**versions, **header}, arrays)
+    return sealed.pack({**versions, **header}, arrays)
 
 
 def unpack(content: bytes) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -54,7 +54,7 @@ def unpack(content: bytes) -> tuple[dict[str, Any], dict[str, Any] | None]:
     Raises:
         ValueError: If it is damaged, of a later format or something else.
     """
-    header, arrays = storage.unpack(content, unsealed=(_OLD,))
+    header, arrays = sealed.unpack(content, unsealed=(_OLD,))
     try:
         if header["format"] == _OLD:
             _renew(header, arrays)

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from tfbn import storage
+from tfbn.files import sealed
 from tfbn.stats.moments import Moments
 from tfbn.sweep.accumulator import Site, SweepState
 from tfbn.sweep.methods import METHODS
@@ -24,7 +24,7 @@ def pack(state: SweepState) -> bytes:
     for name, by_site in sites.items():
         header[name] = [list(site) for site in by_site]
         arrays |= {f"{name}_{i}": m.rows for i, m in enumerate(by_site.values())}
-    return storage.pack({"kind": _KIND, "state": header}, arrays)
+    return sealed.pack({"kind": _KIND, "state": header}, arrays)
 
 
 def unpack(content: bytes) -> SweepState:
@@ -33,7 +33,7 @@ def unpack(content: bytes) -> SweepState:
     Raises:
         ValueError: If the bytes are damaged, or are something else.
     """
-    header, arrays = storage.unpack(content)
+    header, arrays = sealed.unpack(content)
     try:
         if header["kind"] != _KIND:
             raise ValueError("another kind of file")

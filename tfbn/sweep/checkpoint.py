@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from tfbn import storage
+from tfbn.files import atomic, sealed
 from tfbn.sweep import accumulator_bytes
 from tfbn.sweep.accumulator import SweepState
 from tfbn.sweep.batches import Batches
@@ -60,7 +60,7 @@ class Checkpoint:
         if not self._path.exists():
             return None
         try:
-            header, arrays = storage.unpack(storage.read(self._path))
+            header, arrays = sealed.unpack(atomic.read(self._path))
             if header.get("kind") != _KIND:
                 raise ValueError("it is no checkpoint")
             state = accumulator_bytes.unpack(arrays["state"].tobytes())
@@ -82,7 +82,7 @@ class Checkpoint:
         start = time.monotonic()
         content = np.frombuffer(accumulator_bytes.pack(state), np.uint8)
         header = {"kind": _KIND, "digest": digest.hex()}
-        storage.write(self._path, storage.pack(header, {"state": content}))
+        atomic.write(self._path, sealed.pack(header, {"state": content}))
         self._saved = time.monotonic()
         self._cost = self._saved - start
 
