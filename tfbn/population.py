@@ -224,9 +224,17 @@ class PopulationStats(collections.abc.Mapping):
             )
         for part in (self, other):
             layer_stats.require_possible(part, where_counted=True)
-        sizes = [self.population_size, other.population_size]
+        parts = [self, other]
+        sampled = any(part.tolerance is not None or part.population_size for part in parts)
+        if sampled:
+            parts = [part._of_population() for part in parts]
+        weights = [part.population_size / max(part.samples, 1) if sampled else 1 for part in parts]
+        ours, theirs = parts
         return PopulationStats(
-            {path: ours.merge(other[path], self.method) for path, ours in self.items()},
+            {
+                path: layer.merge(theirs[path], self.method, tuple(weights))
+                for path, layer in ours.items()
+            },
             method=self.method,
             samples=self.samples + other.samples,
             batches=self.batches + other.batches,
@@ -234,8 +242,20 @@ class PopulationStats(collections.abc.Mapping):
             fingerprint=self.fingerprint,
             previous=other.previous if self.previous is None else self.previous,
             levels=max(self.levels, other.levels),
-            population_size=sum(sizes) if all(sizes) else 0,
+            population_size=sum(part.population_size for part in parts) if sampled else 0,
         )
+
+    def _of_population(self) -> "PopulationStats":
+        """These with the size of their population, and with errors about that alone."""
+        if self.population_size:
+            return self
+        if self.tolerance is not None:
+            raise ValueError(
+                "Expected samples of data of a known size. Received: a sample of a stream, which "
+                "stands for any number of samples. Sweep all of it, without `tolerance`."
+            )
+        layers = {p: s.with_errors(0 * s.mean, 0 * s.variance) for p, s in self.items()}
+        return self.replace(layers=layers, population_size=self.samples)
 
     def blend(self, source: "PopulationStats", *, samples: int) -> "PopulationStats":
         """These statistics of few samples, blended with those of the source.

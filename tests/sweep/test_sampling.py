@@ -174,11 +174,12 @@ def test_all_levels_see_the_same_sample_of_any_stream(model, digits, population,
 
 def test_only_the_sample_is_read(model, digits):
     read = []
+    order = np.random.default_rng(0).permutation(len(digits))
 
     def batches():
         for i in range(0, len(digits), 16):
             read.append(i)
-            yield digits[i : i + 16]
+            yield digits[order[i : i + 16]]
 
     stats = tfbn.collect(model, batches(), tolerance=0.1, verbose=0)
     assert len(read) == stats.batches == 20
@@ -274,7 +275,7 @@ def test_only_the_shards_of_the_sample_are_loaded_after_their_sizes(model, digit
     assert stats.batches == 20 and stats.levels == 3
     drawn = set(loads[100:])
     assert sorted(loads[:100]) == list(range(100)) and len(drawn) <= 20
-    assert len(loads) == 100 + len(drawn) * 4  # The pilot, and three levels.
+    assert len(loads) == 100 + len(drawn) * 3  # Three levels.
 
 
 def test_shards_that_end_first_are_swept_whole(model, digits):
@@ -303,21 +304,121 @@ def test_devices_and_callbacks_take_a_tolerance(model, digits):
         assert stats.tolerance == 0.05 and stats.samples < len(digits)
 
 
-def test_constant_data_is_known_without_error():
-    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
-    dataset = tf.data.Dataset.from_tensor_slices(np.ones((4000, 3), "float32")).batch(4)
+def test_a_channel_that_never_varies_has_the_error_of_what_was_not_seen():
+    """A rate of up to 3 / n, and it does not hold up the sample."""
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization(name="bn")])
+    x = np.random.default_rng(0).normal(size=(4000, 3)).astype("float32")
+    x[:, 1] = 1
+    with pytest.warns(UserWarning, match="never varied in .* samples: 1 of layer 'bn'"):
+        stats = tfbn.collect(model, x, tolerance=0.05, verbose=0)
+    found = stats["bn"]
+    assert stats.samples < 4000 and stats.relative_error <= 0.05
+    assert found.mean[1] == 1 and found.variance[1] == 0
+    assert found.mean_error[1] == found.variance_error[1] == 3 / stats.samples
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        stats = tfbn.collect(model, dataset, tolerance=0.01, verbose=0)
-    [found] = stats.values()
-    np.testing.assert_array_equal(found.mean, 1)
-    np.testing.assert_array_equal(found.mean_error, 0)
-    assert stats.samples < 4000
+        everything = tfbn.collect(model, x[:40], batch_size=2, tolerance=1e-3, verbose=0)
+    assert everything["bn"].mean_error[1] == 0
 
 
 def test_halves_without_errors_are_not_apart():
-    zeros = np.zeros(3)
-    constant = tfbn.LayerStats(4, np.ones(3), zeros, None, zeros, zeros)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert sampling._apart(constant, constant) == 0
+    zeros = np.zeros((10, 3))
+    assert sampling._apart(zeros, zeros, np.ones(3, bool)) == 0
+
+
+def test_batches_of_one_have_errors_behind_the_first_layer(model, digits, population):
+    stats = tfbn.collect(model, digits, batch_size=1, tolerance=0.1, verbose=0)
+    assert all((layer.mean_error > 0).all() for layer in stats.values())
+    assert off(stats, population) < 4 * 0.1
+
+
+def test_shards_that_are_sorted_alike_are_drawn_from_unlike_places():
+    """By time of day, say: each draws in an order of its own."""
+    model = keras.Sequential([keras.Input((1,)), layers.BatchNormalization(name="bn")])
+    hours = (np.arange(960) * 10 // 960).astype("float32")[:, None]
+    noise = np.random.default_rng(0).normal(0, 0.1, (50, 960, 1)).astype("float32")
+    stats = tfbn.collect_shards(model, list(hours + noise), tolerance=0.05, verbose=0)
+    assert abs(stats["bn"].mean[0] - 4.5) < 4 * stats["bn"].mean_error[0]
+
+
+def test_steps_bound_the_data_that_is_sampled():
+    model = keras.Sequential([keras.Input((1,)), layers.BatchNormalization(name="bn")])
+    x = np.random.default_rng(0).normal(size=(64000, 1)).astype("float32")
+    x[3200:] += 100
+    stats = tfbn.collect(model, x, steps=100, tolerance=0.05, verbose=0)
+    assert stats.population_size == 3200 and abs(stats["bn"].mean[0]) < 0.3
+    shards = tfbn.collect_shards(model, [x, x], steps=100, tolerance=0.05, verbose=0)
+    assert shards.population_size == 6400 and abs(shards["bn"].mean[0]) < 0.3
+
+
+@pytest.mark.parametrize("batches", [21, 60])
+def test_a_drifting_stream_is_a_warning_in_the_first_round(batches):
+    model = keras.Sequential([keras.Input((1,)), layers.BatchNormalization()])
+    noise = np.random.default_rng(0).normal(size=(batches, 32, 1))
+    drifting = (noise + np.linspace(0, 3, batches)[:, None, None]).astype("float32")
+    with pytest.warns(UserWarning, match="first half of the sample"):
+        tfbn.collect(model, iter(drifting), tolerance=0.5, verbose=0)
+
+
+def test_an_endless_stream_that_never_reaches_the_tolerance_ends(monkeypatch, capsys):
+    monkeypatch.setattr(sampling, "_ENDLESS", 2)
+    model = keras.Sequential([keras.Input((1,)), layers.BatchNormalization()])
+    rng = np.random.default_rng(0)
+
+    def heavy():
+        while True:
+            yield np.exp(4 * rng.normal(size=(32, 1))).astype("float32")
+
+    with pytest.warns(UserWarning, match=r"do not reach tolerance=0.05, .*Say with `steps`"):
+        stats = tfbn.collect(model, heavy(), tolerance=0.05)
+    assert stats.samples < 5000 and np.isnan(stats.relative_error)
+    assert capsys.readouterr().out.count("samples in") >= 2
+
+
+def test_a_checkpoint_of_a_sample_is_refused(model, digits):
+    with pytest.raises(ValueError, match="Leave one out"):
+        tfbn.collect(model, digits, tolerance=0.1, checkpoint="x", verbose=0)
+
+
+@pytest.mark.parametrize("second", ["sample", "all"])
+def test_merged_samples_count_as_the_populations_behind_them(second):
+    model = keras.Sequential([keras.Input((2,)), layers.BatchNormalization(name="bn")])
+    rng = np.random.default_rng(0)
+    few, many = rng.normal(0, 1, (500, 2)), rng.normal(4, 2, (20000, 2))
+    options = {"method": "pooled", "verbose": 0}
+    a = tfbn.collect(model, many.astype("float32"), tolerance=0.05, **options)
+    more = {"tolerance": 0.05} if second == "sample" else {}
+    b = tfbn.collect(model, few.astype("float32"), **more, **options)
+    everything = np.concatenate([few, many])
+    for merged in (a.merge(b), b.merge(a)):
+        found = merged["bn"]
+        assert merged.population_size == 20500 and merged.samples == a.samples + b.samples
+        assert found.count == a["bn"].count + b["bn"].count
+        share = 20000 / 20500
+        other = b["bn"].mean_error / 41 if second == "sample" else 0
+        error = np.hypot(share * a["bn"].mean_error, other)
+        np.testing.assert_allclose(found.mean_error, error)
+        assert (np.abs(found.mean - everything.mean(0)) < 4 * found.mean_error).all()
+        off = np.abs(found.variance - everything.var(0))
+        assert (off < 4 * found.variance_error).all()
+
+
+def test_a_sample_of_a_stream_is_not_merged():
+    model = keras.Sequential([keras.Input((1,)), layers.BatchNormalization()])
+    x = np.random.default_rng(0).normal(size=(30, 32, 1)).astype("float32")
+    options = {"method": "pooled", "verbose": 0}
+    sampled = tfbn.collect(model, iter(x), tolerance=0.3, **options)
+    whole = tfbn.collect(model, iter(x), **options)
+    for pair in ((sampled, whole), (whole, sampled), (sampled, sampled)):
+        with pytest.raises(ValueError, match="without `tolerance`"):
+            pair[0].merge(pair[1])
+    assert whole.merge(whole).samples == 2 * whole.samples
+
+
+def test_the_summary_says_how_the_sample_was_taken(capsys):
+    model = keras.Sequential([keras.Input((1,)), layers.BatchNormalization()])
+    x = np.random.default_rng(0).normal(size=(100, 32, 1)).astype("float32")
+    tfbn.collect(model, x.reshape(-1, 1), tolerance=0.1, verbose=0).summary()
+    tfbn.collect(model, iter(x), tolerance=0.1, verbose=0).summary()
+    out = capsys.readouterr().out
+    assert "drawn at random from 3200" in out and "in the order of the data" in out

@@ -103,16 +103,29 @@ class LayerStats:
                 return f"{name} {value[channel]} in channel {channel}"
         return None
 
-    def merge(self, other: "LayerStats", method: str) -> "LayerStats":
-        """The statistics of the values behind both, see `tfbn.stats.moments.merge`."""
+    def merge(
+        self, other: "LayerStats", method: str, weights: tuple[float, float] = (1.0, 1.0)
+    ) -> "LayerStats":
+        """The statistics of the values behind both, see `tfbn.stats.moments.merge`.
+
+        Args:
+            other: Statistics of other data.
+            method: The name of the method.
+            weights: As how many values each of these and of the other values counts.
+        """
         if not other.counts.any():
             return self  # To the bit.
         if not self.counts.any():
             return other
-        both = moments.merge(self._moments(), other._moments(), method=method)
-        merged = LayerStats(both.count, both.mean, moments.variance(both))
+        pairs = list(zip((self, other), weights, strict=True))
+        ours, theirs = (part._moments(weight) for part, weight in pairs)
+        both = moments.merge(ours, theirs, method=method)
+        merged = LayerStats(self.counts + other.counts, both.mean, moments.variance(both))
         # The two are of different data, so their errors are independent.
-        squares = [np.square(part.errors_in(merged, method)) for part in (self, other)]
+        squares = [
+            np.square(part.errors_in(merged, method, weight * part.counts / both.count))
+            for part, weight in pairs
+        ]
         return merged.with_errors(*np.sqrt(np.sum(squares, axis=0)))
 
     @property
@@ -126,26 +139,17 @@ class LayerStats:
             self.counts, self.mean, self.variance, self.renorm, mean_error, variance_error
         )
 
-    def with_relative_errors(self, other: "LayerStats", factor: float) -> "LayerStats":
-        """These statistics with the errors that others have, in units of standard deviations.
-
-        Args:
-            other: Statistics of the same layer by another method.
-            factor: To multiply them by.
-        """
-        ratio = self.variance / np.where(other.variance > 0, other.variance, 1)
-        return self.with_errors(
-            factor * np.sqrt(ratio) * other.mean_error, factor * ratio * other.variance_error
-        )
-
-    def errors_in(self, whole: "LayerStats", method: str) -> np.ndarray:
+    def errors_in(
+        self, whole: "LayerStats", method: str, share: np.ndarray | None = None
+    ) -> np.ndarray:
         """How much the standard errors of a part bring to those of the whole.
 
-        With w the part's share of the count, w mean_error, and
+        With w the `share` of the part, by default that of its count, w mean_error, and
         w (variance_error + 2 |mean - mean of the whole| mean_error), the most that it can be,
         whatever the correlation of mean and variance; for `"algorithm2"` without the second term.
         """
-        share = self.counts / np.maximum(whole.counts, 1)
+        if share is None:
+            share = self.counts / np.maximum(whole.counts, 1)
         apart = 0.0 if method == "algorithm2" else 2 * np.abs(self.mean - whole.mean)
         errors = np.stack([self.mean_error, self.variance_error + apart * self.mean_error])
         return np.where(self.counts > 0, share * errors, 0.0)
@@ -155,14 +159,19 @@ class LayerStats:
         """The larger error of mean and standard deviation, in the worst channel.
 
         The largest of mean_error / sqrt(variance), and of variance_error / (2 variance), the
-        relative error of the standard deviation, over all channels with values. 0 for a channel
-        whose errors are 0; NaN if any error is not known.
+        relative error of the standard deviation, over all channels with values that vary. 0 for
+        a channel whose errors are 0; NaN if any error is not known.
         """
-        errors = np.stack([self.mean_error, self.variance_error])[:, self.counts > 0]
-        variance = self.variance[self.counts > 0]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            relative = errors / np.stack([np.sqrt(variance), 2 * variance])
-        return float(np.max(np.where(errors == 0, 0.0, relative), initial=0.0))
+        varied = (self.counts > 0) & ~self.constant
+        errors = np.stack([self.mean_error, self.variance_error])[:, varied]
+        variance = self.variance[varied]
+        relative = errors / np.stack([np.sqrt(variance), 2 * variance])
+        return float(np.max(relative, initial=0.0))
+
+    @property
+    def constant(self) -> np.ndarray:
+        """Whether all values of a channel were equal, up to rounding in float32."""
+        return self.variance <= 1e-12 * np.square(self.mean)
 
     def blend(self, source: "LayerStats", samples: int, field_samples: int) -> "LayerStats":
         """These statistics, blended with those of a source; see `PopulationStats.blend`.
@@ -193,8 +202,8 @@ class LayerStats:
         blended = LayerStats(self.counts, *blending.weighted(self, source, share))
         return blended.with_errors(*((1 - share) * error for error in self.errors.values()))
 
-    def _moments(self) -> moments.Moments:
-        count = self.counts.astype(np.float64)
+    def _moments(self, weight: float) -> moments.Moments:
+        count = weight * self.counts
         return moments.of_values(count, self.mean, self.variance * count)
 
 

@@ -18,6 +18,8 @@ def table(stats: "PopulationStats") -> tuple[str, list[str], list[list]]:
     )
     if stats.tolerance is not None:
         why = "reached" if stats.relative_error <= stats.tolerance else "data ended first"
+        size = stats.population_size
+        title += f" drawn at random from {size}" if size else " in the order of the data"
         title += f", tolerance={stats.tolerance:g} ({why})"
     if stats.source_weight:
         title += f", {blending.in_words(stats.samples, stats.source_weight)}"

@@ -139,9 +139,29 @@ class Batches:
                 raise too_large(len(inputs), limit)
         return self.holding(inputs)
 
-    def holding(self, inputs: Sequence[Structure]) -> "Batches":
-        """The batches of inputs that were read from these."""
-        return prepared(inputs, self.static, self.source)
+    def holding(self, inputs: Sequence[Structure], first: int = 0) -> "Batches":
+        """The batches of inputs that were read from these, from number `first` on."""
+        shard, before = self.source
+        return prepared(inputs, self.static, (shard, before + first))
+
+    def joined(self, limit: int) -> "Batches":
+        """The same samples, read once, in batches of up to `limit` bytes where they are dense."""
+        inputs = [batch.inputs for batch in self]
+        shapes = {
+            tuple(leaf.shape[1:] if isinstance(leaf, tf.Tensor) else None for leaf in leaves)
+            for leaves in map(keras.tree.flatten, inputs)
+        }
+        if self.static or len(shapes) != 1 or None in next(iter(shapes)):
+            return self.holding(inputs)
+        size = max(1, limit // max(nbytes(inputs[0]), 1))
+        return self.holding(
+            [
+                keras.tree.map_structure(
+                    lambda *leaves: tf.concat(leaves, 0), *inputs[first : first + size]
+                )
+                for first in range(0, len(inputs), size)
+            ]
+        )
 
     def _read(self) -> Iterator[Batch]:
         """Yield each `Batch`.

@@ -43,7 +43,8 @@ def batches(
         model: The model that they are for, whose inputs tell unbatched data.
         sample: Whether only the first ones will be taken. Then data whose samples or batches can
             be addressed comes in random order, the same every time, and a stream may be endless.
-        shard: The number of this part of the data, if others are swept with it.
+        shard: The number of this part of the data, if others are swept with it. Each draws in
+            another order.
 
     Raises:
         ValueError: If `x` is nothing that `model.fit` takes, is endless and has no

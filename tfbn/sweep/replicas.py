@@ -68,7 +68,7 @@ def source_of(model: keras.Model | str | os.PathLike | Callable[[], keras.Model]
 
 
 class Replica:
-    """The model of a sweep in this process, and its `ShardSweep`s, made once for all tasks.
+    """The model of a sweep in this process, and its `ShardSweep`, made once for all tasks.
 
     Args:
         recipe: The `Recipe` of the sweep.
@@ -86,29 +86,24 @@ class Replica:
             layers = dict(zip(recipe.paths, layers.values(), strict=True))
         self.layers = layers
         self._recipe = recipe
-        self._sweeps: dict[str, ShardSweep] = {}
         self._lock = threading.Lock()
-        self._sweep_by(recipe.method)
+        self._sweep = ShardSweep(
+            self.model,
+            self.layers,
+            prepared([]),
+            recipe.method,
+            include_frozen=recipe.include_frozen,
+        )
 
     @property
     def begin(self) -> SweepState:
         """The state that the sweep begins at."""
-        return self.begin_by(self._recipe.method)
+        return self._sweep.begin
 
-    def begin_by(self, method: str) -> SweepState:
-        """The state that a sweep by another method begins at."""
-        return self._sweep_by(method).begin
-
-    def _sweep_by(self, method: str) -> ShardSweep:
-        if method not in self._sweeps:
-            self._sweeps[method] = ShardSweep(
-                self.model,
-                self.layers,
-                prepared([]),
-                method,
-                include_frozen=self._recipe.include_frozen,
-            )
-        return self._sweeps[method]
+    @property
+    def any_batch_size(self) -> bool:
+        """Whether the network is known to take batches of any size."""
+        return self._sweep.any_batch_size
 
     def sweep_level(self, state: SweepState, batches: BatchReader) -> SweepState:
         """One level over some batches.
@@ -121,15 +116,14 @@ class Replica:
             The state after them, without the levels before, which all processes have.
         """
         with self._lock:
-            swept = self._sweep_by(state.method).continue_sweep(state, batches)
+            swept = self._sweep.continue_sweep(state, batches)
         return dataclasses.replace(swept, settled={})
 
     def finish(self, state: SweepState) -> PopulationStats:
         """The `tfbn.PopulationStats` of a complete sweep, with warnings where they are due."""
-        sweep = self._sweep_by(state.method)
-        stats = state.finish(self.model, sweep.previous_of(state.paths))
+        stats = state.finish(self.model, self._sweep.previous_of(state.paths))
         warn_of(state, stats)
-        warn_of_rounding(stats, sweep.layers)
+        warn_of_rounding(stats, self._sweep.layers)
         return stats
 
 

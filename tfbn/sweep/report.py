@@ -1,5 +1,6 @@
 """The progress of a sweep, in words or as a bar."""
 
+import math
 import time
 
 import keras
@@ -35,6 +36,17 @@ class Report:
         """Go on with a level, from its first batch."""
         self._level = level
         self._seen = 0
+
+    def begin_round(self, batches: int, samples: int) -> None:
+        """Say that a sample of this size is swept."""
+        if self._verbose == 1:
+            print(f"{samples} samples in {batches} batches: ", end="", flush=True)
+
+    def end_round(self, error: float, tolerance: float) -> None:
+        """Say how far the statistics of a sample may be off."""
+        if self._verbose == 1:
+            known = f"error {error:.4f}" if math.isfinite(error) else "error not known yet"
+            print(f"{known}, tolerance {tolerance:g}")
 
     def batch(self, levels: int) -> None:
         """Count a batch.

@@ -1,9 +1,8 @@
 """`collect`: the sweep, from its arguments to its result."""
 
 import functools
-import math
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import keras
@@ -11,11 +10,11 @@ import keras
 from tfbn import arguments
 from tfbn.population import PopulationStats
 from tfbn.sweep import data, memory
-from tfbn.sweep.accumulator import SweepState, merged
-from tfbn.sweep.batches import Batches, empty, prepared
+from tfbn.sweep.batches import Batches
 from tfbn.sweep.caveats import warn_of, warn_of_rounding
-from tfbn.sweep.methods import METHODS, check_method
-from tfbn.sweep.sampling import Pilot, Sample
+from tfbn.sweep.driver import run_levels, run_sample
+from tfbn.sweep.local_engine import LocalEngine, LocalSampler
+from tfbn.sweep.methods import check_method
 from tfbn.sweep.shard_sweep import ShardSweep
 from tfbn.sweep.trained_layers import layers_to_sweep
 from tfbn.sweep.workers import Workers
@@ -95,16 +94,18 @@ def collect(
             2 % of the time. After a crash the same call goes on where that file ends, to the
             same result; a sweep that is done deletes the file. The data must come in the same
             order every time, which is checked. With several workers, each adds its number to the
-            name. With a `tolerance`, only the levels of `"exact"` are saved.
+            name. Not together with a `tolerance`.
         tolerance: Sweep no more data than it takes for every channel's mean to be known within
             `tolerance` population standard deviations, and its standard deviation within
-            `tolerance` of itself, as one standard error (`LayerStats.relative_error`). Of arrays,
-            samples are drawn at random without replacement, the same in every call; other data is
-            taken in its order, which therefore has to be random, and a warning says where its
-            first and second half disagree. For `"exact"`, a `"pooled"` sweep finds how many
-            batches it takes, at least 20, and all levels are swept over these, which are kept in
-            memory where they fit into `memory_limit`. Where the data ends first, all of it is
-            swept, and `summary` says so. Workers take the same number of batches each.
+            `tolerance` of itself, as one standard error (`LayerStats.relative_error`). Samples of
+            arrays and batches of a `PyDataset` or another sequence are drawn at random without
+            replacement, from the first `steps` batches if that is given, the same in every call.
+            A stream is taken in its order, which therefore has to be random: a warning says where
+            the first and the second half of the sample disagree. The sample has at least 20
+            batches, and grows until the errors are small enough; it costs a few passes over the
+            sample. Where the data ends first, all of it is swept, and `summary` says so.
+            `tfbn.sweep.sampling` says what the errors assume, when they are NaN, and when they
+            are too small.
 
     Returns:
         `tfbn.PopulationStats`; its `assign(model)` puts the statistics into the model.
@@ -170,133 +171,60 @@ def collect_trained(
     check_method(method)
     tolerance = arguments.tolerance(tolerance)
     workers = Workers(model)
-    sweep = _Sweep(
-        model,
-        lambda: check(
+    if checkpoint is not None and tolerance is not None:
+        raise ValueError(
+            "Expected a checkpoint only for a sweep of all data. Received: "
+            f"checkpoint={os.fspath(checkpoint)!r} with tolerance={tolerance:g}. Leave one out."
+        )
+    if checkpoint is not None and len(workers) > 1:
+        checkpoint = f"{checkpoint}.{workers.index}"
+    limit = memory.default_limit() if memory_limit is None else memory_limit
+
+    # Both run while the workers exchange their first state, so that all learn if one cannot.
+    @functools.cache
+    def checked() -> tuple[dict[str, keras.Layer], Batches]:
+        several, sample = len(workers) > 1, tolerance is not None
+        return check(
             model,
             x,
             batch_size,
             steps,
             include_frozen,
-            may_be_empty=len(workers) > 1,
-            sample=tolerance is not None,
+            may_be_empty=several,
+            sample=sample,
             shard=workers.index,
             trained=trained,
-        ),
-        method,
-        workers,
-        include_frozen=include_frozen,
-        observed=trained is not None,
-        reported=reported,
-        verbose=verbose if workers.index == 0 else 0,
-        memory_limit=memory.default_limit() if memory_limit is None else memory_limit,
-        checkpoint=f"{checkpoint}.{workers.index}"
-        if checkpoint and len(workers) > 1
-        else checkpoint,
-    )
-    state, shard, pilot = sweep.of_all() if tolerance is None else sweep.of_sample(tolerance)
-    stats = state.finish(model, shard.previous_of(state.paths))
+        )
+
+    @functools.cache
+    def shard() -> ShardSweep:
+        layers, batches = checked()
+        return ShardSweep(
+            model,
+            layers,
+            batches,
+            method,
+            include_frozen=include_frozen,
+            observed=trained is not None,
+            reported=reported,
+            memory_limit=limit if tolerance is None else None,
+            checkpoint=checkpoint,
+            verbose=verbose if workers.index == 0 else 0,
+        )
+
+    if tolerance is None:
+        state = run_levels(LocalEngine(shard, workers))
+        stats = state.finish(model, shard().previous_of(state.paths))
+    else:
+        sampler = LocalSampler(shard, lambda: checked()[1], workers, limit)
+        sample = run_sample(sampler, tolerance, shard().report)
+        state = sample.state
+        stats = state.finish(model, shard().previous_of(state.paths))
+        stats = sample.finish(stats, tolerance)
     warn_of(state, stats, reported)
-    warn_of_rounding(stats, shard.layers)
-    shard.end()
-    return stats if pilot is None or tolerance is None else pilot.with_errors(stats, tolerance)
-
-
-class _Sweep:
-    """One call of `collect`.
-
-    Args:
-        model: The model.
-        check: Gives the layers to sweep, by path, and the batches of this worker.
-        method: The name of the method.
-        workers: The `Workers` that share the sweep.
-        options: Those of `ShardSweep`.
-    """
-
-    def __init__(
-        self,
-        model: keras.Model,
-        check: Callable[[], tuple[dict[str, keras.Layer], Batches]],
-        method: str,
-        workers: Workers,
-        *,
-        memory_limit: int,
-        checkpoint: str | os.PathLike | None,
-        **options: Any,
-    ):
-        self._model = model
-        # Called in the first `gather`, so that all workers learn if one cannot.
-        self._checked = functools.cache(check)
-        self._method = method
-        self._workers = workers
-        self._memory_limit = memory_limit
-        self._checkpoint = checkpoint
-        self._options = options
-
-    def of_all(self) -> tuple[SweepState, ShardSweep, None]:
-        """Sweep all data: the complete state, the `ShardSweep`, and no `Pilot`."""
-        return *self._whole(lambda: self._checked()[1], self._memory_limit), None
-
-    def of_sample(self, tolerance: float) -> tuple[SweepState, ShardSweep, Pilot]:
-        """Sweep as much data as a tolerance takes: see `of_all`, and the `Pilot` that found it."""
-        by_level = METHODS[self._method].by_level
-
-        @functools.cache
-        def start() -> tuple[Sample, ShardSweep]:
-            """The `Sample`, and the `ShardSweep` of the pilot."""
-            batches = self._checked()[1]
-            if not by_level:
-                return Sample(batches, None), self._shard(prepared([]), self._method)
-            pilot = self._shard(prepared([]), "pooled", verbose=0)
-            return Sample(batches, self._memory_limit), pilot
-
-        def sweep(more: int) -> SweepState | None:
-            sample, shard = start()
-            each = math.ceil(more / len(self._workers))
-            begin = shard.begin
-            swept = self._workers.gather(lambda: shard.continue_sweep(begin, sample.more(each)))
-            return merged(swept, begin)
-
-        self._workers.gather(lambda: start()[1].begin)
-        sample, shard = start()
-        drawn = self._checked()[1].population_size
-        # No worker knows how much data the others have.
-        pilot = Pilot(sweep, drawn if len(self._workers) == 1 else 0)
-        pilot.reach(tolerance)
-        if not drawn:
-            pilot.warn_of_halves()
-        if not by_level:
-            return pilot.state, shard, pilot
-        return *self._whole(sample.whole, self._memory_limit - sample.nbytes), pilot
-
-    def _whole(
-        self, batches: Callable[[], Batches], memory_limit: int
-    ) -> tuple[SweepState, ShardSweep]:
-        """Sweep some batches, level by level: the complete state, and the `ShardSweep`."""
-
-        @functools.cache
-        def shard() -> ShardSweep:
-            limits = {"memory_limit": memory_limit, "checkpoint": self._checkpoint}
-            return self._shard(batches(), self._method, **limits)
-
-        # After a crash a worker may be a level ahead: the levels before are the same for all.
-        gather = self._workers.gather
-        state = max(gather(lambda: shard().begin), key=lambda begin: begin.level)
-        while not state.complete:
-            swept = gather(functools.partial(shard().sweep_level, state), settled=state.settled)
-            reached = merged(swept, state)
-            if reached is None:
-                raise empty()
-            if reached.whole and not state.whole:
-                state = reached.whole_passes()
-                shard().forget_frontiers()
-            else:
-                state = reached.next_level()
-        return state, shard()
-
-    def _shard(self, batches: Batches, method: str, **options: Any) -> ShardSweep:
-        layers, _ = self._checked()
-        return ShardSweep(self._model, layers, batches, method, **{**self._options, **options})
+    warn_of_rounding(stats, shard().layers)
+    shard().end()
+    return stats
 
 
 def update_population_stats(model: keras.Model, x: Any, **options: Any) -> PopulationStats:

@@ -1,6 +1,7 @@
 """The sweep over one shard, in one process: every level, over the shard's batches."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import os
@@ -71,6 +72,7 @@ class ShardSweep:
     Attributes:
         begin: The state to begin at: that of a new sweep, or of the checkpoint.
         layers: The layers to sweep, by path.
+        report: The `Report` of progress.
     """
 
     def __init__(
@@ -88,8 +90,8 @@ class ShardSweep:
         verbose: int | str = 0,
     ):
         self._method = method
-        self._report = Report(method, verbose, batches.total)
-        self._report.begin()
+        self.report = Report(method, verbose, batches.total)
+        self.report.begin()
         self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint, batches)
         by_level = METHODS[method].by_level
         if by_level and memory_limit is not None and not batches.repeatable:
@@ -148,6 +150,22 @@ class ShardSweep:
         self.forget_frontiers()  # They are of the batches before.
         return self.sweep_level(state)
 
+    @property
+    def any_batch_size(self) -> bool:
+        """Whether the network is known to take batches of any size."""
+        inputs = getattr(self._model, "inputs", None) or []
+        return bool(inputs) and all(tensor.shape[0] is None for tensor in inputs)
+
+    def over(self, batches: Batches, memory_limit: int) -> "ShardSweep":
+        """The same network's sweep of other batches, with a cache of its own."""
+        other = copy.copy(self)
+        other._batches = batches
+        other._memory_limit = memory_limit
+        other.report = Report(self._method, 0, None)
+        other._populations = [{} for _ in self._networks]
+        other.forget_frontiers()
+        return other
+
     def forget_frontiers(self) -> None:
         """Begin anew, with nothing kept from one level to the next."""
         self._frontiers = Frontiers(self._memory_limit)
@@ -185,7 +203,7 @@ class ShardSweep:
                 reached, digest = added, digests.of_sequence(digest, batch.key)
                 if reached.whole and not state.whole:
                     return reached
-                self._report.batch(max(reached.levels.values(), default=0))
+                self.report.batch(max(reached.levels.values(), default=0))
                 if self._checkpoint is not None and self._checkpoint.due:
                     self._checkpoint.save(reached, digest)
         except BaseException:
@@ -199,7 +217,7 @@ class ShardSweep:
 
     def end(self) -> None:
         """Delete the checkpoint, and finish the report, of a sweep that is done."""
-        self._report.end()
+        self.report.end()
         if self._checkpoint is not None:
             self._checkpoint.remove()
 
@@ -231,7 +249,7 @@ class ShardSweep:
 
     def _begin_passes(self, state: SweepState) -> None:
         by_level = METHODS[self._method].by_level and not (state.whole or self._eager)
-        self._report.begin_level(state.level)
+        self.report.begin_level(state.level)
         static = self._batches.static
         self._passes: list[LevelPasses | WholePasses] = [
             LevelPasses(network, static) if by_level else WholePasses(network, static, self._eager)

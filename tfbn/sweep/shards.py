@@ -1,25 +1,27 @@
 """`collect_shards`: one sweep over data in many places, on any engine that has a map."""
 
 import abc
-import collections
 import dataclasses
+import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
-import numpy as np
 
 from tfbn import arguments
 from tfbn.population import PopulationStats
 from tfbn.stats import moments
 from tfbn.sweep import accumulator_bytes, data
 from tfbn.sweep.accumulator import SweepState, merged
-from tfbn.sweep.batches import Batches, empty
-from tfbn.sweep.methods import METHODS, check_method
+from tfbn.sweep.batches import Batches
+from tfbn.sweep.deal import Deal
+from tfbn.sweep.driver import run_levels, run_sample
+from tfbn.sweep.methods import check_method
 from tfbn.sweep.replicas import Recipe, Replica, forget, replica, source_of
 from tfbn.sweep.report import Report
-from tfbn.sweep.sampling import Pilot
+from tfbn.sweep.sampling import JOINED_BYTES, PROBE, Draw, groups_of
 
 
 def collect_shards(
@@ -62,9 +64,9 @@ def collect_shards(
         batch_size: See `tfbn.collect`.
         steps: Number of batches of every shard; endless data needs it.
         include_frozen: See `tfbn.collect`.
-        tolerance: See `tfbn.collect`. Batches are drawn at random from those of all shards: from a
-            shard of arrays as random samples, from other data the first ones. How many there are
-            must be known of every shard, and one more call of `map` asks for it.
+        tolerance: See `tfbn.collect`. Batches are drawn at random from those of all shards, from
+            a shard that is a stream the first ones. The number of batches must be known of every
+            shard, for which one more call of `map` asks.
         verbose: 0 for silence, 1 for a progress bar over shards and levels. `"auto"` is 1.
 
     Returns:
@@ -80,35 +82,20 @@ def collect_shards(
     arguments.positive(batch_size=batch_size, steps=steps)
     recipe = Recipe(source_of(model), method, include_frozen)
     reader = _Reader(load, batch_size, steps, sample=tolerance is not None)
-    cluster = _Cluster(recipe, list(shards), map, reader, verbose)
+    tasks = _Tasks(recipe, list(shards), map, reader)
+    report = Report(method, verbose, len(tasks.shards), unit="shard")
+    report.begin()
     try:
+        here = replica(recipe)
         if tolerance is None:
-            return replica(recipe).finish(cluster.sweep())
-        return _collect_sample(recipe, cluster, tolerance)
+            stats = here.finish(run_levels(_MapEngine(here, tasks, report)))
+        else:
+            sample = run_sample(_MapSampler(here, tasks), tolerance, report)
+            stats = sample.finish(here.finish(sample.state), tolerance)
+        report.end()
+        return stats
     finally:
         forget(recipe)
-
-
-def _collect_sample(recipe: Recipe, cluster: "_Cluster", tolerance: float) -> PopulationStats:
-    """Sweep as much of all shards as a tolerance takes."""
-    here = replica(recipe)
-    by_level = METHODS[recipe.method].by_level
-    begin = here.begin_by("pooled") if by_level else here.begin
-    sizes = cluster.sizes()
-    owners = np.repeat(np.arange(len(sizes)), [size.batches for size in sizes])
-    owners = np.random.default_rng(0).permutation(owners)
-    taken = 0
-
-    def sweep(more: int) -> SweepState | None:
-        nonlocal taken
-        start, taken = taken, min(taken + more, len(owners))
-        return cluster.sweep_level(begin, _Parts(owners, start, taken))
-
-    known = all(size.samples for size in sizes if size.batches)
-    pilot = Pilot(sweep, sum(size.samples for size in sizes) if known else 0)
-    pilot.reach(tolerance)
-    state = cluster.sweep(_Parts(owners, 0, taken)) if by_level else pilot.state
-    return pilot.with_errors(here.finish(state), tolerance)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +122,17 @@ class _Reader:
 
 
 class _Size(NamedTuple):
-    """How many batches a shard has, and how many samples; 0 where that is not known."""
+    """The size of a shard.
+
+    Attributes:
+        batches: How many batches it has.
+        samples: How many samples; 0 where that is not known.
+        drawn: Whether its batches come in random order.
+    """
 
     batches: int
     samples: int
+    drawn: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,158 +169,93 @@ class _Task(abc.ABC):
 class _Measure(_Task):
     """Asks for the `_Size` of a shard."""
 
-    def run(self, here: Replica, number: int, batches: Batches) -> tuple[int, int]:
+    def run(self, here: Replica, number: int, batches: Batches) -> _Size:
         """The size."""
         if batches.total is None:
             raise ValueError(
                 "Expected a number of batches that is known before they are read, for `tolerance`. "
                 "Received: data that does not tell. Give `steps`, or arrays."
             )
-        return batches.total, batches.population_size
+        return _Size(batches.total, batches.population_size, batches.drawn)
 
 
 @dataclasses.dataclass(frozen=True)
-class _SweepLevel(_Task):
-    """Sweeps a shard at one level.
+class _Work:
+    """Batches of the shards to run a level over, from one state.
 
     Attributes:
-        state: The state at the beginning of the level.
-        parts: The `_Parts` of the shards to sweep, or `None` for all of them.
+        state: The `SweepState` at the beginning of the level.
+        spans: Shard -> which of its batches, from and to; `None` for all batches of all shards.
+        probe: Whether these are the first few batches, which may be joined.
     """
 
     state: SweepState
-    parts: Any
-
-    def run(self, here: Replica, number: int, batches: Batches) -> bytes:
-        """The bytes of the state after the level."""
-        if self.parts is not None:
-            batches = batches.part(*self.parts.of(number))
-        return accumulator_bytes.pack(here.sweep_level(self.state, batches))
+    spans: dict[int, tuple[int, int]] | None = None
+    probe: bool = False
 
 
-class _Parts:
-    """The batches from `start` to `stop` of all shards in random order.
+@dataclasses.dataclass(frozen=True)
+class _RunLevel(_Task):
+    """Sweeps a shard at one level, for every `_Work` that it has batches for."""
 
-    Args:
-        owners: For every batch, in that order, the number of its shard.
-    """
+    works: Sequence[_Work]
 
-    def __init__(self, owners: np.ndarray, start: int, stop: int):
-        self._before = collections.Counter(owners[:start].tolist())
-        self._taken = collections.Counter(owners[start:stop].tolist())
+    def run(self, here: Replica, number: int, batches: Batches) -> dict[int, bytes]:
+        """Number of the work -> the bytes of the state after it."""
+        results, parts = {}, {}
+        for place, work in enumerate(self.works):
+            if not work.spans:
+                part = batches
+            elif number in work.spans:
+                span = work.spans[number]
+                if span not in parts:
+                    parts[span] = batches.part(*span)
+                    if work.probe and here.any_batch_size:
+                        parts[span] = parts[span].joined(JOINED_BYTES)
+                part = parts[span]
+            else:
+                continue
+            results[place] = accumulator_bytes.pack(here.sweep_level(work.state, part))
+        return results
 
-    def of(self, number: int) -> tuple[int, int]:
-        """Which of its batches a shard gives, from and to."""
-        start = self._before[number]
-        return start, start + self._taken[number]
 
-    def shards(self) -> list[int]:
-        """The numbers of the shards that give any, in order."""
-        return sorted(self._taken)
+@dataclasses.dataclass(frozen=True)
+class _Tasks:
+    """The shards, and the map that runs tasks on them.
 
-
-class _Cluster:
-    """The shards, and the processes that sweep them.
-
-    Args:
+    Attributes:
         recipe: The `Recipe` of the sweep.
-        shards: All of them.
+        shards: All shards.
         map: See `collect_shards`.
         reader: The `_Reader`.
-        verbose: See `collect_shards`.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        shards: Sequence[Any],
-        map: Callable[..., Iterable],
-        reader: _Reader,
-        verbose: int | str,
-    ):
-        self._recipe = recipe
-        self._shards = shards
-        self._map = map
-        self._reader = reader
-        self._verbose = verbose
+    recipe: Recipe
+    shards: Sequence[Any]
+    map: Callable[..., Iterable]
+    reader: _Reader
 
     def sizes(self) -> list[_Size]:
         """The `_Size` of every shard."""
-        results = dict(self._results(_Measure(self._recipe, self._reader), self._asked(None)))
-        return [_Size(*results[number]) for number in range(len(self._shards))]
+        numbers = range(len(self.shards))
+        results = dict(self._results(_Measure(self.recipe, self.reader), numbers))
+        return [_Size(*results[number]) for number in numbers]
 
-    def sweep(self, parts: _Parts | None = None) -> SweepState:
-        """Sweep all levels: the complete state.
-
-        Args:
-            parts: The `_Parts` of the shards to sweep; all of them by default.
-        """
-        state = replica(self._recipe).begin
-        seen: dict[int, tuple[int, int]] = {}
-        total = len(self._asked(parts))
-        report = Report(self._recipe.method, self._verbose, total, unit="shard")
-        report.begin()
-        while not state.complete:
-            report.begin_level(state.level)
-            after = self.sweep_level(state, parts, seen, report)
-            if after is None:
-                raise empty()
-            if after.whole and not state.whole:
-                state, seen = after.whole_passes(), {}
-                continue
-            state = after.next_level()
-        report.end()
-        return state
-
-    def sweep_level(
-        self,
-        state: SweepState,
-        parts: _Parts | None = None,
-        seen: dict[int, tuple[int, int]] | None = None,
-        report: Report | None = None,
-    ) -> SweepState | None:
-        """The merged state of all shards after one level, or `None` if they have no batch.
-
-        Args:
-            state: The state at the beginning of the level.
-            parts: See `sweep`.
-            seen: By the number of a shard its samples and digest at level 1; those of shards that
-                it lacks are added.
-            report: The `Report` to count shards in.
-        """
-        recipe = dataclasses.replace(self._recipe, paths=state.paths)
-        swept = {}
-        task = _SweepLevel(recipe, self._reader, _of_populations(state), parts)
-        for number, content in self._results(task, self._asked(parts)):
-            shard_state = swept[number] = accumulator_bytes.unpack(content)
-            if seen is not None and (state.whole or not shard_state.whole):
-                self._check_same(number, shard_state, seen, state.level)
-            if report is not None:
-                report.batch(max(shard_state.levels.values(), default=0))
-        # In the order of the shards, so that rounding is the same for any order of results.
-        return merged((swept[number] for number in self._asked(parts)), state)
-
-    def _asked(self, parts: _Parts | None) -> Sequence[int]:
-        """The numbers of the shards to sweep: loading the others would be for nothing."""
-        return range(len(self._shards)) if parts is None else parts.shards()
-
-    def _check_same(
-        self, number: int, state: SweepState, seen: dict[int, tuple[int, int]], level: int
-    ) -> None:
-        now = state.samples, state.data
-        if seen.setdefault(number, now) != now:
-            raise ValueError(
-                "Expected the same data at every level. Received: "
-                f"{_named(number, self._shards[number])}, which had {seen[number][0]} samples at "
-                f"level 1 and at level {level} has {now[0]}, or other ones. Give shards that do "
-                "not change."
-            )
+    def run_level(self, works: Sequence[_Work]) -> Iterator[tuple[int, dict[int, SweepState]]]:
+        """Yield, for each shard that has work, its number, and by the work's number the state."""
+        sent = [dataclasses.replace(work, state=_of_populations(work.state)) for work in works]
+        recipe = dataclasses.replace(self.recipe, paths=works[0].state.paths)
+        everywhere = range(len(self.shards))
+        numbers = {*itertools.chain(*(work.spans or everywhere for work in works))}
+        task = _RunLevel(recipe, self.reader, sent)
+        for number, results in self._results(task, sorted(numbers)):
+            yield number, {at: accumulator_bytes.unpack(state) for at, state in results.items()}
 
     def _results(self, task: _Task, numbers: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """Yield number and result of some shards once, in the order in which they come."""
         missing = set(numbers)
-        items = [(number, self._shards[number]) for number in numbers]
-        for number, result in self._map(task, items) if items else ():
+        items = [(number, self.shards[number]) for number in numbers]
+        for number, result in self.map(task, items) if items else ():
             if number in missing:  # An engine may run a task twice.
                 missing.remove(number)
                 yield number, result
@@ -334,8 +263,132 @@ class _Cluster:
             number = min(missing)
             raise ValueError(
                 "Expected a result for every shard. Received: none for "
-                f"{_named(number, self._shards[number])}. Look at the engine that `map` belongs to."
+                f"{_named(number, self.shards[number])}. Look at the engine that `map` belongs to."
             )
+
+
+class _SameData:
+    """Raises an error for a shard that changes between levels."""
+
+    def __init__(self, shards: Sequence[Any]):
+        self._shards = shards
+        self._first: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def require(self, number: int, work: int, reached: SweepState, begin: SweepState) -> None:
+        if reached.whole and not begin.whole:
+            return
+        if begin.level == 1:
+            self._first[number, work] = reached.samples, reached.data
+        now = reached.samples, reached.data
+        before = self._first.setdefault((number, work), now)
+        if before != now:
+            raise ValueError(
+                "Expected the same data at every level. Received: "
+                f"{_named(number, self._shards[number])}, which had {before[0]} samples at "
+                f"level 1 and at level {begin.level} has {now[0]}, or other ones. Give shards that "
+                "do not change."
+            )
+
+
+class _MapEngine:
+    """Sweeps all shards: one task for every shard and level."""
+
+    def __init__(self, here: Replica, tasks: _Tasks, report: Report):
+        self._here = here
+        self._tasks = tasks
+        self._report = report
+        self._same = _SameData(tasks.shards)
+
+    def begin(self) -> SweepState:
+        """The state at which the sweep begins."""
+        return self._here.begin
+
+    def run_level(self, state: SweepState) -> SweepState | None:
+        """The merged state of all shards after one level."""
+        self._report.begin_level(state.level)
+        swept = {}
+        for number, results in self._tasks.run_level([_Work(state)]):
+            swept[number] = results[0]
+            self._same.require(number, 0, results[0], state)
+            self._report.batch(max(results[0].levels.values(), default=0))
+        # In the order of the shards, so that rounding is the same for any order of results.
+        return merged((swept[number] for number in sorted(swept)), state)
+
+
+class _MapSampler:
+    """Draws batches at random from those of all shards."""
+
+    def __init__(self, here: Replica, tasks: _Tasks):
+        sizes = tasks.sizes()
+        known = all(size.samples for size in sizes if size.batches)
+        self._drawn = all(size.drawn for size in sizes if size.batches)
+        self._population_size = sum(size.samples for size in sizes) if known else 0
+        self._sizes = sizes
+        self._deal = Deal([size.batches for size in sizes])
+        self._taken = 0
+        self._here = here
+        self._tasks = tasks
+
+    def draw(self, more: int) -> Draw:
+        """Draw that many more batches, or fewer where the shards end."""
+        total = len(self._deal)
+        self._taken = min(self._taken + more, total)
+        ended = self._taken == total
+        if not self._drawn:
+            return Draw(self._taken, self._samples(), ended, 0, 0)
+        return Draw(self._taken, self._samples(), ended, total, self._population_size)
+
+    def _samples(self) -> int:
+        if not self._population_size:
+            return self._taken
+        return round(self._population_size * self._taken / max(len(self._deal), 1))
+
+    def engine(self) -> "_MapGroups":
+        """An engine for all batches drawn so far."""
+        each = self._samples() / max(self._taken, 1)
+        return _MapGroups(self._here, self._tasks, self._deal, self._taken, each)
+
+
+class _MapGroups:
+    """Sweeps a sample of all shards in groups: one task for every shard and level."""
+
+    def __init__(self, here: Replica, tasks: _Tasks, deal: Deal, taken: int, each: float):
+        self.groups = groups_of(taken)
+        self._here = here
+        self._tasks = tasks
+        ends = [round(number * taken / self.groups) for number in range(self.groups + 1)]
+        begun: dict[int, int] = {}  # Shard -> the next of its batches.
+        self._spans = []
+        for start, stop in itertools.pairwise(ends):
+            counts = deal.counts(start, stop)
+            spans = {n: (begun.get(n, 0), begun.get(n, 0) + count) for n, count in counts.items()}
+            begun |= {number: stop for number, (_, stop) in spans.items()}
+            self._spans.append(spans)
+        counts = deal.counts(0, min(taken, math.ceil(PROBE / max(each, 1))))
+        self._probe = {number: (0, count) for number, count in counts.items()}
+        self._same = _SameData(tasks.shards)
+
+    def begin(self) -> SweepState:
+        """The state at which the sweep begins."""
+        return self._here.begin
+
+    def run_level(
+        self, state: SweepState, probes: Sequence[SweepState]
+    ) -> tuple[list[SweepState], list[SweepState]]:
+        """Run one level over each group, and over the first few batches from each probe."""
+        works = [_Work(state, spans) for spans in self._spans]
+        works += [_Work(probe, self._probe, probe=True) for probe in probes]
+        swept: list[dict[int, SweepState]] = [{} for _ in works]
+        for number, results in self._tasks.run_level(works):
+            for at, reached in results.items():
+                swept[at][number] = reached
+                if at < self.groups:
+                    self._same.require(number, at, reached, state)
+        states = [
+            merged((reached[number] for number in sorted(reached)), work.state) or work.state
+            for work, reached in zip(works, swept, strict=True)
+        ]
+        return states[: self.groups], states[self.groups :]
 
 
 def _of_populations(state: SweepState) -> SweepState:

@@ -3,7 +3,7 @@
 import concurrent.futures
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
@@ -65,12 +65,29 @@ class Workers:
         """
         if self._count == 1:
             return [compute()]
-        failure = None
-        try:
+
+        def message() -> bytes:
             state = compute()
             if settled is not None:
                 state = dataclasses.replace(state, settled={})
-            message = b"+" + accumulator_bytes.pack(state)
+            return accumulator_bytes.pack(state)
+
+        states = [accumulator_bytes.unpack(content) for content in self._gather(message)]
+        if settled is None:
+            return states
+        return [dataclasses.replace(state, settled=settled) for state in states]
+
+    def gather_numbers(self, compute: Callable[[], Sequence[int]]) -> list[tuple[int, ...]]:
+        """Whole numbers that a function computes on every worker, in their order. See `gather`."""
+        if self._count == 1:
+            return [tuple(compute())]
+        gathered = self._gather(lambda: np.array(compute(), np.int64).tobytes())
+        return [tuple(np.frombuffer(numbers, np.int64).tolist()) for numbers in gathered]
+
+    def _gather(self, compute: Callable[[], bytes]) -> list[bytes]:
+        failure = None
+        try:
+            message = b"+" + compute()
         except Exception as error:
             failure = error
             message = f"-{type(error).__name__}: {error}".encode()
@@ -83,10 +100,7 @@ class Workers:
                     f"Expected the sweeps of all {self._count} workers. Received: from worker "
                     f"{index} (counting from 0), {message[1:].decode()}"
                 )
-        states = [accumulator_bytes.unpack(message[1:]) for message in messages]
-        if settled is None:
-            return states
-        return [dataclasses.replace(state, settled=settled) for state in states]
+        return [message[1:] for message in messages]
 
     def _gathered(self, words: np.ndarray) -> np.ndarray:
         with tf.device("CPU:0"):
