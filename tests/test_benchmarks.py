@@ -41,18 +41,27 @@ def test_layer():
     assert matching(lines, f"ResNet50, first step (clock|CPU  )  tfbn/keras {NUMBER}-") == 2
 
 
-def test_layer_gpu_count():
-    lines = run("layer_gpu.py", "count", "--shapes", "4x8x8x16")
-    row = r"4x8x8x16 (float32|mixed_bfloat16) +(keras|tfbn) +"
-    assert matching(lines, f"{row}compiled by XLA: {NUMBER}") == 4
-    assert matching(lines, f"{row}operation by operation: {NUMBER}") == 2
+@pytest.mark.gpu_compile
+def test_layer_gpu_compile():
+    options = ("--shapes", "32x14x14x64", "--dtypes", "float32", "--gpus", "H200", "A100")
+    lines = run("layer_gpu.py", "compile", *options)
+    cells = ", ".join(
+        f"{name} {NUMBER} / \\d+"
+        for name in ("keras", "tfbn", "keras, in a graph", "tfbn, in a graph")
+    )
+    assert matching(lines, f"(H200|A100) 32x14x14x64 float32: {cells}") == 2
 
 
-def test_layer_gpu_export(tmp_path):
+@pytest.mark.gpu_compile
+def test_layer_gpu_export_and_run(tmp_path):
+    """On a CPU, whose plug-in takes the same programs."""
     lines = run("layer_gpu.py", "export", tmp_path / "hlo", "--shapes", "4x4x4x8", "32x8")
     assert lines[-1] == f"16 files in {tmp_path / 'hlo'}"
-    files = [path.name for path in (tmp_path / "hlo").iterdir() if path.stat().st_size]
-    assert len(files) == 16 and "32x8-mixed_bfloat16-train-tfbn.hlo" in files
+    lines = run("layer_gpu.py", "run", tmp_path / "hlo", "--repeats", 1)
+    row = (
+        f"(4x4x4x8|32x8) +(float32|bfloat16) +(train|infer)  keras +{NUMBER} ms, +{NUMBER} x floor"
+    )
+    assert matching(lines, f"{row}  tfbn +{NUMBER} ms, +{NUMBER} x floor  copy ") == 8
 
 
 def test_sweep():

@@ -1,133 +1,77 @@
-"""Time of the layer's step under XLA on an accelerator, beside what memory allows.
+"""The layer's step under XLA on a GPU: what XLA compiles it to, and its time.
 
-    python tests/benchmarks/layer_gpu.py count
+    python tests/benchmarks/layer_gpu.py compile    # needs no GPU
 
-counts, without an accelerator, how often one training step reads and writes a tensor of the size
-of the activation: from the traced graph, operation by operation, and from what XLA makes of it,
-kernel by kernel. That is how it fuses for the CPU at hand, where it writes out what enters a
-reduction; for a GPU it need not. The floor is 8.
+prints for NVIDIA GPUs how many passes over memory and how many kernels a training step has, as XLA
+compiles it (the extra `gpu-compile`; see `tests/gpu_compiler.py`): whole, as in `fit` on one GPU,
+and in a graph that XLA does not compile, as under a strategy. The floor is 8 passes.
 
-TensorFlow need not run where the accelerator is. In two steps:
+TensorFlow need not run where the GPU is. In two steps:
 
     python tests/benchmarks/layer_gpu.py export DIRECTORY    # with TensorFlow and tfbn
-    python tests/benchmarks/layer_gpu.py run DIRECTORY       # with jax for the accelerator alone
+    python tests/benchmarks/layer_gpu.py run DIRECTORY       # with jax for the GPU alone
 
-The first writes the HLO of the traced training and inference steps of tfbn's and Keras's layer;
-the second compiles and times it. It prints, for each shape, the time, and the time over the memory
-floor: the bytes that must move (in training x twice and y once forward, x and dy twice and dx once
-backward; in inference x and y) over the bandwidth of a copy, measured in the same run.
+The first writes the HLO of the training and inference steps of tfbn's and Keras's layer; the second
+compiles and times it. It prints, for each shape, the time, and the time over the memory floor: the
+bytes that must move (in training x twice and y once forward, x and dy twice and dx once backward;
+in inference x and y) over the bandwidth of a copy, measured in the same run.
 """
 
 import argparse
-import functools
-import math
 import pathlib
-import re
 import statistics
+import sys
 import time
 
-SHAPES = [(32, 56, 56, 64), (256, 56, 56, 64), (32, 14, 14, 256), (4096, 256), (65536, 1024)]
-DTYPES = ["float32", "mixed_bfloat16"]
-# Bytes of the dtypes that HLO names.
-SIZES = {"f64": 8, "s64": 8, "f32": 4, "s32": 4, "bf16": 2, "f16": 2, "pred": 1, "u8": 1}
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+SHAPES = [(32, 56, 56, 64), (32, 14, 14, 256), (4096, 256), (256, 56, 56, 64), (65536, 1024)]
+DTYPES = ["float32", "bfloat16"]
 TENSORS_MOVED = {"train": 8, "infer": 2}
 
 
-def export(directory, shapes):
-    import keras
-    import tensorflow as tf
+def steps_of():
+    """The module that makes the steps. It imports TensorFlow."""
+    import gpu_compiler
 
-    import tfbn
+    return gpu_compiler
 
+
+def layer(steps, name, dtype):
+    return steps.LAYERS[name](dtype=dtype if dtype == "float32" else f"mixed_{dtype}")
+
+
+def compile_steps(shapes, dtypes, gpus):
+    steps = steps_of()
     for shape in shapes:
-        for dtype in DTYPES:
-            for name, make in [
-                ("keras", keras.layers.BatchNormalization),
-                ("tfbn", tfbn.BatchNormalization),
-            ]:
-                layer = make(dtype=dtype)
-                layer.build((None, *shape[1:]))
-                x = tf.zeros(shape, layer.compute_dtype)
-                for kind, step, inputs in [
-                    ("train", functools.partial(train, layer), (x, x)),
-                    ("infer", functools.partial(infer, layer), (x,)),
-                ]:
-                    function = tf.function(step, jit_compile=True, autograph=False)
-                    hlo = function.experimental_get_compiler_ir(*inputs)("hlo_serialized")
+        for dtype in dtypes:
+            whole = {n: steps.whole_step(layer(steps, n, dtype), shape) for n in steps.LAYERS}
+            clusters = steps.cluster_steps(layer(steps, "tfbn", dtype), shape).values()
+            operations = steps.operations_of(layer(steps, "keras", dtype), shape)
+            for gpu in gpus:
+                found = {name: steps.kernels_of(hlo, gpu) for name, hlo in whole.items()}
+                found["keras, in a graph"] = operations
+                found["tfbn, in a graph"] = [
+                    kernel for hlo in clusters for kernel in steps.kernels_of(hlo, gpu)
+                ]
+                cells = [
+                    f"{name} {steps.passes(kernels, shape, dtype):.2f} / {len(kernels)}"
+                    for name, kernels in found.items()
+                ]
+                print(f"{gpu} {'x'.join(map(str, shape))} {dtype}: {', '.join(cells)}", flush=True)
+
+
+def export(directory, shapes, dtypes):
+    steps = steps_of()
+    make = {"train": steps.whole_step, "infer": steps.inference_step}
+    for shape in shapes:
+        for dtype in dtypes:
+            for name in steps.LAYERS:
+                for kind in make:
+                    hlo = make[kind](layer(steps, name, dtype), shape)
                     size = "x".join(map(str, shape))
-                    file = directory / f"{size}-{dtype}-{kind}-{name}.hlo"
-                    file.write_bytes(hlo)
+                    (directory / f"{size}-{dtype}-{kind}-{name}.hlo").write_bytes(hlo)
     print(f"{len(list(directory.iterdir()))} files in {directory}")
-
-
-def train(layer, x, dy):
-    import tensorflow as tf
-
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        y = layer(x, training=True)
-    return y, tape.gradient(y, [x, layer.gamma.value, layer.beta.value], dy)
-
-
-def infer(layer, x):
-    return layer(x, training=False)
-
-
-def count(shape):
-    import keras
-    import tensorflow as tf
-
-    import tfbn
-
-    layers = {"keras": keras.layers.BatchNormalization, "tfbn": tfbn.BatchNormalization}
-    for dtype in DTYPES:
-        for name, make in layers.items():
-            layer = make(dtype=dtype)
-            layer.build((None, *shape[1:]))
-            x = tf.zeros(shape, layer.compute_dtype)
-            step = functools.partial(train, layer)
-            whole = x.dtype.size * math.prod(shape)
-            compiled = tf.function(step, jit_compile=True, autograph=False)
-            hlo = compiled.experimental_get_compiler_ir(x, x)("optimized_hlo")
-            passes = {"compiled by XLA": passes_of_hlo(hlo, whole)}
-            if name == "keras":
-                graph = tf.function(step, autograph=False).get_concrete_function(x, x).graph
-                passes["operation by operation"] = passes_of_graph(graph, whole)
-            for way, number in passes.items():
-                print(f"{'x'.join(map(str, shape))} {dtype:14} {name:5} {way}: {number:.1f}")
-
-
-def passes_of_graph(graph, whole):
-    """Bytes that the operations of a graph read and write, over those of the activation."""
-    free = {"Reshape", "Identity", "IdentityN", "StopGradient", "Shape", "Placeholder", "NoOp"}
-    total = 0
-    for operation in graph.get_operations():
-        if operation.type not in free:
-            for tensor in [*operation.inputs, *operation.outputs]:
-                total += tensor.dtype.size * (tensor.shape.num_elements() or 0)
-    return total / whole
-
-
-def passes_of_hlo(text, whole):
-    """Bytes that the kernels of a compiled module read and write, over those of the activation."""
-    free = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
-    entry = text[text.index("\nENTRY") :]
-    entry = entry[: entry.index("\n}")]
-    sizes, total = {}, 0
-    for line in entry.splitlines():
-        if " = " not in line:
-            continue
-        name, right = line.replace("ROOT ", "").strip().lstrip("%").split(" = ", 1)
-        kind, operands = re.search(r" ([a-z][a-z-]*)\(([^)]*)\)", right).groups()
-        made = right[: right.index(f" {kind}(")]
-        sizes[name] = sum(
-            SIZES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n)
-            for dtype, shape in re.findall(r"([a-z0-9]+)\[([0-9,]*)\]", made)
-        )
-        if kind not in free:
-            names = re.findall(r"%?([\w.-]+)(?:,|$)", operands)
-            total += sizes[name] + sum(sizes.get(operand, 0) for operand in names)
-    return total / whole
 
 
 def run(directory, repeats):
@@ -160,18 +104,17 @@ def compiled(hlo):
 
     # jax has no public way to run HLO that it did not make.
     from jax._src.lib import xla_client
+    from portable_hlo import portable
 
-    computation = xla_client.XlaComputation(hlo)
     rng = np.random.default_rng(0)
     arrays = [
         # No negative values: the moving variance is among them.
         jax.numpy.asarray(rng.uniform(0.5, 1.5, shape.dimensions()), shape.numpy_dtype())
-        for shape in computation.program_shape().parameter_shapes()
+        for shape in xla_client.XlaComputation(hlo).program_shape().parameter_shapes()
     ]
-    module = xla_client._xla.mlir.xla_computation_to_mlir_module(computation)
     client = jax.devices()[0].client
-    devices = xla_client._xla.DeviceList((jax.devices()[0],))
-    executable = client.compile_and_load(module, devices)
+    devices = xla_client.DeviceList((jax.devices()[0],))
+    executable = client.compile_and_load(portable(hlo), devices)
     return lambda *inputs: executable.execute_sharded(list(inputs)), arrays
 
 
@@ -209,18 +152,20 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=["count", "export", "run"])
+    parser.add_argument("action", choices=["compile", "export", "run"])
     parser.add_argument("directory", type=pathlib.Path, nargs="?")
     parser.add_argument("--shapes", type=shape_of, nargs="+", default=SHAPES, help="as 32x8x8x16")
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES)
+    parser.add_argument("--gpus", nargs="+", default=["H200", "H100", "A100"])
     parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args()
-    if arguments.action == "count":
-        return count(arguments.shapes[0])
+    if arguments.action == "compile":
+        return compile_steps(arguments.shapes, arguments.dtypes, arguments.gpus)
     if arguments.directory is None:
         parser.error(f"{arguments.action} needs a directory")
     arguments.directory.mkdir(parents=True, exist_ok=True)
     if arguments.action == "export":
-        return export(arguments.directory, arguments.shapes)
+        return export(arguments.directory, arguments.shapes, arguments.dtypes)
     return run(arguments.directory, arguments.repeats)
 
 

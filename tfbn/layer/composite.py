@@ -15,53 +15,75 @@ def train(
     *,
     axis: int,
     epsilon: float,
-    mask: tf.Tensor | None,
-    sampled: bool,
-    synchronized: bool,
-    renorm: Callable | None,
+    mask: tf.Tensor | None = None,
+    long: bool = False,
+    synchronized: bool = False,
+    renorm: Callable | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """As `kernels.train`; `sampled` as in `centred_moments`."""
-    centred, shift, count, mean, variance = centred_moments(x, axis, mask, sampled=sampled)
+    """As `kernels.train`; `long` as in `sums.stretched`."""
+    centred, shift, count, mean, variance = centred_moments(x, axis, mask, long=long)
     if synchronized:
         count, mean, variance = _merge_replicas(count, mean, variance)
     corrections = None if renorm is None else renorm(mean, variance)
-    y = scale_centred(centred, mean - shift, variance, gamma, beta, axis, epsilon, corrections)
+    y = scale_centred(
+        centred, mean - shift, variance, gamma, beta, axis, epsilon, corrections, long=long
+    )
     return tf.cast(y, x.dtype), *(tf.stop_gradient(v) for v in (count, mean, variance))
 
 
 def train_compiled(
     x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, *, axis: int, epsilon: float
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """As `kernels.train`, compiled by XLA for itself, so that its operations become few kernels."""
+    """As `kernels.train`, forward and backward each compiled by XLA, where the graph is not."""
     channels = sums.number_of_channels(x, axis)
     gamma = tf.ones([channels]) if gamma is None else tf.cast(gamma, tf.float32)
     beta = tf.zeros([channels]) if beta is None else tf.cast(beta, tf.float32)
-    step = _compiled_step(3 - sums.within_stretches(x, axis), x.dtype, epsilon)
-    y, *moments = step(sums.stretched(x, axis), gamma, beta)
+    if sums.channels_last(x, axis):
+        step, flat = _compiled_step(2, x.dtype, epsilon), tf.reshape(x, [-1, channels])
+    else:
+        step, flat = _compiled_step(3, x.dtype, epsilon), sums.channels_second(x, axis)
+    y, *moments = step(flat, gamma, beta)
     return tf.reshape(y, tf.shape(x)), *moments
 
 
 @functools.cache
-def _compiled_step(axis: int, dtype: tf.DType, epsilon: float) -> Callable:
-    """From (x, gamma, beta) to the results, for `x` from `sums.stretched`; for all layers."""
+def _compiled_step(rank: int, dtype: tf.DType, epsilon: float) -> Callable:
+    """From (x, gamma, beta) to the results, for `x` of rank 2 or 3 with its channels on axis 1.
 
+    XLA writes every result of a function to memory. TensorFlow's gradient of a single compiled
+    function would add all intermediate values to its results, several of the size of `x` among
+    them. Here the backward function takes nothing as large but `x` and `dy`: it centres `x`
+    once more, which costs no pass over memory, by moments that it is given.
+    """
+
+    @tf.function(autograph=False, jit_compile=True)
+    def forward(x, gamma, beta):
+        y, *moments = train(x, gamma, beta, axis=1, epsilon=epsilon, long=True)
+        return y, *moments, tf.cast(moments[1], tf.float32)
+
+    @tf.function(autograph=False, jit_compile=True)
+    def backward(x, gamma, beta, shift, mean, variance, dy):
+        given = shift, mean, variance
+        centred, shift, _, mean, variance = centred_moments(x, 1, None, long=True, given=given)
+        rest = mean - shift
+        y = scale_centred(centred, rest, variance, gamma, beta, 1, epsilon, long=True)
+        # Not a tape, which records nothing where recording is stopped, as in forward mode.
+        return tf.gradients(tf.cast(y, x.dtype), [x, gamma, beta], dy)
+
+    @tf.custom_gradient
     def step(x, gamma, beta):
-        return train(
-            x,
-            gamma,
-            beta,
-            axis=axis,
-            epsilon=epsilon,
-            mask=None,
-            sampled=True,
-            synchronized=False,
-            renorm=None,
-        )
+        y, *moments, shift = forward(x, gamma, beta)
 
-    signature = [tf.TensorSpec([None] * 3, dtype), *[tf.TensorSpec([None])] * 2]
+        def gradient(dy, *_):
+            return backward(x, gamma, beta, shift, *moments[1:], dy)
+
+        return (y, *moments), gradient
+
+    signature = [tf.TensorSpec([None] * rank, dtype), *[tf.TensorSpec([None])] * 2]
     with tf.init_scope(), tf.device(None):
-        function = tf.function(step, autograph=False, jit_compile=True)
-        return function.get_concrete_function(*signature)
+        # A function around both, so that eager mode and forward-mode differentiation follow the
+        # gradient that is given here, too.
+        return tf.function(step, autograph=False).get_concrete_function(*signature)
 
 
 def normalize(
@@ -82,7 +104,12 @@ def normalize(
 
 
 def centred_moments(
-    x: tf.Tensor, axis: int, mask: tf.Tensor | None, *, sampled: bool
+    x: tf.Tensor,
+    axis: int,
+    mask: tf.Tensor | None,
+    *,
+    long: bool,
+    given: tuple[tf.Tensor, tf.Tensor, tf.Tensor] | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     """`(x - shift, shift, count, mean, variance)` for a shift near the mean of unmasked values.
 
@@ -93,7 +120,9 @@ def centred_moments(
 
     Args:
         x, axis, mask: As in `kernels.moments`.
-        sampled: Whether the shift may be the mean of a part of the data, if there is no mask.
+        long: As in `sums.stretched`.
+        given: `(shift, mean, variance)`, where they were computed before: nothing is summed
+            then, and the gradients are still those of the sums.
     """
     x = tf.cast(x, sums.statistics_dtype(x.dtype))
     counted = x
@@ -102,15 +131,23 @@ def centred_moments(
         # Before anything else, so that no gradient ever meets the values behind the mask.
         counted = tf.where(mask, x, tf.zeros((), x.dtype))
     count = sums.values_per_channel(x, axis, mask)
-    if mask is None and sampled:
-        shift = sums.sampled_mean(x, axis)
+    if given is not None:
+        shift = given[0]
+    elif mask is None:
+        shift = sums.sampled_mean(x, axis, long=long)
     else:
+        # What is masked may be all that a sample has.
         shift = tf.cast(sums.sum_of_channels(counted, axis) / tf.maximum(count, 1), x.dtype)
     shift = tf.stop_gradient(shift)
     centred = x - sums.along(axis, shift, x)
     counted = centred if mask is None else tf.where(mask, centred, tf.zeros((), x.dtype))
-    mean, variance = _moments_near_zero(counted, axis, count)
     shift = tf.cast(shift, tf.float64)
+    totals = None
+    if given is not None:
+        rest = given[1] - shift
+        totals = rest * count, (given[2] + tf.square(rest)) * count
+    total, squares = _sums_of_centred(counted, axis, totals, long=long)
+    mean, variance = sums.moments_of_sums(total, squares, count)
     return centred, shift, count, shift + mean, variance
 
 
@@ -123,6 +160,8 @@ def scale_centred(
     axis: int,
     epsilon: float,
     corrections: tuple[tf.Tensor, tf.Tensor] | None = None,
+    *,
+    long: bool = False,
 ) -> tf.Tensor:
     """gamma * (r * (centred - rest) / sqrt(variance + epsilon) + d) + beta.
 
@@ -140,7 +179,8 @@ def scale_centred(
         scale, offset = scale * gamma, offset * gamma
     if beta is not None:
         offset += tf.cast(beta, dtype)
-    return _affine(centred, tf.cast(scale, centred.dtype), tf.cast(offset, centred.dtype), axis)
+    scale, offset = (tf.cast(v, centred.dtype) for v in (scale, offset))
+    return _affine(centred, scale, offset, axis, long=long)
 
 
 def renorm_corrections(
@@ -174,7 +214,9 @@ def renorm_corrections(
     return r, d
 
 
-def _affine(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, axis: int) -> tf.Tensor:
+def _affine(
+    x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, axis: int, *, long: bool
+) -> tf.Tensor:
     """x * scale + offset.
 
     The gradients of scale and offset are sums over all positions. Here they are those of `sums`,
@@ -185,7 +227,7 @@ def _affine(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, axis: int) -> tf.
     def affine(x, scale, offset):
         def gradient(dy):
             d_scale, d_offset = (
-                tf.cast(sums.sum_of_channels(v, axis), x.dtype) for v in (dy * x, dy)
+                tf.cast(v, x.dtype) for v in sums.totals(dy * x, dy, axis, long=long)
             )
             return dy * sums.along(axis, scale, x), d_scale, d_offset
 
@@ -194,8 +236,10 @@ def _affine(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, axis: int) -> tf.
     return affine(x, scale, offset)
 
 
-def _moments_near_zero(x: tf.Tensor, axis: int, count: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Mean and variance of values whose mean is not many standard deviations from zero."""
+def _sums_of_centred(
+    x: tf.Tensor, axis: int, given: tuple[tf.Tensor, tf.Tensor] | None, *, long: bool
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Sum and sum of squares of every channel, or those `given`, with the gradients of the sums."""
 
     @tf.custom_gradient
     def sums_of(x):
@@ -205,10 +249,9 @@ def _moments_near_zero(x: tf.Tensor, axis: int, count: tf.Tensor) -> tuple[tf.Te
             )
             return d_total + 2 * d_squares * x
 
-        return sums.sums(sums.stretched(x, axis), sums.within_stretches(x, axis)), gradient
+        return given or sums.totals(x, tf.square(x), axis, long=long), gradient
 
-    total, squares = sums_of(x)
-    return sums.moments_of_sums(total, squares, count)
+    return sums_of(x)
 
 
 def _merge_replicas(

@@ -9,8 +9,9 @@ Two ways compute a training step; which one runs is decided while a function is 
   operation's statistics to E[x^2] - E[x]^2 (TensorFlow #118701); for float64, masks, renorm, and
   statistics shared across replicas; under `tf.vectorized_map`; and where a GPU is visible. There
   the fused operation's gradient takes other things on a GPU than on a CPU, and the device that
-  will run it is not known. The plain operations are compiled by XLA for themselves, if TensorFlow
-  is built for such GPUs, so that the activation is not read and written by each of them.
+  will run it is not known. In a graph that XLA does not compile, forward and backward are compiled
+  each for itself, if TensorFlow is built for such GPUs: 3 and 5 passes over memory (compiled for
+  H200, H100 and A100 by `tests/layer/test_gpu_steps.py`; not measured on a GPU).
 
 In inference, where there are no statistics to compute, the fused operation is used only where
 it is the faster one:
@@ -73,7 +74,9 @@ def moments(
     """
     x = _floating(x)
     if mask is not None or _under_xla():
-        *_, count, mean, variance = composite.centred_moments(x, axis, mask, sampled=_under_xla())
+        *_, count, mean, variance = composite.centred_moments(
+            x, axis, mask, long=_under_xla_for_gpu()
+        )
         return count, mean, variance
     return sums.moments_of_stretches(sums.stretched(x, axis), sums.within_stretches(x, axis))
 
@@ -156,7 +159,7 @@ def train(
         gamma,
         beta,
         mask=mask,
-        sampled=_under_xla(),
+        long=_under_xla_for_gpu(),
         synchronized=synchronized,
         renorm=renorm,
         **form,
@@ -165,6 +168,10 @@ def train(
 
 def _under_xla() -> bool:
     return GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
+def _under_xla_for_gpu() -> bool:
+    return _under_xla() and _gpu_visible()
 
 
 def _gpu_visible() -> bool:

@@ -1,0 +1,82 @@
+"""Passes over memory and kernels of the steps that XLA compiles for GPUs, tfbn's beside Keras's.
+
+They are compiled facts; nothing here runs on a GPU. See `gpu_compiler` for what is counted.
+"""
+
+import functools
+
+import gpu_compiler
+import pytest
+import tensorflow as tf
+
+pytestmark = pytest.mark.gpu_compile
+
+DTYPES = ["float32", "bfloat16", "float16"]
+SHAPES = [(32, 56, 56, 64), (32, 14, 14, 256), (4096, 256)]
+# The most passes and kernels of tfbn's training step; the floor is 8 passes.
+MOST = {shape: (8.1 if shape == SHAPES[0] else 8.35, 11) for shape in SHAPES}
+
+
+def layer(name, dtype):
+    return gpu_compiler.LAYERS[name](dtype=dtype if dtype == "float32" else f"mixed_{dtype}")
+
+
+# A program does not depend on the GPU.
+@functools.cache
+def whole(name, shape, dtype):
+    return gpu_compiler.whole_step(layer(name, dtype), shape)
+
+
+@functools.cache
+def clusters(shape, dtype):
+    return gpu_compiler.cluster_steps(layer("tfbn", dtype), shape)
+
+
+def counted(hlo, gpu, shape, dtype):
+    kernels = gpu_compiler.kernels_of(hlo, gpu)
+    return gpu_compiler.passes(kernels, shape, dtype), len(kernels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("gpu", gpu_compiler.GPUS)
+def test_a_step_compiled_whole_is_at_the_floor(gpu, shape, dtype):
+    passes, kernels = counted(whole("tfbn", shape, dtype), gpu, shape, dtype)
+    assert 8 <= passes <= MOST[shape][0] and kernels <= MOST[shape][1]
+    keras_passes, _ = counted(whole("keras", shape, dtype), gpu, shape, dtype)
+    assert passes <= keras_passes - 0.9
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("gpu", gpu_compiler.GPUS)
+def test_clusters_of_a_graph_hand_over_nothing_large(gpu, shape, dtype):
+    steps = clusters(shape, dtype)
+    assert sorted(steps) == ["backward", "forward"]
+    forward, backward = (
+        counted(steps[name], gpu, shape, dtype) for name in ("forward", "backward")
+    )
+    # One more result of the size of x is one more pass, in half precision two.
+    assert 3 <= forward[0] <= 3.2 and 5 <= backward[0] <= 5.2
+    assert forward[0] + backward[0] <= MOST[shape][0]
+    assert forward[1] + backward[1] <= MOST[shape][1]
+    keras = gpu_compiler.operations_of(layer("keras", dtype), shape)
+    assert gpu_compiler.passes(keras, shape, dtype) >= 20
+
+
+@pytest.mark.parametrize(
+    ("step", "passes", "kernels"),
+    [
+        (lambda x: -x, 2, 1),
+        (lambda x: (x + 1, x - 1), 3, 1),
+        (lambda x: tf.reduce_sum(x, 0), 1, 1),
+        # Read for the sums, then read and written.
+        (lambda x: x - tf.reduce_sum(x, 0), 3, 2),
+        (lambda x: -x[::64], 2 / 64, 1),
+    ],
+)
+def test_counting_of_known_programs(step, passes, kernels):
+    shape = (64, 1024, 64)
+    found = gpu_compiler.kernels_of(gpu_compiler.hlo_of(step, tf.zeros(shape)), "H200")
+    assert gpu_compiler.passes(found, shape, "float32") == pytest.approx(passes, abs=0.05)
+    assert len(found) == kernels
