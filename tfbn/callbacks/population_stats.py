@@ -83,13 +83,11 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     statistics. In the middle of training each gets its own moving averages back.
 
     Args:
-        x: The training data, as `tfbn.collect` takes it, preprocessed as the network gets it in
-            training: what a `train_step` of your own does to the data is not done here. A callback
-            never sees the data given to `fit`; a warning says so where the moving averages show
-            other data. A generator can be swept only once, and must not be the one that
-            `fit` reads. A `tf.data.Dataset` that shuffles with a seed, and that `fit` reads too,
-            would be in another order after every reading in the middle of training: give one that
-            does not shuffle.
+        x: The training data, as `tfbn.collect` takes it and as the network gets it in training: a
+            callback sees neither `fit`'s data nor what a `train_step` does to it, but warns where
+            the moving averages show other data. A generator can be swept only once, and must not
+            be the one that `fit` reads. A `tf.data.Dataset` that shuffles with a seed, and that
+            `fit` reads too, is in another order after a reading in the middle of training.
         method: `"exact"`, `"pooled"` or `"algorithm2"`, see `tfbn.collect`.
         batch_size: For arrays; 32 by default. One-pass methods want it large.
         steps: Number of batches that make the data; endless data needs it.
@@ -234,6 +232,8 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         """Count the batches, and check what only the first step shows."""
         self._epoch_size.step(batch)
         self._layers.end_step()
+        if self._fed is not None:
+            self._fed.end_step(batch, (self.params or {}).get("steps"))
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Validate with population statistics, if asked to."""
@@ -250,8 +250,6 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         """Train on from the moving averages."""
         swapping.swap_out(self._network)
         self._epoch_size.begin()
-        if self._fed is not None:
-            self._fed.begin_epoch()
         if self._seconds is not None:
             self._say(f"The sweep with every_epoch=True took {self._seconds:.1f} s of the epoch.")
             self._seconds = None
