@@ -16,6 +16,39 @@ settings.load_profile("same")
 tf.config.set_logical_device_configuration(_cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 
 
+_FOLDERS_RUN_ON_DEVICES = {"layer", "sweep", "callbacks"}
+
+
+def pytest_addoption(parser):
+    gpus = [f"GPU:{k}" for k in range(len(tf.config.list_physical_devices("GPU")))]
+    help = "where the tests of layer, sweep and callbacks run (default: all GPUs, and the CPU)"
+    parser.addoption("--devices", nargs="+", default=[*gpus, "CPU:0"], help=help)
+
+
+def pytest_report_header():
+    gpus = [
+        tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name)
+        for gpu in tf.config.list_physical_devices("GPU")
+    ]
+    return f"TensorFlow {tf.__version__}, Keras {tf.keras.__version__}, GPUs: {gpus or 'none'}"
+
+
+def pytest_generate_tests(metafunc):
+    devices = metafunc.config.getoption("devices")
+    if len(devices) > 1 and metafunc.definition.path.parent.name in _FOLDERS_RUN_ON_DEVICES:
+        metafunc.parametrize("device", devices, indirect=True, scope="module")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def device(request):
+    """The device on which the test runs, where there are several."""
+    if hasattr(request, "param"):
+        with tf.device(request.param):
+            yield request.param
+    else:
+        yield None
+
+
 @pytest.fixture(scope="session")
 def two_devices():
     """The strategy that mirrors on both. Two of them would mix up their collective operations."""
