@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tfbn
-from tfbn.cli import main, parser
+from tfbn.cli import main, parser, process
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["recalibrate", "--help"], ["--version"]])
@@ -93,6 +93,66 @@ def test_stderr_has_nothing_but_our_lines(tmp_path):
     lines = done.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("tfbn: warning: The batch norm statistics")
     assert done.stdout.startswith("Wrote ")
+
+
+@pytest.mark.slow
+def test_a_closed_stderr(tmp_path):
+    """Errors do not go to stdout instead, and notes do not go into the next file opened."""
+    network().save(tmp_path / "model.keras")
+
+    def run(*words):
+        line = f'exec "{sys.executable}" -m tfbn "$@" 2>&-'
+        done = subprocess.run(["sh", "-c", line, "sh", *map(str, words)], stdout=subprocess.PIPE)
+        return done.returncode, done.stdout.decode()
+
+    assert run("inspect", tmp_path / "missing.keras") == (1, "")
+    code, out = run("export", tmp_path / "model.keras", tmp_path / "out")
+    assert code == 0 and out.startswith("Wrote ") and len(out.splitlines()) == 1
+
+
+@pytest.fixture
+def before_tensorflow(monkeypatch):
+    """The process as it is before the import of TensorFlow, to be ended by calling this."""
+    loaded = sys.modules["tensorflow"]
+    monkeypatch.delitem(sys.modules, "tensorflow")
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+    return lambda: monkeypatch.setitem(sys.modules, "tensorflow", loaded)
+
+
+def test_notes_of_the_import_are_dropped(capfd, before_tensorflow):
+    with process._startup_notes_dropped():
+        os.write(2, b"a note\n")
+        before_tensorflow()
+    os.write(2, b"behind it\n")
+    assert capfd.readouterr().err == "behind it\n"
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "2"
+
+
+def test_notes_of_an_import_that_fails_are_shown(capfd, before_tensorflow):
+    with pytest.raises(ImportError, match="no such library"), process._startup_notes_dropped():
+        os.write(2, b"why it failed\n")
+        raise ImportError("no such library")
+    before_tensorflow()
+    os.write(2, b"behind it\n")
+    assert capfd.readouterr().err == "why it failed\nbehind it\n"
+
+
+def test_ctrl_c_during_the_import(capfd, before_tensorflow):
+    with pytest.raises(KeyboardInterrupt), process._startup_notes_dropped():
+        os.write(2, b"a note\n")
+        raise KeyboardInterrupt
+    before_tensorflow()
+    os.write(2, b"behind it\n")
+    assert capfd.readouterr().err == "behind it\n"
+
+
+def test_a_log_level_of_the_user_stands(capfd, before_tensorflow, monkeypatch):
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")
+    with process._startup_notes_dropped():
+        os.write(2, b"a note\n")
+    before_tensorflow()
+    assert capfd.readouterr().err == "a note\n"
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0"
 
 
 def test_settings_of_the_process_are_as_before(capsys):
