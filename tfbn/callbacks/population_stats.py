@@ -188,6 +188,11 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         if self.model is not None and freezing.unfreeze(self._network):
             freezing.trace_anew(self.model)
 
+    def set_model(self, model: keras.Model) -> None:
+        """Refuse a model of Keras 2, whose `fit` would fail on a callback of Keras 3."""
+        keras_models.refuse_keras_2(model)
+        super().set_model(model)
+
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Undo the freeze of an earlier `fit`, and check all that can be checked by now."""
         network = self._network

@@ -153,6 +153,11 @@ class StatsTracker(keras.callbacks.Callback):
         }
         return {**state, "_mini_batch_function": None, **running}
 
+    def set_model(self, model: keras.Model) -> None:
+        """Refuse a model of Keras 2, whose `fit` would fail on a callback of Keras 3."""
+        keras_models.refuse_keras_2(model)
+        super().set_model(model)
+
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Check all that can be checked by now."""
         if is_one_shot(self._x):

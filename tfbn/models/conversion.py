@@ -40,6 +40,7 @@ def convert(model: keras.Model) -> keras.Model:
         ValueError: `model` is none, cannot be made again from its config, or its copy would not
             predict the same.
     """
+    keras_models.refuse_keras_2(model)
     if not isinstance(model, keras.Model):
         raise ValueError(
             f"Expected a keras.Model. Received: {model!r} of class {type(model).__name__}. Load a "

@@ -66,6 +66,7 @@ def fold(model: keras.Model) -> keras.Model:
         ValueError: If the model is subclassed, so that its graph is not known, or not built; or
             if a custom layer in it has state that saving and loading would lose.
     """
+    keras_models.refuse_keras_2(model)
     if not _is_graph(model):
         raise ValueError(
             f"Expected a Functional or Sequential model. Received: {model!r}, whose graph Keras "

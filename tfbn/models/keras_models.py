@@ -49,6 +49,7 @@ def batch_norm_layers(model: keras.Layer) -> dict[str, keras.layers.BatchNormali
 
 def layers(model: keras.Layer) -> dict[str, keras.Layer]:
     """Every layer in a model, by path; outer layers before those inside them."""
+    refuse_keras_2(model)
     by_path = {}
     seen = set()
 
@@ -73,8 +74,21 @@ def layers(model: keras.Layer) -> dict[str, keras.Layer]:
     return by_path
 
 
+def refuse_keras_2(model: Any) -> None:
+    """Raise `ValueError` for a model or layer of Keras 2, which `tf_keras` provides."""
+    # By the name of the module, so that tf_keras need not be installed.
+    if any(cls.__module__.partition(".")[0] == "tf_keras" for cls in type(model).__mro__):
+        name = getattr(model, "name", type(model).__name__)
+        raise ValueError(
+            f"Expected a model of Keras 3. Received: {name!r} of tf_keras, which is Keras 2. Build "
+            "it with Keras 3, or load an .h5 file of it: keras.models.load_model(path, "
+            "compile=False)."
+        )
+
+
 def require_built(model: Any, layers: Iterable[keras.Layer] = ()) -> None:
     """Raise `ValueError` unless a model is one of Keras's and has weights, and so have layers."""
+    refuse_keras_2(model)
     if not isinstance(model, keras.Model):
         raise ValueError(f"Expected a Keras model. Received: {model!r}. Pass the model itself.")
     if not has_weights(model) or not all(layer.built for layer in layers):

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
+from tfbn.models import keras_models
+
 # The path of a `.keras` file, or a function that returns the model.
 Source = str | Callable[[], keras.Model]
 
@@ -16,6 +18,7 @@ def check_source(model: str | os.PathLike | Callable[[], keras.Model]) -> Source
     Raises:
         ValueError: If it is neither the path of a `.keras` file that exists nor a function.
     """
+    keras_models.refuse_keras_2(model)
     known = False
     if isinstance(model, str | os.PathLike):
         known = str(model).endswith(".keras")
