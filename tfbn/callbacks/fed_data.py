@@ -9,7 +9,8 @@ is a weighted average of the moments of the last k batches that really entered t
 the noise of a few batches and by what the last k steps did to the weights, unless the data differs.
 
 The `Distance` of that layer, measured on an MLP and a CNN on digits (1 to 720 steps, batches of 2
-to 32, Adam 0.001 to 0.1, SGD 0.1 and 0.5) and a thin ResNet-20 on Fashion-MNIST (SGD, cosine; 200 steps):
+to 32, Adam 0.001 to 0.1, SGD 0.1 and 0.5) and a thin ResNet-20 on Fashion-MNIST (SGD, cosine; 200
+steps):
 
 | the sweep has | after 1 or 2 steps | 10 | more |
 | --- | --- | --- | --- |
