@@ -84,7 +84,7 @@ def test_refused(use, kind, tmp_path):
     "callback",
     [
         lambda: tfbn.PopulationStatsCallback(x),
-        lambda: tfbn.PopulationStatsCallback(x, every_n_epochs=1),
+        lambda: tfbn.PopulationStatsCallback(x, every_epoch=True),
         lambda: tfbn.StatsTracker(x, (x, y)),
     ],
 )

@@ -289,3 +289,65 @@ def test_outputs_that_are_no_tensors_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"in lists and dicts. Received: 'a_1' is 'text'"):
         export(called(Deep(), ONES), tmp_path)
     assert everything_under(tmp_path) == []
+
+
+RAGGED = tf.RaggedTensorSpec([None, None], tf.int32)
+SPARSE = tf.SparseTensorSpec([None, 4], tf.float32)
+NOT_DENSE = {
+    "ragged": [RAGGED],
+    "sparse": [SPARSE],
+    "ragged in a dict": [{"a": tf.TensorSpec((None, 4), tf.float32), "b": RAGGED}],
+    "sparse in a list": [[SPARSE]],
+    "sparse in a dict in a list": [[{"a": SPARSE}]],
+    "a second argument": [tf.TensorSpec((None, 4), tf.float32), SPARSE],
+    "a ragged tensor": [tf.ragged.constant([[1], [2, 3]])],
+    "a sparse tensor": [tf.sparse.from_dense(ONES)],
+    "a sparse Keras tensor": [keras.KerasTensor((None, 4), sparse=True)],
+    "a dataset": [tf.data.DatasetSpec(tf.TensorSpec((None, 4), tf.float32))],
+}
+
+
+@pytest.mark.parametrize("given", NOT_DENSE.values(), ids=list(NOT_DENSE))
+def test_signatures_that_are_not_dense_are_refused_before_the_model_runs(tmp_path, given):
+    class Uncalled(keras.Model):
+        def build(self, shape):
+            self.built = True
+
+        def call(self, x, y=None):
+            raise AssertionError("called")
+
+    model = Uncalled()
+    model.build((None, 4))
+    with pytest.raises(ValueError, match=r"Expected dense inputs.*Received: .*tf\.TensorSpec"):
+        export(model, tmp_path, input_signature=given)
+    assert everything_under(tmp_path) == []
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["sparse", "ragged"])
+def test_models_with_inputs_that_are_not_dense(tmp_path, kind, nested):
+    """They are refused, and the advice works: a dense input, converted in `call`."""
+    inputs = keras.Input((4,), name="x", **{kind: True})
+    dense = inputs if kind == "sparse" else keras.ops.convert_to_tensor(inputs)
+    model = keras.Model({"x": inputs} if nested else inputs, layers.Dense(2)(dense))
+
+    class Converted(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def call(self, x):
+            x = tf.sparse.from_dense(x) if kind == "sparse" else tf.RaggedTensor.from_tensor(x)
+            return self.inner({"x": x} if nested else x)
+
+    with pytest.raises(ValueError, match=rf"Expected dense inputs.*{kind}=True"):
+        export(model, tmp_path)
+    assert everything_under(tmp_path) == []
+    spec = tf.TensorSpec((None, 4), tf.float32)
+    converted = Converted()
+    converted(ONES)
+    path = export(converted, tmp_path, input_signature=[spec]).path
+    [argument] = signature_of(path)[0][1]
+    [answer] = serve(path)(**{argument: ONES}).values()
+    expected = ONES @ model.layers[-1].kernel.numpy()
+    np.testing.assert_allclose(answer, expected, rtol=1e-5)

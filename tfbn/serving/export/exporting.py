@@ -84,9 +84,9 @@ def export(
             there, or 1, whatever other exports write at the same time.
         input_signature: Shapes and dtypes of the inputs, as `model.export` takes them: a
             list of the positional arguments, each a `tf.TensorSpec` or `keras.InputSpec` or
-            a list or dict of them. By default the model's own inputs, with a batch of any
-            size. A subclassed model that takes other than one floating-point dtype, or
-            more than one argument, needs it.
+            a list or dict of them, none ragged or sparse. By default the model's own inputs,
+            with a batch of any size. A subclassed model that takes other than one
+            floating-point dtype, or more than one argument, needs it.
         fold: Whether to export `tfbn.fold(model)` in its place. It is verified against the
             model itself.
         sample: Inputs to verify the export on: a batch as the model takes it, or a
@@ -128,14 +128,14 @@ def export(
     Raises:
         FileExistsError: If the version exists.
         ImportError: If `warmup` is given and tensorflow-serving-api is not installed.
-        ValueError: If the model is not built, if an input has no known rank, if `sample` or
-            `warmup` does not fit the inputs, if the model cannot be folded, if a batch norm
-            layer computes batch statistics even in inference mode, if statistics are stale and
-            `require_population`, if the signature is not that of the version before, or if
-            the verification fails, or if `monitor` is asked of a folded network, of layers that
-            the model does not have, or that it calls in loops or branches. An output may differ
-            by 1e-3 of its largest absolute value (or of 1, if that is larger), 2e-2 where layers
-            compute in 16 bits, or by 4 times the network's own rounding: how far the output
+        ValueError: If the model is not built, if an input has no known rank, or is ragged or
+            sparse, if `sample` or `warmup` does not fit the inputs, if the model cannot be folded,
+            if a batch norm layer computes batch statistics even in inference mode, if statistics
+            are stale and `require_population`, if the signature is not that of the version before,
+            or if the verification fails, or if `monitor` is asked of a folded network, of layers
+            that the model does not have, or that it calls in loops or branches. An output may
+            differ by 1e-3 of its largest absolute value (or of 1, if that is larger), 2e-2 where
+            layers compute in 16 bits, or by 4 times the network's own rounding: how far the output
             moves when every weight and input changes by one unit in the last place.
     """
     directory = versions.local(path)

@@ -65,6 +65,8 @@ def arguments(model: keras.Model, given: Any = None) -> list:
 
 
 def _own_arguments(model: keras.Model) -> list:
+    for tensor in getattr(model, "inputs", None) or ():
+        _require_dense(tensor)
     specs = keras_models.input_specs(model)
     if specs is None:
         raise ValueError(
@@ -79,12 +81,29 @@ def _own_arguments(model: keras.Model) -> list:
 def _tensor_spec(spec: Any) -> tf.TensorSpec:
     if isinstance(spec, tf.TensorSpec):
         return spec
+    _require_dense(spec)
     if getattr(spec, "dtype", None) is None:
         raise ValueError(
             "Expected entries of input_signature that have a shape and a dtype. "
             f"Received: {spec!r}. Use tf.TensorSpec(shape, dtype)."
         )
     return tf.TensorSpec(spec.shape, spec.dtype, getattr(spec, "name", None))
+
+
+def _require_dense(spec: Any) -> None:
+    """Raise `ValueError` for a ragged or sparse tensor, or the spec of one."""
+    if isinstance(spec, (tf.RaggedTensor, tf.SparseTensor, tf.IndexedSlices)):
+        spec = tf.type_spec_from_value(spec)
+    if (
+        isinstance(spec, tf.TypeSpec)
+        or getattr(spec, "sparse", False)
+        or getattr(spec, "ragged", False)
+    ):
+        raise ValueError(
+            f"Expected dense inputs, which alone a server takes. Received: {spec}. Give "
+            "input_signature with tf.TensorSpec, and convert in the model's `call`: "
+            "tf.RaggedTensor.from_tensor, tf.sparse.from_dense."
+        )
 
 
 def _names(specs: list) -> list[str]:
