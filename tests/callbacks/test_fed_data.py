@@ -130,6 +130,17 @@ def test_other_data_than_fit_has_is_reported_before_it_goes_in(swept):
     assert "x=dataset.map(preprocess)" in message
 
 
+@pytest.mark.parametrize("epochs, at_once", [(1, 1), (2, 1), (2, 12)])
+@pytest.mark.parametrize("scale", [1.0, 1 / 16])
+def test_a_model_that_the_first_step_builds_is_compared_too(scale, epochs, at_once):
+    """There is no trace before that step."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([layers.Dense(8), layers.BatchNormalization(), layers.Dense(1)])
+    model.compile("adam", "mse", steps_per_execution=at_once)
+    data = (X * np.float32(scale), X[:, :1])
+    assert bool(messages(model, X, data=data, epochs=epochs)) == (scale != 1)
+
+
 def test_the_data_of_fit_is_not_reported():
     model = build()
     for _ in range(2):  # The second goes on from the first.

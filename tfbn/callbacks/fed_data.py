@@ -102,8 +102,8 @@ class FedData:
         self._size = getattr(trained, "steps_per_execution", 1)
         self._noise = _NOISE if _draws_in_training(network) else 1.0
         self._exact_rate = trained is network and _calls_once_a_step(network)
-        # Path -> layer and its number of calls; `None` before the first step.
-        self._layers: dict[str, tuple[keras.layers.BatchNormalization, int]] | None = None
+        # Path -> layer and its number of calls; empty before the first trace.
+        self._layers: dict[str, tuple[keras.layers.BatchNormalization, int]] = {}
         self._recent: collections.deque[tuple[int, dict[str, Moments]]] = collections.deque()
         self._trained = 0
         self._next = 0
@@ -116,8 +116,11 @@ class FedData:
         Args:
             step: The number of the step in its epoch.
         """
-        if self._layers is None:
+        # A model that the first step builds is traced after this step.
+        if not self._layers and self._trained + step <= self._size:
             self._layers = dict(_comparable_layers(self._network))
+        if not self._layers:
+            return
         if not self._recent or step % _STEPS < self._size or self._trained + step < 2 * _STEPS:
             self._recent.append((step, self._read()))
             while len(self._recent) > 2 * _STEPS:
@@ -195,7 +198,7 @@ class FedData:
         return None
 
     def _distances(self, window: Window, stats: PopulationStats) -> Iterator[tuple[str, Distance]]:
-        for path, (layer, calls) in (self._layers or {}).items():
+        for path, (layer, calls) in self._layers.items():
             if path not in stats or path not in window.end:
                 continue
             rates = (1.0,) if self._exact_rate else _UPDATE_RATES
@@ -223,7 +226,7 @@ class FedData:
                     for variable in (layer.moving_mean, layer.moving_variance)
                 )
             )
-            for path, (layer, _) in (self._layers or {}).items()
+            for path, (layer, _) in self._layers.items()
         }
 
 
