@@ -140,6 +140,7 @@ class _Group(keras.layers.Layer):
     def __init__(self, name):
         super().__init__(name=name)
         self.inner = []
+        self.built = True  # Nobody calls it.
 
 
 def _add(parent, path, layer):
