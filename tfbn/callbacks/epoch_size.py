@@ -6,6 +6,7 @@ from typing import Any
 import keras
 
 from tfbn.population import PopulationStats
+from tfbn.stats.layer_stats import value_of
 
 # Fewer samples than this leave the mean of a channel unknown by more than 0.06 std.
 _FEW_SAMPLES = 256
@@ -77,4 +78,5 @@ class EpochSize:
 
 
 def _count(metric: Any) -> int:
-    return int(metric.count) if isinstance(metric, keras.metrics.Mean) else 0
+    # Under a strategy the count is a sum over replicas, which int() does not read.
+    return int(value_of(metric.count)) if isinstance(metric, keras.metrics.Mean) else 0
