@@ -452,3 +452,16 @@ def test_the_progress_bar_has_keras_metrics_and_the_populations(capsys):
     keras_own = {"accuracy", "loss", "val_accuracy", "val_loss"}
     assert shown == keras_own | {"val_accuracy_population", "val_loss_population"}
     assert len(history) == 10
+
+
+def test_training_that_diverges_ends_with_its_history():
+    """It is evaluated with the moving averages, and warned about once."""
+    model = network()
+    model.compile(keras.optimizers.SGD(1e30), "sparse_categorical_crossentropy")
+    tracker = StatsTracker(X, (X_VAL, Y_VAL))
+    with pytest.warns(UserWarning, match="training has diverged") as caught:
+        history = model.fit(X, Y, epochs=3, verbose=0, callbacks=[tracker]).history
+    assert sum("diverged" in str(w.message) for w in caught) == 1
+    assert tracker.stats is None
+    for way in WAYS:
+        assert len(history[f"val_loss_{way}"]) == 3

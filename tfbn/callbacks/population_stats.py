@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from tfbn import arguments
 from tfbn.callbacks import freezing, list_order, report, swapping
@@ -330,14 +329,6 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             trained = self._layers.paths()
             if trained is not None and not trained:
                 return None
-            diverged = _not_finite(network)
-            if diverged is not None:
-                warnings.warn(
-                    f"Weights are not finite ({diverged}): training has diverged. The model keeps "
-                    "its moving averages, and is not swept.",
-                    stacklevel=2,
-                )
-                return None
             began = time.perf_counter()
             with unchanged_generators(self.model):
                 stats = self.stats = collect_trained(
@@ -373,13 +364,3 @@ class PopulationStatsCallback(keras.callbacks.Callback):
                 "generator, which can be read only once. Pass arrays, a tf.data.Dataset or a "
                 "PyDataset, or `steps` of an endless generator."
             )
-
-
-def _not_finite(model: keras.Model) -> str | None:
-    """The name of a weight that is not finite; the statistics that a sweep replaces may be."""
-    replaced = set(map(id, keras_models.all_statistics(model)))
-    for weight in model.weights:
-        counts = id(weight) not in replaced and keras.backend.is_float_dtype(weight.dtype)
-        if counts and not tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(weight))):
-            return weight.path
-    return None

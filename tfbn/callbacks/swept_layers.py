@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 
 import keras
+import tensorflow as tf
 
 from tfbn.callbacks.movement import Movement, runs_call
 from tfbn.models import keras_models
@@ -46,6 +47,7 @@ class SweptLayers:
         self._movement = Movement(network)
         self._reported: set[str] = set()
         self._first_step = True
+        self._diverged = False
 
     def check(self) -> None:
         """Trace one batch, as soon as the network has weights, which the first step may create.
@@ -91,7 +93,7 @@ class SweptLayers:
                 f"Expected `fit` to call model {self._network.name!r}. Received: a model that the "
                 f"first step has not built. {_advice(self._network)}, or call it once before `fit`."
             )
-        if self._first is None or self.paths() != frozenset():
+        if self._first is None or self._paths() != frozenset():
             return
         if not self._movement.moved() and not self._first.trained & self._first.used:
             layers = keras_models.batch_norm_layers(self._network)
@@ -106,8 +108,22 @@ class SweptLayers:
     def paths(self) -> frozenset[str] | None:
         """The paths of the layers to sweep; `None` for those that a trace of `call` trains.
 
-        The moving averages have to be in the model.
+        They are empty, with a warning, if training has diverged. The moving averages have to be in
+        the model.
         """
+        diverged = _not_finite(self._network)
+        if diverged is None:
+            return self._paths()
+        if not self._diverged:
+            warnings.warn(
+                f"Weights are not finite ({diverged}): training has diverged. The model keeps its "
+                "moving averages, and is not swept.",
+                stacklevel=3,
+            )
+        self._diverged = True
+        return frozenset()
+
+    def _paths(self) -> frozenset[str] | None:
         paths = self._trained()
         if self._first is None:
             return paths
@@ -161,3 +177,13 @@ def _advice(network: keras.Model) -> str:
     )
     name = next(inner, "generator")
     return f"Name the network to sweep: PopulationStatsCallback(x, model=gan.{name})"
+
+
+def _not_finite(model: keras.Model) -> str | None:
+    """The name of a weight that is not finite; the statistics that a sweep replaces may be."""
+    replaced = set(map(id, keras_models.all_statistics(model)))
+    for weight in model.weights:
+        counts = id(weight) not in replaced and keras.backend.is_float_dtype(weight.dtype)
+        if counts and not tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(weight))):
+            return weight.path
+    return None
