@@ -45,3 +45,46 @@ def test_paths_are_the_same_after_saving_and_loading(tmp_path):
         keras_models.batch_norm_layers(model)
     )
     assert fingerprints.fingerprint(loaded) == fingerprints.fingerprint(model)
+
+
+class Unused(keras.Model):
+    """A layer that is never called, beside one that is."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused, self.bn = layers.Dense(3), layers.BatchNormalization()
+
+    def call(self, x, training=None):
+        """Batch norm alone."""
+        return self.bn(x, training=training)
+
+
+class Container(keras.Model):
+    """A model that nobody calls, around one that is called."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+
+def test_a_layer_that_is_never_called_need_not_be_built():
+    model, x = Unused(), np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
+    with pytest.raises(ValueError, match="Expected a built model"):
+        keras_models.require_built(model)
+    assert not keras_models.has_weights(Container(model))
+    model(x)
+    assert not model.unused.built
+    keras_models.require_built(Container(model))
+    [stats] = tfbn.collect(model, x, verbose=0).values()
+    np.testing.assert_allclose(stats.mean, np.float64(x).mean(0), rtol=1e-6)
+    model = Unused()
+    model.compile("sgd", "mse")
+    model.fit(x, x, verbose=0, callbacks=[tfbn.PopulationStatsCallback(x)])
+    np.testing.assert_allclose(model.bn.moving_mean, np.float64(x).mean(0), rtol=1e-6)
+
+
+def test_a_batch_norm_layer_that_is_never_called_has_no_weights():
+    model = Unused()
+    model.unused = layers.BatchNormalization()
+    model(np.ones((2, 4)))
+    assert not keras_models.has_weights(model)

@@ -59,9 +59,7 @@ def layers(model: keras.Layer) -> dict[str, keras.Layer]:
         seen.add(id(layer))
         by_path[path] = layer
         names: dict[str, int] = {}
-        # Keras has no public list of a layer's direct sublayers that also covers custom
-        # layers and wrappers; `Model.layers` knows only a model's own.
-        for child in layer._layers:
+        for child in _children(layer):
             name = child.name
             names[name] = names.get(name, 0) + 1
             if names[name] > 1:
@@ -72,6 +70,12 @@ def layers(model: keras.Layer) -> dict[str, keras.Layer]:
     is_batch_norm = isinstance(model, keras.layers.BatchNormalization)
     visit(model, model.name if is_batch_norm else "")
     return by_path
+
+
+def _children(layer: keras.Layer) -> Sequence[keras.Layer]:
+    # Private. Keras has no public list of a layer's direct sublayers that also covers custom
+    # layers and wrappers; `Model.layers` knows only a model's own.
+    return layer._layers
 
 
 def refuse_keras_2(model: Any) -> None:
@@ -91,7 +95,7 @@ def require_built(model: Any, layers: Iterable[keras.Layer] = ()) -> None:
     refuse_keras_2(model)
     if not isinstance(model, keras.Model):
         raise ValueError(f"Expected a Keras model. Received: {model!r}. Pass the model itself.")
-    if not has_weights(model) or not all(layer.built for layer in layers):
+    if not _is_built(model) or not all(layer.built for layer in layers):
         raise ValueError(
             f"Expected a built model. Received: model {model.name!r}, which has no weights yet. "
             "Call it on a batch, or fit or load it, before this."
@@ -99,15 +103,20 @@ def require_built(model: Any, layers: Iterable[keras.Layer] = ()) -> None:
 
 
 def has_weights(model: keras.Model) -> bool:
-    """Whether a model and all its layers have the weights that they are going to have.
+    """Whether a model is built, and so is every batch norm layer in it."""
+    return _is_built(model) and all(layer.built for layer in batch_norm_layers(model).values())
 
-    Keras does not count a subclass as built before it is called, even if its layers have weights
-    and it creates none.
+
+def _is_built(layer: keras.Layer) -> bool:
+    """Whether a layer or model is built, or is a container that holds only such.
+
+    Keras does not count a container as built before it is called. A built model may hold layers
+    without weights, which it never calls.
     """
-    return all(
-        layer.built or (type(layer).build is keras.Model.build and len(layers(layer)) > 1)
-        for layer in layers(model).values()
-    )
+    if layer.built or type(layer).build is not keras.Model.build:
+        return layer.built
+    inner = _children(layer)
+    return bool(inner) and all(map(_is_built, inner))
 
 
 def input_specs(model: keras.Model) -> list[Structure] | None:
