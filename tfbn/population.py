@@ -132,8 +132,9 @@ class PopulationStats(collections.abc.Mapping):
         written, and all are put back if writing is interrupted.
 
         Args:
-            model: The model that was swept, or one of the same architecture. It must have every
-                layer of these statistics; its other layers (frozen ones, say) are left alone.
+            model: The model that was swept, or one of the same architecture, where counters in
+                automatic names may differ. It must have every layer of these statistics; its other
+                layers (frozen ones, say) are left alone.
 
         Returns:
             The `PopulationStats` before: `previous.assign(model)` undoes it to the bit.

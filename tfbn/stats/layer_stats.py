@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -312,11 +313,17 @@ def changed(stats: LayerStats, layer: keras.Layer) -> str | None:
 def layers_of(model: keras.Model, paths: Iterable[str]) -> dict[str, keras.Layer]:
     """The batch norm layers of a model at some paths, by path.
 
+    Names that Keras creates end in a counter, which differs in an architecture that is built twice.
+    If only counters differ, the layers correspond in order.
+
     Raises:
         ValueError: If one is missing or not built.
     """
     wanted = list(paths)
     layers = keras_models.batch_norm_layers(model)
+    same_names = [*map(_without_counters, layers)] == [*map(_without_counters, wanted)]
+    if same_names and layers.keys() != set(wanted):
+        layers = dict(zip(wanted, layers.values(), strict=True))
     for path in wanted:
         if path not in layers:
             raise ValueError(
@@ -331,6 +338,10 @@ def layers_of(model: keras.Model, paths: Iterable[str]) -> dict[str, keras.Layer
                 f"{path!r} has no weights yet. Call the model on a batch first."
             )
     return {path: layers[path] for path in wanted}
+
+
+def _without_counters(path: str) -> str:
+    return re.sub(r"_\d+(?=/|$)", "", path)
 
 
 def checked(layers: Mapping[str, LayerStats]) -> dict[str, LayerStats]:
