@@ -143,9 +143,9 @@ def run(capsys, command, *given):
 def check(capsys, folder, command, given):
     """The output of a command that did its work, or `None` if it failed as it should."""
     before = snapshot(folder)
-    started = time.monotonic()
+    started = time.process_time()
     code, out, lines = run(capsys, command, given)
-    assert time.monotonic() - started < 60
+    assert time.process_time() - started < 60
     *warnings, last = lines or [""]
     assert all(line.startswith("tfbn: warning: ") for line in warnings)
     if code == 0:

@@ -231,7 +231,7 @@ def test_unpacking_takes_the_bytes_of_the_file_once():
 def check_damage(content, random):
     """A damaged file is refused with a ValueError, or it was not changed."""
     bad = damaged(content, random)
-    start = time.monotonic()
+    start = time.thread_time()
     try:
         found = sealed.unpack(bad)
     except ValueError:
@@ -239,7 +239,7 @@ def check_damage(content, random):
     else:
         assert same(found, sealed.unpack(content))
         assert bad == content
-    assert time.monotonic() - start < 5
+    assert time.thread_time() - start < 5
 
 
 CONTENT = sealed.pack(

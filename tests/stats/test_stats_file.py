@@ -292,7 +292,7 @@ def use(stats, model):
 
 def load(content):
     """What a file loads as, or `None`, if it is refused; in bounded time and memory."""
-    start = time.monotonic()
+    start = time.thread_time()
     tracemalloc.start()
     try:
         return tfbn.PopulationStats.from_bytes(content)
@@ -303,7 +303,7 @@ def load(content):
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert most < 3 * len(content) + (1 << 20)
-        assert time.monotonic() - start < 5
+        assert time.thread_time() - start < 5
 
 
 @functools.cache

@@ -300,7 +300,7 @@ def test_another_thread_keeps_its_numbers_and_the_sweep_its_own():
         try:
             while not done.is_set():
                 found = model.predict(x, verbose=0), model(x).numpy(), tf.function(model)(x).numpy()
-                wrong.extend(i for i in range(3) if not np.array_equal(found[i], alone[i]))
+                wrong.extend(i for i in range(3) if not np.allclose(found[i], alone[i], 1e-4, 1e-5))
                 rounds.append(1)
         except Exception as error:
             wrong.append(error)
@@ -313,8 +313,8 @@ def test_another_thread_keeps_its_numbers_and_the_sweep_its_own():
             assert not any(f"last_{number}" in path for path in traced_paths(model))
             stats = tfbn.collect(model, x, verbose=0)
             for one, two in zip(stats.values(), expected.values(), strict=True):
-                np.testing.assert_array_equal(one.mean, two.mean)
-                np.testing.assert_array_equal(one.variance, two.variance)
+                np.testing.assert_allclose(one.mean, two.mean, rtol=1e-5, atol=1e-6)
+                np.testing.assert_allclose(one.variance, two.variance, rtol=1e-5)
     finally:
         done.set()
         thread.join(120)

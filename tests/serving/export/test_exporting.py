@@ -60,7 +60,7 @@ def test_trainable_flags_do_not_matter_and_nothing_is_changed(tmp_path):
             np.testing.assert_array_equal(old, variable.numpy())
         assert all(layer.trainable == trainable for layer in model.layers)
         assert not any("call" in vars(layer) for layer in model.layers)
-    np.testing.assert_array_equal(*served)
+    np.testing.assert_allclose(*served, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
