@@ -365,3 +365,24 @@ def test_what_nothing_trains_is_refused_after_the_first_step():
     assert steps_of.steps == 1
     stats = tfbn.update_population_stats(model, X, include_frozen=True, verbose=0)
     assert set(stats) == {"encoder"}
+
+
+class Ended(keras.callbacks.Callback):
+    """Notes that the end of training has come to it."""
+
+    seen = False
+
+    def on_train_end(self, logs=None):
+        self.seen = True
+
+
+def test_training_that_has_diverged_ends_with_its_history_and_moving_averages():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((6,)), layers.BatchNormalization(), layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(1e30), "mse")
+    x = np.random.default_rng(0).normal(3, 2, (64, 6)).astype("float32")
+    after, callback = Ended(), tfbn.PopulationStatsCallback(x)
+    callbacks = [keras.callbacks.TerminateOnNaN(), callback, after]
+    with pytest.warns(UserWarning, match="training has diverged"):
+        history = model.fit(x, x[:, :1], epochs=3, verbose=0, callbacks=callbacks).history
+    assert history["loss"] and after.seen and callback.stats is None and model.trainable

@@ -465,3 +465,13 @@ def test_training_that_diverges_ends_with_its_history():
     assert tracker.stats is None
     for way in WAYS:
         assert len(history[f"val_loss_{way}"]) == 3
+
+
+def test_what_the_user_put_on_the_model_is_back_after_fit():
+    model = compiled(network())
+    own = {name: getattr(model, name) for name in ("test_step", "evaluate", "make_test_function")}
+    for name, value in own.items():
+        setattr(model, name, value)
+    fit(model, [tracker()], epochs=1)
+    for name, value in own.items():
+        assert vars(model)[name] is value
