@@ -23,7 +23,9 @@ def blocks(text):
     return re.findall(r"^```python\n(.*?)^```$", inspect.cleandoc(text), re.DOTALL | re.MULTILINE)
 
 
-EXAMPLES = {name: code for name in tfbn.__all__ for code in blocks(getattr(tfbn, name).__doc__)}
+EXAMPLES = {
+    name: "\n".join(code) for name in tfbn.__all__ if (code := blocks(getattr(tfbn, name).__doc__))
+}
 
 
 @pytest.fixture
@@ -68,7 +70,18 @@ def test_the_readme_from_top_to_bottom(names, capsys):
 def test_every_example_is_tried():
     slow = {"collect_shards"}
     tried = {"BatchNormalization", "PopulationStatsCallback", "ServedStats", "StatsTracker"}
-    assert set(EXAMPLES) == slow | tried | {"convert", "plot_drift", "plot_history"}
+    tried |= {"convert", "plot_drift", "plot_history", "population_stats"}
+    assert set(EXAMPLES) == slow | tried
+
+
+def test_the_example_of_a_training_loop(names):
+    names |= {"epochs": 2, "train_one_epoch": lambda model: model.fit(names["x"], names["y_train"])}
+    exec(EXAMPLES["population_stats"], names)
+    saved = keras.models.load_model("best.keras")
+    entered = names["model"].layers[0](names["x"]).numpy().astype("float64")
+    np.testing.assert_allclose(saved.layers[-2].moving_mean, entered.mean(0), rtol=1e-4, atol=1e-6)
+    held = names["model"].layers[-2].moving_mean
+    assert np.abs(held - entered.mean(0)).max() > 1e-3  # The moving averages are back.
 
 
 @pytest.mark.parametrize("name", ["BatchNormalization", "PopulationStatsCallback", "convert"])

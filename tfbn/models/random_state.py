@@ -14,13 +14,15 @@ import tensorflow as tf
 # Private. Keras and TensorFlow create their global generators in the first public call that asks
 # for them, and a model without random layers must not create any.
 from keras.src.backend.common import global_state
-from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR
 
 # Private. `context()._rng` gives the seeds of eager operations after `tf.random.set_seed`.
 from tensorflow.python.eager import context
 from tensorflow.python.ops import stateful_random_ops
 
 from tfbn.models import keras_models
+
+# The key of Keras's global generator. Keras 3.10 has no constant for it.
+_GLOBAL_SEED_GENERATOR = "global_seed_generator"
 
 
 @contextlib.contextmanager
@@ -70,11 +72,11 @@ def _tensorflow_seeds() -> Callable[[], None]:
 
 
 def _keras_global() -> Callable[[], None]:
-    generator = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
+    generator = global_state.get_global_attribute(_GLOBAL_SEED_GENERATOR)
     value = None if generator is None else generator.state.numpy()
 
     def restore() -> None:
-        global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, generator)
+        global_state.set_global_attribute(_GLOBAL_SEED_GENERATOR, generator)
         if generator is not None:
             generator.state.assign(value)
 

@@ -67,8 +67,7 @@ def warn_of_left_out(paths: Collection[str], by_batch: Collection[str]) -> None:
     uncalled, normalized = sorted({*paths} - {*by_batch}), sorted(by_batch)
     if uncalled:
         warnings.warn(
-            f"Batch norm layers that inference never calls are left out: {_named(uncalled)}. If it "
-            "does call them, their subclass has to call super().call().",
+            f"Batch norm layers that inference never calls are left out: {_named(uncalled)}.",
             stacklevel=5,
         )
     if normalized:

@@ -1,17 +1,19 @@
 """The observed model: one run gives outputs and the moments of every call of a batch norm layer."""
 
 import collections
+import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn.layer import kernels, sums
+from tfbn.layer import BatchNormalization, kernels, sums
 from tfbn.models import keras_models
+from tfbn.models.detours import detour
 from tfbn.models.keras_models import Structure
 from tfbn.sweep.accumulator import Site
 from tfbn.sweep.arrays import as_called
@@ -128,7 +130,8 @@ class Observer:
             return tf.cast(made.outputs, layer.compute_dtype)
 
         model, draws = self._model(), Draws(number)
-        with inference(dict(self._layers), observe, draws) as scope:
+        unobserved = _refusing_unobserved(dict(self._layers), counts, refused)
+        with inference(dict(self._layers), observe, draws) as scope, unobserved:
             try:
                 outputs = model(as_called(inputs), training=False)
             except UnobservableError:
@@ -208,6 +211,48 @@ def _wrong_mask(path: str, x: tf.Tensor, mask: tf.Tensor | None) -> Unobservable
             "too. Call the layer with mask=None, or expand the mask."
         )
     return None
+
+
+@contextlib.contextmanager
+def _refusing_unobserved(
+    layers: Mapping[str, keras.Layer],
+    counts: Mapping[str, int],
+    refused: list[UnobservableError],
+) -> Iterator[None]:
+    """Within the context a subclass of batch norm that does not call `super().call()` raises.
+
+    Args:
+        layers: Batch norm layers by path.
+        counts: path -> number of observed calls, so far.
+        refused: The error is added to it.
+    """
+    paths = {id(layer): path for path, layer in layers.items()}
+    classes = {
+        next(cls for cls in type(layer).__mro__ if "call" in cls.__dict__)
+        for layer in layers.values()
+    }
+
+    def checked(original, layer, *args, **kwargs):
+        if id(layer) not in paths:
+            return original(layer, *args, **kwargs)
+        path = paths[id(layer)]
+        before = counts.get(path, 0)
+        outputs = original(layer, *args, **kwargs)
+        if counts.get(path, 0) == before:
+            refused.append(
+                UnobservableError(
+                    f"Expected {type(layer).__name__}.call to call super().call(). Received: layer "
+                    f"{path!r}, which does not, so its input cannot be observed. Call it, or set "
+                    "the layer's trainable=False to leave it out."
+                )
+            )
+            raise refused[-1]
+        return outputs
+
+    with contextlib.ExitStack() as stack:
+        for cls in classes - {keras.layers.BatchNormalization, BatchNormalization}:
+            stack.enter_context(detour(cls, "call", checked))
+        yield
 
 
 def _observed(
