@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import errno
 import os
+import re
 import shutil
 import signal
 import socket
@@ -299,3 +300,83 @@ def test_a_file_system_without_locks_is_served_and_not_cleared(tmp_path, monkeyp
 def test_object_stores_are_refused():
     with pytest.raises(ValueError, match="local directory"):
         export(dense_model(), "gs://bucket/model")
+
+
+@pytest.mark.parametrize("path", ["dbfs:/models/digits", "models:/digits/1", "s3://b/m"])
+def test_schemes_of_stores_are_refused(path):
+    with pytest.raises(ValueError, match="export locally"):
+        versions.target(path)
+
+
+@pytest.mark.parametrize("prefix", ["", "file:", "file://", "file://localhost", "FILE://"])
+def test_a_file_url_is_a_local_path(tmp_path, prefix):
+    path = f"{prefix}{tmp_path}/a b".replace(" ", "%20" if prefix else " ")
+    assert versions.local(path) == tmp_path / "a b"
+
+
+def test_a_file_url_of_another_host_is_refused():
+    with pytest.raises(ValueError, match=r"file:///.*host 'models'"):
+        versions.local("file://models/digits")
+
+
+def saved_model(folder):
+    """A folder that a server takes for a SavedModel."""
+    folder.mkdir(parents=True)
+    (folder / "saved_model.pb").write_bytes(b"")
+    return folder
+
+
+@pytest.mark.parametrize("path", ["m/1", "m/1/assets", "m/1/x/y", "m/2", "link", "link/x"])
+def test_a_path_of_a_version_or_in_one_is_refused_with_the_right_one(tmp_path, path):
+    saved_model(tmp_path / "m" / "1")
+    (tmp_path / "link").symlink_to(tmp_path / "m" / "1")
+    before = everything_under(tmp_path)
+    with pytest.raises(ValueError, match="Expected a model's directory") as refused:
+        export(dense_model(), tmp_path / path)
+    assert everything_under(tmp_path) == before
+    advice = re.search(r"Give '(.*)'", str(refused.value))
+    if path.startswith("m"):
+        assert advice[1] == str(tmp_path / "m")
+        assert versions.target(advice[1]) == tmp_path / "m"
+
+
+@pytest.mark.parametrize("read", [versions.target, versions.existing])
+def test_the_command_makes_a_saved_model_a_version(tmp_path, read):
+    folder = saved_model(tmp_path / "my resnet")
+    with pytest.raises(ValueError, match="a version: mkdir ") as refused:
+        read(folder)
+    command = str(refused.value).partition("a version: ")[2]
+    subprocess.run(command, shell=True, check=True)
+    assert everything_under(tmp_path / "my resnet") == ["1", "1/saved_model.pb"]
+    assert os.listdir(tmp_path) == ["my resnet"]
+    assert versions.existing(folder) == folder / "1"
+    assert versions.target(folder) == folder
+
+
+def test_every_way_to_a_version(tmp_path, monkeypatch):
+    version = saved_model(tmp_path / "m" / "1")
+    (tmp_path / "m" / "current").symlink_to("1")
+    (tmp_path / "newest").symlink_to("m/current")
+    monkeypatch.chdir(version)
+    for path in (".", "../1", "..", "../current", tmp_path / "newest", tmp_path / "m"):
+        assert versions.existing(path) == version, path
+    store = saved_model(tmp_path / "store")
+    (tmp_path / "m" / "2").symlink_to(store)
+    (tmp_path / "m" / "stable").symlink_to("2")
+    for path in (tmp_path / "m", tmp_path / "m" / "2", tmp_path / "m" / "stable"):
+        assert versions.existing(path) == tmp_path / "m" / "2"
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_directory_that_cannot_be_written_to_is_refused_first(tmp_path, monkeypatch, made):
+    directory = tmp_path / "m"
+    directory.mkdir()
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda p, mode: not (mode & os.W_OK and p == directory) and access(p, mode)
+    )
+    with pytest.raises(PermissionError, match=str(directory)):
+        export(None, directory if made else directory / "new" / "m")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file"):
+        export(None, tmp_path / "file" / "m")

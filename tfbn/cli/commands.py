@@ -12,7 +12,7 @@ from tfbn.cli import formats, model_files
 from tfbn.cli.errors import FileError, naming, reading, visible
 from tfbn.files import atomic
 from tfbn.models import keras_models
-from tfbn.serving import provenance
+from tfbn.serving import provenance, versions
 from tfbn.serving.recalibrate import recalibration
 from tfbn.stats import drift
 from tfbn.stats.blending import in_words
@@ -166,6 +166,8 @@ def compare(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Write a model as a SavedModel, as TensorFlow Serving wants it."""
+    with naming(args.path):
+        versions.target(args.path)  # Before the model and the sample are read.
     model = model_files.load(args.model, args.unsafe)
     sample = None if args.sample is None else formats.read_sample(args.sample, model)
     files = [path for path in (args.model, args.path, args.sample) if path is not None]

@@ -323,9 +323,10 @@ def names(version: pathlib.Path) -> tuple[list[str], list[str]] | None:
     """Names of the inputs and outputs of a version in their order, `None` if not recorded."""
     try:
         provenance = _read(version / FILE, version)
-        return provenance["inputs"], provenance["outputs"]
-    except (ValueError, KeyError):
+    except ValueError:
         return None
+    inputs, outputs = provenance.get("inputs"), provenance.get("outputs")
+    return None if inputs is None or outputs is None else (inputs, outputs)
 
 
 def describe(path: str | os.PathLike) -> dict[str, Any]:
@@ -338,7 +339,8 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
         A dict with the versions of tfbn, Keras and TensorFlow, the fingerprint of the
         model's weights, `folded`, `stale` (`None`, or why the statistics are not those of the
         population), `max_abs_difference`, `inputs` and `outputs` (the names in requests and
-        answers, in the model's order), a `checksum` of all this, with `monitor` the `epsilon` of
+        answers, in the model's order, or `None` where another tool recorded none),
+        a `checksum` of all this, with `monitor` the `epsilon` of
         the monitored layers and the identity of their `population`, and `statistics`: `None` if
         no sweep of the model was known, else the method, samples, batches and batch size of the
         sweep, its `tolerance`, `population_size` and `relative_error` (see `PopulationStats`;

@@ -1,8 +1,12 @@
 """The directory of a model: its versions, and how a new one gets there, whole and at once."""
 
 import contextlib
+import errno
 import os
 import pathlib
+import re
+import shlex
+import urllib.parse
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,23 +17,137 @@ from tfbn.files.hidden_folders import hidden
 MAX_VERSION = 2**63 - 1
 
 
+# A scheme in front of a path: gs://, dbfs:/, file:///. One letter is a drive.
+_SCHEME = re.compile(r"([A-Za-z][\w+.-]+):(?=/)")
+
+
 def local(path: str | os.PathLike) -> pathlib.Path:
-    """A path in the local file system, where a directory is renamed in one step."""
-    if "://" in os.fspath(path):
+    """Return an absolute path in the local file system, where a directory is renamed in one step.
+
+    Raises:
+        ValueError: If it is in an object store or on another host.
+    """
+    text = os.fspath(path)
+    scheme = _SCHEME.match(text)
+    if scheme is not None and scheme[1].lower() == "file":
+        text = urllib.parse.unquote(text[len("file:") :])
+        if text.startswith("//"):
+            host, _, text = text[2:].partition("/")
+            if host not in ("", "localhost"):
+                raise ValueError(
+                    f"Expected file:/// before an absolute path. Received: {os.fspath(path)!r}, "
+                    f"on a host {host!r}. Give the path alone."
+                )
+            text = f"/{text}"
+    elif scheme is not None:
         raise ValueError(
             f"Expected a local directory. Received: {os.fspath(path)!r}. Object stores cannot "
             "rename a directory in one step: export locally, then copy the version."
         )
-    return pathlib.Path(path)
+    absolute = pathlib.Path(text).absolute()
+    return absolute.resolve() if ".." in absolute.parts else absolute
+
+
+def target(path: str | os.PathLike) -> pathlib.Path:
+    """Return a model's directory that a version can be written into; it need not exist.
+
+    Raises:
+        ValueError: If it is a version, in one, or in the place of one.
+        OSError: If it cannot be written to.
+    """
+    directory = local(path)
+    for folder in (*_and_parents(directory), *_and_parents(directory.resolve())):
+        if is_saved_model(folder):
+            advice = f"Give {str(folder.parent)!r}."
+            if _number(folder.name) is None:
+                advice = f"Give another directory, or make it a version: {_moved(folder)}"
+            raise ValueError(
+                "Expected a model's directory, with a version in each numbered folder. Received: "
+                f"{os.fspath(path)!r}, and {str(folder)!r} is a SavedModel. {advice}"
+            )
+    siblings = newest(directory.parent)
+    if _number(directory.name) is not None and any(map(is_saved_model, siblings)):
+        raise ValueError(
+            f"Expected a model's directory. Received: {os.fspath(path)!r}, a version in one. Give "
+            f"{str(directory.parent)!r}."
+        )
+    require_writable(directory)
+    return directory
+
+
+def require_writable(directory: pathlib.Path) -> None:
+    """Raise `OSError` unless files can be made in a directory, which need not exist."""
+    at = next(folder for folder in _and_parents(directory) if os.path.lexists(folder))
+    if not os.path.isdir(at):
+        raise NotADirectoryError(errno.ENOTDIR, "Not a directory", str(at))
+    if not os.access(at, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "No permission to write here", str(at))
+
+
+def require_readable(version: pathlib.Path) -> None:
+    """Raise `OSError` unless every file of a version can be read."""
+    for parent, folders, names in os.walk(version, followlinks=True):
+        for name in (*folders, *names):
+            path = os.path.join(parent, name)
+            if not os.access(path, os.R_OK | (os.X_OK if name in folders else 0)):
+                raise PermissionError(errno.EACCES, "No permission to read", path)
+
+
+def existing(path: str | os.PathLike) -> pathlib.Path:
+    """Return a version's directory, or the highest one that holds a SavedModel.
+
+    A symbolic link to a version (`current -> 1`) is followed until a folder has a number.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    version = local(path)
+    if not is_saved_model(version):
+        for found in filter(is_saved_model, newest(version)):
+            return found
+        raise ValueError(
+            "Expected a model's directory with numbered versions. Received: "
+            f"{os.fspath(path)!r}, which has none. Give the directory that was given to "
+            "tfbn.export."
+        )
+    while _number(version.name) is None and version.is_symlink():
+        version = version.parent / os.readlink(version)
+        version = version.resolve() if version.name in ("", "..") else version
+    if _number(version.name) is None:
+        raise ValueError(
+            f"Expected a SavedModel in a numbered folder. Received: {os.fspath(path)!r}. Make it a "
+            f"version: {_moved(version)}"
+        )
+    return version
+
+
+def is_saved_model(folder: pathlib.Path) -> bool:
+    """Return whether a SavedModel is directly in a folder."""
+    return os.path.exists(folder / "saved_model.pb")
+
+
+def _moved(folder: pathlib.Path) -> str:
+    """Return a command that moves a SavedModel into the numbered folder `1` of its own name."""
+    old, new = shlex.quote(str(folder)), shlex.quote(f"{folder}.versions")
+    return f"mkdir {new} && mv {old} {new}/1 && mv {new} {old}"
+
+
+def _and_parents(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
+    return (path, *path.parents)
+
+
+def _number(name: str) -> int | None:
+    """Return the number that a server reads in a name; `007` is 7."""
+    # More than 19 digits without leading zeros are over MAX_VERSION: no need to read them.
+    if name.isascii() and name.isdigit() and len(name.lstrip("0")) <= 19:
+        return int(name) if int(name) <= MAX_VERSION else None
+    return None
 
 
 def numbered(directory: pathlib.Path) -> dict[int, str]:
-    """Names of the versions in a model's directory, by number; `007` is 7 to a server."""
+    """Return the versions in a model's directory: number -> name."""
     names = os.listdir(directory) if directory.is_dir() else []
-    # More than 19 digits without leading zeros are over MAX_VERSION: no need to read them.
-    digits = [name for name in names if name.isascii() and name.isdigit()]
-    short = [name for name in digits if len(name.lstrip("0")) <= 19]
-    return {int(name): name for name in short if int(name) <= MAX_VERSION}
+    return {number: name for name in names if (number := _number(name)) is not None}
 
 
 def newest(directory: pathlib.Path) -> Iterator[pathlib.Path]:

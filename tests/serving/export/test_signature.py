@@ -351,3 +351,40 @@ def test_models_with_inputs_that_are_not_dense(tmp_path, kind, nested):
     [answer] = serve(path)(**{argument: ONES}).values()
     expected = ONES @ model.layers[-1].kernel.numpy()
     np.testing.assert_allclose(answer, expected, rtol=1e-5)
+
+
+BAD_NAMES = [
+    ["my input"],
+    ["größe"],
+    ["a:0"],
+    ["_x"],
+    ["-a"],
+    ["class"],
+    ["A", "a"],
+    ["a-b", "a_b"],
+]
+
+
+@pytest.mark.parametrize("names", BAD_NAMES)
+def test_a_name_that_would_not_be_kept_is_refused(tmp_path, names):
+    given = [[tf.TensorSpec((None, 4), tf.float32, name) for name in [*names, "z"]]]
+    model = named("first", "second", *["third"] * (len(names) - 1))
+    with pytest.raises(ValueError, match="Expected different input names") as refused:
+        export(model, tmp_path, input_signature=given)
+    assert "tf.TensorSpec((None, 4), tf.float32, name)" in str(refused.value)
+    assert everything_under(tmp_path) == []
+
+
+def test_a_model_whose_name_would_not_be_kept_is_exported_under_another(tmp_path):
+    model = named("my input")
+    with pytest.raises(ValueError, match=r"'my input'.*input_signature"):
+        export(model, tmp_path)
+    given = [[tf.TensorSpec((None, 4), tf.float32, "image")]]
+    answer = serve(export(model, tmp_path, input_signature=given).path)(image=ONES)
+    np.testing.assert_allclose(answer["output_0"], model(ONES), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["a-b", "a.b", "1a", "Size_2"])
+def test_names_that_a_server_keeps_are_served(name):
+    [spec] = signature.renamed([tf.TensorSpec((None, 4))], [name])
+    assert spec.name == name

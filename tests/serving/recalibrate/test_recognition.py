@@ -365,3 +365,52 @@ def test_of_two_meta_graphs_the_one_for_serving(tmp_path):
     x = field(5, 5, 3)
     found = tfbn.recalibrate(tmp_path, x, verbose=0)
     np.testing.assert_allclose(found.stats["bn"].mean, np.float64(x).mean((0, 1, 2)), rtol=1e-5)
+
+
+def test_no_order_is_recorded_where_none_is_known(tmp_path):
+    x, y = keras.Input((2,), name="b"), keras.Input((2,), name="a")
+    model = keras.Model([x, y], layers.BatchNormalization()(x - 2 * y))
+    model.export(tmp_path / "1", verbose=False)
+    data = {"b": field(2), "a": field(2)}
+    tfbn.recalibrate(tmp_path, data, verbose=0)
+    described = tfbn.describe(tmp_path)
+    assert (described["inputs"], described["outputs"]) == (None, None)
+    # Unnamed inputs would go by order, and clients' inputs be swapped.
+    p, q = keras.Input((2,)), keras.Input((2,))
+    unnamed = keras.Model([p, q], layers.BatchNormalization()(p - 2 * q))
+    with pytest.raises(ValueError, match="allow_new_signature"):
+        tfbn.export(unnamed, tmp_path)
+
+
+def test_the_next_version_of_a_link_or_of_the_working_directory(tmp_path, monkeypatch):
+    module = Fused()
+    version = tmp_path / "m" / "7"
+    tf.saved_model.save(module, version, signatures=module.infer)
+    (version.parent / "current").symlink_to("7")
+    for file in version.rglob("*"):
+        file.chmod(0o555 if file.is_dir() else 0o444)
+    version.chmod(0o555)
+    monkeypatch.chdir(version)
+    before = sorted(os.listdir(version))
+    assert tfbn.recalibrate("../current", field(5, 5, 3), verbose=0).path == version.parent / "8"
+    assert tfbn.recalibrate(".", field(5, 5, 3), verbose=0).path == version.parent / "9"
+    assert sorted(os.listdir(version)) == before
+    new = [version.parent / "8", *(version.parent / "8").rglob("*")]
+    assert all(path.stat().st_mode & 0o200 for path in new)
+
+
+def test_what_cannot_be_written_is_refused_before_data_is_read(tmp_path, monkeypatch):
+    module = Fused()
+    tf.saved_model.save(module, tmp_path / "m" / "7", signatures=module.infer)
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+
+    def data():
+        raise AssertionError("read")
+        yield
+
+    with pytest.raises(PermissionError, match="No permission to write here"):
+        tfbn.recalibrate(tmp_path / "m", data(), verbose=0)
+    denied = "saved_model.pb"
+    monkeypatch.setattr(os, "access", lambda path, mode: denied not in str(path))
+    with pytest.raises(PermissionError, match="No permission to read"):
+        tfbn.recalibrate(tmp_path / "m", data(), verbose=0)

@@ -128,17 +128,19 @@ def export(
     Raises:
         FileExistsError: If the version exists.
         ImportError: If `warmup` is given and tensorflow-serving-api is not installed.
-        ValueError: If the model is not built, if an input has no known rank, or is ragged or
-            sparse, if `sample` or `warmup` does not fit the inputs, if the model cannot be folded,
-            if a batch norm layer computes batch statistics even in inference mode, if statistics
-            are stale and `require_population`, if the signature is not that of the version before,
-            or if the verification fails, or if `monitor` is asked of a folded network, of layers
-            that the model does not have, or that it calls in loops or branches. An output may
-            differ by 1e-3 of its largest absolute value (or of 1, if that is larger), 2e-2 where
-            layers compute in 16 bits, or by 4 times the network's own rounding: how far the output
+        OSError: If `path` cannot be written to.
+        ValueError: If `path` is a version or in one, if the model is not built, if an input has no
+            known rank, or is ragged or sparse, if `sample` or `warmup` does not fit the inputs, if
+            the model cannot be folded, if a batch norm layer computes batch statistics even in
+            inference mode, if statistics are stale and `require_population`, if the signature is
+            not that of the version before, or if the verification fails, or if `monitor` is asked
+            of a folded network, of layers that the model does not have, or that it calls in loops
+            or branches. An output may differ by 1e-3 of its largest absolute value (or of 1, if
+            that is larger), 2e-2 where layers compute in 16 bits, or by 4 times the network's own
+            rounding: how far the output
             moves when every weight and input changes by one unit in the last place.
     """
-    directory = versions.local(path)
+    directory = versions.target(path)
     version = versions.checked(directory, version)
     specs = signature.arguments(model, input_signature)
     monitored = _monitored(model, monitor, fold)

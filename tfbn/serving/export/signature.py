@@ -1,6 +1,7 @@
 """The signature of an endpoint: shapes, dtypes and names, and whether old clients can go on."""
 
 import inspect
+import keyword
 import os
 import pathlib
 import re
@@ -107,21 +108,42 @@ def _require_dense(spec: Any) -> None:
 
 
 def _names(specs: list) -> list[str]:
-    """The names that TensorFlow gives to the arguments of an endpoint `serve(*args)`."""
+    """Return the names that TensorFlow gives to the arguments of an endpoint `serve(*args)`.
+
+    Raises:
+        ValueError: If a chosen name would not be kept.
+    """
 
     def serve(*args):
         return None
 
     traced = tf.function(serve, input_signature=specs, autograph=False).get_concrete_function()
-    return [tensor.op.name for tensor in traced.inputs]
+    names = [tensor.op.name for tensor in traced.inputs]
+    # Each is a parameter of a Python function too, and there they must differ.
+    parameters = [re.sub(r"\W", "_", name).lower() for name in names]
+    for spec, name, parameter in zip(keras.tree.flatten(specs), names, parameters, strict=True):
+        kept = spec.name in (None, "", name)
+        if not kept or keyword.iskeyword(name) or parameters.count(parameter) > 1:
+            raise ValueError(
+                "Expected different input names of letters, digits and underscores, a letter "
+                f"first. Received: {spec.name!r}, which TensorFlow would change. Give "
+                f"input_signature with tf.TensorSpec({tuple(spec.shape)}, tf.{spec.dtype.name}, "
+                "name)."
+            )
+    return names
 
 
 def renamed(specs: list, names: list[str]) -> list:
-    """The same arguments under other names, one for each tensor in their order."""
+    """Return the same arguments under other names, one for each tensor in their order.
+
+    Raises:
+        ValueError: If TensorFlow would not keep one of the names.
+    """
     flat = [
         tf.TensorSpec(spec.shape, spec.dtype, name)
         for spec, name in zip(keras.tree.flatten(specs), names, strict=True)
     ]
+    _names(flat)
     return keras.tree.pack_sequence_as(specs, flat)
 
 

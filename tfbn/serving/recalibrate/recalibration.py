@@ -66,7 +66,8 @@ def recalibrate(
     (`examples/served_population.py`).
 
     Args:
-        path: The model's directory, whose highest version is taken, or that of a version. A model
+        path: The model's directory, whose highest version is taken, or that of a version, or a
+            symbolic link to it. A model
             that `tfbn.export` wrote. One of another tool will do if each of its batch norm layers
             can be told from the operations in its graph: those of Keras 3's `model.export` and of
             fused kernels can, but for layers over sequences, where the graph does not tell which
@@ -87,6 +88,7 @@ def recalibrate(
         A `Recalibrated`.
 
     Raises:
+        OSError: If the version cannot be read, or its model's directory not written to.
         ValueError: If there is no version there, or the highest has no batch norm layers (they were
             folded away, say), has one in a loop or branch, or is of another tool and may have one
             that is not recognized;
@@ -130,7 +132,9 @@ def opened(path: str | os.PathLike) -> Opened:
     Raises:
         ValueError: See `recalibrate`.
     """
-    version = _version(versions.local(path))
+    version = versions.existing(path)
+    versions.require_readable(version)
+    versions.target(version.parent)
     if not (version / provenance.FILE).exists():
         return _opened_of_others(version)
     written = provenance.read(version)
@@ -237,20 +241,6 @@ def _measured(answers, paths):
                 found = moments.merge(measured[path], found, method="pooled")
             measured[path] = found
     return {path: layer_stats.of_calls([found], "pooled") for path, found in measured.items()}
-
-
-def _version(path):
-    if (path / "saved_model.pb").exists():
-        found = [path] if path.resolve().name.isdigit() else []
-        path = path.parent if found else path
-    else:
-        found = [v for v in versions.newest(path) if (v / "saved_model.pb").exists()]
-    if not found:
-        raise ValueError(
-            "Expected a model's directory with numbered versions. Received: "
-            f"{str(path)!r}, which has none. Give the directory that was given to tfbn.export."
-        )
-    return found[0]
 
 
 def _with_first(network, x, batch_size, steps):

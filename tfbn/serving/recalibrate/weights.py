@@ -46,7 +46,12 @@ def copy_with(version: pathlib.Path, target: pathlib.Path, values: dict[str, np.
     Raises:
         ValueError: If a variable is not there or has another shape.
     """
-    shutil.copytree(version, target, ignore=shutil.ignore_patterns(f"{_NAME}.data*"))
+    for parent, _, files in os.walk(version, followlinks=True):
+        folder = target / os.path.relpath(parent, version)
+        folder.mkdir()
+        for name in files:  # Without their modes: the version may be read-only.
+            if not name.startswith(f"{_NAME}.data"):
+                shutil.copyfile(os.path.join(parent, name), folder / name)
     reader = tf.train.load_checkpoint(_prefix(version))
     dtypes = reader.get_variable_to_dtype_map()
     names = list(dtypes)
