@@ -9,10 +9,10 @@ import tfbn
 MAY_IMPORT = {
     **dict.fromkeys(("_requirements", "_version", "arguments"), ""),
     **dict.fromkeys(("files", "graphs"), ""),
-    "stats": "_version arguments models files",
+    "stats": "_version arguments files",
     "layer": "origins",
     "origins": "files",
-    "models": "layer origins",
+    "models": "layer origins stats",
     "population": "arguments layer models origins stats files",
     "plots": "stats",
     "sweep": "arguments graphs layer models population stats files",

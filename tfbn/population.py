@@ -10,7 +10,7 @@ import numpy as np
 
 from tfbn import arguments, origins
 from tfbn.files import atomic
-from tfbn.models import fingerprints, keras_models
+from tfbn.models import assignment, fingerprints, keras_models
 from tfbn.stats import blending, drift, layer_stats, stats_file, summary
 from tfbn.stats.layer_stats import LayerStats
 
@@ -116,7 +116,7 @@ class PopulationStats(collections.abc.Mapping):
             fingerprint: Whether to take the fingerprint of the weights, which reads all of them.
         """
         layers = {
-            path: layer_stats.of_layer(layer)
+            path: assignment.from_layer(layer)
             for path, layer in keras_models.batch_norm_layers(model).items()
             if include_frozen or layer.trainable
         }
@@ -148,14 +148,14 @@ class PopulationStats(collections.abc.Mapping):
         if self.method != "assigned":
             layer_stats.require_possible(self)
             layer_stats.require_values(self)
-        layers = layer_stats.layers_of(model, self)
+        layers = assignment.matching_layers(model, self)
         writes = [
             write
             for path, stats in self.items()
-            for write in layer_stats.writes(path, stats, layers[path])
+            for write in assignment.assignments(path, stats, layers[path])
         ]
         previous = PopulationStats(
-            {path: layer_stats.of_layer(layers[path]) for path in self}, method="assigned"
+            {path: assignment.from_layer(layers[path]) for path in self}, method="assigned"
         )
         with keras_models.put_back_on_error(model, [variable for variable, _ in writes]):
             for variable, value in writes:
@@ -176,17 +176,13 @@ class PopulationStats(collections.abc.Mapping):
             `None` if the model's weights are those of the sweep and its layers hold the
             statistics that the sweep found; else a phrase that names the difference.
         """
-        layers = keras_models.batch_norm_layers(model)
-        for path, stats in self.items():
-            if path not in layers or not layers[path].built:
-                return f"the model has no batch norm layer {path!r}"
-            name = layer_stats.changed(stats, layers[path])
-            if name is not None:
-                return f"{name} of layer {path!r} has changed since the sweep"
+        difference = assignment.mismatch(model, self)
+        if difference is not None:
+            return difference
         if not self.fingerprint:
             return "it is not known with which weights the sweep was"
         # Last, because it reads all weights.
-        if not fingerprints.has_fingerprint(model, self.fingerprint):
+        if fingerprints.fingerprint(model) != self.fingerprint:
             return "the weights have changed since the sweep"
         return None
 

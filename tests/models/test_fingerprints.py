@@ -80,4 +80,4 @@ def test_digests_with_which_a_model_had_a_fingerprint():
     assert fingerprints.digests_of(model, swept) is None  # They are forgotten by now.
     assert fingerprints.digests_of(model, "") is None
     now = {digest for _, digest in fingerprints.digests(model)} - statistics
-    assert fingerprints.digests_of(model, fingerprints._sha256(model)) == now
+    assert fingerprints.digests_of(model, fingerprints.fingerprint(model)) == now

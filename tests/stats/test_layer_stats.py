@@ -4,11 +4,9 @@ import copy
 import functools
 import pickle
 
-import keras
 import numpy as np
 import pytest
 
-import tfbn
 from tfbn import LayerStats
 from tfbn.stats import layer_stats, moments
 
@@ -140,25 +138,3 @@ def test_impossible_errors_are_named(bad):
     stats = LayerStats(9, np.ones(2), np.ones(2)).with_errors([0.1, bad], [0.1, 0.1])
     assert "mean_error" in stats.impossible() and "channel 1" in stats.impossible()
     assert LayerStats(9, np.ones(2), np.ones(2)).impossible() is None
-
-
-def test_an_architecture_that_is_built_twice_gets_statistics_in_order():
-    """Only the counters in the names that Keras creates differ, with one digit or two."""
-
-    def build(units=3):
-        model = keras.Sequential([keras.Input((3,))])
-        for _ in range(11):
-            model.add(keras.layers.Dense(units))
-            model.add(keras.layers.BatchNormalization())
-        return model
-
-    x = np.random.default_rng(0).normal(1, 2, (16, 3)).astype("float32")
-    first, second, wider = build(), build(), build(units=4)
-    second.set_weights(first.get_weights())
-    stats = tfbn.collect(first, x, verbose=0)
-    stats.assign(second)
-    stats.assign(first)
-    for a, b in zip(first.get_weights(), second.get_weights(), strict=True):
-        np.testing.assert_array_equal(a, b)
-    with pytest.raises(ValueError):
-        stats.assign(wider)

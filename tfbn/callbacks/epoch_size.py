@@ -5,8 +5,8 @@ from typing import Any
 
 import keras
 
+from tfbn.models.assignment import value_of
 from tfbn.population import PopulationStats
-from tfbn.stats.layer_stats import value_of
 
 # Fewer samples than this leave the mean of a channel unknown by more than 0.06 std.
 _FEW_SAMPLES = 256

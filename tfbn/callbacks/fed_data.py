@@ -31,9 +31,8 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-from tfbn.models import keras_models
+from tfbn.models import assignment, keras_models
 from tfbn.population import PopulationStats
-from tfbn.stats import layer_stats
 from tfbn.stats.layer_stats import LayerStats
 from tfbn.sweep.level_passes import first_level
 
@@ -222,7 +221,7 @@ class FedData:
         return {
             path: Moments(
                 *(
-                    layer_stats.value_of(variable).astype(np.float64)
+                    assignment.value_of(variable).astype(np.float64)
                     for variable in (layer.moving_mean, layer.moving_variance)
                 )
             )

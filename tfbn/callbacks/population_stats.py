@@ -321,11 +321,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         """
         network, stats = self._network, self.stats
         swapping.swap_out(network)
-        if (
-            stats is None
-            or self._stepped
-            or not fingerprints.has_fingerprint(network, stats.fingerprint)
-        ):
+        if stats is None or self._stepped or stats.fingerprint != fingerprints.fingerprint(network):
             trained = self._layers.paths()
             if trained is not None and not trained:
                 return None

@@ -21,16 +21,9 @@ def fingerprint(model: keras.Model) -> str:
     rows = _rows(model, [variable for _, variable in weights])
     digest = hashlib.sha256(rows)
     digest.update("".join(f"{tuple(v.shape)} {v.dtype};" for _, v in weights).encode())
-    found = _FINGERPRINT_2 + digest.hexdigest()
+    found = digest.hexdigest()
     _latest[model] = found, frozenset(_of_kinds(weights, rows))
     return found
-
-
-def has_fingerprint(model: keras.Model, known: str) -> bool:
-    """Whether a model's weights are those of a fingerprint, from this version or an older one."""
-    if known.startswith(_FINGERPRINT_2):
-        return known == fingerprint(model)
-    return known == _sha256(model)
 
 
 def digests_of(model: keras.Model, known: str) -> frozenset[int] | None:
@@ -43,8 +36,7 @@ def digests_of(model: keras.Model, known: str) -> frozenset[int] | None:
     latest, found = _latest.get(model, (None, None))
     if known == latest:
         return found  # Without reading the weights again, in the midst of training say.
-    if known and has_fingerprint(model, known):
-        fingerprint(model)
+    if known and known == fingerprint(model):
         return _latest[model][1]
     return None
 
@@ -85,9 +77,6 @@ def _hash(content):
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-# The first version took SHA-256 of all bytes, which is ten times slower.
-_FINGERPRINT_2 = "2:"
-
 # By model: its weights, and the function that gives their digests.
 _fingerprint_functions: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 # By model: its latest fingerprint, and the digests in it.
@@ -114,15 +103,6 @@ def _concrete_digests(variables):
 
     with tf.init_scope():
         return tf.function(digests, autograph=False).get_concrete_function()
-
-
-def _sha256(model):
-    digest = hashlib.sha256()
-    for _, variable in _owned_weights(model):
-        value = tf.convert_to_tensor(variable).numpy()
-        digest.update(f"{value.shape} {variable.dtype};".encode())
-        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def _owned_weights(model):

@@ -14,11 +14,11 @@ import tensorflow as tf
 
 from tfbn import origins
 from tfbn._version import __version__
-from tfbn.models import fingerprints, keras_models, upstream
+from tfbn.models import assignment, fingerprints, keras_models, upstream
 from tfbn.population import PopulationStats
 from tfbn.serving import versions
 from tfbn.serving.monitor import monitor
-from tfbn.stats import blending, layer_stats, stats_file
+from tfbn.stats import blending, stats_file
 
 FILE = "assets.extra/tfbn.json"
 
@@ -128,7 +128,7 @@ def _stale(model, layers, found):
         found: The origins of some of them, by path.
     """
     for path, origin in found.items():
-        name = layer_stats.changed(origin.stats[origin.path], layers[path])
+        name = assignment.changed_variable(origin.stats[origin.path], layers[path])
         if name is not None:
             return f"{name} of layer {path!r} has changed since the sweep"
         if not origin.stats.fingerprint:

@@ -1,16 +1,12 @@
-"""`LayerStats`: the statistics of one batch norm layer, and how it holds them."""
+"""`LayerStats`: the statistics of one batch norm layer."""
 
 import dataclasses
 import functools
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import keras
 import numpy as np
-import tensorflow as tf
 
-from tfbn.models import keras_models
 from tfbn.stats import blending, moments
 
 RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
@@ -208,64 +204,6 @@ class LayerStats:
         return moments.of_values(count, self.mean, self.variance * count)
 
 
-def values(stats: LayerStats, layer: keras.Layer) -> dict[str, np.ndarray]:
-    """The values for the statistics variables of a layer, float64, by attribute name."""
-    by_name = {"moving_mean": stats.mean, "moving_variance": stats.variance}
-    if getattr(layer, "renorm", False):
-        stddev = np.sqrt(stats.variance + layer.epsilon)
-        by_name |= stats.renorm or {
-            "moving_stddev": stddev,
-            "renorm_mean": stats.mean,
-            "renorm_stddev": stddev,
-        }
-    return by_name
-
-
-def writes(path: str, stats: LayerStats, layer: keras.Layer) -> list[tuple]:
-    """The statistics variables of a layer and their new values, in their dtype.
-
-    Raises:
-        ValueError: If a shape differs, or a value is too large for the dtype.
-    """
-    assignments = []
-    for name, value in values(stats, layer).items():
-        variable = getattr(layer, name)
-        if tuple(variable.shape) != value.shape:
-            raise ValueError(
-                f"Expected statistics of shape {tuple(variable.shape)} for layer "
-                f"{path!r}. Received: shape {value.shape}. These statistics belong to "
-                "another model."
-            )
-        with np.errstate(over="ignore"):
-            cast = value.astype(keras.backend.standardize_dtype(variable.dtype))
-        too_large = np.isfinite(value) & ~np.isfinite(cast.astype(np.float64))
-        if too_large.any():
-            channel = int(np.argmax(too_large))
-            raise ValueError(
-                f"Expected statistics that {variable.dtype} can hold for layer {path!r}. Received: "
-                f"{name} {value[channel]} in channel {channel}. Look for very large values in the "
-                "data of the sweep."
-            )
-        assignments.append((variable, cast))
-    return assignments
-
-
-def held(
-    path: str, mean: np.ndarray, variance: np.ndarray, layer: keras.Layer
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance as the variables of a layer will hold them, rounded to their dtype.
-
-    Raises:
-        ValueError: If a value is too large for the dtype.
-    """
-    written = {id(v): value for v, value in writes(path, LayerStats(1, mean, variance), layer)}
-    rounded_mean, rounded_variance = (
-        written[id(variable)].astype(np.float64)
-        for variable in (layer.moving_mean, layer.moving_variance)
-    )
-    return rounded_mean, rounded_variance
-
-
 def of_calls(calls: list[moments.Moments], method: str) -> LayerStats:
     """The statistics of a layer from the moments of its calls.
 
@@ -287,61 +225,6 @@ def of_calls(calls: list[moments.Moments], method: str) -> LayerStats:
         np.add, [call.errors_in(whole, method) for call in each]
     )
     return whole.with_errors(mean_error, variance_error)
-
-
-def of_layer(layer: keras.Layer) -> LayerStats:
-    """The `LayerStats` that a layer holds."""
-    by_name = {name: value_of(v) for name, v in keras_models.statistics(layer).items()}
-    mean, variance = by_name.pop("moving_mean"), by_name.pop("moving_variance")
-    return LayerStats(0, mean, variance, by_name or None)
-
-
-def value_of(variable: keras.Variable) -> np.ndarray:
-    """A copy of a variable's value, in its dtype."""
-    return tf.convert_to_tensor(variable).numpy().copy()
-
-
-def changed(stats: LayerStats, layer: keras.Layer) -> str | None:
-    """The name of a variable of a layer that does not hold these statistics, or `None`."""
-    for name, value in values(stats, layer).items():
-        held = value_of(getattr(layer, name))
-        if not np.array_equal(held, value.astype(held.dtype), equal_nan=True):
-            return name
-    return None
-
-
-def layers_of(model: keras.Model, paths: Iterable[str]) -> dict[str, keras.Layer]:
-    """The batch norm layers of a model at some paths, by path.
-
-    Names that Keras creates end in a counter, which differs in an architecture that is built twice.
-    If only counters differ, the layers correspond in order.
-
-    Raises:
-        ValueError: If one is missing or not built.
-    """
-    wanted = list(paths)
-    layers = keras_models.batch_norm_layers(model)
-    same_names = [*map(_without_counters, layers)] == [*map(_without_counters, wanted)]
-    if same_names and layers.keys() != set(wanted):
-        layers = dict(zip(wanted, layers.values(), strict=True))
-    for path in wanted:
-        if path not in layers:
-            raise ValueError(
-                f"Expected a model with the batch norm layers of these statistics. "
-                f"Received: model {model.name!r}, which has no batch norm layer "
-                f"{path!r}; it has {list(layers)}. Assign statistics only to the model "
-                "they were collected from, or to one of the same architecture."
-            )
-        if not layers[path].built:
-            raise ValueError(
-                f"Expected a built model. Received: model {model.name!r}, whose layer "
-                f"{path!r} has no weights yet. Call the model on a batch first."
-            )
-    return {path: layers[path] for path in wanted}
-
-
-def _without_counters(path: str) -> str:
-    return re.sub(r"_\d+(?=/|$)", "", path)
 
 
 def checked(layers: Mapping[str, LayerStats]) -> dict[str, LayerStats]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import keras
 import numpy as np
 
+from tfbn.models import assignment
 from tfbn.population import PopulationStats
-from tfbn.stats import layer_stats
 from tfbn.sweep.methods import METHODS
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def warn_of_rounding(stats: PopulationStats, layers: Mapping[str, keras.Layer]) 
         dtype = keras.backend.standardize_dtype(layers[path].moving_mean.dtype)
         if dtype not in ("float16", "bfloat16"):
             continue
-        mean, variance = layer_stats.held(path, swept.mean, swept.variance, layers[path])
+        mean, variance = assignment.as_held(path, swept.mean, swept.variance, layers[path])
         varies = swept.variance > 0
         shift = np.abs(mean - swept.mean)[varies] / np.sqrt(swept.variance[varies])
         lost[path] = np.inf if np.any(variance[varies] == 0) else np.max(shift, initial=0.0)

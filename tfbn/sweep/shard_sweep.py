@@ -12,9 +12,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn.models import keras_models
+from tfbn.models import assignment, keras_models
 from tfbn.population import PopulationStats
-from tfbn.stats import layer_stats, moments
+from tfbn.stats import moments
 from tfbn.stats.moments import Moments
 from tfbn.sweep import digests
 from tfbn.sweep.accumulator import Site, SweepState
@@ -265,7 +265,7 @@ class ShardSweep:
                     if population is not before:  # A settled level stays as it is.
                         values = population.mean, moments.variance(population)
                         if isinstance(key, str):  # As inference will read them.
-                            values = layer_stats.held(key, *values, self.layers[key])
+                            values = assignment.as_held(key, *values, self.layers[key])
                         placed[key] = population, tf.constant(np.stack(values))
 
     def _jobs(

@@ -13,9 +13,8 @@ import keras
 import tensorflow as tf
 
 from tfbn.layer import kernels, sums
-from tfbn.models import keras_models
+from tfbn.models import assignment, keras_models
 from tfbn.population import PopulationStats
-from tfbn.stats import layer_stats
 
 # Beside the provenance: the population to compare the answers of the endpoint with.
 FILE = "assets.extra/population.npz"
@@ -123,7 +122,7 @@ def write_population(
     """
     swept = PopulationStats({}, method="assigned") if swept is None else swept
     population = {
-        path: swept[path] if path in swept else layer_stats.of_layer(layer)
+        path: swept[path] if path in swept else assignment.from_layer(layer)
         for path, layer in layers.items()
     }
     file = version / FILE
