@@ -26,13 +26,13 @@ from tfbn.models import keras_models
 from tfbn.models.keras_models import Structure
 from tfbn.population import PopulationStats
 from tfbn.sweep import data
-from tfbn.sweep.accumulator import SweepState
 from tfbn.sweep.batches import Batch, empty
-from tfbn.sweep.level_passes import depth, levels_of, recurrent
+from tfbn.sweep.cut_passes import depth, levels_of, recurrent
 from tfbn.sweep.methods import METHODS, check_method
 from tfbn.sweep.model_sources import check_source
 from tfbn.sweep.network import Network
 from tfbn.sweep.replicas import Recipe, Replica, replica
+from tfbn.sweep.state import SweepState
 
 
 class Collect(beam.PTransform):

@@ -32,7 +32,7 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
-from tfbn.sweep import accumulator_bytes, data, run, workers
+from tfbn.sweep import data, run, state_bytes, workers
 
 BATCH = 100
 METHODS = ("pooled", "algorithm2", "exact")
@@ -159,7 +159,7 @@ def messages(model, x, method):
 
     with unittest.mock.patch.object(run, "Workers", Twin):
         tfbn.collect(model, x, method, batch_size=len(x), memory_limit=2**30, verbose=0)
-    states = [accumulator_bytes.unpack(message[1:]) for message in sent]
+    states = [state_bytes.unpack(message[1:]) for message in sent]
     numbers = [sum(found.rows.size for found in state.moments.values()) for state in states]
     return list(map(len, sent)), numbers
 

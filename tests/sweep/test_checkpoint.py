@@ -18,11 +18,11 @@ from keras import layers
 
 import tfbn
 from tfbn.files import sealed
-from tfbn.sweep import accumulator_bytes, digests, run
 from tfbn.sweep import checkpoint as module
-from tfbn.sweep.level_passes import LevelPasses
+from tfbn.sweep import digests, run, state_bytes
+from tfbn.sweep.cut_passes import CutPasses
 from tfbn.sweep.shard_sweep import ShardSweep
-from tfbn.sweep.whole_passes import WholePasses
+from tfbn.sweep.uncut_passes import UncutPasses
 
 HERE = pathlib.Path(__file__).parents[1]
 BATCHES = 6
@@ -56,7 +56,7 @@ def save_at_every_batch(monkeypatch):
 def runs(monkeypatch):
     """Counts the batches that are put through the network."""
     counted = []
-    for passes in (LevelPasses, WholePasses):
+    for passes in (CutPasses, UncutPasses):
 
         def advance(self, *args, original=passes.advance):
             counted.append(self)
@@ -349,11 +349,11 @@ def test_a_damaged_checkpoint_is_one_error_or_the_same_state(tmp_path, change, s
             assert str(path) in str(error) and "Delete it" in str(error) and len(str(error)) < 2000
         else:
             # A crafted file may say anything that a sweep could be.
-            assert change is crafted or (accumulator_bytes.pack(again), digest_again) == (
-                accumulator_bytes.pack(state),
+            assert change is crafted or (state_bytes.pack(again), digest_again) == (
+                state_bytes.pack(state),
                 digest,
             )
-            accumulator_bytes.pack(again)
+            state_bytes.pack(again)
             with contextlib.suppress(ValueError):  # It can be gone on from, or says why not.
                 again.next_level().populations.keys()
     assert refused > seeds / 3
@@ -362,4 +362,4 @@ def test_a_damaged_checkpoint_is_one_error_or_the_same_state(tmp_path, change, s
 def test_the_state_of_something_else_is_refused():
     content = sealed.pack({"kind": "statistics"}, {})
     with pytest.raises(ValueError, match=r"Expected the state of a sweep.*another kind of file"):
-        accumulator_bytes.unpack(content)
+        state_bytes.unpack(content)

@@ -513,7 +513,7 @@ class Stop(Exception):
 @contextlib.contextmanager
 def failing(number):
     """Within the context the sweep fails once, at its batch of that number over all levels."""
-    from tfbn.sweep.accumulator import SweepState
+    from tfbn.sweep.state import SweepState
 
     original, calls = SweepState.add, []
 

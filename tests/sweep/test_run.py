@@ -29,7 +29,7 @@ from networks import (
 
 import tfbn
 from tfbn.models.keras_models import batch_norm_layers
-from tfbn.sweep import level_passes
+from tfbn.sweep import cut_passes
 
 BN = [tfbn.BatchNormalization, layers.BatchNormalization]
 SAMPLES = 37
@@ -500,13 +500,13 @@ def test_what_fits_in_memory_is_not_computed_again(memory_limit, reads, starts, 
     model = plain(layers.BatchNormalization)
     x = data(model, 40)
     read, started = [], []
-    original = level_passes.LevelPasses.advance
+    original = cut_passes.CutPasses.advance
 
     def advance(self, frontier, *args):
         started.append(frontier.level)
         return original(self, frontier, *args)
 
-    monkeypatch.setattr(level_passes.LevelPasses, "advance", advance)
+    monkeypatch.setattr(cut_passes.CutPasses, "advance", advance)
 
     class Read:
         def __iter__(self):

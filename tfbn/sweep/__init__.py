@@ -15,14 +15,14 @@ The terms, each used in this sense only:
   sweeps of a model.
 - Settled: a layer whose population is known.
 - Level: one more than the highest level among the layers that a layer depends on.
-- Pass: one run over the batches. `level_passes.py` cuts the network at its levels, and a pass
-  computes the next one; `whole_passes.py` runs all of it, for one-pass methods and for networks
+- Pass: one run over the batches. `cut_passes.py` cuts the network at its levels, and a pass
+  computes the next one; `uncut_passes.py` runs all of it, for one-pass methods and for networks
   that cannot be cut. Both have `start`, `levels`, `not_nan` and `advance`.
 - Segment: the piece of the graph between the frontiers of two neighbouring levels, taken out by
   `extraction.py`.
 - Frontier: the tensors of one batch that live past a level. `frontiers.py` keeps those for which
   there is memory.
-- State: the accumulator of a sweep, `accumulator.py`: it takes batches, merges with the state of
+- State: the accumulator of a sweep, `state.py`: it takes batches, merges with the state of
   another shard, goes to the next level, and is finished into a `tfbn.PopulationStats`.
 - Method: how a sweep goes, one row in `methods.py`.
 - Device, worker: where a sweep runs, by the model's `tf.distribute` strategy: `devices.py` within

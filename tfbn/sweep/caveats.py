@@ -12,7 +12,7 @@ from tfbn.population import PopulationStats
 from tfbn.sweep.methods import METHODS
 
 if TYPE_CHECKING:
-    from tfbn.sweep.accumulator import SweepState
+    from tfbn.sweep.state import SweepState
 
 # Fewer samples a batch than this, and one-pass statistics depend visibly on how many: the
 # README has the figures.

@@ -7,9 +7,9 @@ import time
 import numpy as np
 
 from tfbn.files import atomic, sealed
-from tfbn.sweep import accumulator_bytes
-from tfbn.sweep.accumulator import SweepState
+from tfbn.sweep import state_bytes
 from tfbn.sweep.batches import Batches
+from tfbn.sweep.state import SweepState
 
 _KIND = "tfbn checkpoint 1"
 _SHARE = 0.02  # Of the time goes into saving, at most.
@@ -63,7 +63,7 @@ class Checkpoint:
             header, arrays = sealed.unpack(atomic.read(self._path))
             if header.get("kind") != _KIND:
                 raise ValueError("it is no checkpoint")
-            state = accumulator_bytes.unpack(arrays["state"].tobytes())
+            state = state_bytes.unpack(arrays["state"].tobytes())
             digest = bytes.fromhex(header["digest"])
         except (ValueError, KeyError, TypeError) as error:
             raise self._unfit(f"is damaged or another kind of file ({error})") from error
@@ -80,7 +80,7 @@ class Checkpoint:
     def save(self, state: SweepState, digest: bytes) -> None:
         """Write the file, whole or not at all, for `read`."""
         start = time.monotonic()
-        content = np.frombuffer(accumulator_bytes.pack(state), np.uint8)
+        content = np.frombuffer(state_bytes.pack(state), np.uint8)
         header = {"kind": _KIND, "digest": digest.hex()}
         atomic.write(self._path, sealed.pack(header, {"state": content}))
         self._saved = time.monotonic()

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from tfbn.sweep.accumulator import SweepState, merged
 from tfbn.sweep.batches import empty
 from tfbn.sweep.report import Report
 from tfbn.sweep.sampling import Draw, Sample, first_size, next_size, replicates_after
+from tfbn.sweep.state import SweepState, merged
 
 
 class Engine(Protocol):

@@ -17,7 +17,7 @@ from tfbn.sweep.methods import METHODS
 from tfbn.sweep.network import Network, flatten
 from tfbn.sweep.shard_sweep import naming
 from tfbn.sweep.trained_layers import all_layers, layers_to_sweep, require_trained, trained_calls
-from tfbn.sweep.whole_passes import WholePasses
+from tfbn.sweep.uncut_passes import UncutPasses
 
 
 class FirstTrace(NamedTuple):
@@ -129,7 +129,7 @@ def _traced(
         run = network.observer.run(inputs, number, lambda site, channels: None)
         calls, by_batch = run.calls, run.by_batch
         if by_level:
-            passes = WholePasses(network, static, eager=True)
+            passes = UncutPasses(network, static, eager=True)
             looping = passes.looping(Frontier(None, 0, [inputs, number]))
     else:
         return frozenset(layers), frozenset(), looping

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from tfbn.models.keras_models import Structure
-from tfbn.sweep.accumulator import SweepState, merged
 from tfbn.sweep.batches import Batch, Batches, nbytes, too_large
 from tfbn.sweep.deal import Deal
 from tfbn.sweep.sampling import JOINED_BYTES, PROBE, Draw, groups_of
 from tfbn.sweep.shard_sweep import ShardSweep
+from tfbn.sweep.state import SweepState, merged
 from tfbn.sweep.workers import Workers
 
 

@@ -18,8 +18,8 @@ import tensorflow as tf
 from tfbn.graphs.subgraphs import Extraction, ancestors, kept_apart
 from tfbn.models import keras_models
 from tfbn.models.keras_models import Structure
-from tfbn.sweep.accumulator import Site
 from tfbn.sweep.observation import Call, Observer, UnobservableError
+from tfbn.sweep.state import Site
 
 # Traces that a model keeps: a few signatures for each of two methods.
 _KEPT_TRACES = 8

@@ -15,9 +15,9 @@ from tfbn.layer import BatchNormalization, kernels, sums
 from tfbn.models import keras_models
 from tfbn.models.detours import detour
 from tfbn.models.keras_models import Structure
-from tfbn.sweep.accumulator import Site
 from tfbn.sweep.arrays import as_called
 from tfbn.sweep.inference import Draws, inference
+from tfbn.sweep.state import Site
 
 # Count, mean and variance of the values that enter a layer in one call, float64.
 CallMoments = Sequence[tf.Tensor]

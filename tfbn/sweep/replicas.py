@@ -10,11 +10,11 @@ from collections.abc import Callable
 import keras
 
 from tfbn.population import PopulationStats
-from tfbn.sweep.accumulator import SweepState
 from tfbn.sweep.batches import BatchReader, prepared
 from tfbn.sweep.caveats import warn_of, warn_of_rounding
 from tfbn.sweep.model_sources import Source, check_source, load
 from tfbn.sweep.shard_sweep import ShardSweep
+from tfbn.sweep.state import SweepState
 from tfbn.sweep.trained_layers import layers_to_sweep
 
 

@@ -41,7 +41,7 @@ import numpy as np
 from tfbn.population import LayerStats, PopulationStats
 from tfbn.stats import moments
 from tfbn.stats.moments import Moments
-from tfbn.sweep.accumulator import Site, SweepState
+from tfbn.sweep.state import Site, SweepState
 
 GROUPS = 20
 # Samples that are enough to find how statistics depend on those before them.

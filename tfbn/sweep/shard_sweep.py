@@ -17,19 +17,19 @@ from tfbn.population import PopulationStats
 from tfbn.stats import moments
 from tfbn.stats.moments import Moments
 from tfbn.sweep import digests
-from tfbn.sweep.accumulator import Site, SweepState
 from tfbn.sweep.batches import Batch, Batches, BatchReader, nbytes
 from tfbn.sweep.caveats import warn_of_loops
 from tfbn.sweep.checkpoint import Checkpoint
+from tfbn.sweep.cut_passes import CutPasses, Shown
 from tfbn.sweep.devices import devices, in_turn
 from tfbn.sweep.frontiers import Frontier, Frontiers
-from tfbn.sweep.level_passes import LevelPasses, Shown
 from tfbn.sweep.methods import METHODS
 from tfbn.sweep.network import Network, UnobservableError, flatten
 from tfbn.sweep.observation import CallMoments
 from tfbn.sweep.report import Report
+from tfbn.sweep.state import Site, SweepState
 from tfbn.sweep.trained_layers import require_trained, trained_calls
-from tfbn.sweep.whole_passes import WholePasses
+from tfbn.sweep.uncut_passes import UncutPasses
 
 
 class _BatchResult(NamedTuple):
@@ -251,8 +251,8 @@ class ShardSweep:
         by_level = METHODS[self._method].by_level and not (state.whole or self._eager)
         self.report.begin_level(state.level)
         static = self._batches.static
-        self._passes: list[LevelPasses | WholePasses] = [
-            LevelPasses(network, static) if by_level else WholePasses(network, static, self._eager)
+        self._passes: list[CutPasses | UncutPasses] = [
+            CutPasses(network, static) if by_level else UncutPasses(network, static, self._eager)
             for network in self._networks
         ]
         populations = state.populations
@@ -295,7 +295,7 @@ class ShardSweep:
                 if levels is None:
                     return _BatchResult(batch, frontier, [], None, None)
                 recurrent: frozenset[str] = frozenset()
-                if state.whole and isinstance(passes, WholePasses):
+                if state.whole and isinstance(passes, UncutPasses):
                     recurrent = passes.recurrent(frontier)
                 populations = {path: value for path, (_, value) in self._populations[place].items()}
                 called, frontier, shown = passes.advance(frontier, level, populations)

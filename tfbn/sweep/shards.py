@@ -13,8 +13,7 @@ import keras
 from tfbn import arguments
 from tfbn.population import PopulationStats
 from tfbn.stats import moments
-from tfbn.sweep import accumulator_bytes, data
-from tfbn.sweep.accumulator import SweepState, merged
+from tfbn.sweep import data, state_bytes
 from tfbn.sweep.batches import Batches
 from tfbn.sweep.deal import Deal
 from tfbn.sweep.driver import run_levels, run_sample
@@ -22,6 +21,7 @@ from tfbn.sweep.methods import check_method
 from tfbn.sweep.replicas import Recipe, Replica, forget, replica, source_of
 from tfbn.sweep.report import Report
 from tfbn.sweep.sampling import JOINED_BYTES, PROBE, Draw, groups_of
+from tfbn.sweep.state import SweepState, merged
 
 
 def collect_shards(
@@ -215,7 +215,7 @@ class _RunLevel(_Task):
                 part = parts[span]
             else:
                 continue
-            results[place] = accumulator_bytes.pack(here.sweep_level(work.state, part))
+            results[place] = state_bytes.pack(here.sweep_level(work.state, part))
         return results
 
 
@@ -249,7 +249,7 @@ class _Tasks:
         numbers = {*itertools.chain(*(work.spans or everywhere for work in works))}
         task = _RunLevel(recipe, self.reader, sent)
         for number, results in self._results(task, sorted(numbers)):
-            yield number, {at: accumulator_bytes.unpack(state) for at, state in results.items()}
+            yield number, {at: state_bytes.unpack(state) for at, state in results.items()}
 
     def _results(self, task: _Task, numbers: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """Yield number and result of some shards once, in the order in which they come."""

@@ -13,9 +13,9 @@ import tensorflow as tf
 
 from tfbn.models import keras_models
 from tfbn.models.keras_models import Structure
-from tfbn.sweep.accumulator import Site
 from tfbn.sweep.arrays import as_called
 from tfbn.sweep.inference import Draws, inference
+from tfbn.sweep.state import Site
 
 
 class TrainedCalls(NamedTuple):

@@ -10,8 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from tfbn.stats.moments import Moments
-from tfbn.sweep import accumulator_bytes
-from tfbn.sweep.accumulator import Site, SweepState
+from tfbn.sweep import state_bytes
+from tfbn.sweep.state import Site, SweepState
 
 
 class Workers:
@@ -70,9 +70,9 @@ class Workers:
             state = compute()
             if settled is not None:
                 state = dataclasses.replace(state, settled={})
-            return accumulator_bytes.pack(state)
+            return state_bytes.pack(state)
 
-        states = [accumulator_bytes.unpack(content) for content in self._gather(message)]
+        states = [state_bytes.unpack(content) for content in self._gather(message)]
         if settled is None:
             return states
         return [dataclasses.replace(state, settled=settled) for state in states]

@@ -14,9 +14,9 @@ from keras import layers
 
 import tfbn
 from tfbn.stats import moments
-from tfbn.sweep import accumulator_bytes
-from tfbn.sweep.accumulator import Site, SweepState
+from tfbn.sweep import state_bytes
 from tfbn.sweep.batches import Batch
+from tfbn.sweep.state import Site, SweepState
 
 FIRST, AGAIN, SECOND = Site("a", 0), Site("a", 1), Site("b", 0)
 LEVELS = {"a": 1, "b": 2}
@@ -188,7 +188,7 @@ def test_every_field_says_how_it_merges():
 def test_bytes_and_back():
     state = swept(begun(), [(FIRST, values(4, 0)), (AGAIN, values(4, 1))]).next_level()
     state = swept(state, [(SECOND, values(4, 2))])
-    back = accumulator_bytes.unpack(accumulator_bytes.pack(state))
+    back = state_bytes.unpack(state_bytes.pack(state))
     for field in dataclasses.fields(SweepState):
         ours, theirs = getattr(state, field.name), getattr(back, field.name)
         if field.name in ("settled", "moments"):
@@ -198,9 +198,9 @@ def test_bytes_and_back():
         else:
             assert ours == theirs, field.name
     with pytest.raises(ValueError):
-        accumulator_bytes.unpack(accumulator_bytes.pack(state)[:-9])
+        state_bytes.unpack(state_bytes.pack(state)[:-9])
     with pytest.raises(ValueError, match="state of a sweep"):
-        accumulator_bytes.unpack(tfbn.PopulationStats({}, method="exact").to_bytes())
+        state_bytes.unpack(tfbn.PopulationStats({}, method="exact").to_bytes())
 
 
 def test_what_is_finished_holds_every_layer_that_inference_calls(model):

@@ -8,12 +8,12 @@ import keras
 import tensorflow as tf
 
 from tfbn.graphs.subgraphs import sources
-from tfbn.sweep.accumulator import Site
 from tfbn.sweep.batches import Batch
 from tfbn.sweep.frontiers import Frontier
 from tfbn.sweep.loops import feeding_themselves
 from tfbn.sweep.network import Network, Trace, UnobservableError, flatten, traces_of
 from tfbn.sweep.observation import Call, CallMoments
+from tfbn.sweep.state import Site
 
 # A call, and the moments of the values that entered it.
 SiteMoments = tuple[Site, list[CallMoments]]
@@ -38,7 +38,7 @@ class Shown(NamedTuple):
     by_batch: frozenset[str]
 
 
-class LevelPasses:
+class CutPasses:
     """The passes of a sweep, one for each level of batch norm layers.
 
     Args:
@@ -146,7 +146,7 @@ class Levels:
         Args:
             level: The level whose calls are observed.
             values: The tensors of the frontier of the level before.
-            populations: See `LevelPasses.advance`.
+            populations: See `CutPasses.advance`.
 
         Returns:
             For every call of the level its site and moments; and the tensors of its frontier.

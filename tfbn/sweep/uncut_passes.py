@@ -6,15 +6,15 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from tfbn.models.keras_models import Structure
-from tfbn.sweep.accumulator import Site
 from tfbn.sweep.batches import Batch
+from tfbn.sweep.cut_passes import Populations, Shown, SiteMoments, recurrent
 from tfbn.sweep.frontiers import Frontier
-from tfbn.sweep.level_passes import Populations, Shown, SiteMoments, recurrent
 from tfbn.sweep.loops import feeding_themselves
 from tfbn.sweep.network import Network, Trace, UnobservableError, flatten
+from tfbn.sweep.state import Site
 
 
-class WholePasses:
+class UncutPasses:
     """The passes of a sweep over a network that is not, or cannot be, cut at its levels.
 
     In the first pass every call normalises with the moments of the batch. In each later pass the

@@ -6,8 +6,8 @@ import numpy as np
 
 from tfbn.files import sealed
 from tfbn.stats.moments import Moments
-from tfbn.sweep.accumulator import Site, SweepState
 from tfbn.sweep.methods import METHODS
+from tfbn.sweep.state import Site, SweepState
 
 _KIND = "tfbn sweep state 1"
 
