@@ -1,6 +1,7 @@
 """Tests of `tfbn.callbacks.shared_iterators`: one iterator is not read by `fit` and a callback."""
 
 import itertools
+import warnings
 
 import keras
 import numpy as np
@@ -161,3 +162,71 @@ def test_iterators_are_found_in_functions_and_running_generators():
     for source in (closed_over, started, [{"a": (one,)}]):
         assert one in iterators_in(source)
     assert iterators_in([X, Sequence(), network(), itertools.count(), "text"]) == []
+
+
+def shuffled(seed=3):
+    data = tf.data.Dataset.from_tensor_slices((X, X[:, :1])).cache().shuffle(64, seed=seed)
+    return data.batch(8).prefetch(1)
+
+
+def every_epoch(x):
+    return tfbn.PopulationStatsCallback(x, every_epoch=True)
+
+
+def tracker(x):
+    return tfbn.StatsTracker(x, validation_data=(X, X[:, :1]))
+
+
+def losses(*, data=None, callbacks=()):
+    keras.utils.set_random_seed(2)
+    data = shuffled() if data is None else data
+    callbacks = [callback(data) for callback in callbacks]
+    options = {"validation_data": (X, X[:, :1]), "verbose": 0}
+    return network().fit(data, epochs=3, callbacks=callbacks, **options).history["loss"]
+
+
+ORDER = "the next epoch has another order"
+
+
+@pytest.mark.parametrize("callback", [every_epoch, tracker])
+def test_a_shuffle_that_fit_shares_is_reported_and_the_advice_helps(callback):
+    plain = losses()
+    with pytest.warns(UserWarning, match=ORDER):
+        assert losses(callbacks=[callback]) != plain
+    apart = tf.data.Dataset.from_tensor_slices((X, X[:, :1])).batch(8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*" + ORDER)
+        assert losses(callbacks=[lambda data: callback(apart)]) == plain
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [
+        lambda data: data.map(lambda x, y: x),
+        lambda data: tf.data.Dataset.zip(data, data),
+        lambda data: data.take(2).concatenate(data.skip(2)),
+    ],
+)
+def test_a_shared_shuffle_inside_a_pipeline_is_reported(ours):
+    with pytest.warns(UserWarning, match=ORDER):
+        losses(callbacks=[lambda data: every_epoch(ours(data))])
+
+
+def fixed_order():
+    data = tf.data.Dataset.from_tensor_slices((X, X[:, :1]))
+    return data.shuffle(64, seed=1, reshuffle_each_iteration=False).batch(8)
+
+
+@pytest.mark.parametrize("callback", [every_epoch, tracker])
+def test_an_order_that_stays_is_not_reported(callback):
+    plain = losses(data=fixed_order())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*" + ORDER)
+        assert losses(data=fixed_order(), callbacks=[callback]) == plain
+
+
+@pytest.mark.parametrize("ours", [lambda data: data, lambda data: data.map(lambda x, y: (x, y))])
+def test_readings_at_the_end_change_no_epoch(ours):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*" + ORDER)
+        assert losses(callbacks=[lambda data: tfbn.PopulationStatsCallback(ours(data))]) == losses()

@@ -19,7 +19,7 @@ from tfbn.callbacks.callback_lists import (
 from tfbn.callbacks.epoch_size import EpochSize
 from tfbn.callbacks.fed_data import FedData
 from tfbn.callbacks.fit_guard import FitGuard
-from tfbn.callbacks.shared_iterators import refuse_shared
+from tfbn.callbacks.shared_iterators import refuse_shared, warn_of_shared_shuffle
 from tfbn.callbacks.swept_layers import SweptLayers
 from tfbn.callbacks.validation import check_targets, check_validation_data, evaluate
 from tfbn.models import fingerprints, keras_models
@@ -85,8 +85,9 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         x: The training data, as `tfbn.collect` takes it and as the network gets it in training: a
             callback sees neither `fit`'s data nor what a `train_step` does to it, but warns where
             the moving averages show other data. A generator can be swept only once, and must not
-            be the one that `fit` reads. A `tf.data.Dataset` that shuffles with a seed, and that
-            `fit` reads too, is in another order after a reading in the middle of training.
+            be the one that `fit` reads. With `every_epoch=True`, a `tf.data.Dataset` that shuffles
+            with a seed, and that `fit` reads too, is in another order after each sweep: a warning
+            says so.
         method: `"exact"`, `"pooled"` or `"algorithm2"`, see `tfbn.collect`.
         batch_size: For arrays; 32 by default. One-pass methods want it large.
         steps: Number of batches that make the data; endless data needs it.
@@ -201,6 +202,8 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             list_order.check(place, self._every_epoch)
         self._check_repeatable()
         refuse_shared(self._x)
+        if self._every_epoch:
+            warn_of_shared_shuffle(self._x)
         self._epoch_size = EpochSize(argument_of_fit("steps_per_epoch") is None)
         if self._validation_data is not None:
             check_targets(self.model, self._validation_data)

@@ -5,6 +5,7 @@ import gc
 import inspect
 import itertools
 import types
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +35,40 @@ def refuse_shared(x: Any) -> None:
                 f"({type(theirs).__name__}) from which both would take batches. Call the function "
                 "that makes it once for each, or pass arrays, a tf.data.Dataset or a PyDataset."
             )
+
+
+def warn_of_shared_shuffle(x: Any) -> None:
+    """Warn if reading `x` in the middle of training changes the order in which `fit` shuffles.
+
+    A `tf.data` pipeline counts its readings, and shuffles each of them in another way. Without a
+    seed nobody can tell.
+    """
+    ours = {id(dataset) for dataset in _seeded_shuffles(x)}
+    if any(
+        id(dataset) in ours for data in _data_of_fit()[:1] for dataset in _seeded_shuffles(data)
+    ):
+        warnings.warn(
+            "The callback reads the seeded tf.data.Dataset that `fit` shuffles, so the next epoch "
+            "has another order than without the callback. For the same order give the callback "
+            "a dataset of its own that does not shuffle.",
+            stacklevel=3,
+        )
+
+
+def _seeded_shuffles(data: Any) -> list[tf.data.Dataset]:
+    """The steps of a pipeline that shuffle every reading by a seed.
+
+    No public API shows the steps of a pipeline.
+    """
+    steps = [data] if isinstance(data, tf.data.Dataset) else []
+    for step in steps:
+        steps += step._inputs()
+    return [
+        step
+        for step in steps
+        if getattr(step, "_reshuffle_each_iteration", False)
+        and (int(step._seed) or int(step._seed2))
+    ]
 
 
 def iterators_in(data: Any) -> list[Iterator]:

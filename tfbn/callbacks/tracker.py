@@ -15,7 +15,7 @@ from tfbn import arguments
 from tfbn.callbacks import swapping
 from tfbn.callbacks.callback_lists import enclosing, pickled_state, shallow_copy, shared_copy
 from tfbn.callbacks.fit_guard import replaced
-from tfbn.callbacks.shared_iterators import refuse_shared
+from tfbn.callbacks.shared_iterators import refuse_shared, warn_of_shared_shuffle
 from tfbn.callbacks.swept_layers import SweptLayers
 from tfbn.callbacks.validation import check_targets, check_validation_data, evaluate, unchanged
 from tfbn.models import keras_models
@@ -166,6 +166,7 @@ class StatsTracker(keras.callbacks.Callback):
                 "can be read only once. Pass arrays, a tf.data.Dataset or a PyDataset."
             )
         refuse_shared([self._x, self._validation_data])
+        warn_of_shared_shuffle(self._x)
         check_targets(self.model, self._validation_data)
         self._layers = SweptLayers(self.model, self.model, False, self._trace)
         self._layers.check()
