@@ -115,6 +115,13 @@ def test_tolerance():
     assert matching(lines, rf" +1000 +0\.05 +640( +{NUMBER}){{3}}$") == 1
 
 
+def test_coverage():
+    options = ("--repeats", 1, "--seeds", 1, "--population", 2000, "--tolerance", 0.3)
+    lines = run("coverage.py", *options, "--kinds", "digits", "alike", "--batches", 32)
+    share = r" +\d+\.\d%"
+    assert matching(lines, rf" +(digits|alike) +32 +\d+({share}){{4}} +0% +\d+$") == 2
+
+
 def test_shared_layers():
     lines = run("shared_layers.py", "--seeds", 2, "--epochs", 1, "--only", "pyramid: 2")
     cells = "  ".join(rf"{kind} {NUMBER}\+-.*" for kind in ("moving", "A", "B", "C", "own"))
