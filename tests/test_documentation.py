@@ -102,8 +102,19 @@ def test_examples_of_the_layer_and_its_population(names, name):
 def test_examples_of_figures(names):
     names["stats"] = tfbn.update_population_stats(names["model"], names["x"], verbose=0)
     exec(EXAMPLES["plot_drift"], names)
+    names["tf"] = tf
     exec(EXAMPLES["StatsTracker"], names)
     exec(EXAMPLES["plot_history"], names)
+    names["model"].fit(
+        names["x_train"], names["y_train"], epochs=2, callbacks=names["callbacks"], verbose=0
+    )
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator("logs/batch_norm").Reload()
+    layer = names["model"].layers[-2]
+    entered = names["model"].layers[0](names["x_train"]).numpy().astype("float64")
+    shift = (layer.moving_mean.numpy() - entered.mean(0)) / entered.std(0)
+    rows = tf.make_ndarray(events.Tensors("mean_shift/norm")[-1].tensor_proto)
+    np.testing.assert_allclose([rows[0, 0], rows[-1, 1]], [shift.min(), shift.max()], rtol=1e-3)
     for figure in ("drift.png", "history.png"):
         assert pathlib.Path(figure).read_bytes().startswith(b"\x89PNG")
 

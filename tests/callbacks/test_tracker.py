@@ -1,7 +1,6 @@
 """`StatsTracker` against Keras and NumPy, and against training without it."""
 
 import csv
-import sys
 
 import keras
 import numpy as np
@@ -326,46 +325,7 @@ def test_the_latest_sweep_is_at_hand():
 
 
 @pytest.mark.slow
-def test_tensorboard_has_three_curves_in_each_chart_and_the_drift(tmp_path):
-    accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator"
-    ).EventAccumulator
-    watch = tracker(log_dir=tmp_path)
-    history = fit(compiled(network()), [watch, keras.callbacks.TensorBoard(tmp_path)])
-    runs = {}
-    for way in ("moving_average", "population", "mini_batch", "validation"):
-        runs[way] = accumulator(str(tmp_path / way))
-        runs[way].Reload()
-
-    def curve(way, tag):
-        points = runs[way].Tensors(tag)
-        assert [point.step for point in points] == list(range(EPOCHS))
-        return [tf.make_ndarray(point.tensor_proto) for point in points]
-
-    for way in ("moving_average", "population", "mini_batch"):
-        for metric in ("loss", "accuracy"):
-            expected = history[f"val_{metric}_{way}"]
-            np.testing.assert_allclose(curve(way, f"epoch_{metric}"), expected, rtol=1e-6)
-            # Keras's callback has them too, under the names that they have in the logs.
-            found = curve("validation", f"epoch_{metric}_{way}")
-            np.testing.assert_allclose(found, expected, rtol=1e-6)
-    for name in ("first", "second"):
-        population, moving = watch.stats[name], watch.stats.previous[name]
-        shift = (moving.mean - population.mean) / np.sqrt(population.variance)
-        ratio = np.sqrt(moving.variance / population.variance)
-        found = curve("moving_average", f"batch_norm_mean_shift/{name}")[-1]
-        np.testing.assert_allclose(found, np.sqrt(np.mean(shift**2)), rtol=1e-5)
-        found = curve("moving_average", f"batch_norm_std_ratio/{name}")[-1]
-        np.testing.assert_allclose(found, np.exp(np.log(ratio).mean()), rtol=1e-5)
-        for tag, values in (("mean_shift", shift), ("log2_std_ratio", np.log2(ratio))):
-            # Rows of a histogram: left edge, right edge, count.
-            rows = curve("moving_average", f"batch_norm_{tag}_by_channel/{name}")[-1]
-            edges = [rows[0, 0], rows[-1, 1]]
-            np.testing.assert_allclose(edges, [values.min(), values.max()], rtol=1e-5)
-            assert rows[:, 2].sum() == len(values)
-
-
-def test_errors_come_before_training(monkeypatch, tmp_path):
+def test_errors_come_before_training():
     with pytest.raises(ValueError, match=r"Expected method .* Received: method='other'"):
         StatsTracker(X, (X_VAL, Y_VAL), method="other")
     for validation_data in (None, iter([(X_VAL, Y_VAL)])):
@@ -380,9 +340,6 @@ def test_errors_come_before_training(monkeypatch, tmp_path):
         fit(model, [StatsTracker(endless, (X_VAL, Y_VAL))])
     for value, held in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(value, held)
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(ImportError, match="pip install tensorboard"):
-        StatsTracker(X, (X_VAL, Y_VAL), log_dir=tmp_path)
 
 
 def test_a_sweep_that_fails_leaves_the_model_as_it_was():

@@ -2,14 +2,10 @@
 
 import contextlib
 import functools
-import os
-import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
-import tensorflow as tf
 
 from tfbn import arguments
 from tfbn.callbacks import swapping
@@ -22,7 +18,7 @@ from tfbn.models import keras_models
 from tfbn.models.detours import detour
 from tfbn.models.keras_models import Structure
 from tfbn.models.random_state import unchanged_generators
-from tfbn.population import LayerStats, PopulationStats
+from tfbn.population import PopulationStats
 from tfbn.sweep.adapters import is_one_shot
 from tfbn.sweep.data import batches
 from tfbn.sweep.first_trace import FirstTrace, check_batch
@@ -49,7 +45,7 @@ class StatsTracker(keras.callbacks.Callback):
       size, and a prediction on the other samples of its batch.
 
     ```python
-    tracker = tfbn.StatsTracker(x_train, validation_data=(x_val, y_val), log_dir="logs")
+    tracker = tfbn.StatsTracker(x_train, validation_data=(x_val, y_val))
     history = model.fit(x_train, y_train, epochs=20, callbacks=[tracker])
     history.history["val_accuracy_population"]
     ```
@@ -57,7 +53,19 @@ class StatsTracker(keras.callbacks.Callback):
     Every metric enters the epoch's logs as `val_<metric>_<way>`: `val_loss_moving_average`,
     `val_loss_population`, `val_loss_mini_batch`. `History` has them, and so have callbacks
     that are listed after this one: `CSVLogger`, `TensorBoard`, `EarlyStopping` (with a `mode`,
-    for Keras does not know whether these metrics are to go up or down).
+    because Keras does not know whether these metrics should rise or fall). `stats` at the end of
+    an epoch, with the moving averages of that moment as `stats.previous`, can be logged too:
+
+    ```python
+    def histograms(epoch, logs):
+        for path, layer in tracker.stats.items():
+            shift = (tracker.stats.previous[path].mean - layer.mean) / layer.variance**0.5
+            with writer.as_default(step=epoch):
+                tf.summary.histogram(f"mean_shift/{path}", shift)
+
+    writer = tf.summary.create_file_writer("logs/batch_norm")
+    callbacks = [tracker, keras.callbacks.LambdaCallback(on_epoch_end=histograms)]
+    ```
 
     Training goes on as if it were not there: weights, statistics, metrics and the random
     generators of the model, Keras, TensorFlow, NumPy and Python are as before.
@@ -80,15 +88,6 @@ class StatsTracker(keras.callbacks.Callback):
             training, the batch size of training.
         validation_steps: Number of batches to evaluate; endless validation data needs it.
         memory_limit: Of the sweep, see `tfbn.collect`.
-        log_dir: A directory for TensorBoard, best the one given to
-            `keras.callbacks.TensorBoard`. Needs tensorboard. Each way is a run of its own
-            with the tags of that callback, so the three are curves in one chart: `epoch_loss`,
-            `epoch_accuracy`. The run `moving_average` has as well, for each layer,
-            `batch_norm_mean_shift/<layer>` and `batch_norm_std_ratio/<layer>` (`mean_shift` and
-            `std_ratio` of `PopulationStats.compare`: how far the moving averages are from
-            the population), and as histograms over channels
-            `batch_norm_mean_shift_by_channel/<layer>`, in population standard deviations,
-            and `batch_norm_log2_std_ratio_by_channel/<layer>`.
 
     Attributes:
         stats: The `PopulationStats` of the last sweep, with the moving averages of that
@@ -97,7 +96,6 @@ class StatsTracker(keras.callbacks.Callback):
     Raises:
         ValueError: If an argument is not as above, or at the beginning of training, if the
             model or the data cannot be swept.
-        ImportError: If `log_dir` is given and tensorboard is not installed.
     """
 
     def __init__(
@@ -108,7 +106,6 @@ class StatsTracker(keras.callbacks.Callback):
         batch_size: int | None = None,
         steps: int | None = None,
         validation_batch_size: int | None = None,
-        log_dir: str | os.PathLike | None = None,
         tolerance: float | None = None,
         validation_steps: int | None = None,
         memory_limit: int | None = None,
@@ -116,8 +113,6 @@ class StatsTracker(keras.callbacks.Callback):
         super().__init__()
         check_method(method)
         check_validation_data(validation_data, validation_steps)
-        if log_dir is not None:
-            _require_tensorboard()
         self.stats: PopulationStats | None = None
         self._x = x
         self._validation_data = validation_data
@@ -130,11 +125,9 @@ class StatsTracker(keras.callbacks.Callback):
         self._validation_batch_size = validation_batch_size
         self._validation_steps = validation_steps
         self._memory_limit = memory_limit
-        self._log_dir = log_dir
         self._mini_batch_function = None
         self._mini_batch_layers: frozenset[str] = frozenset()
         self._layers: Any = None  # The `SweptLayers` of a running `fit`.
-        self._writers: dict[str, tf.summary.SummaryWriter] = {}
         self._progress_bar = contextlib.ExitStack()
 
     def __deepcopy__(self, memo: dict) -> "StatsTracker":
@@ -148,7 +141,6 @@ class StatsTracker(keras.callbacks.Callback):
         state = pickled_state(self, ("_x", "_validation_data"))
         running: dict[str, Any] = {
             "_layers": None,
-            "_writers": {},
             "_progress_bar": contextlib.ExitStack(),
         }
         return {**state, "_mini_batch_function": None, **running}
@@ -174,11 +166,6 @@ class StatsTracker(keras.callbacks.Callback):
             options = {name: self._options[name] for name in ("batch_size", "steps")}
             batches(self._x, **options, sample=self._options["tolerance"] is not None)
         self._mini_batch_function = None  # The model may have been compiled anew.
-        if self._log_dir is not None:
-            self._writers = {
-                way: tf.summary.create_file_writer(str(pathlib.Path(self._log_dir) / way))
-                for way in WAYS
-            }
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Note the moving averages before the first step."""
@@ -220,15 +207,10 @@ class StatsTracker(keras.callbacks.Callback):
             self._shorten_progress_bar()
             for way, values in metrics.items():
                 logs.update({f"val_{name}_{way}": value for name, value in values.items()})
-        if self._writers and stats is not None:
-            self._write(epoch, metrics, stats)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Close the files."""
+        """Give the progress bar its own method back."""
         self._progress_bar.close()
-        for writer in self._writers.values():
-            writer.close()
-        self._writers = {}
 
     def _trace(self, **options: Any) -> FirstTrace | None:
         with unchanged_generators(self.model):  # The data may draw random numbers.
@@ -266,25 +248,6 @@ class StatsTracker(keras.callbacks.Callback):
                 return self._evaluate()
             finally:
                 self._mini_batch_function = model.test_function
-
-    def _write(
-        self, epoch: int, metrics: Mapping[str, Mapping[str, float]], stats: PopulationStats
-    ) -> None:
-        for way, values in metrics.items():
-            with self._writers[way].as_default(step=epoch):
-                for name, value in values.items():
-                    tf.summary.scalar(f"epoch_{name}", value)
-        moving = stats.previous
-        assert moving is not None  # A sweep keeps them.
-        with self._writers["moving_average"].as_default(step=epoch):
-            for path, drift in stats.compare(moving).items():
-                for name in ("mean_shift", "std_ratio"):
-                    tf.summary.scalar(f"batch_norm_{name}/{path}", drift[name])
-                shift, log2_ratio = _by_channel(stats[path], moving[path])
-                tf.summary.histogram(f"batch_norm_mean_shift_by_channel/{path}", shift)
-                tf.summary.histogram(f"batch_norm_log2_std_ratio_by_channel/{path}", log2_ratio)
-        for writer in self._writers.values():
-            writer.flush()
 
 
 def _with_mini_batches(
@@ -328,22 +291,3 @@ def _finish_line(
     hidden = tuple(f"_{way}" for way in WAYS if way != "population")
     shown = {name: value for name, value in (logs or {}).items() if not name.endswith(hidden)}
     finish(epoch, shown)
-
-
-def _by_channel(population: LayerStats, moving: LayerStats) -> tuple[np.ndarray, np.ndarray]:
-    """Shift of the mean in standard deviations and log2 of the ratio of these, by channel."""
-    # The smallest normal float32 keeps channels that never vary finite.
-    tiny = np.finfo(np.float32).tiny
-    variance = np.maximum(population.variance, tiny)
-    shift = (moving.mean - population.mean) / np.sqrt(variance)
-    return shift, np.log2(np.maximum(moving.variance, tiny) / variance) / 2
-
-
-def _require_tensorboard() -> None:
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "Expected tensorboard, to write its files. Received: log_dir in an environment "
-            "without it. Run `pip install tensorboard`, or leave out log_dir."
-        ) from error
