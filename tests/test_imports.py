@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "beam": "arguments models population sweep",
     "serving": "_version graphs files layer models origins population stats sweep",
     # The public API, which is `tfbn` itself, and the helpers for files and tables.
-    "cli": "tfbn _version files models serving stats files sweep",
+    "cli": "tfbn _version callbacks files models serving stats files sweep",
 }
 
 

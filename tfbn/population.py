@@ -92,6 +92,8 @@ class PopulationStats(collections.abc.Mapping):
         return len(self._layers)
 
     def __repr__(self):
+        if self.method == "assigned":
+            return f"<PopulationStats layers={len(self)}, as the model held them, not swept>"
         return (
             f"<PopulationStats method={self.method!r} layers={len(self)} "
             f"samples={self.samples} batches={self.batches}>"

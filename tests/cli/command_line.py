@@ -44,7 +44,7 @@ def run_for_json(capsys, *arguments):
 def fails(capsys, *arguments):
     """The one line on stderr of a command that fails."""
     code, out, err = run(capsys, *arguments)
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert err.count("\n") == 1 and err.startswith("tfbn: Expected")
     assert "Received: " in err
     return err

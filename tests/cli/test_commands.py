@@ -191,7 +191,7 @@ def test_arrays_of_several_inputs_go_by_name(capsys, tmp_path):
 def test_inspect_says_not_known_then_swept_then_stale(capsys, tmp_path, saved):
     code, out, _ = run(capsys, "inspect", saved)
     assert code == 0 and "statistics: not known" in out and "never" not in out
-    assert run(capsys, "inspect", saved, "--check")[0] == 3
+    assert run(capsys, "inspect", saved, "--check")[0] == 1
     swept = tmp_path / "swept.keras"
     arguments = ["--data", *as_npy(tmp_path), "--method", "exact", "--out", swept]
     run_for_json(capsys, "recalibrate", saved, *arguments)
@@ -211,7 +211,7 @@ def test_inspect_says_not_known_then_swept_then_stale(capsys, tmp_path, saved):
         target.writestr(RECORD, source.read(RECORD))
     assert run(capsys, "inspect", tmp_path / "changed.keras")[0] == 0
     code, out, _ = run(capsys, "inspect", tmp_path / "changed.keras", "--check")
-    assert code == 3 and "stale: the weights have changed since the sweep" in out
+    assert code == 1 and "stale: the weights have changed since the sweep" in out
     keras.Sequential([keras.Input((2,)), layers.Dense(1)]).save(tmp_path / "none.keras")
     code, out, _ = run(capsys, "inspect", tmp_path / "none.keras", "--check")
     assert code == 0 and "no batch norm layers" in out
@@ -230,12 +230,12 @@ def test_a_sweep_in_python_is_known_of_a_file_with_our_layers(capsys, tmp_path, 
     model.layers[0].kernel.assign_add(model.layers[0].kernel)
     model.save(tmp_path / "changed.keras")
     code, out, _ = run(capsys, "inspect", tmp_path / "changed.keras", "--check")
-    assert code == 3 and "stale: the weights have changed since the sweep" in out
+    assert code == 1 and "stale: the weights have changed since the sweep" in out
     stock = two_inputs()  # Of which Keras's own layers a file keeps nothing.
     tfbn.update_population_stats(stock, dict.fromkeys("ab", IMAGES[:, 0, :3, 0]), verbose=0)
     stock.save(tmp_path / "stock.keras")
     code, out, _ = run(capsys, "inspect", tmp_path / "stock.keras", "--check")
-    assert code == 3 and "not known: no sweep" in out and "never" not in out
+    assert code == 1 and "not known: no sweep" in out and "never" not in out
     code, _, err = run(capsys, "export", tmp_path / "stock.keras", tmp_path / "stock")
     assert code == 0 and "no sweep of them is known" in err and "never" not in err
 
@@ -251,7 +251,7 @@ def test_a_damaged_record_is_no_error_but_told(capsys, tmp_path, saved):
         for name in whole.namelist():
             bad.writestr(name, b"PK" if name.endswith(ASSET) else whole.read(name))
     code, out, _ = run(capsys, "inspect", tmp_path / "bad.keras", "--check")
-    assert code == 3 and "not known: the record of their sweep in the model's file is" in out
+    assert code == 1 and "not known: the record of their sweep in the model's file is" in out
     code, _, err = run(capsys, "export", tmp_path / "bad.keras", tmp_path / "served")
     assert code == 0 and err.startswith("tfbn: warning: ") and "record of their sweep" in err
 
@@ -405,7 +405,7 @@ def test_a_name_that_is_taken_during_the_sweep_is_not_overwritten(
     monkeypatch.setattr(tfbn, "collect", sweep_while_another_writes)
     data = as_npy(tmp_path)
     code, _, err = run(capsys, "recalibrate", saved, "--data", *data, "--out", out, "--json")
-    assert code == 1 and "exists" in err
+    assert code == 2 and "exists" in err
     assert out.read_text() == "theirs"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out.keras", "x.npy"]
 
@@ -435,7 +435,7 @@ def test_code_in_files_is_refused(capsys, tmp_path):
     for name in ("hostile.npy", "hostile.npz"):
         arguments = ["--data", tmp_path / name, "--out", tmp_path / "out.keras"]
         code, _, err = run(capsys, "recalibrate", tmp_path / "model.keras", *arguments)
-        assert code == 1 and err.count("\n") == 1
+        assert code == 2 and err.count("\n") == 1
     assert not (tmp_path / "pwned").exists()
     assert not (tmp_path / "out.keras").exists()
 
@@ -463,7 +463,7 @@ def test_errors_are_one_line_that_says_what_to_do(capsys, tmp_path, saved):
     code, _, line = run(
         capsys, "recalibrate", saved, *out, "--data", *as_records(tmp_path)[:1], *options
     )
-    assert code == 1 and line.count("\n") == 1
+    assert code == 2 and line.count("\n") == 1
     assert "other.json" in line and "x.tfrecord" in line and "{{" not in line
     frozen = keras.models.load_model(saved)
     frozen.trainable = False
@@ -478,7 +478,7 @@ def test_errors_are_one_line_that_says_what_to_do(capsys, tmp_path, saved):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["inspect"], ["recalibrate", "m.keras"], ["inspect", "m", "--batch-size", "0"]],
+    [["inspect"], ["recalibrate", "m.keras"], ["inspect", "m", "--batch-size", "0"]],
 )
 def test_wrong_usage_exits_with_2(capsys, arguments):
     with pytest.raises(SystemExit) as exited:

@@ -152,7 +152,7 @@ def check(capsys, folder, command, given):
         assert not last or last.startswith("tfbn: warning: ")
         clean(folder)
         return json.loads(out)
-    assert code == 1 and out == ""
+    assert code == 2 and out == ""
     assert last.startswith("tfbn: ") and len(last) < 1200
     assert given in last, f"{last!r} does not name {given!r}"
     ours = last.replace(str(folder.resolve()), "")  # A served model is named by its real path
@@ -280,4 +280,4 @@ def test_an_image_that_is_damaged(capsys, monkeypatch, files):
             check(capsys, files, command, given)
         image.write_text("text")
         code, _, [line] = run(capsys, command, given)
-        assert code == 1 and f"{given}/7.png" in line
+        assert code == 2 and f"{given}/7.png" in line

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import tfbn
-from tfbn.cli import model_files
+from tfbn.cli import checks, model_files
 from tfbn.cli.errors import FileError
 from tfbn.files.hidden_folders import hidden
 
@@ -177,15 +177,15 @@ def test_names_that_cannot_be_written_are_refused(home, path, says):
     pathlib.Path("file").touch()
     pathlib.Path("link.keras").symlink_to("nowhere")
     with pytest.raises(FileError, match=says) as error:
-        model_files.require_free(path)
+        checks.require_free(path)
     assert path in str(error.value)
-    model_files.require_free("free.keras")
+    checks.require_free("free.keras")
 
 
 def test_a_folder_that_is_read_only_is_refused(home, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # Root may write anywhere.
     with pytest.raises(FileError, match="is read-only"):
-        model_files.require_free("model.keras")
+        checks.require_free("model.keras")
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -233,7 +233,7 @@ def test_a_full_disk_leaves_nothing_and_names_the_file(home, monkeypatch, step):
 KILLED = """
 import os, sys, signal
 import keras, numpy as np, tfbn
-from tfbn.cli import model_files
+from tfbn.cli import checks, model_files
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 setattr(os, sys.argv[1], die)

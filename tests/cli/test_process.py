@@ -105,7 +105,7 @@ def test_a_closed_stderr(tmp_path):
         done = subprocess.run(["sh", "-c", line, "sh", *map(str, words)], stdout=subprocess.PIPE)
         return done.returncode, done.stdout.decode()
 
-    assert run("inspect", tmp_path / "missing.keras") == (1, "")
+    assert run("inspect", tmp_path / "missing.keras") == (2, "")
     code, out = run("export", tmp_path / "model.keras", tmp_path / "out")
     assert code == 0 and out.startswith("Wrote ") and len(out.splitlines()) == 1
 
@@ -158,7 +158,7 @@ def test_a_log_level_of_the_user_stands(capfd, before_tensorflow, monkeypatch):
 def test_settings_of_the_process_are_as_before(capsys):
     levels = [logging.getLogger(name).level for name in ("absl", "tensorflow")]
     show = warnings.showwarning
-    assert main(["inspect", "missing.keras"]) == 1
+    assert main(["inspect", "missing.keras"]) == 2
     assert [logging.getLogger(name).level for name in ("absl", "tensorflow")] == levels
     assert warnings.showwarning is show
 
@@ -169,7 +169,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(capfd, monkeypatch, tmp_path)
     os.close(reader)
     with open(writer, "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
-        assert main(["inspect", str(tmp_path / "model.keras")]) == 1
+        assert main(["inspect", str(tmp_path / "model.keras")]) == 2
         print("flushed at the end of the process")
     assert capfd.readouterr().err == ""
 
@@ -197,10 +197,10 @@ def test_names_that_a_terminal_cannot_show(monkeypatch, tmp_path):
 )
 def test_names_that_a_terminal_would_act_on(capsys, monkeypatch, tmp_path, name, shown):
     monkeypatch.chdir(tmp_path)
-    assert main(["inspect", name]) == 1
+    assert main(["inspect", name]) == 2
     assert f"Received: {shown}, no such file." in capsys.readouterr().err
     pathlib.Path(name).write_bytes(b"no model")
-    assert main(["inspect", name]) == 1
+    assert main(["inspect", name]) == 2
     [line] = capsys.readouterr().err.split("\n")[:-1]
     assert shown in line
     network().save("model.keras")
@@ -250,12 +250,18 @@ def check_line(line):
     lines = err.getvalue().splitlines()
     if code == 0:
         assert lines == [] and out.getvalue().startswith(("usage: tfbn", "tfbn "))
-    elif code == 2:
+    elif code == 2 and lines[0].startswith("usage"):
         assert lines[0].startswith("usage: tfbn") and ": error: " in err.getvalue()
         assert "invalid _" not in err.getvalue()
     else:
-        assert code == 1 and out.getvalue() == ""
+        assert code == 2 and out.getvalue() == ""
         assert len(lines) == 1 and lines[0].startswith("tfbn: Expected ")
         names = [word.split("=")[-1] for word in line]
         shown = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in name) for name in names]
         assert any(name in lines[0] for name in shown)
+
+
+def test_no_arguments_print_the_help(capsys):
+    assert main([]) == 0
+    out, err = capsys.readouterr()
+    assert out == parser.build().format_help() and err == ""

@@ -106,3 +106,59 @@ def test_errors_leave_the_versions_alone(capsys, tmp_path, files):
     assert "wide.npz" in fails(capsys, "recalibrate", served, "--data", tmp_path / "wide.npz")
     assert "numbered" in fails(capsys, "recalibrate", tmp_path, *data)
     assert os.listdir(served) == ["1"]
+
+
+def test_validation_is_printed_before_and_after(capsys, tmp_path):
+    """With the metrics of Keras on the file before and the file after."""
+    model = network()
+    model.compile("sgd", "mse", metrics=["mae"])
+    model.save(tmp_path / "model.keras")
+    np.save(tmp_path / "x.npy", IMAGES)
+    np.savez(tmp_path / "val.npz", x_val=IMAGES[:9], y_val=np.ones((9, 2)))
+    files = [tmp_path / "model.keras", "--data", tmp_path / "x.npy", "--out"]
+    options = ["--validation", tmp_path / "val.npz"]
+    found = run_for_json(capsys, "recalibrate", *files, tmp_path / "a.keras", *options)
+    for name, values in found["validation"].items():
+        for file, value in zip(("model.keras", "a.keras"), values, strict=True):
+            loaded = keras.models.load_model(tmp_path / file)
+            [right] = [
+                loaded.evaluate(IMAGES[:9], np.ones((9, 2)), verbose=0, return_dict=True)[name]
+            ]
+            assert value == pytest.approx(right, rel=1e-5)
+    assert set(found["validation"]) == {"loss", "mae"}
+    code, out, _ = run(capsys, "recalibrate", *files, tmp_path / "b.keras", *options)
+    assert code == 0 and "\nValidation before and after: loss " in out
+    np.savez(tmp_path / "val.npz", x_val=IMAGES[:9])
+    assert "'y'" in fails(capsys, "recalibrate", *files, tmp_path / "c.keras", *options)
+    network().save(tmp_path / "plain.keras")
+    np.savez(tmp_path / "val.npz", x_val=IMAGES[:9], y=np.ones((9, 2)))
+    files[0] = tmp_path / "plain.keras"
+    assert "compiled" in fails(capsys, "recalibrate", *files, tmp_path / "c.keras", *options)
+    assert not (tmp_path / "c.keras").exists()
+
+
+def test_averages_that_lag_cannot_explain_are_another_preprocessing(capsys, tmp_path):
+    """Pixels of 0 to 255 in fit and in [0, 1] now, or the other way round; then plain lag."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((6, 5, 1), name="image"), layers.BatchNormalization(name="first")]
+    )
+    model.save(tmp_path / "lags.keras")
+    for name, factor in (("pixels", 255.0), ("unit", 1.0)):
+        tfbn.update_population_stats(model, factor * IMAGES, verbose=0)
+        model.save(tmp_path / f"{name}.keras")
+    np.save(tmp_path / "unit.npy", IMAGES)
+    np.save(tmp_path / "pixels.npy", 255 * IMAGES)
+    for file, data, warned in (
+        ("pixels", "unit", True),
+        ("unit", "pixels", True),
+        ("unit", "unit", False),
+        ("lags", "pixels", False),
+        ("lags", "unit", False),
+    ):
+        out = tmp_path / f"{file}_{data}.keras"
+        data = tmp_path / f"{data}.npy"
+        options = ["--data", data, "--out", out, "--json"]
+        code, _, err = run(capsys, "recalibrate", tmp_path / f"{file}.keras", *options)
+        assert code == 0
+        assert ("layer 'first' are further off than lag explains" in err) == warned, out

@@ -23,17 +23,22 @@ def lines(
             f"most in {worst!r} ({off['mean_shift']:.3f} std, {off['std_ratio']:.3f})."
         )
     if validation is not None:
-        changes = (
-            f"{name} {old:.4g} -> {new:.4g}"
-            for name, (old, new) in validation.items()
-            if isinstance(old, float)  # A metric may give anything.
-        )
-        yield f"Validation before and after: {', '.join(changes)}."
+        yield validation_in_words(validation)
     if frozen:
         yield (
             "The model is now frozen. To train it further, call `unfreeze()` of the callback, "
             "or pass it freeze=False."
         )
+
+
+def validation_in_words(validation: Mapping[str, tuple[Any, Any]]) -> str:
+    """The metrics before and after a sweep, as one line."""
+    changes = (
+        f"{name} {old:.4g} -> {new:.4g}"
+        for name, (old, new) in validation.items()
+        if isinstance(old, float)  # A metric may give anything.
+    )
+    return f"Validation before and after: {', '.join(changes)}."
 
 
 def counted(number: int, noun: str) -> str:

@@ -1,133 +1,47 @@
 """The commands of the command line. Each takes the parsed arguments and returns the exit code."""
 
 import argparse
-import contextlib
-import io
-import json
-import os
 from collections.abc import Callable
 
 import tfbn
-from tfbn.cli import formats, model_files
-from tfbn.cli.errors import FileError, naming, reading, visible
+from tfbn.cli import checks, model_files
+from tfbn.cli.errors import FileError, naming, reading
+from tfbn.cli.output import print_json, print_lines
+from tfbn.cli.recalibrate import recalibrate
+from tfbn.cli.served import describe, drift, export
 from tfbn.files import atomic
 from tfbn.models import keras_models
-from tfbn.serving import provenance, versions
-from tfbn.serving.recalibrate import recalibration
-from tfbn.stats import drift
+from tfbn.stats import drift as layer_drift
 from tfbn.stats.blending import in_words
 from tfbn.stats.layer_stats import require_same_shape
 
-DONE, NOT_SWEPT = 0, 3
+# Exit codes: the answer of `inspect --check` and `drift` may be no.
+DONE, NO = 0, 1
 
 
 def inspect(args: argparse.Namespace) -> int:
     """List a model's batch norm layers, and say whether a sweep is recorded in its file."""
     model = model_files.load(args.model, args.unsafe)
-    sweep = _recorded_sweep(model, args.model)
+    sweep = model_files.sweep_of(model, args.model)
     state, text = _state(model, sweep)
     swept = sweep.stats
     off = swept.compare(swept.previous) if swept and swept.previous else {}
     layers = keras_models.batch_norm_layers(model)
     if args.json:
         described = {path: _layer(layer) | off.get(path, {}) for path, layer in layers.items()}
-        _print_json({"model": model.name, "layers": described, "state": state, "why": text})
+        print_json({"model": model.name, "layers": described, "state": state, "why": text})
     else:
-        _print(f"{args.model}: model {model.name!r}, {len(layers)} batch norm layers")
-        head = ["layer", "channels", "momentum", "epsilon", "trainable", *drift.COLUMNS]
+        print_lines(f"{args.model}: model {model.name!r}, {len(layers)} batch norm layers")
+        head = ["layer", "channels", "momentum", "epsilon", "trainable", *layer_drift.COLUMNS]
         rows = [
-            [path, *_cells(layer), *drift.cells(off.get(path))] for path, layer in layers.items()
+            [path, *_cells(layer), *layer_drift.cells(off.get(path))]
+            for path, layer in layers.items()
         ]
-        _print(*drift.table(head, rows))
+        print_lines(*layer_drift.table(head, rows))
         if off:
             print("off by: the statistics before the sweep, against those that it found")
-        _print(f"population statistics: {text}")
-    return NOT_SWEPT if args.check and state not in ("swept", "none to sweep") else DONE
-
-
-def recalibrate(args: argparse.Namespace) -> int:
-    """Sweep data through a model and write it with the statistics found."""
-    served = os.path.isdir(args.model)
-    _check_out(args, served)
-    options = formats.Options(args.batch_size, args.features, args.scale)
-    read = formats.find_reader(args.data, options)
-    return (_recalibrate_served if served else _recalibrate_file)(args, read, options)
-
-
-def _recalibrate_file(args, read, options):
-    model = model_files.load(args.model, args.unsafe, compiled=True)
-    _require_unfrozen(model, args)
-    x, batch_size = read(args.data, model, options)
-    with _naming_images(args.data), naming(*_files(args)):
-        stats = tfbn.collect(
-            model,
-            x,
-            batch_size=batch_size,
-            include_frozen=args.include_frozen,
-            **_sweep_options(args),
-        )
-        if args.blend_samples and stats.previous is not None:
-            stats = stats.blend(stats.previous, samples=args.blend_samples)
-        stats.assign(model)
-    model_files.save(model, stats, args.out)
-    _print_recalibrated(args, stats, args.out, f"{args.model} is as it was.")
-    return DONE
-
-
-def _recalibrate_served(args, read, options):
-    with naming(args.model):
-        before = recalibration.opened(args.model)
-    x, batch_size = read(args.data, before.network, options)
-    with _naming_images(args.data), naming(*_files(args)):
-        found = recalibration.next_version(
-            before,
-            x,
-            batch_size=batch_size,
-            blend_samples=args.blend_samples or 0,
-            **_sweep_options(args),
-        )
-    text = f"{before.path} is as it was."
-    _print_recalibrated(args, found.stats, str(found.path), text)
-    return DONE
-
-
-def _check_out(args, served):
-    """Raise `FileError` unless the options fit the kind of model, and its new place is free."""
-    if served and (args.out or args.include_frozen or args.unsafe):
-        raise FileError(
-            "Expected a model's directory without --out, --include-frozen and --unsafe: its next "
-            "version is written into it, all its layers are swept, and no code in it is run. "
-            f"Received: {args.model} with one of them."
-        )
-    if not served and not args.out:
-        raise FileError(
-            f"Expected --out with a name for the new .keras file. Received: none, for {args.model}."
-        )
-    if not served:
-        model_files.require_free(args.out)
-
-
-def _files(args):
-    return [path for path in (args.data, args.features, args.model) if path is not None]
-
-
-def _sweep_options(args):
-    return {
-        "method": args.method,
-        "tolerance": args.tolerance,
-        "verbose": 0 if args.json else "auto",
-    }
-
-
-def _print_recalibrated(args, stats, out, text):
-    if not args.json:
-        stats.summary(print_fn=_print)
-        _print(f"Wrote {out}. {text}")
-        return
-    found = stats.to_dict()
-    for path, off in stats.compare(stats.previous).items():
-        found["layers"][path] = {"count": stats[path].count, **off}
-    _print_json({"out": out, **found})
+        print_lines(f"population statistics: {text}")
+    return NO if args.check and state not in ("swept", "none to sweep") else DONE
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -152,71 +66,47 @@ def compare(args: argparse.Namespace) -> int:
             f"{next(iter(a))!r} and {args.b} with {next(iter(b))!r}. Sweep both with "
             "--include-frozen."
         )
-    off = drift.of_layers(a, b)
+    off = layer_drift.of_layers(a, b)
     others = [name for name, s in ((args.a, a), (args.b, b)) if s.fingerprint != held.fingerprint]
     if args.json:
-        _print_json({"layers": off, "of_other_weights": others})
+        print_json({"layers": off, "of_other_weights": others})
         return DONE
-    rows = [[path, *drift.cells(of_layer)] for path, of_layer in off.items()]
+    rows = [[path, *layer_drift.cells(of_layer)] for path, of_layer in off.items()]
     title = f"{args.b} against {args.a}, layers that differ most first:"
     notes = [f"Note that {name} is of other weights than those of {args.model}." for name in others]
-    _print(title, *drift.table(["layer", *drift.COLUMNS], rows), *notes)
+    print_lines(title, *layer_drift.table(["layer", *layer_drift.COLUMNS], rows), *notes)
     return DONE
 
 
-def export(args: argparse.Namespace) -> int:
-    """Write a model as a SavedModel, as TensorFlow Serving wants it."""
-    with naming(args.path):
-        versions.target(args.path)  # Before the model and the sample are read.
+def convert(args: argparse.Namespace) -> int:
+    """Write a copy of a model with `tfbn.BatchNormalization` in place of Keras's layer."""
+    return _write_copy(args, tfbn.convert, "with tfbn.BatchNormalization")
+
+
+def fold(args: argparse.Namespace) -> int:
+    """Write a copy of a model's inference network without batch norm layers."""
+    return _write_copy(args, tfbn.fold, "for inference, with batch norm folded away")
+
+
+def _write_copy(args, copied, text):
     model = model_files.load(args.model, args.unsafe)
-    sample = None if args.sample is None else formats.read_sample(args.sample, model)
-    files = [path for path in (args.model, args.path, args.sample) if path is not None]
-    with naming(*files):
-        _recorded_sweep(model, args.model)  # It lets `tfbn.export` know.
-        exported = tfbn.export(
-            model, args.path, sample=sample, allow_new_signature=args.allow_new_signature
-        )
+    sweep = model_files.sweep_of(model, args.model)
+    with naming(args.model):
+        copy = copied(model)
+    left = len(keras_models.batch_norm_layers(copy))
+    stats = sweep.stats if left and sweep.stale is None else None
+    model_files.save(copy, stats, args.out)
     if args.json:
-        _print_json(
-            {
-                "path": str(exported.path),
-                "version": exported.version,
-                "max_abs_difference": exported.max_abs_difference,
-            }
-        )
+        print_json({"out": args.out, "batch_norm_layers": left})
     else:
-        off = f"{exported.max_abs_difference:.1e}"
-        _print(f"Wrote {exported.path}. It predicts as the model does, within {off}.")
-    return DONE
-
-
-def describe(args: argparse.Namespace) -> int:
-    """Say where a SavedModel that `export` wrote comes from."""
-    text = io.StringIO()
-    expected = "a model's directory, or a version's, that tfbn.export wrote"
-    with reading(args.path, expected, "Export it again."), contextlib.redirect_stdout(text):
-        found = tfbn.describe(args.path)
-    if args.json:
-        _print_json(found)
-    else:
-        _print(*text.getvalue().split("\n")[:-1])
+        print_lines(f"Wrote {args.out}, {text}. It is not compiled. {args.model} is as it was.")
     return DONE
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    command.__name__: command for command in (inspect, recalibrate, compare, export, describe)
+    command.__name__: command
+    for command in (inspect, recalibrate, compare, convert, fold, export, describe, drift)
 }
-
-
-def _recorded_sweep(model, path):
-    """The sweep that a file records, as `recalibrate` does or in the layers of tfbn."""
-    recorded = model_files.recorded_sweep(path)
-    why = None if recorded is None else recorded.mismatch(model)
-    if why is not None:
-        return provenance.Sweep(recorded, why)
-    if recorded is not None:
-        recorded.assign(model)  # Its own values: now its layers know of it, those of Keras too.
-    return provenance.sweep_of(model)
 
 
 def _state(model, sweep):
@@ -237,32 +127,8 @@ def _state(model, sweep):
     )
 
 
-def _require_unfrozen(model, args):
-    layers = keras_models.batch_norm_layers(model).values()
-    if layers and not args.include_frozen and not any(layer.trainable for layer in layers):
-        raise FileError(
-            "Expected a model with batch norm layers that are not frozen. Received: "
-            f"{args.model}, all of whose {len(layers)} have trainable=False. Give "
-            "--include-frozen to sweep them all the same."
-        )
-
-
-@contextlib.contextmanager
-def _naming_images(folder):
-    try:
-        yield
-    except FileError as error:
-        file = formats.damaged_image(folder)
-        if file is None:
-            raise
-        raise FileError(
-            f"Expected images in {folder} that can be decoded. Received: {file}, which cannot. "
-            "Mend it, or move it away."
-        ) from error
-
-
 def _statistics(path, unsafe):
-    if model_files.is_model(path):
+    if checks.is_model(path):
         return tfbn.PopulationStats.read(model_files.load(path, unsafe))
     kind = "a model file, or one that PopulationStats.save wrote"
     with reading(path, kind, "Collect the statistics again."):
@@ -286,12 +152,3 @@ def _cells(layer):
         f"{layer.epsilon:g}",
         "yes" if layer.trainable else "no",
     ]
-
-
-def _print_json(content):
-    print(json.dumps(content, indent=1))
-
-
-def _print(*lines):
-    for line in lines:
-        print(visible(line))

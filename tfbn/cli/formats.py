@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfbn.cli import checks
 from tfbn.cli.errors import FileError, reading
 from tfbn.files import atomic
 from tfbn.sweep.adapters import NumberedSamples
@@ -18,6 +18,7 @@ from tfbn.sweep.adapters import NumberedSamples
 _BATCH_SIZE = 32
 _COLORS = {1: "grayscale", 3: "rgb", 4: "rgba"}
 _ENCODED_IMAGE = "image"  # The dtype of a feature that holds one.
+_TARGETS = ("y", "y_val", "y_test", "y_train")
 _FEATURE_DTYPES = ("float32", "int64", _ENCODED_IMAGE)
 
 
@@ -45,27 +46,9 @@ def find_reader(path: str, options: Options) -> Reader:
     """The reader of a file by its suffix, or that of folders. It reads nothing yet.
 
     Raises:
-        FileError: There is no such file, no reader is for it, or an option is for other readers.
+        FileError: See `checks.data_kind`.
     """
-    reader: Reader | None
-    if os.path.isdir(path):
-        reader = read_images
-    elif os.path.isfile(path):
-        # Data sets in many files have suffixes like `.tfrecord-00000-of-00010`.
-        by_suffix = READERS.get(pathlib.Path(path).suffix.lower())
-        reader = read_records if options.features is not None else by_suffix
-    else:  # A pipe can be read only once, and a device has no end.
-        received = "neither a file nor a folder" if os.path.exists(path) else "no such file"
-        raise FileError(f"Expected a file or folder with data. Received: {path}, {received}.")
-    if reader is None or (reader is read_records) != (options.features is not None):
-        raise FileError(
-            "Expected a .npy or .npz file, a folder of images, or a TFRecord file together with "
-            f"--features. Received: {path}"
-            + ("." if options.features is None else f" with --features {options.features}.")
-        )
-    if options.scale is not None and reader in (read_array, read_archive):
-        raise _scale_without_images(path)
-    return reader
+    return READERS[checks.data_kind(path, options.features, options.scale)]
 
 
 def read_array(path: str, model: keras.Model, options: Options) -> tuple[Any, int | None]:
@@ -130,7 +113,7 @@ def read_records(path: str, model: keras.Model, options: Options) -> tuple[Any, 
     features = _features(options.features)
     images = [name for name, feature in features.items() if feature.dtype == tf.string]
     if options.scale is not None and not images:
-        raise _scale_without_images(path)
+        raise checks.scale_without_images(path)
     scale = 1.0 if options.scale is None else options.scale
     inputs = {tensor.name: tensor for tensor in model.inputs or []}
     only = model.inputs[0] if len(inputs) == 1 else None
@@ -151,28 +134,48 @@ def read_records(path: str, model: keras.Model, options: Options) -> tuple[Any, 
     return records.batch(options.batch_size or _BATCH_SIZE), None
 
 
-# By suffix. Folders of images have none.
+# Kind of data -> its reader.
 READERS: dict[str, Reader] = {
-    ".npy": read_array,
-    ".npz": read_archive,
-    ".tfrecord": read_records,
-    ".tfrecords": read_records,
+    "array": read_array,
+    "archive": read_archive,
+    "images": read_images,
+    "records": read_records,
 }
 
 
-def read_sample(path: str, model: keras.Model) -> Any:
-    """The first inputs of a .npy or .npz file, one batch as the model takes it.
+def read_inputs(path: str, model: keras.Model, count: int) -> Any:
+    """The first inputs of a .npy or .npz file as one batch.
 
     Raises:
         FileError: It is no such file, is damaged, or has no array for an input of the model.
     """
-    reader = {".npy": read_array, ".npz": read_archive}.get(pathlib.Path(path).suffix.lower())
-    if reader is None or not os.path.isfile(path):
-        received = "another kind of file" if os.path.exists(path) else "no such file"
-        raise FileError(f"Expected a .npy or .npz file with inputs. Received: {path}, {received}.")
-    arrays, _ = reader(path, model, Options())
+    checks.require_inputs(path)
+    arrays, _ = find_reader(path, Options())(path, model, Options())
     with reading(path, "arrays with an axis of samples", "Give inputs as the model takes them."):
-        return keras.tree.map_structure(lambda array: np.array(array[:_BATCH_SIZE]), arrays)
+        return keras.tree.map_structure(lambda array: np.array(array[:count]), arrays)
+
+
+def read_labelled(path: str, model: keras.Model) -> tuple[Any, Any]:
+    """The inputs of a .npz file, as `--data` has them, and its targets.
+
+    Targets are named `y`, `y_val`, `y_test` or `y_train`.
+
+    Raises:
+        FileError: It is no such file, is damaged, or lacks an input or targets.
+    """
+    with (
+        reading(path, "a .npz file with arrays", "Write it with numpy.savez."),
+        zipfile.ZipFile(path) as archive,
+    ):
+        arrays = _Arrays(archive, path)
+        targets = next((name for name in _TARGETS if name in arrays), None)
+        if targets is None:
+            raise FileError(
+                f"Expected targets in an array named 'y'. Received: {list(arrays)} in {path}."
+            )
+        inputs = {name: name for name in arrays if name not in _TARGETS}
+        chosen = _for_inputs(model, inputs, path)
+        return keras.tree.map_structure(arrays.__getitem__, chosen), arrays[targets]
 
 
 def damaged_image(folder: str) -> str | None:
@@ -281,7 +284,3 @@ def _features(path):
                 raise ValueError(f"shape {feature['shape']} of {name!r}")
             features[name] = tf.io.FixedLenFeature(shape, tf.string if encoded else dtype)
         return features
-
-
-def _scale_without_images(path):
-    return FileError(f"Expected a scale only for images. Received: {path}. Scale the data in it.")

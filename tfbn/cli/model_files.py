@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import re
 import warnings
 import zipfile
@@ -11,22 +10,17 @@ import h5py
 import keras
 
 import tfbn
+from tfbn.cli import checks
 from tfbn.cli.errors import FileError, describe, naming, reading
 from tfbn.files.hidden_folders import hidden
+from tfbn.serving import provenance
 
 # The member of a .keras file in which `recalibrate` writes down its sweep, also of Keras's layers.
 # Keras ignores it, and leaves it out when it saves the model again after more training.
 RECORD = "tfbn_population_stats.npz"
 
-_HDF5 = (".h5", ".hdf5")
-_KIND = "a .keras file (or .h5, .hdf5), as model.save writes it"
 # How Keras names a class that it does not know, in both formats.
 _UNKNOWN = re.compile(r"(?:Could not locate \w+|Unknown \w+:) '([^']+)'")
-
-
-def is_model(path: str) -> bool:
-    """Whether a path has the suffix of a model file."""
-    return _suffix(path) in (".keras", *_HDF5)
 
 
 def load(path: str, unsafe: bool = False, compiled: bool = False) -> keras.Model:
@@ -41,9 +35,9 @@ def load(path: str, unsafe: bool = False, compiled: bool = False) -> keras.Model
         FileError: It is no such file, is damaged, or holds code or classes that Keras does not
             know.
     """
-    _require_model(path)
-    with reading(path, _KIND, "Save the model again."):
-        if _suffix(path) == ".keras":
+    checks.require_model(path)
+    with reading(path, checks.MODEL_FILE, "Save the model again."):
+        if checks.suffix(path) == ".keras":
             _check_archive(path)
             return _load(path, compiled, unsafe)
         _check_hdf5(path, unsafe)
@@ -53,13 +47,27 @@ def load(path: str, unsafe: bool = False, compiled: bool = False) -> keras.Model
 
 def recorded_sweep(path: str) -> tfbn.PopulationStats | None:
     """The sweep that `save` recorded in a file, or `None` where none is recorded."""
-    if _suffix(path) in _HDF5:
+    if checks.suffix(path) in checks.HDF5:
         return None
     with zipfile.ZipFile(path) as archive:
         if RECORD not in archive.namelist():
             return None
         content = archive.read(RECORD)
     return unpack(content, path, "a .keras file with the sweep that `tfbn recalibrate` recorded")
+
+
+def sweep_of(model: keras.Model, path: str) -> provenance.Sweep:
+    """The sweep that a file records, as `recalibrate` does or in the layers of tfbn.
+
+    Its layers, those of Keras too, then hold the record of it.
+    """
+    recorded = recorded_sweep(path)
+    why = None if recorded is None else recorded.mismatch(model)
+    if why is not None:
+        return provenance.Sweep(recorded, why)
+    if recorded is not None:
+        recorded.assign(model)  # Its own values.
+    return provenance.sweep_of(model)
 
 
 def unpack(content: bytes, path: str, kind: str) -> tfbn.PopulationStats:
@@ -73,25 +81,8 @@ def unpack(content: bytes, path: str, kind: str) -> tfbn.PopulationStats:
         ) from error
 
 
-def require_free(path: str) -> None:
-    """Raise `FileError` unless `save` can write a new file of this name."""
-    folder = os.path.dirname(path) or "."
-    if _suffix(path) != ".keras":
-        raise FileError(f"Expected a name for --out that ends in .keras. Received: {path}.")
-    if os.path.lexists(path):
-        raise FileError(
-            f"Expected a name that is free. Received: {path}, which exists. Nothing is ever "
-            "overwritten: give another name, or move it away."
-        )
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-        raise FileError(
-            f"Expected a folder that can be written to. Received: --out {path}, whose folder "
-            f"{folder} {'is read-only' if os.path.isdir(folder) else 'does not exist'}."
-        )
-
-
-def save(model: keras.Model, stats: tfbn.PopulationStats, path: str) -> None:
-    """Write a .keras file with the sweep that it had, whole or not at all.
+def save(model: keras.Model, stats: tfbn.PopulationStats | None, path: str) -> None:
+    """Write a .keras file with the sweep that it had, if any, whole or not at all.
 
     The name appears once the content is on disk. A file that has come to it in the meantime
     stays, and is an error.
@@ -99,14 +90,15 @@ def save(model: keras.Model, stats: tfbn.PopulationStats, path: str) -> None:
     with naming(path), hidden(os.path.dirname(path) or ".", "model") as folder:
         partial = os.path.join(folder, "model.keras")
         model.save(partial)
-        with zipfile.ZipFile(partial, "a") as archive:
-            archive.writestr(RECORD, stats.to_bytes())
+        if stats is not None:
+            with zipfile.ZipFile(partial, "a") as archive:
+                archive.writestr(RECORD, stats.to_bytes())
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         try:
             _publish(partial, path)
         except FileExistsError:
-            require_free(path)
+            checks.require_free(path)
 
 
 def _publish(finished, path):
@@ -153,22 +145,6 @@ def _compiled(model, path, unsafe):
         return model
 
 
-def _require_model(path):
-    if os.path.isfile(path) and is_model(path):
-        return
-    if not os.path.exists(path):
-        raise FileError(f"Expected {_KIND}. Received: {path}, no such file.")
-    folder = pathlib.Path(path)
-    if any(next(folder.glob(name), None) for name in ("saved_model.pb", "*/saved_model.pb")):
-        raise FileError(
-            f"Expected {_KIND}. Received: {path}, a SavedModel, which is a graph without layers. "
-            "Give the model file that it was exported from."
-        )
-    # A pipe or device would keep the process waiting for ever.
-    kind = "a directory" if folder.is_dir() else "another kind of file"
-    raise FileError(f"Expected {_KIND}. Received: {path}, {kind}.")
-
-
 def _check_archive(path):
     """Compare checksums. A reader that jumps about, as that of weights does, may miss them."""
     with zipfile.ZipFile(path) as archive:
@@ -182,8 +158,8 @@ def _check_hdf5(path, unsafe):
         config = file.attrs.get("model_config")
     if config is None:
         raise FileError(
-            f"Expected {_KIND}. Received: {path}, with weights alone. Build the model in Python, "
-            "load them into it with model.load_weights, and save it with model.save."
+            f"Expected {checks.MODEL_FILE}. Received: {path}, with weights alone. Build the model "
+            "in Python, load them into it with model.load_weights, and save it with model.save."
         )
     # Keras before 3.11.3 runs such code whatever `safe_mode` says.
     if not unsafe and _has_lambda(json.loads(config)):
@@ -201,7 +177,3 @@ def _code_inside(path):
         f"Expected a model without code in it. Received: {path}, with a Lambda layer or another "
         "function that would run whatever its author wrote. If you trust the file, give --unsafe."
     )
-
-
-def _suffix(path):
-    return pathlib.Path(path).suffix.lower()

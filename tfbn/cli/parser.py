@@ -13,19 +13,21 @@ Batch norm statistics of trained Keras models.
 
 In training, batch norm keeps moving averages of mean and variance, and a model infers with
 them. They may lag behind or be noisy. These commands replace them with the statistics of the
-training data itself (recalibrate), show a model's statistics (inspect, compare), and write it for
-TensorFlow Serving (export, describe)."""
+training data itself (recalibrate), show a model's statistics (inspect, compare), copy it with
+tfbn's layer or without batch norm (convert, fold), write it for TensorFlow Serving (export,
+describe), and compare the data that it is served with its population (drift)."""
 
 _EPILOG = """\
-exit codes: 0 done; 1 failed, with one line on stderr that says why; 2 wrong usage;
-3 from inspect --check: the statistics are not known to be those of a sweep; 130 interrupted.
+exit codes: 0 done; 1 the answer is no (drift: the data has moved; inspect --check: the
+statistics are not known to be those of a sweep); 2 failed, with one line on stderr that says why;
+130 interrupted.
 
 example:
   tfbn inspect model.keras
   tfbn recalibrate model.keras --data train.npz --out recalibrated.keras
   tfbn compare model.keras model.keras recalibrated.keras
-  tfbn export recalibrated.keras serving/model
-  tfbn recalibrate serving/model --data field.npz"""
+  tfbn export recalibrated.keras serving/model --monitor
+  tfbn drift serving/model answers.json || tfbn recalibrate serving/model --data field.npz"""
 
 _DATA_HELP = """\
 data, already preprocessed as for model.fit:
@@ -43,6 +45,13 @@ A and B: a model file, for the statistics that it holds, or a file of Population
 Both must fit MODEL. Differences are in standard deviations of A."""
 
 
+_DRIFT_HELP = """\
+answers of the signature monitor of a model that was exported with --monitor:
+  answers.json  as the REST interface returns them for requests with "inputs" and
+                "signature_name": "monitor": one, a list, or one after the other
+  answers.npz   one answer, its outputs as arrays by name"""
+
+
 def build() -> argparse.ArgumentParser:
     """The parser. Its result has the name of the command as `command`."""
     parser = argparse.ArgumentParser(
@@ -52,12 +61,15 @@ def build() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"tfbn {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command")
     _add_inspect(commands)
     _add_recalibrate(commands)
     _add_compare(commands)
+    _add_copy(commands, "convert", "copy a model with tfbn's batch norm layer for Keras's")
+    _add_copy(commands, "fold", "copy a model's inference network without batch norm layers")
     _add_export(commands)
     _add_describe(commands)
+    _add_drift(commands)
     return parser
 
 
@@ -69,7 +81,7 @@ def _add_inspect(commands):
     added.add_argument(
         "--check",
         action="store_true",
-        help="exit with 3 unless the statistics are known to be those of a sweep",
+        help="exit with 1 unless the statistics are known to be those of a sweep",
     )
 
 
@@ -115,6 +127,12 @@ def _add_recalibrate(commands):
         help="sweep no more data than it takes for means and standard deviations to have standard "
         "errors of at most E standard deviations, for example 0.02",
     )
+    added.add_argument(
+        "--validation",
+        metavar="FILE",
+        help="a .npz file with inputs, named as for --data, and targets y: print the metrics of "
+        "the compiled model before and after",
+    )
     added.add_argument("--features", metavar="JSON", help="for a TFRecord file, see below")
     added.add_argument(
         "--scale",
@@ -141,9 +159,18 @@ def _add_compare(commands):
     added.add_argument("b", metavar="B")
 
 
+def _add_copy(commands, name, text):
+    added = _add(commands, name, text)
+    _add_model(added)
+    added.add_argument("--out", required=True, metavar="MODEL2", help="a new .keras file")
+
+
 def _add_export(commands):
     added = _add(
-        commands, "export", "write a model as a SavedModel, as TensorFlow Serving wants it"
+        commands,
+        "export",
+        "write a model as a SavedModel, as TensorFlow Serving wants it",
+        usage="tfbn export MODEL PATH [options]",
     )
     _add_model(added)
     added.add_argument(
@@ -158,6 +185,28 @@ def _add_export(commands):
         "which the export is verified (default: random numbers in [0, 1))",
     )
     added.add_argument(
+        "--warmup",
+        metavar="FILE",
+        help="a .npy or .npz file with inputs that the server answers for itself before it is "
+        "ready, in requests of 32",
+    )
+    network = added.add_mutually_exclusive_group()
+    network.add_argument(
+        "--monitor",
+        nargs="*",
+        metavar="LAYER",
+        help="add the signature that `tfbn drift` needs, for all batch norm layers or for these "
+        "paths (see inspect)",
+    )
+    network.add_argument(
+        "--fold", action="store_true", help="export the network with batch norm folded away"
+    )
+    added.add_argument(
+        "--require-population",
+        action="store_true",
+        help="fail unless the statistics are known to be those of a sweep",
+    )
+    added.add_argument(
         "--allow-new-signature",
         action="store_true",
         help="write a version with which clients of the one before would fail",
@@ -169,12 +218,24 @@ def _add_describe(commands):
     added.add_argument("path", metavar="SAVED_MODEL", help="its directory, or a version's")
 
 
-def _add(commands, name, text, epilog=None):
+def _add_drift(commands):
+    added = _add(
+        commands,
+        "drift",
+        "compare the data that a model was served with its population, and exit with 1 on drift",
+        epilog=_DRIFT_HELP,
+    )
+    added.add_argument("model", metavar="MODEL", help="its directory, or a version's")
+    added.add_argument("answers", metavar="ANSWERS", help="a file of the monitor's answers")
+
+
+def _add(commands, name, text, epilog=None, usage=None):
     added = commands.add_parser(
         name,
         help=text,
         description=text[0].upper() + text[1:] + ".",
         epilog=epilog,
+        usage=usage,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     added.add_argument("--json", action="store_true", help="print JSON")

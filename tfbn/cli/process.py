@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from tfbn.cli import parser
 from tfbn.cli.errors import describe, visible
 
-FAILED, INTERRUPTED = 1, 130
+DONE, FAILED, INTERRUPTED = 0, 2, 130
 _STDERR, _LOG_LEVEL = 2, "TF_CPP_MIN_LOG_LEVEL"
 
 
@@ -22,18 +22,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: A list of strings; those of the process by default.
 
     Returns:
-        The exit code: 0 if done, 1 if it failed, 3 if `inspect --check` found statistics that are
-        not known to be those of a sweep, 130 if it was interrupted. Wrong usage exits with 2.
+        The exit code: 0 if done; 1 if the answer is no, because `drift` found drift, or
+        `inspect --check` statistics that are not known to be those of a sweep; 2 if it failed, as
+        for wrong usage; 130 if it was interrupted.
     """
     _require_stderr()
     # Names of files and layers may hold characters that the encoding lacks.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    args = parser.build().parse_args(arguments)
+    command_line = parser.build()
+    args = command_line.parse_args(arguments)
+    if args.command is None:
+        command_line.print_help()
+        return DONE
     try:
         with _quiet_libraries(), _warnings_of_one_line():
-            # TensorFlow takes seconds to import, which help and wrong usage need not wait for.
+            from tfbn.cli import checks
+
+            checks.check(args)
+            # TensorFlow takes seconds to import, which help and mistakes need not wait for.
             with _startup_notes_dropped():
                 from tfbn.cli import commands
             code = commands.COMMANDS[args.command](args)

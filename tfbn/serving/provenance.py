@@ -25,6 +25,9 @@ FILE = "assets.extra/tfbn.json"
 # Monitored layers that are named in the first lines of a description.
 _FEW = 8
 
+# Digits of a fingerprint that are printed.
+_DIGITS = 12
+
 # The entries before names of inputs and outputs and a checksum were added.
 _FIRST_FORMAT = {
     "tfbn",
@@ -329,7 +332,18 @@ def names(version: pathlib.Path) -> tuple[list[str], list[str]] | None:
     return None if inputs is None or outputs is None else (inputs, outputs)
 
 
-def describe(path: str | os.PathLike) -> dict[str, Any]:
+class Description(dict[str, Any]):
+    """The provenance of a version, whose repr is one line: `describe` has printed it."""
+
+    def __repr__(self) -> str:
+        return f"<Description of {self.path}: {', '.join(self)}>"
+
+    def __init__(self, path: pathlib.Path, provenance: dict[str, Any]):
+        super().__init__(provenance)
+        self.path = path
+
+
+def describe(path: str | os.PathLike) -> Description:
     """Print where an exported model came from, as `export` wrote it down beside it.
 
     Args:
@@ -358,7 +372,7 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
     provenance = _read(file, path)
     for line in _lines(file.parent.parent, provenance):
         print(line)
-    return provenance
+    return Description(file.parent.parent, provenance)
 
 
 def _lines(directory, provenance):
@@ -367,12 +381,15 @@ def _lines(directory, provenance):
         by = "another tool"
     lines = [
         f"{directory}: exported by {by} and TensorFlow {provenance['tensorflow']}",
-        f"weights: {provenance['fingerprint']}",
+        f"weights: {provenance['fingerprint'][:_DIGITS]}",
     ]
     if provenance["folded"]:
         lines.append("batch norm is folded away")
     lines.append(f"differs from the model by at most {provenance['max_abs_difference']:.3g}")
     lines.append(f"batch norm statistics: {_sweep_in_words(provenance)}")
+    for name, layer in ((provenance["statistics"] or {}).get("layers") or {}).items():
+        off = f", mean off by {layer['mean_shift']:.3f} std before" if "mean_shift" in layer else ""
+        lines.append(f"  {name}: {layer['channels']} channels, {layer['count']} values each{off}")
     if provenance.get("history"):
         lines.append(f"recalibrated by {provenance['recalibrated_by']}, after:")
         lines += [
@@ -383,9 +400,6 @@ def _lines(directory, provenance):
         paths = list(provenance["monitor"]["epsilon"])
         few = f", {', '.join(paths)}" if len(paths) <= _FEW else ""
         lines.append(f"monitored batch norm layers: {len(paths)}{few}")
-    for name, layer in ((provenance["statistics"] or {}).get("layers") or {}).items():
-        off = f", mean off by {layer['mean_shift']:.3f} std before" if "mean_shift" in layer else ""
-        lines.append(f"  {name}: {layer['channels']} channels, {layer['count']} values each{off}")
     return lines
 
 

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 def table(stats: "PopulationStats") -> tuple[str, list[str], list[list]]:
     """Title, head and rows of the table of `PopulationStats.summary`."""
+    if stats.method == "assigned":
+        title = f"Statistics of {len(stats)} layers as the model held them, not swept"
+        return title, ["layer", "channels"], [[path, len(stats[path].mean)] for path in stats]
     title = (
         f"Population statistics: method={stats.method!r}, {stats.samples} samples "
         f"in {stats.batches} batches of at most {stats.batch_size}"

@@ -1,6 +1,7 @@
 """The endpoint of a model: the graph that is served, and the SavedModel that holds it."""
 
 import contextlib
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -82,8 +83,21 @@ def save(
     archive.add_endpoint("serve", serve, input_signature=specs)
     if monitored is not None:
         archive.add_endpoint("monitor", monitor_, input_signature=specs)
-    archive.write_out(os.fspath(path), verbose=False)
+    with _without_notes():
+        archive.write_out(os.fspath(path), verbose=False)
     return traced[0]
+
+
+@contextlib.contextmanager
+def _without_notes() -> Iterator[None]:
+    """A context without TensorFlow's notes, which name the temporary folder."""
+    logger = tf.get_logger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _checked(args, specs):

@@ -245,11 +245,11 @@ def _require_population(model, stale, *, required):
         raise ValueError(
             "Expected batch norm statistics from a sweep over exactly these weights. "
             f"Received: model {model.name!r}, {stale}. Run tfbn.update_population_stats(model, "
-            "data) first, or export without require_population."
+            "data) or `tfbn recalibrate` first, or export without require_population."
         )
     warnings.warn(
         f"The batch norm statistics of model {model.name!r} are not known to be those of its "
-        f"population: {stale}. Run tfbn.update_population_stats(model, data) before "
-        "tfbn.export.",
+        f"population: {stale}. Run tfbn.update_population_stats(model, data) or "
+        "`tfbn recalibrate` first.",
         stacklevel=3,
     )

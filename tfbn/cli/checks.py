@@ -1,0 +1,182 @@
+"""Checks of files and options that need no TensorFlow, which takes seconds to import."""
+
+import argparse
+import os
+import pathlib
+from collections.abc import Callable
+
+from tfbn.cli.errors import FileError, naming
+from tfbn.serving import versions
+
+HDF5 = (".h5", ".hdf5")
+MODEL_FILE = "a .keras file (or .h5, .hdf5), as model.save writes it"
+
+# Suffix of a data file -> its kind. Folders hold images.
+_DATA_KINDS = {
+    ".npy": "array",
+    ".npz": "archive",
+    ".tfrecord": "records",
+    ".tfrecords": "records",
+}
+
+
+def check(args: argparse.Namespace) -> None:
+    """Validate the arguments of a command as far as files and options show it.
+
+    Raises:
+        FileError: A file is missing or of another kind, options exclude each other, or a new file
+            cannot be written.
+    """
+    _CHECKS[args.command](args)
+
+
+def suffix(path: str) -> str:
+    """The suffix of a path in lower case."""
+    return pathlib.Path(path).suffix.lower()
+
+
+def is_model(path: str) -> bool:
+    """Whether a path has the suffix of a model file."""
+    return suffix(path) in (".keras", *HDF5)
+
+
+def require_model(path: str) -> None:
+    """Raise `FileError` unless a path is a file with the suffix of a model file."""
+    if os.path.isfile(path) and is_model(path):
+        return
+    if not os.path.exists(path):
+        raise FileError(f"Expected {MODEL_FILE}. Received: {path}, no such file.")
+    folder = pathlib.Path(path)
+    if any(next(folder.glob(name), None) for name in ("saved_model.pb", "*/saved_model.pb")):
+        raise FileError(
+            f"Expected {MODEL_FILE}. Received: {path}, a SavedModel, which is a graph without "
+            "layers. Give the model file that it was exported from."
+        )
+    # A pipe or device would keep the process waiting for ever.
+    kind = "a directory" if folder.is_dir() else "another kind of file"
+    raise FileError(f"Expected {MODEL_FILE}. Received: {path}, {kind}.")
+
+
+def require_free(path: str) -> None:
+    """Raise `FileError` unless a new model file of this name can be written."""
+    folder = os.path.dirname(path) or "."
+    if suffix(path) != ".keras":
+        raise FileError(f"Expected a name for --out that ends in .keras. Received: {path}.")
+    if os.path.lexists(path):
+        raise FileError(
+            f"Expected a name that is free. Received: {path}, which exists. Nothing is ever "
+            "overwritten: give another name, or move it away."
+        )
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        raise FileError(
+            f"Expected a folder that can be written to. Received: --out {path}, whose folder "
+            f"{folder} {'is read-only' if os.path.isdir(folder) else 'does not exist'}."
+        )
+
+
+def data_kind(path: str, features: str | None, scale: float | None) -> str:
+    """The kind of a data file: `"array"`, `"archive"`, `"records"`, or `"images"` for a folder.
+
+    Args:
+        path: The file or folder.
+        features: The option `--features`, for records.
+        scale: The option `--scale`, for images.
+
+    Raises:
+        FileError: There is no such file, it is of another kind, or an option is for other kinds.
+    """
+    kind: str | None
+    if os.path.isdir(path):
+        kind = "images"
+    elif os.path.isfile(path):
+        # Data sets in many files have suffixes like `.tfrecord-00000-of-00010`.
+        kind = "records" if features is not None else _DATA_KINDS.get(suffix(path))
+    else:  # A pipe can be read only once, and a device has no end.
+        received = "neither a file nor a folder" if os.path.exists(path) else "no such file"
+        raise FileError(f"Expected a file or folder with data. Received: {path}, {received}.")
+    if kind is None or (kind == "records") != (features is not None):
+        raise FileError(
+            "Expected a .npy or .npz file, a folder of images, or a TFRecord file together with "
+            f"--features. Received: {path}"
+            + ("." if features is None else f" with --features {features}.")
+        )
+    if scale is not None and kind in ("array", "archive"):
+        raise scale_without_images(path)
+    return kind
+
+
+def scale_without_images(path: str) -> FileError:
+    """The error of `--scale` for data that is not pixels."""
+    return FileError(f"Expected a scale only for images. Received: {path}. Scale the data in it.")
+
+
+def require_inputs(path: str | None) -> None:
+    """Raise `FileError` unless an optional file of inputs is a .npy or .npz file."""
+    _require(path, (".npy", ".npz"), "a .npy or .npz file with inputs")
+
+
+def _require(path, suffixes, kind):
+    """Raise `FileError` unless an optional path is a file with one of these suffixes, or any."""
+    if path is None or (os.path.isfile(path) and (not suffixes or suffix(path) in suffixes)):
+        return
+    received = "another kind of file" if os.path.exists(path) else "no such file"
+    raise FileError(f"Expected {kind}. Received: {path}, {received}.")
+
+
+def _check_recalibrate(args):
+    served = os.path.isdir(args.model)
+    if served and (args.out or args.include_frozen or args.unsafe or args.validation):
+        raise FileError(
+            "Expected a model's directory without --out, --include-frozen, --unsafe and "
+            "--validation: its next version is written into it, all its layers are swept, no code "
+            f"in it is run, and it has no metrics. Received: {args.model} with one of them."
+        )
+    if not served:
+        require_model(args.model)
+        if not args.out:
+            raise FileError(
+                "Expected --out with a name for the new .keras file. Received: none, for "
+                f"{args.model}."
+            )
+        require_free(args.out)
+    data_kind(args.data, args.features, args.scale)
+    _require(args.features, None, "a JSON file for --features")
+    _require(args.validation, (".npz",), "a .npz file with inputs and targets y")
+
+
+def _check_export(args):
+    require_model(args.model)
+    require_inputs(args.sample)
+    require_inputs(args.warmup)
+    with naming(args.path):
+        versions.target(args.path)
+
+
+def _check_compare(args):
+    require_model(args.model)
+    for path in (args.a, args.b):
+        _require(path, None, "a model file, or one that PopulationStats.save wrote")
+
+
+def _check_copy(args):
+    require_model(args.model)
+    require_free(args.out)
+
+
+def _check_drift(args):
+    with naming(args.model):
+        versions.local(args.model)
+    _require(args.answers, None, "a file of answers of the monitor")
+
+
+# Command -> its checks.
+_CHECKS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "inspect": lambda args: require_model(args.model),
+    "recalibrate": _check_recalibrate,
+    "compare": _check_compare,
+    "convert": _check_copy,
+    "fold": _check_copy,
+    "export": _check_export,
+    "describe": lambda args: None,
+    "drift": _check_drift,
+}

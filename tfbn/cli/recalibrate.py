@@ -1,0 +1,163 @@
+"""`tfbn recalibrate`: a sweep through a model file or through a served model."""
+
+import argparse
+import contextlib
+import os
+import warnings
+
+import numpy as np
+
+import tfbn
+from tfbn.callbacks import report, validation
+from tfbn.cli import formats, model_files
+from tfbn.cli.errors import FileError, naming
+from tfbn.cli.output import print_json, print_lines
+from tfbn.models import keras_models
+from tfbn.serving.recalibrate import recalibration
+
+# Moving averages this far from the population, in standard deviations or as a factor of one.
+_FAR = 10
+
+
+def recalibrate(args: argparse.Namespace) -> int:
+    """Sweep data through a model and write it with the statistics found."""
+    options = formats.Options(args.batch_size, args.features, args.scale)
+    read = formats.find_reader(args.data, options)
+    return (_served if os.path.isdir(args.model) else _file)(args, read, options)
+
+
+def _file(args, read, options):
+    model = model_files.load(args.model, args.unsafe, compiled=True)
+    _require_unfrozen(model, args)
+    x, batch_size = read(args.data, model, options)
+    evaluate = _evaluation(model, args)
+    before = evaluate()
+    with _naming_images(args.data), naming(*_files(args)):
+        stats = tfbn.collect(
+            model,
+            x,
+            batch_size=batch_size,
+            include_frozen=args.include_frozen,
+            **_sweep_options(args),
+        )
+        if args.blend_samples and stats.previous is not None:
+            stats = stats.blend(stats.previous, samples=args.blend_samples)
+        stats.assign(model)
+    changes = {
+        name: (value, after[name]) for after in [evaluate()] for name, value in before.items()
+    }
+    model_files.save(model, stats, args.out)
+    _print_recalibrated(args, stats, args.out, f"{args.model} is as it was.", changes)
+    return 0
+
+
+def _served(args, read, options):
+    with naming(args.model):
+        before = recalibration.opened(args.model)
+    x, batch_size = read(args.data, before.network, options)
+    with _naming_images(args.data), naming(*_files(args)):
+        found = recalibration.next_version(
+            before,
+            x,
+            batch_size=batch_size,
+            blend_samples=args.blend_samples or 0,
+            **_sweep_options(args),
+        )
+    text = f"{before.path} is as it was."
+    _print_recalibrated(args, found.stats, str(found.path), text, {})
+    return 0
+
+
+def _evaluation(model, args):
+    """A function that returns the model's metrics on `--validation`, or none without it."""
+    if args.validation is None:
+        return dict
+    if not model.compiled:
+        raise FileError(
+            f"Expected a compiled model for --validation. Received: {args.model}, without loss and "
+            "metrics. Compile it and save it again, or leave --validation out."
+        )
+    data = formats.read_labelled(args.validation, model)
+
+    def evaluate():
+        with naming(args.model, args.validation):
+            return validation.evaluate(model, data)
+
+    return evaluate
+
+
+def _files(args):
+    return [path for path in (args.data, args.features, args.model) if path is not None]
+
+
+def _sweep_options(args):
+    return {
+        "method": args.method,
+        "tolerance": args.tolerance,
+        "verbose": 0 if args.json else "auto",
+    }
+
+
+def _print_recalibrated(args, stats, out, text, changes):
+    far = beyond_lag(stats)
+    if far is not None:
+        warnings.warn(
+            f"The moving averages of layer {far!r} are further off than lag explains. Is "
+            f"{args.data} preprocessed as in fit? Pixels are 0 to 255 unless --scale is given.",
+            stacklevel=2,
+        )
+    if not args.json:
+        stats.summary(print_fn=print_lines)
+        if changes:
+            print_lines(report.validation_in_words(changes))
+        print_lines(f"Wrote {out}. {text}")
+        return
+    found = stats.to_dict()
+    for path, off in stats.compare(stats.previous).items():
+        found["layers"][path] = {"count": stats[path].count, **off}
+    print_json({"out": out, **found, **({"validation": changes} if changes else {})})
+
+
+def beyond_lag(stats: tfbn.PopulationStats) -> str | None:
+    """The layer whose moving averages are furthest off where lag cannot explain it, or `None`.
+
+    A moving average that lags is between its initial value (mean 0, variance 1) and the
+    population's. It is far off if its mean differs by more than 10 standard deviations, or its
+    standard deviation by more than a factor of 10, in the root mean square over channels.
+    """
+    for path, off in stats.compare(stats.previous or {}).items():
+        ours, held = stats[path], stats.previous[path]
+        spread = np.sqrt(ours.variance)
+        low, high = np.minimum(0, ours.mean) - spread, np.maximum(0, ours.mean) + spread
+        mean_lags = (low <= held.mean) & (held.mean <= high)
+        low, high = np.minimum(1, ours.variance) / 4, np.maximum(1, ours.variance) * 4
+        variance_lags = (low <= held.variance) & (held.variance <= high)
+        far = off["mean_shift"] > _FAR and np.mean(mean_lags) < 0.5
+        ratio = off["std_ratio"]
+        if far or (not 1 / _FAR < ratio < _FAR and np.mean(variance_lags) < 0.5):
+            return path
+    return None
+
+
+def _require_unfrozen(model, args):
+    layers = keras_models.batch_norm_layers(model).values()
+    if layers and not args.include_frozen and not any(layer.trainable for layer in layers):
+        raise FileError(
+            "Expected a model with batch norm layers that are not frozen. Received: "
+            f"{args.model}, all of whose {len(layers)} have trainable=False. Give "
+            "--include-frozen to sweep them all the same."
+        )
+
+
+@contextlib.contextmanager
+def _naming_images(folder):
+    try:
+        yield
+    except FileError as error:
+        file = formats.damaged_image(folder)
+        if file is None:
+            raise
+        raise FileError(
+            f"Expected images in {folder} that can be decoded. Received: {file}, which cannot. "
+            "Mend it, or move it away."
+        ) from error

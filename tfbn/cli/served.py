@@ -1,0 +1,111 @@
+"""`tfbn export`, `describe` and `drift`: models that are served."""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+import tfbn
+from tfbn.cli import checks, formats, model_files
+from tfbn.cli.errors import FileError, naming, reading
+from tfbn.cli.output import print_json, print_lines
+from tfbn.files import atomic
+
+_VERIFIED = 32  # Inputs of a sample.
+_WARM_UP = 1000 * 32  # As many requests of 32 inputs as TensorFlow Serving allows.
+_ANSWERS = "answers of the signature monitor, as JSON or .npz"
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write a model as a SavedModel, as TensorFlow Serving wants it."""
+    model = model_files.load(args.model, args.unsafe)
+    sample, warmup = (
+        None if path is None else formats.read_inputs(path, model, count)
+        for path, count in ((args.sample, _VERIFIED), (args.warmup, _WARM_UP))
+    )
+    files = (args.model, args.path, args.sample, args.warmup)
+    with naming(*(path for path in files if path is not None)):
+        model_files.sweep_of(model, args.model)  # Its layers hold the record now, for export.
+        exported = tfbn.export(
+            model,
+            args.path,
+            sample=sample,
+            warmup=warmup,
+            fold=args.fold,
+            monitor=False if args.monitor is None else args.monitor or True,
+            require_population=args.require_population,
+            allow_new_signature=args.allow_new_signature,
+        )
+    if args.json:
+        print_json(
+            {
+                "path": str(exported.path),
+                "version": exported.version,
+                "max_abs_difference": exported.max_abs_difference,
+            }
+        )
+    else:
+        off = f"{exported.max_abs_difference:.1e}"
+        print_lines(f"Wrote {exported.path}. It predicts as the model does, within {off}.")
+    return 0
+
+
+def describe(args: argparse.Namespace) -> int:
+    """Say where a SavedModel that `export` wrote comes from."""
+    text = io.StringIO()
+    expected = "a model's directory, or a version's, that tfbn.export wrote"
+    with reading(args.path, expected, "Export it again."), contextlib.redirect_stdout(text):
+        found = tfbn.describe(args.path)
+    if args.json:
+        print_json(found)
+    else:
+        print_lines(*text.getvalue().splitlines())
+    return 0
+
+
+def drift(args: argparse.Namespace) -> int:
+    """Compare what a served model met with its population. Return 1 if it has drifted."""
+    with naming(args.model):
+        served = tfbn.ServedStats(args.model)
+    with reading(args.answers, _ANSWERS, "Ask the signature 'monitor', with \"inputs\"."):
+        for answer in _answers(args.answers):
+            served.add(answer)
+    with naming(args.model, args.answers):
+        found = served.compare()
+    if args.json:
+        layers = {path: _known(layer) for path, layer in found.layers.items()}
+        whole = {"p_value": found.p_value, "distance": found.distance}
+        told = {"drifted": found.drifted, "requests": found.requests, **_known(whole)}
+        print_json({**told, "layers": layers})
+    else:
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text):
+            found.summary()
+        print_lines(*text.getvalue().splitlines())
+    return int(found.drifted)
+
+
+def _answers(path: str) -> Iterator[Any]:
+    """The answers in a .npz archive, or in a file of JSON: one, a list, or one after the other."""
+    if checks.suffix(path) == ".npz":
+        with np.load(path, allow_pickle=False) as archive:
+            yield dict(archive)
+        return
+    text = atomic.read(path).decode().strip()
+    if not text:
+        raise FileError(f"Expected {_ANSWERS}. Received: {path}, an empty file.")
+    decoder = json.JSONDecoder()
+    while text:
+        found, end = decoder.raw_decode(text)
+        yield from found if isinstance(found, list) else [found]
+        text = text[end:].lstrip()
+
+
+def _known(numbers):
+    """Numbers by name, `None` for NaN, which JSON has not."""
+    return {name: None if math.isnan(value) else value for name, value in numbers.items()}
