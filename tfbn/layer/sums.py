@@ -173,7 +173,9 @@ def sampled_mean(x: tf.Tensor, axis: int, *, long: bool) -> tf.Tensor:
     stride = tf.where(long & (before * after >= 2**16), _SAMPLED_OF_MANY, _SAMPLED)
     # With few images, a part of each.
     part = tf.maximum(stride // tf.maximum(before, 1), 1)
-    sample = tf.ensure_shape(x[::stride, :, ::part], [None, x.shape[1], None])
+    sample = x[::stride, :, ::part]
+    # Not `tf.ensure_shape`, which has no forward-mode derivative in a tf.function.
+    sample.set_shape([None, x.shape[1], None])
     count = tf.cast(values_per_channel(sample, 1), x.dtype)
     return tf.math.divide_no_nan(tf.reduce_sum(sample, [0, 2]), count)
 
