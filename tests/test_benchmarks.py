@@ -109,6 +109,11 @@ def test_monitor_alarm():
     assert matching(lines, f"10  {row}") == matching(lines, f"all {row}") == 7
 
 
+def test_monitor_noise():
+    lines = run("monitor.py", "noise", "--runs", 2, "--swept", 100, "--samples", 17)
+    assert matching(lines, r".* false alarms in \d of 2 runs") == 10
+
+
 def test_tolerance():
     lines = run("tolerance.py", "--sizes", 1000, "--tolerances", 0.05)
     assert matching(lines, rf" +1000 +all +1000 +{NUMBER} ") == 1

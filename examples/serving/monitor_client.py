@@ -37,8 +37,7 @@ def over_rest(images, host, model):
     """The answers to requests of one image each."""
     url = f"http://{host}/v1/models/{model}:predict"
     for image in images:
-        # Not "instances": statistics have no entry for each sample.
-        request = {"signature_name": "monitor", "inputs": image[None].tolist()}
+        request = {"signature_name": "monitor", "instances": [image.tolist()]}
         with urllib.request.urlopen(url, json.dumps(request).encode(), timeout=10) as answer:
             yield json.load(answer)
 

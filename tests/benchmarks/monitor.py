@@ -10,9 +10,14 @@ training images. The other images are sent one by one, as they are and shifted, 
 and `tfbn.ServedStats` is asked after every request from the 16th on. Printed are for every shift
 the accuracy, the distance and after how many requests the alarm sounds; without a shift these are
 false alarms. The images of the last line are sent in runs of four of one class.
+
+`noise`: false alarms on ten populations that do not move, with rare or heavy-tailed values, by the
+alarm's own functions alone: a sweep of samples, then others one by one, looked at after every
+sample from the 16th on.
 """
 
 import argparse
+import functools
 import os
 import statistics
 import tempfile
@@ -29,6 +34,9 @@ from sklearn.datasets import load_digits
 
 import tfbn
 from tfbn.models.keras_models import batch_norm_layers
+from tfbn.serving.monitor import alarm as alarms
+from tfbn.serving.monitor.answers import Samples
+from tfbn.stats import layer_stats, moments
 
 # Narrow layers early in the network, and the last: cheap, and the alarm sounds as soon.
 FEW = {"MobileNetV2": ["block_2_project_BN", "block_4_project_BN", "Conv_1_bn"]}
@@ -194,6 +202,100 @@ def report(seed, name, runs):
     )
 
 
+def _rows(x):
+    """Inputs of rank 2: each value is its own mean."""
+    return Samples(np.ones_like(x), x, np.zeros_like(x))
+
+
+def _positions(x, mask=None):
+    """Inputs of shape (samples, positions, channels), all or those under a mask."""
+    mask = np.ones(x.shape[:2], bool) if mask is None else mask
+    weights = mask[..., None] / mask.sum(1)[:, None, None]
+    mean = np.sum(weights * x, 1)
+    variance = np.sum(weights * (x - mean[:, None]) ** 2, 1)
+    return Samples(np.broadcast_to(mask.sum(1)[:, None], mean.shape).astype(float), mean, variance)
+
+
+def _flags(rng, n):
+    return np.concatenate([rng.normal(size=(n, 5)), rng.random((n, 5)) < 0.003], 1)
+
+
+def _one_hot(rng, n):
+    p = 1 / np.arange(1, 41)
+    return np.eye(40)[rng.choice(40, n, p=p / p.sum())]
+
+
+def _bag_of_words(rng, n):
+    p = 1 / np.arange(1, 201) ** 1.1
+    return rng.multinomial(60, rng.dirichlet(30 * p / p.sum(), n)).astype(float)
+
+
+def _images(rng, n):
+    brightness = rng.gamma(3.0, 1.0, (n, 1, 1))
+    return brightness + rng.gamma(1.0, 1.0, (n, 64, 1)) + rng.normal(size=(n, 64, 3))
+
+
+def _sequences(rng, n):
+    steps = np.cumsum(rng.normal(0, 0.3, (n, 30, 4)), 1) + rng.normal(size=(n, 1, 4))
+    lengths = np.minimum(rng.geometric(0.15, n), 30)
+    return _positions(steps, np.arange(30) < lengths[:, None])
+
+
+def _purchases(rng, n):
+    return rng.lognormal(2, 1, (n, 6)) * (rng.random((n, 6)) < [0.5, 0.2, 0.1, 0.05, 0.02, 0.01])
+
+
+# Name -> samples from a generator and their number.
+UNSHIFTED = {
+    "normals and flags of 0.3 %": lambda rng, n: _rows(_flags(rng, n)),
+    "20 flags of 0.1 to 2 %": lambda rng, n: _rows(
+        (rng.random((n, 20)) < np.geomspace(0.001, 0.02, 20)).astype(float)
+    ),
+    "lognormal(3, 2)": lambda rng, n: _rows(rng.lognormal(3, 2, (n, 2))),
+    "counts": lambda rng, n: _rows(
+        rng.poisson(rng.gamma(0.3, 1, (n, 8)) * np.geomspace(0.1, 10, 8)).astype(float)
+    ),
+    "Student t, 3": lambda rng, n: _rows(rng.standard_t(3, (n, 6))),
+    "one-hot of 40 countries": lambda rng, n: _rows(_one_hot(rng, n)),
+    "bag of words": lambda rng, n: _rows(_bag_of_words(rng, n)),
+    "purchases": lambda rng, n: _rows(_purchases(rng, n)),
+    "images": lambda rng, n: _positions(_images(rng, n)),
+    "sequences with masks": _sequences,
+}
+
+
+def swept(samples, batch_size=32):
+    """What a sweep of samples finds."""
+    batches = [
+        Samples(*(part[i : i + batch_size] for part in samples)).together()
+        for i in range(0, len(samples.mean), batch_size)
+    ]
+    merged = functools.reduce(functools.partial(moments.merge, method="pooled"), batches)
+    return layer_stats.of_calls([merged], "pooled")
+
+
+def sounds(population, samples):
+    """The number of samples after which the alarm sounds, or `None`."""
+    blocks = alarms.Blocks()
+    for number, sample in enumerate(samples.each(), 1):
+        blocks.add(sample)
+        moved = alarms.together([alarms.movement(blocks, population, 1e-3)])
+        if number >= 16 and moved.p_value < 0.001:
+            return number
+    return None
+
+
+def noise(args):
+    """False alarms on populations that do not move."""
+    for name, draw in UNSHIFTED.items():
+        found = []
+        for run in range(args.first_run, args.first_run + args.runs):
+            rng = np.random.default_rng([run, *name.encode()])
+            found.append(sounds(swept(draw(rng, args.swept)), draw(rng, args.samples)))
+        after = [number for number in found if number is not None]
+        print(f"{name:28} false alarms in {len(after)} of {args.runs} runs {after[:9]}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -213,6 +315,12 @@ def main():
     command.add_argument("--epochs", type=int, default=40)
     command.add_argument("--runs", type=int, default=100, help="without a shift, each seed")
     command.add_argument("--requests", type=int, default=300, help="the most in a run")
+    command = commands.add_parser("noise")
+    command.set_defaults(run=noise)
+    command.add_argument("--runs", type=int, default=200, help="for each population")
+    command.add_argument("--first-run", type=int, default=1000, help="0 to 199 made the alarm")
+    command.add_argument("--swept", type=int, default=2000, help="samples of the sweep")
+    command.add_argument("--samples", type=int, default=150, help="in a run")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", "The batch norm statistics")
     args.run(args)

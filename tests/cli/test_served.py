@@ -66,15 +66,15 @@ def test_drift_is_exit_status_1(capsys, tmp_path, served, form):
     (tmp_path / "own.json").write_text(FORMS[form](own))
     (tmp_path / "dark.json").write_text(FORMS[form](dark))
     code, out, err = run(capsys, "drift", served, tmp_path / "own.json")
-    assert (code, err) == (0, "") and out.startswith("20 requests cannot be told from")
+    assert (code, err) == (0, "") and out.startswith("20 samples cannot be told from")
     code, out, err = run(capsys, "drift", served, tmp_path / "dark.json")
-    assert (code, err) == (1, "") and out.startswith("20 requests have moved from")
+    assert (code, err) == (1, "") and out.startswith("20 samples have moved from")
     expected = tfbn.ServedStats(served)
     for answer in dark:
         expected.add(answer)
     code, out, _ = run(capsys, "drift", served / "1", tmp_path / "dark.json", "--json")
     found = json.loads(out)
-    assert code == 1 and found["drifted"] and found["requests"] == 20
+    assert code == 1 and found["drifted"] and found["samples"] == 20
     assert found["p_value"] == expected.compare().p_value < 0.001
 
 

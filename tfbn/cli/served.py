@@ -80,7 +80,7 @@ def drift(args: argparse.Namespace) -> int:
     if args.json:
         layers = {path: _known(layer) for path, layer in found.layers.items()}
         whole = {"p_value": found.p_value, "distance": found.distance}
-        told = {"drifted": found.drifted, "requests": found.requests, **_known(whole)}
+        told = {"drifted": found.drifted, "samples": found.samples, **_known(whole)}
         print_json({**told, "layers": layers})
     else:
         text = io.StringIO()

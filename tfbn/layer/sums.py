@@ -69,11 +69,11 @@ def stretched(x: tf.Tensor, axis: int, *, long: bool = False) -> tf.Tensor:
     # A number of positions that is fixed needs no operation to find the length, and the same
     # data has the same stretches in eager and in graph mode.
     positions = x.shape[1:-1].num_elements()
-    stretch = 1 if positions is None else _length_of_stretch(positions)
+    stretch = 1 if positions is None else length_of_stretch(positions)
     if stretch < 8:
         size = x.shape[:-1].num_elements()
         size = tf.size(x, tf.int64) // tf.cast(channels, tf.int64) if size is None else size
-        stretch = _length_of_stretch(size)
+        stretch = length_of_stretch(size)
     return tf.reshape(x, [-1, stretch, channels])
 
 
@@ -217,7 +217,7 @@ def channels_second(x: tf.Tensor, axis: int) -> tf.Tensor:
     return tf.reshape(x, [before, channels, after])
 
 
-def _length_of_stretch(positions: int | tf.Tensor) -> int | tf.Tensor:
+def length_of_stretch(positions: int | tf.Tensor) -> int | tf.Tensor:
     """The largest divisor of `positions` that is no longer than a stretch may be."""
     if isinstance(positions, int):
         return max(n for n in range(1, _STRETCH + 1) if positions % n == 0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from concurrent import futures
 
 import keras
 import numpy as np
@@ -12,7 +13,7 @@ from keras import layers
 
 import tfbn
 from tfbn import describe, export
-from tfbn.serving.monitor import monitor
+from tfbn.serving.monitor import monitor, per_sample
 
 
 def monitored(path):
@@ -29,12 +30,12 @@ def monitored(path):
 
 
 def assert_moments(answer, path, values, rtol=1e-5):
-    """An answer has the float64 moments of some values of shape (values, channels)."""
+    """An answer has the float64 moments of values of shape (samples, values, channels)."""
     values = np.float64(values)
-    assert answer[f"{path}/count"] == len(values)
-    std = values.std(0)
-    np.testing.assert_allclose(answer[f"{path}/mean"], values.mean(0), atol=rtol * std.max())
-    np.testing.assert_allclose(answer[f"{path}/variance"], values.var(0), rtol=rtol)
+    np.testing.assert_array_equal(answer[f"{path}/count"], [values.shape[1]] * len(values))
+    std = values.std(1)
+    np.testing.assert_allclose(answer[f"{path}/mean"], values.mean(1), atol=rtol * std.max())
+    np.testing.assert_allclose(answer[f"{path}/variance"], values.var(1), rtol=rtol)
 
 
 def network(batch_norm=layers.BatchNormalization):
@@ -61,26 +62,117 @@ def test_the_answer_has_outputs_and_the_moments_of_what_entered(tmp_path, batch_
     first = np.asarray(model.get_layer("first")(x))
     shared = model.get_layer("shared")
     second = np.asarray(model.get_layer("second")(tf.nn.relu(shared(first, training=False))))
-    entered = np.concatenate([v.reshape(-1, 4) for v in (first, second)])
+    entered = np.concatenate([v.reshape(5, -1, 4) for v in (first, second)], 1)
     assert_moments(answer, "shared", entered)
     inner = np.asarray(model.get_layer("block").layers[0](shared(second, training=False)))
-    assert_moments(answer, "block/inner", inner.reshape(-1, 2))
+    assert_moments(answer, "block/inner", inner.reshape(5, -1, 2))
     np.testing.assert_allclose(answer["output_0"], model(x), rtol=1e-5, atol=1e-5)
     names = {
         f"{path}/{what}" for path in ("shared", "block/inner") for what in monitor.Moments._fields
     }
     assert set(answer) == {"output_0", "monitor/population", *names}
-    assert answer["shared/count"].dtype == np.int64 and answer["shared/count"].shape == ()
+    assert answer["shared/count"].dtype == np.int64 and answer["shared/count"].shape == (5,)
     assert answer["shared/mean"].dtype == np.float32
 
 
-def test_one_sample_one_value(tmp_path):
+def test_inputs_of_rank_2_are_their_own_mean(tmp_path):
     model = dense_model()
     [name] = [tensor.name for tensor in model.inputs]
-    x = np.ones((1, 4), "float32")
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype("float32")
     answer = monitored(export(model, tmp_path, monitor=True).path)(**{name: x})
-    np.testing.assert_allclose(answer["bn/mean"], np.asarray(model.layers[0](x))[0], rtol=1e-6)
-    np.testing.assert_array_equal(answer["bn/variance"], np.zeros(3))
+    np.testing.assert_allclose(answer["bn/mean"], np.asarray(model.layers[0](x)), rtol=1e-5)
+    np.testing.assert_array_equal(answer["bn/variance"], np.zeros((3, 3)))
+    np.testing.assert_array_equal(answer["bn/count"], np.ones(3))
+
+
+def test_a_server_that_merges_requests_gives_each_client_its_own_answer(tmp_path):
+    """TensorFlow's own batch scheduler, and eight clients of one image each."""
+    loaded = tf.saved_model.load(os.fspath(export(network(), tmp_path, monitor=True).path))
+    signature = loaded.signatures["monitor"]
+    names = sorted(signature.structured_outputs)
+    merged = []
+
+    @tf.nondifferentiable_batch_function(1, 8, 60_000_000, allowed_batch_sizes=[8])
+    def batched(image):
+        outputs = [signature(image=image)[name] for name in names]
+        noted = tf.numpy_function(lambda *v: merged.append(v), [image, *outputs], [], stateful=True)
+        with tf.control_dependencies([noted]):
+            return [tf.identity(output) for output in outputs]
+
+    ask = tf.function(batched, input_signature=[tf.TensorSpec((None, 6, 6, 3))])
+    ask = ask.get_concrete_function()  # One scheduler: each trace has its own.
+    x = images(8)
+    with futures.ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(lambda image: ask(tf.constant(image[None])), x))
+    [(sent, *whole)] = merged
+    served = tfbn.ServedStats(tmp_path)
+    for image, answer in zip(x, answers, strict=True):
+        [row] = np.flatnonzero((sent == image).all((1, 2, 3)))
+        for alone, among in zip(answer, whole, strict=True):
+            np.testing.assert_array_equal(alone, among[row : row + 1])
+        served.add(dict(zip(names, answer, strict=True)))
+    assert served.samples == 8
+
+
+@pytest.mark.parametrize("far", [0.0, 1e3])
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize("masked", [False, True])
+def test_moments_of_a_sample_do_not_depend_on_its_batch(axis, far, masked):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(6, 12, 35)).astype("float32")
+    x[3] += far  # Another way for this sample alone.
+    mask = rng.random((6, 12)) < 0.6 if masked else None
+    scale = np.ones(x.shape[axis])
+
+    def of(rows):
+        part = None if mask is None else tf.constant(mask[rows])
+        return per_sample.moments(tf.constant(x[rows]), axis, part, len(x[rows]), scale)
+
+    whole = of(slice(0, 6))
+    for i in range(6):
+        for alone, among in zip(of(slice(i, i + 1)), whole, strict=True):
+            np.testing.assert_array_equal(alone[0], among[i])
+
+
+def test_frames_of_a_sample_are_its_own(tmp_path):
+    """A layer with several rows for one sample, and one that mixes them."""
+
+    class Frames(keras.Model):
+        def __init__(self, mixed):
+            super().__init__()
+            self.bn, self.mixed = layers.BatchNormalization(name="bn"), mixed
+
+        def call(self, x):
+            x = tf.transpose(x, [1, 0, 2]) if self.mixed else x
+            y = tf.reshape(self.bn(tf.reshape(x, [-1, 3])), tf.shape(x))
+            return tf.transpose(y, [1, 0, 2]) if self.mixed else y
+
+    x = np.random.default_rng(0).normal(size=(4, 5, 3)).astype("float32")
+    models = [Frames(False), Frames(True)]
+    for model in models:
+        model(x)
+        sweep(model)
+    answer = monitored(export(models[0], tmp_path / "a", sample=x, monitor=True).path)
+    assert_moments(answer(args_0=x), "bn", x)
+    with pytest.raises(ValueError, match="of a sample depends on the other samples"):
+        export(models[1], tmp_path / "b", sample=x, monitor=True)
+    assert everything_under(tmp_path / "b") == []
+
+
+def test_rows_that_are_not_of_samples_are_refused(tmp_path):
+    class Rows(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.bn = layers.BatchNormalization(name="bn")
+
+        def call(self, x):
+            return x + 0 * tf.reduce_mean(self.bn(tf.concat([x, x[:1]], 0)))
+
+    x = np.ones((4, 3), "float32")
+    model = Rows()
+    model(x)
+    with pytest.raises(ValueError, match="whose rows are those of samples"):
+        export(sweep(model), tmp_path, sample=x, monitor=True)
 
 
 @pytest.mark.quick(1)
@@ -117,8 +209,8 @@ def test_a_monitor_with_other_outputs_is_not_put_in_place(tmp_path, monkeypatch)
     run = monitor.run
 
     def off(*args):
-        outputs, moments = run(*args)
-        return outputs + 0.1, moments
+        measured = run(*args)
+        return measured._replace(outputs=measured.outputs + 0.1)
 
     monkeypatch.setattr(monitor, "run", off)
     with pytest.raises(ValueError, match="monitor to predict as serve does"):
@@ -142,36 +234,28 @@ def test_masked_positions_do_not_count(axis):
 
     model = Masked()
     model(x)
-    _, found = tf.function(lambda x: monitor.run(model, [x]), autograph=False)(x)
-    if axis == -1:
-        values = [x[mask][:, c] for c in range(4)]
-    else:
-        values = [x[:, c][mask[:, c]].ravel() for c in range(5)]
-    np.testing.assert_array_equal(
-        np.broadcast_to(found["bn"].count, len(values)), list(map(len, values))
-    )
-    np.testing.assert_allclose(
-        found["bn"].mean,
-        [v.mean() for v in np.float64(values)]
-        if axis == -1
-        else [np.float64(v).mean() for v in values],
-        rtol=1e-5,
-        atol=1e-6,
-    )
-    np.testing.assert_allclose(
-        found["bn"].variance, [np.float64(v).var() for v in values], rtol=1e-5
-    )
+    measured = tf.function(lambda x: monitor.run(model, [x]), autograph=False)(x)
+    count, mean, variance = (v.numpy() for v in measured.moments["bn"])
+    for i in range(3):
+        if axis == -1:
+            values = list(np.float64(x[i][mask[i]]).T)
+        else:
+            values = [np.float64(x[i, c]) if mask[i, c] else np.zeros(0) for c in range(5)]
+        np.testing.assert_array_equal(count[i], list(map(len, values)))
+        np.testing.assert_allclose(mean[i], [v.mean() if v.size else 0 for v in values])
+        np.testing.assert_allclose(variance[i], [v.var() if v.size else 0 for v in values])
 
 
 @pytest.mark.parametrize("axis", [-1, 1, 2])
 @pytest.mark.parametrize("far", [0.0, 5.0, 1e4])
 def test_moments_are_right_far_from_zero(axis, far):
     x = np.random.default_rng(0).normal(far, 1.0, (7, 9, 10, 4)).astype("float32")
-    count, mean, variance = monitor._moments(tf.constant(x), axis, None)
-    others = tuple(a for a in range(4) if a != axis % 4)
+    scale = np.ones(x.shape[axis])
+    count, mean, variance = per_sample.moments(tf.constant(x), axis, None, 7, scale)
+    others = tuple(a for a in range(1, 4) if a != axis % 4)
     exact = np.float64(x)
-    assert count == x.size / x.shape[axis]
-    np.testing.assert_allclose(mean, exact.mean(others), atol=1e-5)
+    np.testing.assert_array_equal(count, [[x[0].size / x.shape[axis]]] * 7)
+    np.testing.assert_allclose(mean, exact.mean(others), atol=2e-5)
     np.testing.assert_allclose(variance, exact.var(others), rtol=2e-5)
 
 
@@ -284,7 +368,7 @@ def test_the_identity_is_that_of_the_statistics(tmp_path):
     path = export(model, tmp_path, monitor=True).path
     written = json.loads((path / "assets.extra" / "tfbn.json").read_text())
     answer = monitored(path)(image=images(1))
-    assert answer["monitor/population"].decode() == written["monitor"]["population"]
+    assert answer["monitor/population"][0].decode() == written["monitor"]["population"]
     before = monitor.identity(model)
     layer = model.get_layer("shared")
     layer.moving_variance.assign(np.nextafter(layer.moving_variance.numpy(), np.float32(9)))
@@ -300,4 +384,4 @@ def test_integers_are_measured_as_the_layer_takes_them(tmp_path, batch_norm):
     path = export(model, tmp_path / "m", sample=x, monitor=True).path
     entering = x.astype("float16").astype("float64")
     assert (entering != x).any()
-    assert_moments(monitored(path)(**{name: x}), "bn", entering)
+    assert_moments(monitored(path)(**{name: x}), "bn", entering[:, None])

@@ -53,21 +53,22 @@ def signatures(exported):
 
 @contextlib.contextmanager
 def rest(signatures):
-    """TensorFlow Serving's REST interface for requests by columns ("inputs")."""
+    """TensorFlow Serving's REST interface for requests by rows ("instances")."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             assert self.path == "/v1/models/digits:predict"
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             signature = signatures[request["signature_name"]]
-            outputs = signature(image=tf.constant(request["inputs"], tf.float32))
-            answer = {
-                name: y.numpy().decode() if y.dtype == tf.string else y.numpy().tolist()
+            outputs = signature(image=tf.constant(request["instances"], tf.float32))
+            columns = {
+                name: (y.numpy().astype(str) if y.dtype == tf.string else y.numpy()).tolist()
                 for name, y in outputs.items()
             }
+            rows = [{name: column[0] for name, column in columns.items()}]
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(json.dumps({"outputs": answer}).encode())
+            self.wfile.write(json.dumps({"predictions": rows}).encode())
 
         def log_message(self, *args):
             pass
@@ -113,8 +114,8 @@ def test_the_client_ends_with_1_where_the_data_has_moved(
     options = ["--rest"] if interface is rest else []
     with interface(signatures) as host:
         for shift, expected, words in (
-            (1.0, 0, "20 requests cannot be told from the population"),
-            (0.3, 1, "20 requests have moved from the population"),
+            (1.0, 0, "20 samples cannot be told from the population"),
+            (0.3, 1, "20 samples have moved from the population"),
         ):
             np.save(tmp_path / "images.npy", np.float32(shift) * images)
             arguments = [str(tmp_path / "images.npy"), str(path), "--host", host, *options]

@@ -65,7 +65,7 @@ def test_requests_of_any_size_add_up(exported, ask, sizes):
     x = images(np.random.default_rng(1), sum(sizes))
     requests = np.split(x, np.cumsum(sizes)[:-1])
     served = served_by(exported, map(ask, requests))
-    assert served.requests == len(sizes)
+    assert served.samples == sum(sizes)
     first = served.layers()["first"]
     exact = np.float64(x).reshape(-1, CHANNELS)
     assert first.count == len(exact)
@@ -74,10 +74,10 @@ def test_requests_of_any_size_add_up(exported, ask, sizes):
 
 
 def test_standard_errors_are_those_of_merged_batches(exported, ask):
-    """Of up to 31 requests each is a batch of `tfbn.stats.moments`."""
+    """Of up to 31 samples each is a batch of `tfbn.stats.moments`, in any requests."""
     x = images(np.random.default_rng(1), 29)
     found = served_by(exported, map(ask, np.split(x, [1, 5, 6, 17, 18, 24]))).layers()["first"]
-    batches = [np.float64(b).reshape(-1, CHANNELS) for b in np.split(x, [1, 5, 6, 17, 18, 24])]
+    batches = [np.float64(b).reshape(-1, CHANNELS) for b in x]
     merged = [moments.of_batch(len(b), b.mean(0), b.var(0), method="pooled") for b in batches]
     merged = functools.reduce(functools.partial(moments.merge, method="pooled"), merged)
     mean_error, variance_error = moments.standard_errors(merged)
@@ -133,13 +133,13 @@ SHIFTS = {
 
 
 @pytest.mark.parametrize("kind", SHIFTS)
-def test_drift_is_seen_in_a_few_requests(exported, ask, kind):
-    x = SHIFTS[kind](images(np.random.default_rng(5), 16)).astype("float32")
-    found = served_by(exported, map(ask, np.split(x, 16))).compare()
+def test_drift_is_seen_in_a_few_samples(exported, ask, kind):
+    x = SHIFTS[kind](images(np.random.default_rng(5), 24)).astype("float32")
+    found = served_by(exported, [ask(x)]).compare()
     assert found.drifted and found.p_value < 1e-3 and found.distance > 0.1
 
 
-def test_few_requests_tell_nothing(exported, ask):
+def test_few_samples_tell_nothing(exported, ask):
     x = images(np.random.default_rng(5), 16) + 20.0
     served = tfbn.ServedStats(exported)
     with pytest.raises(ValueError, match="Received: none so far"):
@@ -151,7 +151,7 @@ def test_few_requests_tell_nothing(exported, ask):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("scenes", "frames"), [(32, 16), (5, 4)])
-def test_requests_that_come_together_count_for_less(exported, ask, scenes, frames):
+def test_samples_that_come_together_count_for_less(exported, ask, scenes, frames):
     """32 scenes of 16 frames are 32 samples, not 512, and 5 scenes of 4 frames are not 20.
 
     The former make blocks of their own, of the latter every frame is a block.
@@ -196,10 +196,11 @@ def test_all_that_clients_receive_is_taken(exported, ask):
     for name, value in arrays.items():
         response.outputs[name].CopyFrom(tf.make_tensor_proto(value))
     lists = {name: value.tolist() for name, value in arrays.items() if name != monitor.IDENTITY}
-    lists[monitor.IDENTITY] = arrays[monitor.IDENTITY].decode()
+    lists[monitor.IDENTITY] = [text.decode() for text in arrays[monitor.IDENTITY]]
     columns = json.loads(json.dumps({"outputs": lists}))
+    rows = {"predictions": [{k: v[i] for k, v in lists.items()} for i in range(3)]}
     tensors = {name: tf.constant(value) for name, value in arrays.items()}
-    given = [arrays, tensors, lists, columns, columns["outputs"], response, response.outputs]
+    given = [arrays, tensors, lists, rows, columns, columns["outputs"], response, response.outputs]
     first, *rest = [served_by(exported, [answer]).layers() for answer in given]
     assert all(other == first for other in rest)
 
@@ -210,7 +211,15 @@ WRONG = {
     "no mapping": (lambda a: [1.0], "with outputs by name"),
     "rows": (lambda a: {"predictions": [1]}, "signature 'monitor' with 'monitor/population'"),
     "of serve": (lambda a: {"output_0": a["output_0"]}, "signature 'monitor' with"),
-    "another version": (lambda a: {**a, monitor.IDENTITY: b"17"}, "another model or another"),
+    "another version": (
+        lambda a: {**a, monitor.IDENTITY: [b"17", b"17"]},
+        "another model or another",
+    ),
+    "one sample of another version": (
+        lambda a: {**a, monitor.IDENTITY: [a[monitor.IDENTITY][0], b"17"]},
+        "another model or another",
+    ),
+    "fewer samples": (lambda a: {**a, monitor.IDENTITY: a[monitor.IDENTITY][:1]}, "1 samples of 6"),
     "a missing layer": (
         lambda a: {k: v for k, v in a.items() if k != "second/mean"},
         "with 'second/mean'",
@@ -218,20 +227,20 @@ WRONG = {
     "text": (lambda a: {**a, "second/mean": "many"}, "numbers in 'second/mean'"),
     "ragged": (lambda a: {**a, "second/mean": [[1], [1, 2]]}, "numbers in 'second/mean'"),
     "nothing": (lambda a: {**a, "second/mean": None}, "of 4 channels.*layer 'second'"),
-    "channels": (lambda a: {**a, "second/mean": a["second/mean"][:3]}, "of 4 channels"),
+    "channels": (lambda a: {**a, "second/mean": a["second/mean"][:, :3]}, "of 4 channels"),
     "all channels": (
-        lambda a: {k: v[:3] if np.shape(v) == (4,) else v for k, v in a.items()},
+        lambda a: {k: v[:, :3] if np.shape(v)[1:] == (4,) else v for k, v in a.items()},
         "of 4 channels",
     ),
     "NaN": (lambda a: {**a, "second/mean": a["second/mean"] * np.nan}, "mean nan in channel 0"),
     "infinity": (
-        lambda a: {**a, "second/variance": [1, np.inf, 1, 1]},
-        "variance inf in channel 1",
+        lambda a: {**a, "second/variance": [[1, 1, 1, 1], [1, np.inf, 1, 1]]},
+        "variance inf in channel 1 of sample 1",
     ),
     "variance": (lambda a: {**a, "second/variance": -a["second/variance"]}, "variance -"),
-    "count": (lambda a: {**a, "second/count": -1}, "layer 'second'.*whole number"),
-    "half a count": (lambda a: {**a, "second/count": 1.5}, "layer 'second'.*whole number"),
-    "NaN as count": (lambda a: {**a, "second/count": np.nan}, "layer 'second'.*whole number"),
+    "count": (lambda a: {**a, "second/count": [-1, 4]}, "layer 'second'.*whole number"),
+    "half a count": (lambda a: {**a, "second/count": [4, 1.5]}, "layer 'second'.*whole number"),
+    "NaN as count": (lambda a: {**a, "second/count": [4, np.nan]}, "layer 'second'.*whole number"),
 }
 
 
@@ -243,7 +252,7 @@ def test_an_answer_that_does_not_belong_is_refused_and_nothing_added(exported, a
     before = served.layers()
     with pytest.raises(ValueError, match=f"(?s)^Expected.*{message}"):
         served.add(change(answer))
-    assert served.requests == 1 and served.layers() == before
+    assert served.samples == 2 and served.layers() == before
 
 
 def test_the_answer_of_another_version_is_refused(tmp_path, exported, ask):
@@ -281,5 +290,5 @@ def test_the_summary_names_layers_and_the_verdict(exported, ask, capsys):
     found = served_by(exported, map(ask, np.split(x, 17))).compare()
     found.summary()
     first, head, *rows = capsys.readouterr().out.splitlines()
-    assert first.startswith("17 requests cannot be told from the population")
+    assert first.startswith("17 samples cannot be told from the population")
     assert head.split()[0] == "layer" and {row.split()[0] for row in rows} == {"first", "second"}

@@ -83,6 +83,19 @@ class Written:
         return signature.named_outputs(self.serve(*self.inputs))
 
     @functools.cached_property
+    def monitored(self) -> dict[str, Any]:
+        """The outputs of the endpoint `monitor`."""
+        assert self.monitor is not None
+        try:
+            return self.monitor(*self.inputs)
+        except tf.errors.InvalidArgumentError as error:
+            raise ValueError(
+                "Expected batch norm layers whose rows are those of samples. Received: model "
+                f"{self.model.name!r} ({' '.join(str(error.message).split())[:200]}). Give in "
+                "monitor= the paths of other layers."
+            ) from error
+
+    @functools.cached_property
     def rounding(self) -> dict[str, float]:
         """How far outputs move when weights and inputs change by one unit in the last place.
 
@@ -218,7 +231,7 @@ def predicts_like_the_model(written: Written) -> None:
 
 def samples_are_independent(written: Written) -> None:
     """The outputs of the first sample do not depend on the other samples of its batch."""
-    alone, among = (_first(outputs) for outputs in (written.answers, _among_others(written)))
+    alone, among = (_first(y) for y in (written.answers, _among_others(written, written.serve)))
     for name, (leak, scale) in differences(among, alone).items():
         if leak <= written.tolerance(scale) or leak <= _ROUNDINGS * written.rounding[name]:
             continue
@@ -235,8 +248,7 @@ def monitor_answers_like_serve(written: Written) -> None:
     """The endpoint `monitor` has the outputs of `serve`, up to the rounding of another graph."""
     if written.monitor is None:
         return
-    outputs = written.monitor(*written.inputs)
-    for name, (off, scale) in differences(outputs, written.answers).items():
+    for name, (off, scale) in differences(written.monitored, written.answers).items():
         if off > written.tolerance(scale) and not off <= _ROUNDINGS * written.rounding[name]:
             raise ValueError(
                 "Expected the endpoint monitor to predict as serve does. Received: model "
@@ -245,7 +257,23 @@ def monitor_answers_like_serve(written: Written) -> None:
             )
 
 
-def _among_others(written: Written) -> dict[str, tf.Tensor]:
+def monitor_measures_samples(written: Written) -> None:
+    """The moments of the first sample do not depend on the other samples of its batch."""
+    if written.monitor is None:
+        return
+    alone = _first(written.monitored)
+    among = _first(_among_others(written, written.monitor))
+    for name in [name for name in alone if name not in written.answers]:
+        [(off, scale)] = differences({name: among[name]}, {name: alone[name]}).values()
+        if off > written.tolerance(scale):
+            raise ValueError(
+                f"{name!r} of a sample depends on the other samples of its batch in model "
+                f"{written.model.name!r}, by {off:.3g} on {written.origin}. Give in monitor= the "
+                "paths of other layers."
+            )
+
+
+def _among_others(written: Written, endpoint: Callable) -> dict[str, tf.Tensor]:
     """The answers to the first sample and to zeros, or to itself again if zeros are an error."""
 
     def others(x, spec, value):
@@ -261,7 +289,7 @@ def _among_others(written: Written) -> dict[str, tf.Tensor]:
             lambda x, spec, value=value: others(x, spec, value), written.inputs, written.specs
         )
         try:
-            return signature.named_outputs(written.serve(*inputs))
+            return signature.named_outputs(endpoint(*inputs))
         except tf.errors.OpError as error:
             refused = error
     raise refused
@@ -307,4 +335,5 @@ CHECKS = (
     predicts_like_the_model,
     samples_are_independent,
     monitor_answers_like_serve,
+    monitor_measures_samples,
 )

@@ -73,9 +73,9 @@ def save(
 
     def monitor_(*args):
         assert monitored is not None
-        outputs, moments = monitor.run(model, _checked(args, specs), monitored)
-        named = signature.named_outputs(outputs)
-        beside = monitor.answers(model, monitored, moments)
+        measured = monitor.run(model, _checked(args, specs), monitored)
+        named = signature.named_outputs(measured.outputs)
+        beside = monitor.answers(model, monitored, measured)
         return _apart({traced[0].output_names[name]: y for name, y in named.items()}, beside)
 
     archive = keras.export.ExportArchive()

@@ -112,12 +112,12 @@ def export(
         monitor: `True`, or a list of batch norm layers or their paths, to add the signature
             `monitor` beside `serving_default`, which stays as it is. It takes the same inputs and
             answers the same outputs, and beside them for each of these layers the moments of its
-            inputs in the request: `<path>/count`, the number of values per channel (int64, a
-            scalar, or of shape `(channels,)` where a mask tells channels apart), `<path>/mean` and
-            `<path>/variance` (biased, of shape `(channels,)`). All calls of a layer are one
-            population, and masked positions do not count. `tfbn.ServedStats` makes an alarm of
-            many such answers. A server that merges requests (`--enable_batching`) cannot take
-            statistics apart again and answers requests for `monitor` with an error.
+            inputs in every sample, a row of the inputs: `<path>/count`, the number of values per
+            channel (int64, `(batch,)`, or `(batch, channels)` under a mask), `<path>/mean` and
+            `<path>/variance` (biased, `(batch, channels)`), and `monitor/population` (`(batch,)`).
+            All calls of a layer are one population, and masked positions do not count. A server
+            that merges requests (`--enable_batching`) can split them again. `tfbn.ServedStats`
+            makes an alarm of many such samples.
             Requests are compared with the statistics that the model holds. Data has no blended
             ones: to blend, give `blend_samples` to `tfbn.recalibrate`, whose next version
             compares requests with the data.
@@ -134,11 +134,11 @@ def export(
             the model cannot be folded, if a batch norm layer computes batch statistics even in
             inference mode, if statistics are stale and `require_population`, if the signature is
             not that of the version before, or if the verification fails, or if `monitor` is asked
-            of a folded network, of layers that the model does not have, or that it calls in loops
-            or branches. An output may differ by 1e-3 of its largest absolute value (or of 1, if
-            that is larger), 2e-2 where layers compute in 16 bits, or by 4 times the network's own
-            rounding: how far the output
-            moves when every weight and input changes by one unit in the last place.
+            of a folded network, of layers that the model does not have, that it calls in loops
+            or branches, or whose rows do not belong to one sample each. An
+            output may differ by 1e-3 of its largest absolute value (or of 1, if that is larger),
+            2e-2 where layers compute in 16 bits, or by 4 times the network's own rounding: how far
+            the output moves when every weight and input changes by one unit in the last place.
     """
     directory = versions.target(path)
     version = versions.checked(directory, version)

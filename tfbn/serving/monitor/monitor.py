@@ -1,7 +1,7 @@
 """The inference network of a model with the inputs of its batch norm layers measured.
 
 It normalises with the population statistics that its layers hold, as inference always does, so
-that its outputs are those of the model. Beside them it gives the moments of the batch.
+that its outputs are those of the model. Beside them it gives the moments of every sample.
 """
 
 import collections
@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tfbn.layer import kernels, sums
+from tfbn.layer import sums
 from tfbn.models import assignment, keras_models
 from tfbn.population import PopulationStats
+from tfbn.serving.monitor import per_sample
+from tfbn.serving.monitor.per_sample import Moments
 
 # Beside the provenance: the population to compare the answers of the endpoint with.
 FILE = "assets.extra/population.npz"
@@ -23,52 +25,54 @@ FILE = "assets.extra/population.npz"
 IDENTITY = "monitor/population"
 
 
-class Moments(NamedTuple):
-    """The moments of the values that entered a batch norm layer, from all of its calls.
+class Measured(NamedTuple):
+    """A run of a model with the inputs of its batch norm layers measured.
 
     Attributes:
-        count: Number of values per channel, float64: a scalar, or of shape `[channels]` where a
-            mask tells channels apart.
-        mean: Per channel, float64, shape `[channels]`; 0 without values.
-        variance: The biased variance per channel, as `mean`.
+        outputs: The model's outputs.
+        samples: The number of samples in the batch, an int32 scalar.
+        moments: Path of a layer -> moments of the values that entered it, from all of its calls.
     """
 
-    count: tf.Tensor
-    mean: tf.Tensor
-    variance: tf.Tensor
+    outputs: Any
+    samples: tf.Tensor
+    moments: dict[str, Moments]
 
 
 def run(
     model: keras.Model, args: list, layers: Mapping[str, keras.Layer] | None = None
-) -> tuple[Any, dict[str, Moments]]:
+) -> Measured:
     """Run a model for inference, to be called while a graph is traced or eagerly.
 
-    The calls of a layer that is called several times are one population: their counts add up.
-    Masked positions do not count.
+    A sample is a row of the inputs; where inputs differ in their number of rows, all are one
+    sample. The calls of a layer that is called several times are one population: their counts add
+    up. Masked positions do not count. A layer may have several rows for one sample (frames of a
+    film), side by side; any other number fails when the graph runs.
 
     Args:
         model: A built model.
         args: The positional arguments of a call.
         layers: The batch norm layers to measure by path, see `monitored_layers`; all if `None`.
 
-    Returns:
-        The model's outputs, and by path the moments of every layer in the order of `layers`.
-
     Raises:
-        ValueError: If the model does not call one of the layers, or calls it in the body of a
-            loop or branch, out of which a graph hands nothing.
+        ValueError: If the model does not call one of the layers, calls it in the body of a
+            loop or branch, out of which a graph hands nothing, or with the channels on axis 0.
     """
     layers = keras_models.batch_norm_layers(model) if layers is None else layers
     calls, entered, inside = collections.defaultdict(list), [], []
     outer = _graph()
+    samples = _number_of_samples(args)
 
     def observe(path, layer, call, inputs, training, mask):
         x = tf.convert_to_tensor(inputs)
         if not x.dtype.is_floating:  # As the layer itself does it.
             x = tf.cast(x, layer.compute_dtype)
+        if layer.axis % x.shape.rank == 0:
+            _refuse(model, f"layer {path!r}, whose channels are on the axis of samples")
         if _graph() is outer:
             entered.append(x)
-            calls[path].append(Moments(*_moments(x, layer.axis, mask)))
+            scale = tf.cast(layer.moving_variance, tf.float64) + layer.epsilon
+            calls[path].append(per_sample.moments(x, layer.axis, mask, samples, scale))
         else:
             inside.append(path)
         return call(inputs, training=training, mask=mask)
@@ -82,21 +86,39 @@ def run(
             _refuse(model, f"layer {path!r}, which is not called")
     if outer is not None and _vectorized(entered):
         _refuse(model, "a layer that is called in a tf.vectorized_map")
-    return outputs, {path: _merged(calls[path]) for path in layers}
+    rows = tf.stack([tf.shape(x)[0] for x in entered])
+    whole = tf.reduce_all(tf.equal(rows % tf.maximum(samples, 1), 0))
+    message = "Expected batch norm layers whose rows are those of samples. Received rows:"
+    with tf.control_dependencies([tf.debugging.Assert(whole, [message, rows])]):
+        samples = tf.identity(samples)
+    return Measured(outputs, samples, {path: per_sample.merged(calls[path]) for path in layers})
+
+
+def _number_of_samples(args):
+    """The number of samples in a batch, an int32 scalar."""
+    inputs = [x for x in tf.nest.flatten(args) if x.shape.rank]
+    inputs = [x for x in inputs if x.shape[0] is None] or inputs
+    if not inputs:
+        return tf.constant(1)
+    first, *rest = [tf.shape(x)[0] for x in inputs]
+    same = tf.reduce_all([tf.equal(size, first) for size in rest]) if rest else True
+    return tf.where(same, first, 1) if rest else first
 
 
 def answers(
-    model: keras.Model, layers: Mapping[str, keras.Layer], moments: Mapping[str, Moments]
+    model: keras.Model, layers: Mapping[str, keras.Layer], measured: Measured
 ) -> dict[str, tf.Tensor]:
-    """The answers of the endpoint beside the model's outputs, by name.
+    """The answers of the endpoint beside the model's outputs, by name, with a row for each sample.
 
     For each layer `<path>/count` in int64, and `<path>/mean` and `<path>/variance` in float32,
-    float64 where the layer computes in that; and `IDENTITY`.
+    float64 where the layer computes in that; and `IDENTITY`. So a server that merged requests can
+    split the answer.
     """
-    found = {IDENTITY: identity(model)}
-    for path, (count, mean, variance) in moments.items():
+    found = {IDENTITY: tf.fill([measured.samples], identity(model))}
+    for path, (count, mean, variance) in measured.moments.items():
         dtype = sums.statistics_dtype(tf.as_dtype(layers[path].compute_dtype))
-        found[f"{path}/count"] = tf.cast(count, tf.int64)
+        count = tf.cast(count, tf.int64)
+        found[f"{path}/count"] = count[:, 0] if count.shape[1] == 1 else count
         found[f"{path}/mean"] = tf.cast(mean, dtype)
         found[f"{path}/variance"] = tf.cast(variance, dtype)
     return found
@@ -197,48 +219,5 @@ def _vectorized(tensors):
     return False
 
 
-def _moments(x, axis, mask):
-    """Count, mean and biased variance of every channel, as `kernels.moments` has them.
-
-    The norm of a stretch is one read of the data and writes nothing, where the sum of squares
-    would write and read them again. The rare channel whose mean is many standard deviations from
-    0 costs its layer a second read, see `sums.moments_of_stretches`.
-    """
-    if mask is not None:
-        return kernels.moments(x, axis, mask)
-    within = sums.within_stretches(x, axis)
-    x = sums.stretched(tf.cast(x, sums.statistics_dtype(x.dtype)), axis)
-    shape = tf.shape(x, tf.int64)
-    count = tf.cast(shape[0] * shape[within], tf.float64)
-
-    def around(shift):
-        near = x if shift is None else x - (tf.expand_dims(shift, -1) if within == 2 else shift)
-        norms = tf.cast(tf.math.reduce_euclidean_norm(near, within), tf.float64)
-        squares = tf.reduce_sum(tf.square(norms), 0)
-        return sums.moments_of_sums(sums.total(near, within), squares, count)
-
-    def shifted():
-        shift = tf.cast(mean, x.dtype)
-        rest, variance = around(shift)
-        return tf.cast(shift, tf.float64) + rest, variance
-
-    mean, variance = around(None)
-    near = sums.near_zero(mean, variance, sums.SAFE_RATIO)
-    return count, *tf.cond(near, lambda: (mean, variance), shifted)
-
-
 def _graph():
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-
-
-def _merged(calls: list[Moments]) -> Moments:
-    """The moments of several calls together (Chan, Golub & LeVeque 1983, eq. 2.1)."""
-    first, *rest = calls
-    for other in rest:
-        count = first.count + other.count
-        share = other.count / tf.maximum(count, 1)
-        delta = other.mean - first.mean
-        between = tf.square(delta) * share * (1 - share)
-        within = first.variance + (other.variance - first.variance) * share
-        first = Moments(count, first.mean + delta * share, within + between)
-    return first

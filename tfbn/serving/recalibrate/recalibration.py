@@ -14,7 +14,7 @@ from tfbn.models import fingerprints, keras_models
 from tfbn.population import PopulationStats
 from tfbn.serving import provenance, saved_models, versions
 from tfbn.serving.export import batch_norms, checks, signature
-from tfbn.serving.monitor import monitor
+from tfbn.serving.monitor import answers, monitor
 from tfbn.serving.recalibrate import loading, recognition, weights
 from tfbn.stats import layer_stats, moments
 from tfbn.sweep.batches import empty
@@ -220,23 +220,23 @@ def _write_monitored(version, loaded, before, stats, inputs, swept):
     layers = {path: layers[path] for path in monitored["epsilon"]}
     if stats.source_weight:
         _, batches = swept()
-        answers = (ask(batch.inputs) for batch in batches)
-        stats = stats.replace(layers=_measured(answers, layers))
+        asked = (ask(batch.inputs) for batch in batches)
+        stats = stats.replace(layers=_measured(asked, layers))
     monitor.write_population(version, layers, stats)
-    return ask(inputs)[monitor.IDENTITY].numpy().decode()
+    return ask(inputs)[monitor.IDENTITY].numpy()[0].decode()
 
 
-def _measured(answers, paths):
+def _measured(asked, paths):
     """The statistics of the values that entered layers, by path, from answers of a monitor.
 
     Where a version normalises with blended statistics, they are others than those of the sweep,
     which has measured the values while its layers normalised with the data's own.
     """
     measured: dict[str, moments.Moments] = {}
-    for answer in answers:
+    for answer in asked:
         for path in paths:
-            values = (answer[f"{path}/{name}"].numpy() for name in monitor.Moments._fields)
-            found = moments.of_batch(*values, method="pooled")
+            shape = answer[f"{path}/mean"].shape
+            found = answers.samples_of(answer, path, tuple(shape)).together()
             if path in measured:
                 found = moments.merge(measured[path], found, method="pooled")
             measured[path] = found

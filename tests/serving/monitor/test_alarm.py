@@ -1,0 +1,77 @@
+"""The alarm: noise is never taken as less than what the sweep has measured."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from tfbn.serving.monitor import alarm
+from tfbn.serving.monitor.answers import Samples
+from tfbn.stats import layer_stats, moments
+
+
+def samples(x):
+    return Samples(np.ones_like(x), x, np.zeros_like(x))
+
+
+def swept(x):
+    """The statistics of a sweep in batches of 32."""
+    batches = [samples(batch).together() for batch in np.split(x, range(32, len(x), 32))]
+    merge = functools.partial(moments.merge, method="pooled")
+    return layer_stats.of_calls([functools.reduce(merge, batches)], "pooled")
+
+
+def p_values(population, x):
+    """The p-value after every sample from the 16th on."""
+    blocks, found = alarm.Blocks(), []
+    for number, sample in enumerate(samples(x).each(), 1):
+        blocks.add(sample)
+        if number >= 16:
+            found.append(alarm.together([alarm.movement(blocks, population, 1e-3)]).p_value)
+    return found
+
+
+RARE = {
+    "five normals and five flags of 0.3 %": lambda rng, n: np.concatenate(
+        [rng.normal(size=(n, 5)), rng.random((n, 5)) < 0.003], 1
+    ),
+    "lognormal": lambda rng, n: rng.lognormal(3, 2, (n, 2)),
+}
+
+
+@pytest.mark.parametrize("kind", RARE)
+def test_rare_values_are_no_alarm_while_none_has_come(kind):
+    """Of 12 runs; 200 runs of ten populations: `benchmarks/monitor.py noise`."""
+    unknown = []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        population = swept(RARE[kind](rng, 2000))
+        x = RARE[kind](rng, 60)
+        assert min(p_values(population, x)) > 0.001
+        nothing = np.full_like(population.mean, np.nan)
+        unknown.append(min(p_values(population.with_errors(nothing, nothing), x[:40])) < 0.001)
+    assert sum(unknown) > 3  # What the errors of the sweep are needed for.
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_moved_data_is_seen_with_the_errors_of_the_sweep(seed):
+    rng = np.random.default_rng(seed)
+    population = swept(rng.normal(size=(2000, 6)))
+    assert min(p_values(population, 1 + rng.normal(size=(40, 6)))) < 1e-6
+    assert min(p_values(population, 0.3 * rng.normal(size=(40, 6)))) < 1e-4
+    assert min(p_values(population, rng.normal(size=(40, 6)))) > 0.001
+
+
+def test_the_noise_is_what_repeated_samples_show():
+    """D^2 of other samples of the population has the expected size, whichever part it is from."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(60):
+        x = RARE["five normals and five flags of 0.3 %"](rng, 2000)
+        blocks = alarm.Blocks()
+        for sample in samples(RARE["five normals and five flags of 0.3 %"](rng, 64)).each():
+            blocks.add(sample)
+        moved = alarm.movement(blocks, swept(x), 1e-3)
+        found.append((moved.squared, moved.expected))
+    squared, expected = np.mean(found, 0)
+    assert 0.8 * squared < expected < 3 * squared
