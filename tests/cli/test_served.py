@@ -40,8 +40,8 @@ def answers(served, images):
     monitor = tf.saved_model.load(os.fspath(served / "1")).signatures["monitor"]
 
     def plain(value):
-        value = value.numpy()
-        return value.decode() if isinstance(value, bytes) else np.asarray(value).tolist()
+        text = value.dtype == tf.string
+        return (value.numpy().astype(str) if text else value.numpy()).tolist()
 
     return [
         {

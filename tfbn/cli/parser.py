@@ -47,7 +47,7 @@ Both must fit MODEL. Differences are in standard deviations of A."""
 
 _DRIFT_HELP = """\
 answers of the signature monitor of a model that was exported with --monitor:
-  answers.json  as the REST interface returns them for requests with "inputs" and
+  answers.json  as the REST interface returns them for requests with
                 "signature_name": "monitor": one, a list, or one after the other
   answers.npz   one answer, its outputs as arrays by name"""
 

@@ -72,7 +72,7 @@ def drift(args: argparse.Namespace) -> int:
     """Compare what a served model met with its population. Return 1 if it has drifted."""
     with naming(args.model):
         served = tfbn.ServedStats(args.model)
-    with reading(args.answers, _ANSWERS, "Ask the signature 'monitor', with \"inputs\"."):
+    with reading(args.answers, _ANSWERS, "Ask the signature 'monitor'."):
         for answer in _answers(args.answers):
             served.add(answer)
     with naming(args.model, args.answers):
