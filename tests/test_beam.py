@@ -475,7 +475,7 @@ def bad_arguments(tmp_path):
         "no Keras model": ([lambda: 3], {}, "Expected a Keras model. Received: 3"),
         "frozen": ([lambda: frozen], {}, "not frozen"),
         "method": ([path, "fast"], {}, "method to be one of"),
-        "batch size": ([path], {"batch_size": 0}, "batch_size to be a positive integer"),
+        "batch size": ([path], {"batch_size": 0}, "batch_size to be an integer >= 1"),
         "eager": ([lambda: eager, "exact"], {}, "levels.*runs eagerly"),
         "unknown inputs": ([lambda: recorded_nothing, "exact"], {}, "no recorded input shape"),
     }

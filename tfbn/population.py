@@ -64,15 +64,15 @@ class PopulationStats(collections.abc.Mapping):
             raise ValueError(f"Expected fingerprint to be a string. Received: {fingerprint!r}.")
         self._layers = layer_stats.checked(layers)
         self.method = method
-        self.samples = arguments.whole("samples", samples)
-        self.batches = arguments.whole("batches", batches)
-        self.batch_size = arguments.whole("batch_size", batch_size)
+        self.samples = arguments.integer("samples", samples)
+        self.batches = arguments.integer("batches", batches)
+        self.batch_size = arguments.integer("batch_size", batch_size)
         self.fingerprint = fingerprint
         self.previous = previous
-        self.levels = arguments.whole("levels", levels)
-        self.population_size = arguments.whole("population_size", population_size)
+        self.levels = arguments.integer("levels", levels)
+        self.population_size = arguments.integer("population_size", population_size)
         self.tolerance = arguments.tolerance(tolerance)
-        self.source_weight = arguments.whole("source_weight", source_weight)
+        self.source_weight = arguments.integer("source_weight", source_weight)
         for path, before in ({} if previous is None else previous).items():
             if path in self._layers:
                 layer_stats.require_same_shape(path, self[path], before)

@@ -111,7 +111,7 @@ def test_data_that_can_be_read_only_once_is_refused(make_data):
         ((X, Y[:5]), {}, r"same number of samples.*\[5, 24\]"),
         ((X[:0], Y[:0]), {}, "at least one batch"),
         (dataset(), {"validation_steps": 4}, "validation_steps=4.*3 batches"),
-        (dataset(), {"validation_steps": 0}, "positive integer"),
+        (dataset(), {"validation_steps": 0}, "an integer >= 1"),
         (Numbered(0), {}, "at least one batch"),
         ("data.npz", {}, "`model.fit` takes"),
     ],

@@ -18,7 +18,7 @@ NUMBERS = st.integers(0, 10**6)
 
 
 def network():
-    """Three batch norm layers, with statistics that are not their initial ones."""
+    """Build three batch norm layers with random statistics."""
     model = networks.plain(layers.BatchNormalization)
     rng = np.random.default_rng(1)
     for layer in networks.batch_norms(model):
@@ -29,19 +29,19 @@ def network():
 
 @pytest.fixture
 def model():
-    """A network."""
+    """Return a network."""
     return network()
 
 
 @pytest.fixture
 def swept(model):
-    """Its statistics over 6 samples."""
+    """Return its statistics over 6 samples."""
     x = np.random.default_rng(0).normal(2, 3, (6, *model.input_shape[1:]))
     return tfbn.collect(model, x.astype("float32"), batch_size=4, verbose=0)
 
 
 def layer_stats(draw, channels, count):
-    """Any statistics of a layer."""
+    """Draw statistics of a layer."""
     values = st.floats(-1e6, 1e6)
     mean = draw(arrays(np.float64, channels, elements=values))
     variance = draw(arrays(np.float64, channels, elements=st.floats(0, 1e6)))
@@ -49,7 +49,7 @@ def layer_stats(draw, channels, count):
 
 
 @given(st.data(), NUMBERS, st.integers(1, 10**6))
-def test_a_blend_is_the_mean_of_n_and_source_many_equal_weights(data, source_weight, n):
+def test_blend_equals_mean_of_n_and_source_weight_copies(data, source_weight, n):
     own, source = (layer_stats(data.draw, 3, count) for count in (7, 9))
     blended = own.blend(source, source_weight, n)
     np.testing.assert_array_equal(blended.counts, own.counts)
@@ -62,14 +62,14 @@ def test_a_blend_is_the_mean_of_n_and_source_many_equal_weights(data, source_wei
             np.testing.assert_array_equal(getattr(blended, name), ours)
 
 
-def test_the_source_adds_no_error():
+def test_source_adds_no_standard_error():
     own = tfbn.LayerStats(4, [3.0, 1.0], [1.0, 1.0], None, [0.8, np.nan], [0.4, 0.2])
     blended = own.blend(tfbn.LayerStats(9, [1.0] * 2, [3.0] * 2, None, [7.0] * 2, [7.0] * 2), 3, 1)
     np.testing.assert_allclose(blended.mean_error, [0.2, np.nan])
     np.testing.assert_allclose(blended.variance_error, [0.1, 0.05])
 
 
-def test_a_whole_model_is_blended_by_its_samples(model, swept):
+def test_model_is_blended_by_its_number_of_samples(model, swept):
     blended = swept.blend(swept.previous, samples=18)
     assert (blended.source_weight, swept.source_weight, blended.samples) == (18, 0, 6)
     assert list(blended) == list(swept) and blended.method == "exact"
@@ -84,7 +84,7 @@ def test_a_whole_model_is_blended_by_its_samples(model, swept):
     assert swept.blend(swept.previous, samples=0) == swept
 
 
-def test_a_blend_is_assigned_and_undone_to_the_bit(model, swept):
+def test_blend_is_assigned_and_undone_to_the_bit(model, swept):
     before = [np.array(w) for w in model.get_weights()]
     blended = swept.blend(swept.previous, samples=2)
     previous = blended.assign(model)
@@ -100,13 +100,13 @@ def test_a_blend_is_assigned_and_undone_to_the_bit(model, swept):
         np.testing.assert_array_equal(a, b)
 
 
-def test_renormalization_follows_from_the_blend():
+def test_blend_drops_renorm_values():
     renorm = {name: [5.0] for name in ("moving_stddev", "renorm_mean", "renorm_stddev")}
     source = tfbn.LayerStats(0, [1.0], [3.0], renorm)
     assert tfbn.LayerStats(4, [3.0], [1.0]).blend(source, 1, 1) == tfbn.LayerStats(4, [2.0], [2.0])
 
 
-def test_files_keep_the_record(tmp_path, swept):
+def test_files_store_the_source_weight(tmp_path, swept):
     blended = swept.blend(swept.previous, samples=18)
     blended.save(tmp_path / "stats.npz")
     loaded = tfbn.PopulationStats.load(tmp_path / "stats.npz")
@@ -121,34 +121,34 @@ def test_files_keep_the_record(tmp_path, swept):
 
 
 @pytest.mark.slow
-def test_the_provenance_of_an_export_has_it(tmp_path, capsys, model, swept):
+def test_export_stores_the_source_weight(tmp_path, capsys, model, swept):
     swept.blend(swept.previous, samples=18).assign(model)
     tfbn.export(model, tmp_path / "served")
-    found = tfbn.describe(tmp_path / "served")
-    assert found["statistics"]["source_weight"] == 18 and found["stale"] is None
+    record = tfbn.describe(tmp_path / "served")
+    assert record["statistics"]["source_weight"] == 18 and record["stale"] is None
     assert "blended: 6 field samples, source weight 18" in capsys.readouterr().out
 
 
 def renamed(stats):
-    """The same numbers for layers of other names."""
+    """Rename all layers."""
     return stats.replace(layers={f"other_{path}": s for path, s in stats.items()})
 
 
 def cut(stats):
-    """The last layer with one channel less."""
+    """Remove a channel of the last layer."""
     *_, last = stats
     shorter = tfbn.LayerStats(1, stats[last].mean[1:], stats[last].variance[1:])
     return stats.replace(layers={**stats, last: shorter})
 
 
 def spoiled(name, value):
-    """The last layer with a value that no data has."""
+    """Return a function that writes an impossible value into the last layer."""
 
     def spoil(stats):
         *_, last = stats
-        held = {"mean": stats[last].mean.copy(), "variance": stats[last].variance.copy()}
-        held[name][-1] = value
-        return stats.replace(layers={**stats, last: tfbn.LayerStats(1, **held)})
+        values = {"mean": stats[last].mean.copy(), "variance": stats[last].variance.copy()}
+        values[name][-1] = value
+        return stats.replace(layers={**stats, last: tfbn.LayerStats(1, **values)})
 
     return spoil
 
@@ -163,17 +163,17 @@ def spoiled(name, value):
         (cut, "same shapes"),
         (spoiled("mean", np.nan), r"finite means.*mean nan in channel \d+\..*Layer: '"),
         (spoiled("variance", -1.0), r"finite means.*variance -1\.0 in channel"),
-        (dict, "PopulationStats of the source.*dict"),
+        (dict, "PopulationStats as source.*dict"),
     ],
 )
-def test_another_source_is_refused(swept, change, says):
+def test_incompatible_sources_are_refused(swept, change, says):
     with pytest.raises(ValueError, match=f"Expected .*{says}"):
         swept.blend(change(swept.previous), samples=4)
 
 
 @pytest.mark.quick(2)
 @pytest.mark.parametrize("samples", [-1, 1.5, True, None, "4", 2**53 + 1])
-def test_no_number_of_samples(swept, samples):
+def test_invalid_samples_are_refused(swept, samples):
     with pytest.raises(ValueError, match=rf"Expected samples.*{re.escape(repr(samples))}"):
         swept.blend(swept.previous, samples=samples)
     one, *_ = swept.values()
@@ -183,14 +183,14 @@ def test_no_number_of_samples(swept, samples):
         one.blend(one, 3, 0)
 
 
-def test_only_a_sweep_is_blended_and_only_once(swept):
+def test_only_unblended_sweeps_can_be_blended(swept):
     blended = swept.blend(swept.previous, samples=4)
     for stats in (blended, swept.previous, swept.replace(samples=0)):
-        with pytest.raises(ValueError, match=r"Expected statistics of a sweep.*collect"):
+        with pytest.raises(ValueError, match=r"Expected unblended statistics of a sweep.*collect"):
             stats.blend(swept.previous, samples=4)
 
 
-def test_merging_comes_before_blending(swept):
+def test_blended_statistics_cannot_be_merged(swept):
     pooled = swept.replace(method="pooled")
     blended = pooled.blend(swept.previous, samples=4)
     for a, b in ((pooled, blended), (blended, pooled)):
@@ -198,7 +198,7 @@ def test_merging_comes_before_blending(swept):
             a.merge(b)
 
 
-def test_a_source_may_have_more_layers(model):
+def test_source_may_have_more_layers(model):
     frozen, *others = networks.batch_norms(model)
     frozen.trainable = False
     x = np.random.default_rng(0).normal(size=(5, *model.input_shape[1:])).astype("float32")

@@ -15,15 +15,15 @@ OURS = LayerStats(9, [1.0, 2.0], [4.0, 9.0])
 THEIRS = LayerStats(9, [2.0, -1.0], [16.0, 9.0])
 
 
-def test_the_formula():
+def test_formula():
     shift, ratio = drift.by_channel(OURS, THEIRS)
     np.testing.assert_allclose(shift, [0.5, -1])
     np.testing.assert_allclose(ratio, [2, 1])
-    found = drift.of_layer(OURS, THEIRS)
-    np.testing.assert_allclose(found["mean_shift"], np.sqrt((0.5**2 + 1) / 2))
-    np.testing.assert_allclose(found["mean_shift_max"], 1)
-    np.testing.assert_allclose(found["std_ratio"], np.sqrt(2))
-    np.testing.assert_allclose(found["std_ratio_max"], 2)
+    layer_drift = drift.of_layer(OURS, THEIRS)
+    np.testing.assert_allclose(layer_drift["mean_shift"], np.sqrt((0.5**2 + 1) / 2))
+    np.testing.assert_allclose(layer_drift["mean_shift_max"], 1)
+    np.testing.assert_allclose(layer_drift["std_ratio"], np.sqrt(2))
+    np.testing.assert_allclose(layer_drift["std_ratio_max"], 2)
     narrower = drift.of_layer(THEIRS, OURS)
     np.testing.assert_allclose(narrower["std_ratio"], np.sqrt(1 / 2))
     np.testing.assert_allclose(narrower["std_ratio_max"], 2)
@@ -35,7 +35,7 @@ def test_the_formula():
     st.floats(0.01, 100),
     st.floats(-100, 100),
 )
-def test_it_has_no_unit(values, scale, offset):
+def test_drift_is_unit_free(values, scale, offset):
     # The same data in another unit, x -> scale x + offset, is as far apart.
     (mean, variance), (other_mean, other_variance) = values
     variance, other_variance = abs(variance) + 1, abs(other_variance) + 1
@@ -61,7 +61,7 @@ def test_channels_that_never_vary_stay_finite():
 
 
 @pytest.mark.filterwarnings("error")
-def test_the_worst_layer_comes_first_and_a_broken_one_before_it():
+def test_layers_are_sorted_by_drift_with_nan_first():
     near, broken = LayerStats(9, [1.0, 2.1], [4.0, 9.0]), LayerStats(0, [np.nan, 1], [-1, np.inf])
     ours = dict.fromkeys(["near", "far", "broken", "narrow", "alone"], OURS)
     narrow = LayerStats(9, [1.0, 2.0], [4e-6, 9e-6])
@@ -70,8 +70,8 @@ def test_the_worst_layer_comes_first_and_a_broken_one_before_it():
 
 
 def test_cells():
-    found = {"mean_shift": 0.1234, "mean_shift_max": 2, "std_ratio": 0.5, "std_ratio_max": 3}
-    assert drift.cells(found) == ["0.123 std", "2.000 std", "0.500", "x 3.000"]
+    layer_drift = {"mean_shift": 0.1234, "mean_shift_max": 2, "std_ratio": 0.5, "std_ratio_max": 3}
+    assert drift.cells(layer_drift) == ["0.123 std", "2.000 std", "0.500", "x 3.000"]
     assert drift.cells(None) == ["-", "-", "-", "-"]
     assert len(drift.COLUMNS) == 4
 
@@ -104,14 +104,14 @@ def test_long_tables_are_cut_in_the_middle(rows):
 
 
 class Rows(html.parser.HTMLParser):
-    """The cells of a table, by row."""
+    """Collect the cells of a table, by row."""
 
     def __init__(self):
         super().__init__()
         self.rows, self.open = [], []
 
     def handle_starttag(self, tag, attrs):
-        """Note a row, or a cell in it."""
+        """Start a row, or a cell in it."""
         self.open.append(tag)
         if tag == "tr":
             self.rows.append([])
@@ -119,11 +119,11 @@ class Rows(html.parser.HTMLParser):
             self.rows[-1].append("")
 
     def handle_endtag(self, tag):
-        """All is closed in its order."""
+        """Check that tags are closed in order."""
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        """Text of a cell."""
+        """Add text to a cell."""
         if data.strip():
             assert self.open[-1] in ("td", "th")
             self.rows[-1][-1] += data
@@ -131,7 +131,7 @@ class Rows(html.parser.HTMLParser):
 
 @given(st.text(max_size=20))
 @settings(max_examples=50)
-def test_text_in_html_is_text(name):
+def test_html_is_escaped(name):
     name = "x" + name.replace("\r", "").replace("\0", "")
     shown = Rows()
     shown.feed(drift.html_table(["layer"], [[name]]))

@@ -27,9 +27,9 @@ ATTRIBUTES = ("method", "samples", "batches", "batch_size", "fingerprint", "leve
 
 
 def made_up(channels=(3, 600), method="pooled", seed=0):
-    """Statistics of some layers, and of what was there before, which has renorm values too.
+    """Return random statistics, with renorm values in `previous`.
 
-    Arrays of more than 4,096 bytes are of interest: NumPy reads them in several steps.
+    One layer has arrays of more than 4,096 bytes, which NumPy reads in several steps.
     """
     rng = np.random.default_rng(seed)
 
@@ -40,11 +40,11 @@ def made_up(channels=(3, 600), method="pooled", seed=0):
         f"bn_{i}": layer(n, 0, {name: rng.normal(size=n) for name in RENORM})
         for i, n in enumerate(channels)
     }
-    found = {
+    swept = {
         path: layer(len(s.mean), rng.integers(1, 99, len(s.mean))) for path, s in before.items()
     }
     return tfbn.PopulationStats(
-        found,
+        swept,
         method=method,
         samples=10,
         batches=2,
@@ -56,7 +56,7 @@ def made_up(channels=(3, 600), method="pooled", seed=0):
 
 
 def assert_equal(a, b):
-    """All that is in a file is equal, to the bit."""
+    """Compare everything that a file stores, to the bit."""
     assert list(a.items()) == list(b.items())
     assert (a.previous is None) == (b.previous is None)
     for x, y in ((a, b), (a.previous, b.previous)):
@@ -141,34 +141,34 @@ def test_files_of_format_2_load():
         tfbn.PopulationStats.load(OLD / "part_format_2.npz")
 
 
-def test_a_later_format_says_so(tmp_path):
+def test_unknown_format_is_refused(tmp_path):
     header, arrays = sealed.unpack(made_up().to_bytes())
     later = sealed.pack({**header, "format": 4, "tfbn": "9.9"}, arrays)
-    with pytest.raises(ValueError, match=r"format 4, as tfbn '9.9' writes it"):
+    with pytest.raises(ValueError, match=r"format 4, written by tfbn '9.9'"):
         tfbn.PopulationStats.from_bytes(later)
     with pytest.raises(ValueError, match="no checksum"):
         tfbn.PopulationStats.from_bytes(unsealed(later))
 
 
 def unsealed(content):
-    """The same archive without its checksum."""
+    """Return the same archive without its checksum."""
     arrays = dict(np.load(io.BytesIO(content)))
-    again = io.BytesIO()
-    np.savez(again, **arrays)
-    return again.getvalue()
+    copy = io.BytesIO()
+    np.savez(copy, **arrays)
+    return copy.getvalue()
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"hello", b"PK\x03\x04", b"\x93NUMPY", b"PK\5\6" + bytes(18)]
 )
-def test_another_kind_of_file_is_refused(tmp_path, content):
+def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "stats.npz"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"Received: .*stats.npz.*damaged or another kind"):
         tfbn.PopulationStats.load(path)
 
 
-def test_a_pickle_is_not_run(tmp_path):
+def test_pickles_are_not_executed(tmp_path):
     class Hostile:
         def __reduce__(self):
             return pathlib.Path.touch, (tmp_path / "ran",)
@@ -179,12 +179,12 @@ def test_a_pickle_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-# Whatever is in a file, it loads as what was saved or is refused with one ValueError, in bounded
-# time and memory; and what loads can be used.
+# Any bytes load as the saved statistics or raise one ValueError, in bounded time and memory.
+# Statistics that load are usable.
 
 
 def as_format_2(stats):
-    """The bytes that tfbn 0.1.0 would have written."""
+    """Return the bytes that tfbn 0.1.0 would have written."""
     arrays = {}
     for i, layer in enumerate(stats.values()):
         arrays |= {f"count_{i}": layer.counts, f"mean_{i}": layer.mean}
@@ -205,8 +205,8 @@ JUNK = [None, True, -1, 0, 1, 2, 3, 4, 1.5, 1e300, 2**70, "", "bn_0", "magic", "
 JUNK += ["pooled", [], ["bn_0"], ["bn_0", "bn_0"], [["bn_0"]], [3], {}, {"layers": []}, "x" * 9999]
 
 
-def crafted(header, arrays, random):
-    """A file that somebody made, of a header and arrays that are not as `save` has them."""
+def craft(header, arrays, random):
+    """Build a file from a header and arrays with random changes."""
     header, arrays = json.loads(json.dumps(header)), dict(arrays)
     for _ in range(random.randrange(1, 4)):
         name = random.choice(list(arrays) or [""])
@@ -214,8 +214,8 @@ def crafted(header, arrays, random):
         if kind == "header" or not arrays:
             header[random.choice(list(header))] = random.choice(JUNK)
         elif kind == "previous" and isinstance(header.get("previous"), dict):
-            held = header["previous"]
-            held[random.choice([*held, "more"])] = random.choice(JUNK)
+            previous = header["previous"]
+            previous[random.choice([*previous, "more"])] = random.choice(JUNK)
         elif kind == "value" and arrays[name].dtype.kind == "f" and arrays[name].size:
             arrays[name] = arrays[name].copy()
             arrays[name].flat[random.randrange(arrays[name].size)] = random.choice(VALUES)
@@ -234,7 +234,7 @@ def crafted(header, arrays, random):
 
 
 def archive(header, arrays, compression, seal=True):
-    """What `sealed.pack` gives, but compressed, or without its checksum."""
+    """Pack like `sealed.pack`, but with compression or without a checksum."""
     arrays = {"header": np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays}
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", compression) as file:
@@ -251,14 +251,14 @@ def archive(header, arrays, compression, seal=True):
 
 
 def network():
-    """A model with the layers of `made_up`."""
+    """Build a model with the layers of `made_up`."""
     inputs = [keras.Input((3,)), keras.Input((600,))]
     normalized = [layers.BatchNormalization(name=f"bn_{i}")(x) for i, x in enumerate(inputs)]
     return keras.Model(inputs, normalized)
 
 
 def use(stats, model):
-    """Loaded statistics are such as data has, and all that one does works or is a ValueError."""
+    """Check that loaded statistics are possible, and that every use works or raises ValueError."""
     assert stats.method in ("exact", "pooled", "algorithm2", "assigned")
     for layer in stats.values():
         assert layer.mean.shape == layer.variance.shape == layer.counts.shape == (len(layer.mean),)
@@ -291,7 +291,7 @@ def use(stats, model):
 
 
 def load(content):
-    """What a file loads as, or `None`, if it is refused; in bounded time and memory."""
+    """Load a file in bounded time and memory; return `None` if it is refused."""
     start = time.thread_time()
     tracemalloc.start()
     try:
@@ -308,7 +308,7 @@ def load(content):
 
 @functools.cache
 def samples():
-    """Statistics, their bytes in both formats, and a model for them."""
+    """Return (statistics, bytes) for both formats, and a model for them."""
     stats = made_up()
     before = {path: tfbn.LayerStats(0, s.mean, s.variance) for path, s in stats.previous.items()}
     numbers = {name: getattr(stats, name) for name in ATTRIBUTES}
@@ -318,13 +318,13 @@ def samples():
 
 
 def changed(content, **changes):
-    """A file with some attributes or arrays changed, and a checksum that is right."""
+    """Return a file with some attributes or arrays changed, and a valid checksum."""
     header, arrays = sealed.unpack(content, unsealed=(2,))
     for name, value in changes.items():
-        held = arrays if name in arrays or isinstance(value, np.ndarray) else header
-        held[name] = value
-    held = {name: value for name, value in arrays.items() if value is not None}
-    return archive(header, held, zipfile.ZIP_STORED, seal=header["format"] != 2)
+        target = arrays if name in arrays or isinstance(value, np.ndarray) else header
+        target[name] = value
+    arrays = {name: value for name, value in arrays.items() if value is not None}
+    return archive(header, arrays, zipfile.ZIP_STORED, seal=header["format"] != 2)
 
 
 IMPOSSIBLE = [
@@ -372,7 +372,7 @@ IMPOSSIBLE = [
 
 @pytest.mark.parametrize("changes", IMPOSSIBLE, ids=lambda changes: "-".join(changes))
 @pytest.mark.parametrize("which", [0, 1], ids=["format 3", "format 2"])
-def test_what_no_data_has_does_not_load(tmp_path, which, changes):
+def test_impossible_statistics_are_refused(tmp_path, which, changes):
     content = samples()[0][which][1]
     path = tmp_path / "stats.npz"
     path.write_bytes(changed(content))
@@ -384,7 +384,7 @@ def test_what_no_data_has_does_not_load(tmp_path, which, changes):
         tfbn.PopulationStats.load(path)
 
 
-def test_what_a_broken_model_held_loads(tmp_path):
+def test_statistics_of_a_broken_model_load(tmp_path):
     held = tfbn.PopulationStats(
         {"bn": tfbn.LayerStats(0, [np.nan, 1], [-1, np.inf])}, method="assigned"
     )
@@ -406,12 +406,12 @@ def test_what_a_broken_model_held_loads(tmp_path):
     ],
 )
 @pytest.mark.parametrize("which", [0, 1], ids=["format 3", "format 2"])
-def test_memory_follows_the_size_of_the_file(changes, which):
+def test_memory_is_bounded_by_the_file_size(changes, which):
     load(changed(samples()[0][which][1], **changes))
 
 
 def fuzz(seed):
-    """A file that is damaged in four ways, and one that somebody made."""
+    """Load four damaged copies of a file, and one crafted file."""
     random = Random(seed)
     files, model = samples()
     stats, content = random.choice(files)
@@ -420,7 +420,7 @@ def fuzz(seed):
         loaded = load(damaged(content, random))
         if loaded is not None:
             assert_equal(loaded, stats)
-    loaded = load(crafted(*sealed.unpack(content, unsealed=(2,)), random))
+    loaded = load(craft(*sealed.unpack(content, unsealed=(2,)), random))
     if loaded is not None:
         use(loaded, model)
 
@@ -428,13 +428,13 @@ def fuzz(seed):
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("seed", range(0, 240, 30))
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-def test_any_file_loads_as_it_was_or_is_refused(seed):
+def test_damaged_files_load_unchanged_or_are_refused(seed):
     for i in range(seed, seed + 30):
         fuzz(i)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-def test_any_file_loads_as_it_was_or_is_refused_at_length():
+def test_many_damaged_files_load_unchanged_or_are_refused():
     for seed in range(100_000, 105_000):
         fuzz(seed)

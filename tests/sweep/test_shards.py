@@ -504,8 +504,8 @@ def test_no_data(shards, method):
         (3, {}, r"the path of a \.keras file, or a function"),
         (lambda: 3, {}, "Expected a Keras model. Received: 3"),
         (_small, {"method": "fast"}, "method to be one of"),
-        (_small, {"batch_size": 0}, "batch_size to be a positive integer"),
-        (_small, {"steps": -1}, "steps to be a positive integer"),
+        (_small, {"batch_size": 0}, "batch_size to be an integer >= 1"),
+        (_small, {"steps": -1}, "steps to be an integer >= 1"),
     ],
 )
 def test_bad_arguments_get_one_clear_error(model, options, message):

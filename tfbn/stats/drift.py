@@ -1,7 +1,7 @@
-"""Drift: how far two statistics of a batch norm layer are apart, and its tables.
+"""Compute the drift between two statistics of a batch norm layer, and format it as tables.
 
-With mu and sigma the mean and the standard deviation of one channel, mu' and sigma' those of the
-other statistics, the shift is (mu' - mu) / sigma and the ratio sigma' / sigma.
+For a channel with mean mu and standard deviation sigma in one, mu' and sigma' in the other, the
+shift is (mu' - mu) / sigma and the ratio sigma' / sigma.
 """
 
 import html
@@ -10,11 +10,10 @@ from typing import Protocol
 
 import numpy as np
 
-# A channel that never varies has variance 0: the smallest normal float32 keeps the
-# ratios finite without being seen anywhere else.
+# Lower bound of the variance, which keeps the ratios of constant channels finite.
 _TINY = float(np.finfo(np.float32).tiny)
 
-# Of a long table the first and the last rows.
+# Rows shown of a long table.
 _FIRST, _LAST = 30, 10
 
 COLUMNS = ("mean off by", "largest", "std ratio", "largest")
@@ -31,15 +30,15 @@ class Statistics(Protocol):
 
 
 def by_channel(ours: Statistics, theirs: Statistics) -> tuple[np.ndarray, np.ndarray]:
-    """Shift and ratio of every channel, each of shape `(channels,)`."""
+    """Return shift and ratio of every channel, each of shape `(channels,)`."""
     std = np.sqrt(np.maximum(ours.variance, _TINY))
     other_std = np.sqrt(np.maximum(theirs.variance, _TINY))
-    with np.errstate(invalid="ignore", over="ignore"):  # A broken model may hold anything.
+    with np.errstate(invalid="ignore", over="ignore"):  # A broken model holds NaN.
         return (theirs.mean - ours.mean) / std, other_std / std
 
 
 def of_layer(ours: Statistics, theirs: Statistics) -> dict[str, float]:
-    """Shift and ratio of a layer, and of its worst channel.
+    """Return shift and ratio of a layer, and of its worst channel.
 
     Returns:
         `mean_shift`: the root mean square of the shift over channels; `mean_shift_max`: its
@@ -60,16 +59,16 @@ def of_layer(ours: Statistics, theirs: Statistics) -> dict[str, float]:
 def of_layers(
     ours: Mapping[str, Statistics], theirs: Mapping[str, Statistics]
 ) -> dict[str, dict[str, float]]:
-    """`of_layer` of every layer of `ours` that is in `theirs` too, by path, worst first.
+    """Return path -> `of_layer` for the layers in both, worst first.
 
-    The worst has the largest `mean_shift` + abs(log(`std_ratio`)). One with NaN comes first.
+    The worst has the largest `mean_shift` + abs(log(`std_ratio`)). Layers with NaN come first.
     """
     report = {path: of_layer(ours[path], theirs[path]) for path in ours if path in theirs}
     return dict(sorted(report.items(), key=lambda item: -_severity(item[1])))
 
 
 def cells(drift: Mapping[str, float] | None) -> list[str]:
-    """The cells of a layer under `COLUMNS`, from its drift by `of_layer`; dashes for `None`."""
+    """Return a layer's cells for `COLUMNS` from its `of_layer`; dashes for `None`."""
     if drift is None:
         return ["-"] * len(COLUMNS)
     return [
@@ -81,10 +80,9 @@ def cells(drift: Mapping[str, float] | None) -> list[str]:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """The lines of a table: first column to the left, the others to the right.
+    """Return the lines of a text table: first column left-aligned, the others right-aligned.
 
-    Of more than 40 rows, the first 30 and the last 10 are shown, and between them how many
-    are not.
+    A table of more than 40 rows shows the first 30, the number of rows left out, and the last 10.
     """
     shown, left_out = _cut(rows)
     cells = [[str(cell) for cell in row] for row in (head, *shown)]
@@ -100,21 +98,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
 
 
 def html_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """The table in HTML. Whatever the cells hold is text there."""
+    """Return the table as HTML, with all cells escaped."""
     shown, left_out = _cut(rows)
-    lines = [_html_row("td", row) for row in shown]
+    body = [_html_row("td", row) for row in shown]
     if left_out:
-        more = f'<tr><td colspan="{len(head)}">... {left_out} more ...</td></tr>'
-        lines.insert(_FIRST, more)
-    return "\n".join(
-        [
-            "<table>",
-            f"<thead>{_html_row('th', head)}</thead>",
-            "<tbody>",
-            *lines,
-            "</tbody></table>",
-        ]
-    )
+        body.insert(_FIRST, f'<tr><td colspan="{len(head)}">... {left_out} more ...</td></tr>')
+    top = ["<table>", f"<thead>{_html_row('th', head)}</thead>", "<tbody>"]
+    return "\n".join([*top, *body, "</tbody></table>"])
 
 
 def _html_row(tag: str, row: Sequence[object]) -> str:

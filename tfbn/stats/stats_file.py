@@ -1,13 +1,12 @@
-"""Files of population statistics: written, read, and refused if no data has such statistics.
+"""Convert `PopulationStats` to the bytes of a file and back.
 
-Format 3 is the one that is written. The header has the attributes of the statistics, the paths of
-their layers and, under `previous`, the same of the statistics that the model held before the
-sweep. Layer `i` has the
-arrays `count_i`, `mean_i`, `variance_i`, where they are known their two errors, and with
-`renorm=True` three more; those of `previous` have that word before their names.
+Format 3 is written. Its header stores the attributes of the statistics, the paths of their layers
+and, under `previous`, the same for the statistics that the model held before the sweep. Layer `i`
+has the arrays `count_i`, `mean_i`, `variance_i`, the two standard errors where they are known, and
+three more with `renorm=True`. The arrays of `previous` have the prefix `previous_`.
 
-Format 2 (tfbn 0.1.0) is read too. It has no checksum, `previous` is a list of paths alone, there
-are two attributes more, and it could hold parts of a sweep, which are refused.
+Format 2 (tfbn 0.1.0) is read too. It has no checksum, two more attributes, and only a list of paths
+as `previous`. Its files with part of a sweep are refused.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -38,42 +37,42 @@ ATTRIBUTES = (
 
 
 def pack(stats: "PopulationStats") -> bytes:
-    """The bytes of a file with a `PopulationStats`."""
-    header, arrays = _packed(stats, "")
+    """Return the bytes of a file with `stats`."""
+    header, arrays = _pack_stats(stats, "")
     header["previous"] = None
     if stats.previous is not None:
-        header["previous"], theirs = _packed(stats.previous, "previous_")
-        arrays |= theirs
+        header["previous"], previous_arrays = _pack_stats(stats.previous, "previous_")
+        arrays |= previous_arrays
     versions = {"format": _FORMAT, "tfbn": __version__, "keras": keras.__version__}
     return sealed.pack({**versions, **header}, arrays)
 
 
 def unpack(content: bytes) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The arguments of a `PopulationStats`, and those of its `previous`.
+    """Return the arguments to build `PopulationStats` with, and the ones to build its `previous`.
 
     Raises:
-        ValueError: If it is damaged, of a later format or something else.
+        ValueError: If the file is damaged, of a later format or of another kind.
     """
     header, arrays = sealed.unpack(content, unsealed=(_OLD,))
     try:
         if header["format"] == _OLD:
-            _renew(header, arrays)
+            _convert_format_2(header, arrays)
         elif header["format"] != _FORMAT:
-            raise ValueError(
-                f"format {header['format']!r}, as tfbn {header['tfbn']!r} writes it, where this "
-                f"is {__version__}"
-            )
-        arguments = _unpacked(header, arrays, "")
-        before = header["previous"]
-        previous = None if before is None else _unpacked(before, arrays, "previous_")
+            writer = f"tfbn {header['tfbn']!r}, this is {__version__}"
+            raise ValueError(f"format {header['format']!r}, written by {writer}")
+        arguments = _unpack_stats(header, arrays, "")
+        previous = header["previous"]
+        previous = None if previous is None else _unpack_stats(previous, arrays, "previous_")
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     if arrays:
-        raise ValueError(f"an array {next(iter(arrays))!r} of no layer")
+        raise ValueError(f"array {next(iter(arrays))!r} belongs to no layer")
     return arguments, previous
 
 
-def _packed(stats: "PopulationStats", prefix: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _pack_stats(
+    stats: "PopulationStats", prefix: str
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     header = {name: getattr(stats, name) for name in ATTRIBUTES}
     arrays: dict[str, np.ndarray] = {}
     for i, layer in enumerate(stats.values()):
@@ -84,10 +83,12 @@ def _packed(stats: "PopulationStats", prefix: str) -> tuple[dict[str, Any], dict
     return {**header, "layers": list(stats)}, arrays
 
 
-def _unpacked(header: dict[str, Any], arrays: dict[str, np.ndarray], prefix: str) -> dict[str, Any]:
+def _unpack_stats(
+    header: dict[str, Any], arrays: dict[str, np.ndarray], prefix: str
+) -> dict[str, Any]:
     paths = header["layers"]
     if not isinstance(paths, list) or len(set(paths)) < len(paths):
-        raise ValueError("layers that are no list of different paths")
+        raise ValueError("layers are not a list of different paths")
     layers = {}
     for i, path in enumerate(paths):
         names = ["count", "mean", "variance"]
@@ -95,25 +96,23 @@ def _unpacked(header: dict[str, Any], arrays: dict[str, np.ndarray], prefix: str
             names += optional if f"{prefix}{optional[0]}_{i}" in arrays else ()
         of_layer = {name: arrays.pop(f"{prefix}{name}_{i}") for name in names}
         for name, array in of_layer.items():
-            # Nothing grows when it is made an array of 8 bytes a number.
+            # Narrow dtypes are refused: at 8 bytes a number they would take more memory.
             if array.dtype not in ((np.int32, np.int64) if name == "count" else (np.float64,)):
-                raise ValueError(f"{name} of dtype {array.dtype} for layer {path!r}")
+                raise ValueError(f"{name} of layer {path!r} has dtype {array.dtype}")
         renorm = {name: of_layer.pop(name) for name in RENORM if name in of_layer}
         layers[path] = LayerStats(**of_layer, renorm=renorm or None)
     return {"layers": layers, **{name: header[name] for name in ATTRIBUTES}}
 
 
-def _renew(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    """Make the header and arrays of format 2 those of format 3, in place."""
+def _convert_format_2(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Convert the header and arrays of format 2 to format 3, in place."""
     if header["calls"] is not None or header["level"] != header["levels"]:
-        raise ValueError("part of a sweep, which only tfbn 0.1.0 goes on with")
+        raise ValueError("part of a sweep, only supported by tfbn 0.1.0")
     header |= {"population_size": 0, "tolerance": None, "source_weight": 0}
     paths = header["previous"]
     if paths is not None:
-        read = {"method": "assigned", "fingerprint": "", "levels": 1, "tolerance": None}
-        none = {"samples": 0, "batches": 0, "batch_size": 0, "population_size": 0}
-        none["source_weight"] = 0
-        header["previous"] = {"layers": paths, **read, **none}
+        values = {"method": "assigned", "fingerprint": "", "levels": 1, "tolerance": None}
+        header["previous"] = {"layers": paths, **dict.fromkeys(ATTRIBUTES, 0), **values}
         for name in list(arrays):
             if name.startswith("previous_mean_"):
                 arrays[name.replace("mean", "count")] = np.zeros((), np.int64)
