@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from tfbn.population import PopulationStats
     from tfbn.stats.layer_stats import LayerStats
 
+_SPAN, _ERROR = "0.5", "#9ecae1"  # Visible on white and on black.
+
+# Numbers on an axis of ratios, beside powers of 10.
+_RATIOS = [0.2, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 5]
+
 # Told apart by people who do not see red and green, and in print.
 _WAYS = {
     "moving_average": ("moving averages", "tab:orange", "-", "o"),
@@ -34,9 +39,10 @@ def plot_drift(
     With mu and sigma the population's mean and standard deviation of a channel, and mu', sigma'
     the other's: the left panel has abs(mu' - mu) / sigma, the right one sigma' / sigma. A dot
     is a layer, its root mean square or geometric mean over channels (`mean_shift` and
-    `std_ratio` of `PopulationStats.compare`); a line spans all of its channels. A wide bar, where
-    the sweep tells it, is the standard error (`LayerStats.mean_error` and `variance_error`, root
-    mean square over channels): a dot inside it is no more than chance in the choice of samples.
+    `std_ratio` of `PopulationStats.compare`); a line spans all of its channels. The titles give
+    the range of both. A wide bar, where the sweep has measured it, is the standard error
+    (`LayerStats.mean_error` and `variance_error`, root mean square over channels): a dot inside it
+    is no more than chance in the choice of samples.
 
     The figure is pyplot's current one, so `plt.savefig` and `plt.show` work as usual; no display
     is needed to save it. In a notebook end the line with a semicolon, or it is shown twice.
@@ -49,8 +55,9 @@ def plot_drift(
         stats: `tfbn.PopulationStats`.
         other: The `PopulationStats` that are compared with it. By default those that the model
             held when it was swept, `stats.previous`.
-        ax: Two matplotlib axes to draw in, as `plt.subplots(1, 2)` gives them. By default those
-            of a new figure.
+        ax: Two matplotlib axes to draw in, as `plt.subplots(1, 2, layout="constrained")[1]`
+            gives them; other layouts may cut the names of layers off. By default the axes of a
+            new figure.
 
     Returns:
         The `matplotlib.figure.Figure`.
@@ -74,40 +81,42 @@ def plot_drift(
     layers = list(stats)
     panels = left, right = _panels(ax, 2, (10, 1.9 + 0.24 * len(layers)), sharey=True)
     bars = []
+    shifts, ratios = [], []
     for place, layer in enumerate(layers):
         error, std_error = _errors(stats[layer])
         if not np.isnan(error):
-            bar: dict[str, Any] = {
-                "color": "tab:blue",
-                "alpha": 0.3,
-                "lw": 7,
-                "solid_capstyle": "butt",
-            }
+            bar: dict[str, Any] = {"color": _ERROR, "lw": 7, "solid_capstyle": "butt"}
             bars = left.plot([0, error], [place, place], label="standard error", **bar)
             right.plot([1 / (1 + std_error), 1 + std_error], [place, place], **bar)
         shift, ratio = by_channel(stats[layer], other[layer])
+        shifts.append(np.abs(shift))
+        ratios.append(ratio)
         for axes, values, dot in (
-            (left, np.abs(shift), drift[layer]["mean_shift"]),
+            (left, shifts[-1], drift[layer]["mean_shift"]),
             (right, ratio, drift[layer]["std_ratio"]),
         ):
-            axes.plot([values.min(), values.max()], [place, place], color="0.75", label="channels")
+            axes.plot([values.min(), values.max()], [place, place], color=_SPAN, label="channels")
             axes.plot([dot], [place], "o", ms=5, color="tab:orange", label="layer")
     handles = left.lines[-2:]
     handles += bars
     left.set_xlim(left=0)
+    left.locator_params(axis="x", nbins=5)
     for axes in panels:
         axes.set_yticks(range(len(layers)), layers)
         axes.set_ylim(len(layers) - 0.5, -0.5)
     right.tick_params(labelleft=False)
-    left.set_xlabel("mean off by, in standard deviations of the population")
-    right.axvline(1, color="0.4", linewidth=1)
-    right.set_xscale("log")
-    _plain_numbers(right.xaxis)
-    right.set_xlabel("standard deviation, as a multiple of the population's")
-    if ax is None:
-        left.figure.suptitle(_drift_in_words(drift), fontsize=11)
-    else:
-        left.set_title(_drift_in_words(drift), fontsize=10)
+    left.set_xlabel("mean off by\n(std of the population)")
+    right.axvline(1, color="0.5", linewidth=1)
+    _ratio_axis(right)
+    right.set_xlabel("std\n(std of the population)")
+    found = drift.values()
+    most, most_of_all = max(d["mean_shift"] for d in found), max(map(np.max, shifts))
+    left.set_title(f"mean off by up to {most:.3g}\n(channels {most_of_all:.3g})")
+    few, many = (end(d["std_ratio"] for d in found) for end in (min, max))
+    fewest, most = min(map(np.min, ratios)), max(map(np.max, ratios))
+    right.set_title(
+        f"std {few:.3g} to {many:.3g} times\n(channels {fewest:.3g} to {most:.3g})"
+    )
     return _finished(panels, handles, whole=ax is None)
 
 
@@ -156,7 +165,7 @@ def plot_history(history: Any, ax: "Axes | Sequence[Axes] | np.ndarray | None" =
         axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("epochs")
         axes.set_ylabel(metric.removeprefix("val_") + ", validation")
-        axes.set_title(_ending_in_words(metric.removeprefix("val_"), curves), fontsize=10)
+        axes.set_title(_ending_in_words(metric.removeprefix("val_"), curves))
     return _finished(panels, panels[0].lines[-len(_WAYS) :], whole=ax is None)
 
 
@@ -203,7 +212,7 @@ def _panels(
         if len(panels) != count or not all(isinstance(axes, Axes) for axes in panels):
             raise ValueError(
                 f"Expected ax to be matplotlib axes, {count} for this figure. Received: ax={ax!r}. "
-                f"Make them with plt.subplots(1, {count})."
+                f"Make them with plt.subplots(1, {count}, layout='constrained')."
             )
         return panels
     try:
@@ -219,6 +228,7 @@ def _finished(panels: "list[Axes]", handles: "Sequence[Line2D]", whole: bool) ->
     """The figure, with a legend: below the panels where they are the whole of it."""
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
+        axes.title.set_fontsize(10)
     figure: Any = panels[0].figure
     if whole:
         figure.legend(
@@ -229,26 +239,29 @@ def _finished(panels: "list[Axes]", handles: "Sequence[Line2D]", whole: bool) ->
     return figure
 
 
-def _drift_in_words(drift: Mapping[str, Mapping[str, float]]) -> str:
-    layer, shift = max(
-        ((layer, off["mean_shift"]) for layer, off in drift.items()), key=lambda pair: pair[1]
-    )
-    ratios = [off["std_ratio"] for off in drift.values()]
-    low, high = min(ratios), max(ratios)
-    if shift < 0.01 and low > 0.99 and high < 1.01:
-        return "Means and standard deviations agree with the population's to 1 %"
-    return (
-        f"Means are off by up to {shift:.2g} standard deviations ({layer});\n"
-        f"standard deviations are {low:.2g} to {high:.2g} times those of the population"
-    )
-
-
 def _ending_in_words(metric: str, curves: Mapping[str, np.ndarray]) -> str:
     moving, population = curves["moving_average"][-1], curves["population"][-1]
-    ending = f"{metric} after {len(curves['population'])} epochs: {moving:.3g} with moving averages"
-    if f"{moving:.3g}" == f"{population:.3g}":
-        return f"{ending},\nthe same with population statistics"
-    return f"{ending},\n{population:.3g} with population statistics"
+    ending = f"{metric} after {len(curves['population'])} epochs:\nmoving averages {moving:.3g},"
+    return f"{ending}\npopulation {population:.3g}"
+
+
+def _ratio_axis(axes: "Axes") -> None:
+    """A logarithmic axis around 1, with plain numbers on each side that has data."""
+    ends = np.concatenate([line.get_xdata() for line in axes.lines]).astype(float)
+    ends = ends[(ends > 0) & np.isfinite(ends)]
+    low, high = ends.min(initial=0.99), ends.max(initial=1.01)
+    margin = (high / low) ** 0.05
+    axes.set_xscale("log")
+    axes.set_xlim(low / margin, high * margin)
+    numbers = [*_RATIOS, *(10.0**k for k in range(-40, 41) if k)]
+    chosen = [1.0]
+    for number in sorted(numbers, key=lambda number: -abs(np.log(number))):
+        apart = min(abs(np.log(number / other)) for other in chosen)
+        if low <= number <= high and apart > 0.12 * np.log(high / low):
+            chosen.append(number)
+    axes.set_xticks(sorted(chosen))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if 1e-4 <= x < 1e6 else f"{x:.0e}")
+    axes.xaxis.set_minor_formatter("")
 
 
 def _plain_numbers(axis: "Axis") -> None:
