@@ -274,6 +274,50 @@ def test_experiment_report(experiment):
         assert f"({name}.png)" in report
 
 
+def test_one_training_has_the_moving_averages_of_all_momenta():
+    """Those of Keras's layer with each momentum, in the same training."""
+    import error_by_batch_size as example
+
+    x, y = np.random.default_rng(0).random((24, 8, 8, 1)).astype("float32"), np.arange(24) % 10
+    trained = []
+    for momentum in (0.0, *example.MOMENTA):
+        keras.utils.set_random_seed(0)
+        model = example.residual_network(x.shape[1:])
+        model.track()
+        for layer in model.norms:
+            layer.momentum = momentum
+        model.compile(keras.optimizers.SGD(0.01), "sparse_categorical_crossentropy")
+        model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0)
+        trained.append(model)
+    for place, model in enumerate(trained[1:]):
+        averages = trained[0].averages[place].numpy()
+        np.testing.assert_allclose(averages, model.statistics(), rtol=1e-4, atol=1e-5)
+
+
+def test_error_by_batch_size(tmp_path):
+    """The table has mean and standard error over seeds of the results."""
+    import error_by_batch_size as example
+
+    (x, y), test = example.load("digits", 0)
+    errors = example.trained((x[:256], y[:256]), test, 8, epochs=1, seed=0)
+    names = {"0.9", "0.99", "0.999", "population"}
+    assert len(errors) == 1 and set(errors[0]) == names and errors[0]["population"] < 90
+    rng = np.random.default_rng(0)
+    runs = [
+        {"seed": s, "batch_size": b, "errors": [dict.fromkeys(names, e) for e in rng.random(2)]}
+        for s in range(3)
+        for b in example.BATCH_SIZES
+    ]
+    results = {"data": "digits", "samples": [1, 2], "epochs": 2, "seeds": 3, "runs": runs}
+    last = np.array([run["errors"][-1]["0.9"] for run in runs if run["batch_size"] == 32])
+    report = example.report(results)
+    [row] = [line for line in report.split("After 2 epochs")[1].splitlines() if "| 32 |" in line]
+    assert row.count(f" {last.mean():.2f} ± {stats.sem(last):.2f} |") == 4
+    assert row.endswith(" +0.00 ± 0.00 |")
+    example.draw(results, tmp_path / "errors.png")
+    assert is_png(tmp_path / "errors.png")
+
+
 def test_the_quickstart_does_today_what_its_outputs_show(tmp_path):
     """Its cells run one after the other, and print the numbers that it was committed with."""
     cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text())["cells"]
