@@ -114,9 +114,7 @@ def plot_drift(
     left.set_title(f"mean off by up to {most:.3g}\n(channels {most_of_all:.3g})")
     few, many = (end(d["std_ratio"] for d in found) for end in (min, max))
     fewest, most = min(map(np.min, ratios)), max(map(np.max, ratios))
-    right.set_title(
-        f"std {few:.3g} to {many:.3g} times\n(channels {fewest:.3g} to {most:.3g})"
-    )
+    right.set_title(f"std {few:.3g} to {many:.3g} times\n(channels {fewest:.3g} to {most:.3g})")
     return _finished(panels, handles, whole=ax is None)
 
 
