@@ -28,7 +28,7 @@ from apache_beam.runners.portability.portable_runner import PortableRunner  # no
 from apache_beam.transforms.window import FixedWindows, TimestampedValue  # noqa: E402
 
 import tfbn.beam  # noqa: E402
-from tfbn.sweep.replicas import Replica  # noqa: E402
+from tfbn.sweep.processes import make_replica  # noqa: E402
 
 PROCESSES = {"direct_num_workers": 2, "direct_running_mode": "multi_processing"}
 THREADS = {"direct_num_workers": 4, "direct_running_mode": "multi_threading"}
@@ -156,7 +156,7 @@ def test_pooled_over_examples_pools_the_batches_that_they_fill(run):
 @pytest.fixture
 def processes(monkeypatch):
     """Every stage loads the model anew, as it does in a process of its own."""
-    monkeypatch.setattr(tfbn.beam, "replica", Replica)
+    monkeypatch.setattr(tfbn.beam, "replica_here", make_replica)
 
 
 def test_layers_go_by_their_paths_where_the_pipeline_was_built(run, processes, tmp_path):

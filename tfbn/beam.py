@@ -21,17 +21,15 @@ except ImportError as error:
         "`pip install 'tfbn[beam]'`."
     ) from error
 
-from tfbn import arguments
 from tfbn.models import keras_models
 from tfbn.models.keras_models import Structure
 from tfbn.population import PopulationStats
 from tfbn.sweep import data
-from tfbn.sweep.batches import Batch, empty
-from tfbn.sweep.cut_passes import depth, levels_of, recurrent
-from tfbn.sweep.methods import METHODS, check_method
-from tfbn.sweep.model_sources import check_source
+from tfbn.sweep.batches import Batch
 from tfbn.sweep.network import Network
-from tfbn.sweep.replicas import Recipe, Replica, replica
+from tfbn.sweep.options import METHODS, SweepOptions
+from tfbn.sweep.processes import Recipe, check_source, replica_here
+from tfbn.sweep.replica import Replica
 from tfbn.sweep.state import SweepState
 
 
@@ -102,36 +100,36 @@ class Collect(beam.PTransform):
     def __init__(
         self,
         model: str | os.PathLike | Callable[[], keras.Model],
+        *,
         method: str = "exact",
         batch_size: int | None = None,
         include_frozen: bool = False,
     ):
         super().__init__()
-        check_method(method)
-        arguments.positive(batch_size=batch_size)
+        self._options = SweepOptions(
+            method=method, batch_size=batch_size, include_frozen=include_frozen
+        )
         self._source = check_source(model)
-        self._method = method
-        self._batch_size = None if batch_size is None else int(batch_size)
-        self._include_frozen = include_frozen
 
     def expand(self, examples: beam.PCollection) -> beam.PCollection:
         _refuse(examples.pipeline.runner)
-        recipe = Recipe(self._source, self._method, self._include_frozen)
-        here = replica(recipe)
-        stages = _stages(here, self._method)
-        recipe = dataclasses.replace(recipe, paths=here.begin.paths)
-        begin = here.begin
-        if stages.whole:
-            begin = begin.whole_passes()
+        method, batch_size = self._options.method, self._options.batch_size
+        recipe = Recipe(self._source, self._options.include_frozen)
+        here = replica_here(recipe)
+        stages = _stages(here, method)
+        begin = here.initial_state(method)
+        if stages.uncut:
+            begin = begin.uncut()
+        recipe = dataclasses.replace(recipe, paths=begin.paths)
         batches = (
             examples
             | "Join windows" >> beam.WindowInto(GlobalWindows())
             | "Drop targets" >> beam.Map(keras_models.inputs_of)
         )
-        if self._batch_size is not None:
+        if batch_size is not None:
             batches = (
                 batches
-                | "Group" >> beam.BatchElements(self._batch_size, self._batch_size)
+                | "Group" >> beam.BatchElements(int(batch_size), int(batch_size))
                 | "Stack" >> beam.Map(_stack)
             )
         if stages.draws:
@@ -160,12 +158,12 @@ class _Stages(NamedTuple):
 
     Attributes:
         number: How many there are.
-        whole: Whether each is a pass over the whole network.
+        uncut: Whether each is a pass over the whole network.
         draws: Whether the network may draw random numbers.
     """
 
     number: int
-    whole: bool
+    uncut: bool
     draws: bool
 
 
@@ -187,12 +185,13 @@ def _stages(here: Replica, method: str) -> _Stages:
             "model, or method='pooled' with large batches."
         )
     trace = Network(model, here.layers).trace(specs[0], settled=True)
-    if levels_of(trace).of_path is not None:
-        return _Stages(max(1, depth(trace)), False, trace.random)
+    levels = trace.facts.levels
+    if levels is not None:
+        return _Stages(max(levels.values(), default=1), False, trace.random)
     # Every pass settles one more call, and one more tells that nothing has moved; in a cell that
     # is called on its own output first its calls settle, then the layers behind it.
     calls = len(trace.calls) + 2
-    return _Stages(2 * calls if recurrent(trace) else calls, True, trace.random)
+    return _Stages(2 * calls if trace.facts.recurrent else calls, True, trace.random)
 
 
 def _may_draw(here: Replica) -> bool:
@@ -213,7 +212,7 @@ class _Key(beam.DoFn):
         self._recipe = recipe
 
     def setup(self) -> None:
-        self._replica = replica(self._recipe)
+        self._replica = replica_here(self._recipe)
 
     def process(self, batch: Structure) -> Iterator[tuple[str, Structure]]:
         yield str(_Element(batch, self._replica.model).first().key), batch
@@ -226,13 +225,13 @@ class _Level(beam.DoFn):
         self._recipe = recipe
 
     def setup(self) -> None:
-        self._replica = replica(self._recipe)
+        self._replica = replica_here(self._recipe)
 
     def process(self, numbered: tuple[int, Structure], state: SweepState) -> Iterator[SweepState]:
         if state.complete:
             return
         number, batch = numbered
-        yield self._replica.sweep_level(state, _Element(batch, self._replica.model, number))
+        yield self._replica.sweep_shard(state, _Element(batch, self._replica.model, number))
 
 
 class _Element:
@@ -248,7 +247,7 @@ class _Element:
 
     def __init__(self, x: Structure, model: keras.Model, number: int = 0):
         # In a tuple of one, because it is x alone, which may be a tuple too.
-        [batch] = data.batches(iter([(x,)]), model=model, shard=number)
+        [batch] = data.batches(iter([(x,)]), SweepOptions(), model, shard=number)
         self._batch = _Unnumbered(*batch)
 
     def first(self) -> Batch:
@@ -294,19 +293,18 @@ def _joined(swept: SweepState | None, before: SweepState) -> SweepState:
             "other ones. Read and augment them in the same way every time, or use method='pooled', "
             "which reads them once; if nothing is random, the runner is at fault."
         )
-    if swept is None:
-        raise empty()
-    if swept.whole and not before.whole:
+    swept = before if swept is None else dataclasses.replace(swept, settled=before.settled)
+    if swept.turned_uncut(before):
         raise ValueError(
             "Expected data for which the network can be cut at its levels, as for its recorded "
             "input shape. Received: a batch for which a layer is called in a loop or on its own "
             "output. Give the data one shape."
         )
-    return dataclasses.replace(swept, settled=before.settled).next_level()
+    return before.advance(swept)
 
 
 def _finish(state: SweepState, recipe: Recipe, stages: int) -> PopulationStats:
-    here = replica(recipe)
+    here = replica_here(recipe)
     if not state.complete:
         raise ValueError(
             f"Expected data for which model {here.model.name!r} has no more levels of batch norm "

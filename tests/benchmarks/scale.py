@@ -33,6 +33,7 @@ from keras import layers
 
 import tfbn
 from tfbn.sweep import data, run, state_bytes, workers
+from tfbn.sweep.options import SweepOptions
 
 BATCH = 100
 METHODS = ("pooled", "algorithm2", "exact")
@@ -106,7 +107,7 @@ def sweep(method, samples, limit):
     before, _ = memory()
     start = clocks()
     if method == "data alone":
-        for _ in data.batches(images):
+        for _ in data.batches(images, SweepOptions()):
             pass
     else:
         stats = tfbn.collect(model, images, method=method, memory_limit=limit, verbose=0)

@@ -345,7 +345,7 @@ def counted(monkeypatch, module, name):
 )
 def test_weights_are_hashed_once_for_a_sweep_and_for_a_reuse(monkeypatch, options, sweeps, reuses):
     hashed = counted(monkeypatch, fingerprints, "fingerprint")
-    swept = counted(monkeypatch, population_stats, "collect_trained")
+    swept = counted(monkeypatch, population_stats, "run")
     fit(build(), [sweep(**options)])
     assert len(swept) == sweeps
     assert len(hashed) == sweeps + reuses

@@ -134,7 +134,7 @@ def test_the_backup_outlives_the_sweep(tmp_path, after, monkeypatch):
     folder = tmp_path / "backup"
     found = []
     callback = sweep()
-    original = tfbn.callbacks.population_stats.collect_trained
+    original = tfbn.callbacks.population_stats.run
 
     def collect(*args, **options):
         found.append(os.path.exists(folder))
@@ -142,7 +142,7 @@ def test_the_backup_outlives_the_sweep(tmp_path, after, monkeypatch):
             raise OSError("crash")
         return original(*args, **options)
 
-    monkeypatch.setattr(tfbn.callbacks.population_stats, "collect_trained", collect)
+    monkeypatch.setattr(tfbn.callbacks.population_stats, "run", collect)
     backup = keras.callbacks.BackupAndRestore(folder)
     callbacks = [callback, backup] if after else [backup, callback]
     model = build()

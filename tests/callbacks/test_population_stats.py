@@ -507,3 +507,16 @@ def test_an_evaluate_of_the_users_own_is_back_after_fit():
     model.evaluate = evaluate
     fit(model, [tfbn.PopulationStatsCallback(x, every_epoch=True, verbose=0)])
     assert len(calls) == EPOCHS and model.evaluate is evaluate
+
+
+def test_the_callback_has_a_memory_limit():
+    model = build()
+    x, _ = training_data(model)
+    shuffled = tf.data.Dataset.from_tensor_slices(x + np.zeros((64, 1), "f")).shuffle(64)
+    noise = tf.random.Generator.from_seed(0)
+    noisy = shuffled.batch(16).map(lambda batch: batch + noise.normal(tf.shape(batch)))
+    with pytest.raises(ValueError, match="Raise `memory_limit`"):
+        fit(model, [tfbn.PopulationStatsCallback(noisy, memory_limit=0)], epochs=1)
+    callback = tfbn.PopulationStatsCallback(noisy, memory_limit=2**20)
+    fit(model, [callback], epochs=1)
+    assert callback.stats.samples == 64

@@ -21,7 +21,8 @@ from tfbn.files import sealed
 from tfbn.sweep import checkpoint as module
 from tfbn.sweep import digests, run, state_bytes
 from tfbn.sweep.cut_passes import CutPasses
-from tfbn.sweep.shard_sweep import ShardSweep
+from tfbn.sweep.options import SweepOptions
+from tfbn.sweep.replica import Replica
 from tfbn.sweep.uncut_passes import UncutPasses
 
 HERE = pathlib.Path(__file__).parents[1]
@@ -58,11 +59,11 @@ def runs(monkeypatch):
     counted = []
     for passes in (CutPasses, UncutPasses):
 
-        def advance(self, *args, original=passes.advance):
+        def run(self, *args, original=passes.run):
             counted.append(self)
             return original(self, *args)
 
-        monkeypatch.setattr(passes, "advance", advance)
+        monkeypatch.setattr(passes, "run", run)
     return counted
 
 
@@ -335,8 +336,8 @@ def test_a_damaged_checkpoint_is_one_error_or_the_same_state(tmp_path, change, s
     x = networks.data(model, 7 * BATCHES)
     path = interrupted(tmp_path, model, x, method="exact")
     held = path.read_bytes()
-    layers_, batches = run.check(model, x, 7)
-    begin = ShardSweep(model, layers_, batches, "exact").begin
+    layers_, batches = run.check(model, x, SweepOptions(batch_size=7))
+    begin = Replica(model, layers_).initial_state("exact", batches.first())
     checkpoint = module.Checkpoint(path, batches)
     state, digest = checkpoint.read(begin)
     refused = 0
@@ -357,9 +358,3 @@ def test_a_damaged_checkpoint_is_one_error_or_the_same_state(tmp_path, change, s
             with contextlib.suppress(ValueError):  # It can be gone on from, or says why not.
                 again.next_level().populations.keys()
     assert refused > seeds / 3
-
-
-def test_the_state_of_something_else_is_refused():
-    content = sealed.pack({"kind": "statistics"}, {})
-    with pytest.raises(ValueError, match=r"Expected the state of a sweep.*another kind of file"):
-        state_bytes.unpack(content)

@@ -6,20 +6,26 @@ import pytest
 import tensorflow as tf
 
 from tfbn.sweep import data
+from tfbn.sweep.options import SweepOptions
+
+
+def batches_of(x, **options):
+    """The batches of data."""
+    return data.batches(x, SweepOptions(**options))
 
 
 def test_float64_arrays_come_in_keras_float_type():
-    [batch] = data.batches(np.ones((3, 2)))
+    [batch] = batches_of(np.ones((3, 2)))
     assert batch.inputs.dtype == keras.config.floatx()
-    [batch] = data.batches(tf.ones((3, 2), tf.float64))  # A tensor's dtype is meant.
+    [batch] = batches_of(tf.ones((3, 2), tf.float64))  # A tensor's dtype is meant.
     assert batch.inputs.dtype == tf.float64
-    [batch] = data.batches(np.ones((3, 2), np.uint8))
+    [batch] = batches_of(np.ones((3, 2), np.uint8))
     assert batch.inputs.dtype == tf.uint8
 
 
 def test_structures_are_sliced_together():
     x = {"a": np.arange(7), "b": [np.arange(7) * 10, np.arange(14).reshape(7, 2)]}
-    found = [batch.inputs for batch in data.batches(x, batch_size=3)]
+    found = [batch.inputs for batch in batches_of(x, batch_size=3)]
     np.testing.assert_array_equal(found[1]["a"], [3, 4, 5])
     np.testing.assert_array_equal(found[1]["b"][0], [30, 40, 50])
     np.testing.assert_array_equal(found[2]["b"][1], [[12, 13]])
@@ -39,7 +45,7 @@ def test_a_pydataset_is_not_told_that_an_epoch_ended():
             self.ended += 1
 
     x = Shuffled()
-    batches = data.batches(x)
+    batches = batches_of(x)
     assert (
         [float(b.inputs[0, 0]) for b in batches]
         == [0, 1]
@@ -50,25 +56,25 @@ def test_a_pydataset_is_not_told_that_an_epoch_ended():
 
 def test_pandas_and_scipy():
     pandas = pytest.importorskip("pandas")
-    [batch] = data.batches(pandas.DataFrame({"a": [1.0, 2], "b": [3.0, 4]}))
+    [batch] = batches_of(pandas.DataFrame({"a": [1.0, 2], "b": [3.0, 4]}))
     np.testing.assert_array_equal(batch.inputs, [[1, 3], [2, 4]])
 
 
 def test_scipy_sparse_matrices_are_sparse_tensors_as_in_fit():
     sparse = pytest.importorskip("scipy.sparse")
     x = sparse.coo_matrix(np.eye(5))
-    batches = [tf.sparse.to_dense(batch.inputs) for batch in data.batches(x, batch_size=2)]
+    batches = [tf.sparse.to_dense(batch.inputs) for batch in batches_of(x, batch_size=2)]
     np.testing.assert_array_equal(np.concatenate(batches), np.eye(5))
 
 
 def test_held_in_memory():
-    batches = data.batches(iter([np.ones((4, 3), "f"), np.ones((2, 3), "f")]))
+    batches = batches_of(iter([np.ones((4, 3), "f"), np.ones((2, 3), "f")]))
     assert not batches.repeatable
     held = batches.in_memory(limit=72)
     assert held.repeatable and held.total == 2
     assert [b.samples for b in held] == [4, 2] == [b.samples for b in held]
     with pytest.raises(ValueError, match="memory_limit=71"):
-        data.batches(iter([np.ones((4, 3), "f"), np.ones((2, 3), "f")])).in_memory(limit=71)
+        batches_of(iter([np.ones((4, 3), "f"), np.ones((2, 3), "f")])).in_memory(limit=71)
 
 
 def test_ctrl_c_passes_through():
@@ -77,7 +83,7 @@ def test_ctrl_c_passes_through():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(data.batches(interrupted()))
+        list(batches_of(interrupted()))
 
 
 class _Batches(keras.utils.PyDataset):
@@ -132,7 +138,7 @@ ADDRESSED = {
 def test_a_sample_of_sorted_data_is_drawn_at_random(kind, tmp_path):
     x = np.repeat(np.arange(10.0, dtype="float32"), 100)[:, None]
     size = 10 if kind in ("array", "tensor", "memory map", "dict") else None
-    drawn = data.batches(ADDRESSED[kind](x, tmp_path), size, sample=True)
+    drawn = batches_of(ADDRESSED[kind](x, tmp_path), batch_size=size, tolerance=0.1)
     assert drawn.drawn and drawn.total == 100
     assert drawn.population_size == (1000 if size else 0)
     rows = [np.ravel(keras.tree.flatten(batch.inputs)[0]) for batch in drawn]
@@ -146,7 +152,7 @@ def test_a_sample_of_sorted_data_is_drawn_at_random(kind, tmp_path):
 def test_a_sample_is_drawn_from_the_first_steps_batches(kind, tmp_path):
     x = np.arange(1000, dtype="float32")[:, None]
     size = 10 if kind in ("array", "tensor", "memory map", "dict") else None
-    drawn = data.batches(ADDRESSED[kind](x, tmp_path), size, steps=20, sample=True)
+    drawn = batches_of(ADDRESSED[kind](x, tmp_path), batch_size=size, steps=20, tolerance=0.1)
     assert drawn.population_size == (200 if size else 0)
     rows = [np.ravel(keras.tree.flatten(batch.inputs)[0]) for batch in drawn]
     np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.arange(200))
@@ -155,7 +161,7 @@ def test_a_sample_is_drawn_from_the_first_steps_batches(kind, tmp_path):
 def test_streams_are_sampled_in_their_order():
     x = tf.data.Dataset.from_tensor_slices(np.arange(100.0)).batch(10)
     for stream in (x, iter(x), (batch for batch in x)):
-        drawn = data.batches(stream, sample=True)
+        drawn = batches_of(stream, tolerance=0.1)
         assert not drawn.drawn
         np.testing.assert_array_equal(drawn.first().inputs, np.arange(10))
 
@@ -173,4 +179,4 @@ def test_what_can_be_read_again():
             return (x for x in [np.ones((2, 2))])
 
     for x, repeatable in ((Held(), False), (Made(), True), (iter([]), False), ([[1.0]], True)):
-        assert data.batches(x, may_be_empty=True).repeatable is repeatable
+        assert data.batches(x, SweepOptions(), may_be_empty=True).repeatable is repeatable

@@ -20,13 +20,14 @@ from tfbn.sweep.network import Network, UnobservableError
 def traced(monkeypatch):
     """A list with an entry for every trace that is made."""
     made = []
-    original = network.Trace.__init__
+    original = network.trace_model
 
-    def init(self, *args, **options):
-        original(self, *args, **options)
-        made.append(self.specs)
+    def trace_model(*args, **options):
+        trace = original(*args, **options)
+        made.append(trace.specs)
+        return trace
 
-    monkeypatch.setattr(network.Trace, "__init__", init)
+    monkeypatch.setattr(network, "trace_model", trace_model)
     return made
 
 

@@ -500,13 +500,13 @@ def test_what_fits_in_memory_is_not_computed_again(memory_limit, reads, starts, 
     model = plain(layers.BatchNormalization)
     x = data(model, 40)
     read, started = [], []
-    original = cut_passes.CutPasses.advance
+    original = cut_passes.CutPasses.run
 
-    def advance(self, frontier, *args):
-        started.append(frontier.level)
-        return original(self, frontier, *args)
+    def run(self, batch, start, *args):
+        started.append(start.level if start else 0)
+        return original(self, batch, start, *args)
 
-    monkeypatch.setattr(cut_passes.CutPasses, "advance", advance)
+    monkeypatch.setattr(cut_passes.CutPasses, "run", run)
 
     class Read:
         def __iter__(self):
@@ -1044,3 +1044,39 @@ def test_an_overflow_behind_a_frontier_that_was_kept():
     x = np.random.default_rng(0).normal(size=(20, 3)).astype("float32")
     with pytest.raises(ValueError, match=r"(?s)Received: in batch 0.*overflow inside the network"):
         tfbn.collect(model, x, verbose=0)
+
+
+def padded(**options):
+    """Sequences of 1 to 9 steps in shuffled batches, each padded to its longest."""
+
+    def sequences():
+        for i in range(40):
+            yield np.random.default_rng(i).normal(3, 2, (1 + i % 9, 2)).astype("float32")
+
+    spec = tf.TensorSpec((None, 2), tf.float32)
+    dataset = tf.data.Dataset.from_generator(sequences, output_signature=spec)
+    return dataset.shuffle(40, **options).padded_batch(8)
+
+
+def test_padding_that_differs_in_every_pass_is_refused_with_advice_that_works():
+    model = keras.Sequential(
+        [
+            keras.Input((None, 2)),
+            keras.layers.Masking(),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dense(3, activation="relu"),
+            keras.layers.BatchNormalization(),
+        ]
+    )
+    with pytest.raises(ValueError, match=r"padding to the longest.*reshuffle_each_iteration=False"):
+        tfbn.collect(model, padded(), memory_limit=0, verbose=0)
+    x = np.concatenate([np.concatenate(list(batch)) for batch in padded(seed=1)])
+    x = x[x.any(-1)].astype("d")
+    advice = [
+        (padded(reshuffle_each_iteration=False), {"memory_limit": 0}),
+        (padded(), {}),
+    ]
+    for dataset, options in advice:
+        first, second = tfbn.collect(model, dataset, verbose=0, **options).values()
+        np.testing.assert_allclose(first.mean, x.mean(0), rtol=1e-5)
+        assert first.count == second.count == len(x)

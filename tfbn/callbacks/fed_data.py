@@ -34,7 +34,7 @@ import numpy as np
 from tfbn.models import assignment, keras_models
 from tfbn.population import PopulationStats
 from tfbn.stats.layer_stats import LayerStats
-from tfbn.sweep.cut_passes import first_level
+from tfbn.sweep.network import first_level
 
 # The average is over the last 10 to 20 steps of an epoch: weights hardly change in so few.
 _STEPS = 10

@@ -1,5 +1,6 @@
 """`PopulationStatsCallback`: when to sweep during `model.fit`."""
 
+import dataclasses
 import itertools
 import time
 import warnings
@@ -7,7 +8,6 @@ from typing import Any
 
 import keras
 
-from tfbn import arguments
 from tfbn.callbacks import freezing, list_order, report, swapping
 from tfbn.callbacks.callback_lists import (
     argument_of_fit,
@@ -27,8 +27,8 @@ from tfbn.models.random_state import unchanged_generators
 from tfbn.population import PopulationStats
 from tfbn.sweep.adapters import is_one_shot
 from tfbn.sweep.first_trace import FirstTrace, check_batch
-from tfbn.sweep.methods import check_method
-from tfbn.sweep.run import collect_trained
+from tfbn.sweep.options import SweepOptions
+from tfbn.sweep.run import run
 
 
 class PopulationStatsCallback(keras.callbacks.Callback):
@@ -125,6 +125,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     def __init__(
         self,
         x: Any,
+        *,
         method: str = "exact",
         batch_size: int | None = None,
         steps: int | None = None,
@@ -138,7 +139,6 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         memory_limit: int | None = None,
     ):
         super().__init__()
-        check_method(method)
         if not isinstance(every_epoch, bool):
             raise ValueError(f"Expected every_epoch to be a bool. Received: {every_epoch!r}.")
         if validation_data is not None:
@@ -146,19 +146,19 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         self.stats: PopulationStats | None = None
         self.validation: dict[str, tuple[Any, Any]] | None = None
         self._x = x
-        self._options: dict[str, Any] = {
-            "method": method,
-            "batch_size": batch_size,
-            "steps": steps,
-            "tolerance": arguments.tolerance(tolerance),
-        }
+        self._options = SweepOptions(
+            method=method,
+            batch_size=batch_size,
+            steps=steps,
+            tolerance=tolerance,
+            memory_limit=memory_limit,
+        )
         self._every_epoch = every_epoch
         self._freeze = freeze
         self._verbose = verbose
         self._inner = model
         self._validation_data = validation_data
         self._validation_steps = validation_steps
-        self._memory_limit = memory_limit
         self._layers: Any = None  # The `SweptLayers` of a running `fit`.
         self._training = False
         self._stepped = True  # Since the last sweep.
@@ -314,7 +314,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         if is_one_shot(x):  # The batches that the check reads come again.
             self._x, x = itertools.tee(x)
         with unchanged_generators(self.model):  # The data may draw random numbers.
-            return check_batch(self._network, x, **self._options, **options)
+            return check_batch(self._network, x, self._options, **options)
 
     def _sweep(self, verbose: int | str, last: bool = False) -> PopulationStats | None:
         """Swap population statistics in, from a new sweep if the weights are others.
@@ -330,14 +330,9 @@ class PopulationStatsCallback(keras.callbacks.Callback):
                 return None
             began = time.perf_counter()
             with unchanged_generators(self.model):
-                stats = self.stats = collect_trained(
-                    network,
-                    self._x,
-                    trained,
-                    verbose=verbose,
-                    memory_limit=self._memory_limit,
-                    reported=self._layers.known,
-                    **self._options,
+                options = dataclasses.replace(self._options, verbose=verbose)
+                stats = self.stats = run(
+                    network, self._x, options, trained=trained, warned=self._layers.known
                 )
             if self._training and self._stepped and not self._said_seconds:
                 self._seconds, self._said_seconds = time.perf_counter() - began, True
@@ -349,14 +344,14 @@ class PopulationStatsCallback(keras.callbacks.Callback):
 
     def _compare_with_fit(self, stats: PopulationStats) -> None:
         """Warn if the sweep had other data than `fit`, or less."""
-        if self._options["steps"] is self._options["tolerance"] is None:
+        if self._options.steps is self._options.tolerance is None:
             self._epoch_size.warn_of(stats, is_one_shot(self._x))
         if self._fed is not None:
             self._fed.warn_of(stats)
             self._fed = None
 
     def _check_repeatable(self) -> None:
-        one_pass = is_one_shot(self._x) and self._options["steps"] is None
+        one_pass = is_one_shot(self._x) and self._options.steps is None
         if self._every_epoch and one_pass:
             raise ValueError(
                 "Expected data that can be swept several times, for every_epoch=True. Received: a "

@@ -7,7 +7,6 @@ from typing import Any
 
 import keras
 
-from tfbn import arguments
 from tfbn.callbacks import swapping
 from tfbn.callbacks.callback_lists import enclosing, pickled_state, shallow_copy, shared_copy
 from tfbn.callbacks.fit_guard import replaced
@@ -22,8 +21,8 @@ from tfbn.population import PopulationStats
 from tfbn.sweep.adapters import is_one_shot
 from tfbn.sweep.data import batches
 from tfbn.sweep.first_trace import FirstTrace, check_batch
-from tfbn.sweep.methods import check_method
-from tfbn.sweep.run import collect_trained
+from tfbn.sweep.options import SweepOptions
+from tfbn.sweep.run import run
 from tfbn.sweep.trained_layers import PassedOn
 
 WAYS = ("moving_average", "population", "mini_batch")
@@ -101,6 +100,7 @@ class StatsTracker(keras.callbacks.Callback):
     def __init__(
         self,
         x: Any,
+        *,
         validation_data: Any,
         method: str = "exact",
         batch_size: int | None = None,
@@ -111,20 +111,20 @@ class StatsTracker(keras.callbacks.Callback):
         memory_limit: int | None = None,
     ):
         super().__init__()
-        check_method(method)
         check_validation_data(validation_data, validation_steps)
         self.stats: PopulationStats | None = None
         self._x = x
         self._validation_data = validation_data
-        self._options: dict[str, Any] = {
-            "method": method,
-            "batch_size": batch_size,
-            "steps": steps,
-            "tolerance": arguments.tolerance(tolerance),
-        }
+        self._options = SweepOptions(
+            method=method,
+            batch_size=batch_size,
+            steps=steps,
+            tolerance=tolerance,
+            memory_limit=memory_limit,
+            verbose=0,
+        )
         self._validation_batch_size = validation_batch_size
         self._validation_steps = validation_steps
-        self._memory_limit = memory_limit
         self._mini_batch_function = None
         self._mini_batch_layers: frozenset[str] = frozenset()
         self._layers: Any = None  # The `SweptLayers` of a running `fit`.
@@ -163,8 +163,7 @@ class StatsTracker(keras.callbacks.Callback):
         self._layers = SweptLayers(self.model, self.model, False, self._trace)
         self._layers.check()
         if not self._layers.checked:
-            options = {name: self._options[name] for name in ("batch_size", "steps")}
-            batches(self._x, **options, sample=self._options["tolerance"] is not None)
+            batches(self._x, self._options)
         self._mini_batch_function = None  # The model may have been compiled anew.
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -186,14 +185,12 @@ class StatsTracker(keras.callbacks.Callback):
             trained = self._layers.paths()
             stats = None
             if trained is None or trained:
-                stats = collect_trained(
+                stats = run(
                     self.model,
                     self._x,
-                    trained,
-                    verbose=0,
-                    memory_limit=self._memory_limit,
-                    reported=self._layers.known,
-                    **self._options,
+                    self._options,
+                    trained=trained,
+                    warned=self._layers.known,
                 )
             self.stats = stats
             metrics = dict.fromkeys(WAYS, self._evaluate())
@@ -214,7 +211,7 @@ class StatsTracker(keras.callbacks.Callback):
 
     def _trace(self, **options: Any) -> FirstTrace | None:
         with unchanged_generators(self.model):  # The data may draw random numbers.
-            return check_batch(self.model, self._x, **self._options, **options)
+            return check_batch(self.model, self._x, self._options, **options)
 
     def _shorten_progress_bar(self) -> None:
         """Show only Keras's own metrics and the population's at the end of this epoch."""

@@ -14,7 +14,7 @@ import tensorflow as tf
 # function returns the graph of a `FunctionDef`.
 from tensorflow.python.framework.function_def_to_graph import function_def_to_graph
 
-from tfbn.graphs.importing import GraphImporter
+from tfbn.graphs.subgraphs import Subgraphs
 
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
 
@@ -60,7 +60,7 @@ def _run(
     outputs: list[tf.Tensor],
 ) -> list[tf.Tensor]:
     """Import a graph into the current one, with the bodies of the functions that it calls."""
-    importer = GraphImporter(graph, captured, library.values())
+    importer = Subgraphs(graph, captured, library.values())
     for op in graph.get_operations():
         if op.type in _CALLS:
             body = _body(op, library)

@@ -1,155 +1,167 @@
-"""Functions that compute some tensors of a graph from others, of just the operations between."""
+"""Take parts out of a traced graph: as functions, or into the graph that is being built."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
 
-# oneDNN fuses these with the operation before them, and the fused kernel gives 0 for NaN where
-# ReLU gives NaN.
-_HIDE_NAN = {"Relu", "Relu6"}
-_ADDS_BIAS = {"BiasAdd", "Add", "AddV2"}
-_CONTRACTIONS = {"Conv2D", "Conv3D", "DepthwiseConv2dNative", "MatMul", "BatchMatMulV2"}
+from tfbn.graphs.walks import hiding_nan
 
 
-def sources(op: tf.Operation) -> list[tf.Operation]:
-    """The operations that an operation waits for."""
-    return [tensor.op for tensor in op.inputs] + list(op.control_inputs)
+class Subgraphs:
+    """The parts of a graph.
 
-
-def ancestors(tensors: Iterable[tf.Tensor]) -> list[tf.Operation]:
-    """The operations that some tensors depend on."""
-    seen, pending = {}, [tensor.op for tensor in tensors]
-    while pending:
-        op = pending.pop()
-        if id(op) not in seen:
-            seen[id(op)] = op
-            pending += sources(op)
-    return list(seen.values())
-
-
-class Extraction:
-    """Builds functions out of a graph.
-
-    `tf.compat.v1.wrap_function(...).prune` does the same in a time that grows with the whole
-    graph. Here it grows with the part that is taken.
+    `tf.compat.v1.wrap_function(...).prune` builds functions too, in a time that grows with the
+    whole graph. Here it grows with the part that is taken.
 
     Args:
-        graph: A `FuncGraph`. The variables that it captures are read by the functions.
+        graph: A `tf.Graph`.
+        captured: name of a tensor -> the tensor outside of the graph whose value it has.
+        library: The `FunctionDef` protos that its operations name; by default those in `graph`.
     """
 
-    def __init__(self, graph: tf.Graph):
-        self._graph_def = graph.as_graph_def()
-        self._nodes = {node.name: node for node in self._graph_def.node}
-        self._order = {id(op): i for i, op in enumerate(graph.get_operations())}
-        self._captured = {id(inner): (inner, outer) for outer, inner in graph.captures}
+    def __init__(
+        self,
+        graph: tf.Graph,
+        captured: Mapping[str, tf.Tensor],
+        library: Iterable[Any] | None = None,
+    ):
+        graph_def = graph.as_graph_def()
+        self._versions = graph_def.versions
+        self._library = list(graph_def.library.function if library is None else library)
+        self._nodes = {node.name: node for node in graph_def.node}
+        self._operations = {op.name: op for op in graph.get_operations()}
+        self._order = {op: place for place, op in enumerate(self._operations.values())}
+        self._captured = captured
+
+    def missing(self, names: list[str]) -> list[str]:
+        """Return the names that no tensor of the graph has."""
+        return [
+            name
+            for name in names
+            if (op := self._operations.get(name.partition(":")[0])) is None
+            or name not in [tensor.name for tensor in op.outputs]
+        ]
+
+    def tensors(self, names: list[str], values: dict[str, tf.Tensor]) -> list[tf.Tensor]:
+        """Return tensors of the graph as tensors of the current graph.
+
+        Args:
+            names: Their names.
+            values: name -> tensor of the current graph. Imported tensors are added.
+        """
+
+        def imported_before(op: tf.Operation) -> bool:
+            return any(tensor.name in values for tensor in op.outputs)
+
+        body = self._between(names, values, imported_before)
+        for name in {*names, *_inputs(body)} - values.keys():
+            if name in self._captured:
+                graph = tf.compat.v1.get_default_graph()
+                values[name] = graph.capture(self._captured[name])
+        if body:
+            wanted = [tensor.name for op in body for tensor in op.outputs]
+            imported = self._imported(body, values, wanted, "served")
+            values.update(zip(wanted, imported, strict=True))
+        return [values[name] for name in names]
 
     def function(
         self,
         feeds: Sequence[tf.Tensor],
         optional: Sequence[tf.Tensor],
         fetches: Sequence[tf.Tensor],
-        ran: Callable[[tf.Operation], bool] = lambda op: False,
+        already_run: Callable[[tf.Operation], bool] = lambda op: False,
     ) -> tuple[Callable[..., list[tf.Tensor]], list[tf.Tensor]]:
-        """The function from some tensors to others.
+        """Return the function from some tensors to others.
 
         Args:
             feeds: The tensors that are given.
             optional: Tensors that are given too if the function needs them.
             fetches: The tensors that are computed.
-            ran: Whether an operation has run before. Whoever waits for its effect, and not for its
-                outputs, need not wait.
+            already_run: Predicate; control dependencies on these operations are dropped.
 
         Returns:
             The function, which takes the values of `feeds` and of the optional tensors that it
-            needs, and gives a list of values; and the list of those optional tensors.
+            needs, and returns the values of `fetches`, and more; and these optional tensors.
         """
-        body, needed, captured = self._between(feeds, optional, fetches, ran)
+        names = [tensor.name for tensor in fetches]
+        known = {tensor.name for tensor in (*feeds, *optional)}
+        body = self._between(names, known, already_run)
+        entering = _inputs(body)
+        needed = [tensor for tensor in optional if tensor.name in entering]
         given = [*feeds, *needed]
-        names = {tensor.name: i for i, tensor in enumerate([*given, *captured])}
-        wanted = [tensor.name for tensor in fetches if tensor.name not in names]
-        seen = [tensor.name for tensor in _before_hiding(body) if tensor.name not in names]
-        graph_def = self._copied(body)
-        used = {tensor.name for op in body for tensor in op.inputs}
-        outer = [self._captured[id(tensor)][1] for tensor in captured]
+        captured = [name for name in self._captured if name in entering]
+        wanted = [name for name in names if name not in known]
+        hidden = [tensor.name for tensor in hiding_nan(body) if tensor.name not in known]
 
-        def run(*values):
+        def run(*values: tf.Tensor) -> list[tf.Tensor]:
             graph = tf.compat.v1.get_default_graph()
-            inside = [graph.capture(value) for value in (*values, *outer)]
-            imported = tf.graph_util.import_graph_def(
-                graph_def,
-                input_map={name: inside[i] for name, i in names.items() if name in used},
-                return_elements=wanted + seen,
-                name="",
+            outside = (*values, *(self._captured[name] for name in captured))
+            inside = dict(
+                zip(
+                    [*(tensor.name for tensor in given), *captured],
+                    map(graph.capture, outside),
+                    strict=True,
+                )
             )
-            made, hidden = iter(imported[: len(wanted)]), imported[len(wanted) :]
+            imported = self._imported(body, inside, wanted + hidden, "")
+            computed = dict(zip(wanted, imported[: len(wanted)], strict=True))
             outputs = [
-                tf.identity(inside[names[tensor.name]]) if tensor.name in names else next(made)
-                for tensor in fetches
+                computed[name] if name in computed else tf.identity(inside[name]) for name in names
             ]
-            return outputs, [tensor[:0] for tensor in hidden]
+            # Tensors without values that are fetched, so that no kernel hides NaN.
+            return [*outputs, *(tensor[:0] for tensor in imported[len(wanted) :])]
 
         function = tf.compat.v1.wrap_function(
             run, [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in given]
         )
-        return lambda *values: function(*values)[0], needed
+        return function, needed
 
     def _between(
         self,
-        feeds: Sequence[tf.Tensor],
-        optional: Sequence[tf.Tensor],
-        fetches: Sequence[tf.Tensor],
-        ran: Callable[[tf.Operation], bool],
-    ) -> tuple[list[tf.Operation], list[tf.Tensor], list[tf.Tensor]]:
-        fed, offered = ({id(tensor) for tensor in tensors} for tensors in (feeds, optional))
-        body, needed, captured = {}, {}, {}
-        pending = [tensor.op for tensor in fetches if id(tensor) not in fed]
+        names: Iterable[str],
+        known: Collection[str],
+        already_run: Callable[[tf.Operation], bool],
+    ) -> list[tf.Operation]:
+        """The operations that compute some tensors from known and captured ones, in order."""
+        body: dict[tf.Operation, None] = {}
+        pending = [self._operations[name.partition(":")[0]] for name in self._unknown(names, known)]
         while pending:
             op = pending.pop()
-            if id(op) in body:
+            if op in body:
                 continue
-            body[id(op)] = op
-            for tensor in op.inputs:
-                if id(tensor) in fed:
-                    continue
-                if id(tensor) in offered:
-                    needed[id(tensor)] = tensor
-                elif id(tensor) in self._captured:
-                    captured[id(tensor)] = tensor
-                else:
-                    pending.append(tensor.op)
-            pending += [before for before in op.control_inputs if not ran(before)]
-        ordered = sorted(body.values(), key=lambda op: self._order[id(op)])
-        return ordered, list(needed.values()), list(captured.values())
+            body[op] = None
+            inputs = {tensor.name: tensor.op for tensor in op.inputs}
+            pending += [inputs[name] for name in self._unknown(inputs, known)]
+            pending += [before for before in op.control_inputs if not already_run(before)]
+        return sorted(body, key=self._order.__getitem__)
 
-    def _copied(self, body: Iterable[tf.Operation]) -> tf.compat.v1.GraphDef:
-        graph_def = tf.compat.v1.GraphDef(versions=self._graph_def.versions)
+    def _unknown(self, names: Iterable[str], known: Collection[str]) -> list[str]:
+        return [name for name in names if name not in known and name not in self._captured]
+
+    def _imported(
+        self,
+        body: Sequence[tf.Operation],
+        values: Mapping[str, tf.Tensor],
+        wanted: list[str],
+        prefix: str,
+    ) -> list[tf.Tensor]:
+        """Import operations into the current graph, and return some of its tensors."""
+        graph_def = tf.compat.v1.GraphDef(versions=self._versions)
         names = {op.name for op in body}
         for op in body:
             node = graph_def.node.add()
             node.CopyFrom(self._nodes[op.name])
+            node.attr.pop("_class", None)  # Operations to be placed with, which may be elsewhere.
             inputs = [name for name in node.input if name[0] != "^" or name[1:] in names]
-            if len(inputs) < len(node.input):
-                del node.input[:]
-                node.input.extend(inputs)
-        graph_def.library.CopyFrom(self._graph_def.library)
-        return graph_def
+            del node.input[:]
+            node.input.extend(inputs)
+        graph_def.library.function.extend(self._library)
+        used = {name: values[name] for name in _inputs(body) & values.keys()}
+        return tf.graph_util.import_graph_def(
+            graph_def, input_map=used, return_elements=wanted, name=prefix
+        )
 
 
-def kept_apart(operations: Iterable[tf.Operation]) -> list[tf.Tensor]:
-    """Tensors to fetch so that no kernel hides NaN, each without values.
-
-    Another reader of the tensor between a contraction and its activation keeps the two apart.
-    """
-    return [tensor[:0] for tensor in _before_hiding(operations)]
-
-
-def _before_hiding(body: Iterable[tf.Operation]) -> Iterator[tf.Tensor]:
-    """The tensors between a contraction and an activation whose fused kernel hides NaN."""
-    for op in body:
-        if op.type in _HIDE_NAN:
-            [tensor] = op.inputs
-            before = tensor.op
-            if before.type in _ADDS_BIAS:
-                before = before.inputs[0].op
-            if before.type in _CONTRACTIONS:
-                yield tensor
+def _inputs(body: Iterable[tf.Operation]) -> set[str]:
+    return {tensor.name for op in body for tensor in op.inputs}

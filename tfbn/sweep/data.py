@@ -10,22 +10,21 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn import arguments
 from tfbn.models import keras_models
 from tfbn.models.keras_models import Structure, inputs_of
 from tfbn.sweep.adapters import Source, adapt, is_arrays
 from tfbn.sweep.arrays import number_of_samples
 from tfbn.sweep.batches import Batches, NotABatchError, empty, to_tensors, too_short
+from tfbn.sweep.options import SweepOptions
 from tfbn.sweep.random_order import RandomOrder
 
 
 def batches(
     x: Any,
-    batch_size: int | None = None,
-    steps: int | None = None,
-    may_be_empty: bool = False,
+    options: SweepOptions,
     model: keras.Model | None = None,
-    sample: bool = False,
+    *,
+    may_be_empty: bool = False,
     shard: int = 0,
 ) -> Batches:
     """Batches of the inputs in `x`; targets and sample weights are dropped.
@@ -36,13 +35,11 @@ def batches(
             iterable of batches, whose elements are x, (x, y) or (x, y, sample_weight); a
             `tf.distribute.DistributedDataset` of such, whose batches come as those of the
             replicas.
-        batch_size: Only for arrays; 32 by default. Other data has batches of its own.
-        steps: How many batches make the data; all there are by default. Data that has no
-            end needs it.
-        may_be_empty: Whether no batch at all is fine too.
+        options: `batch_size` is for arrays alone. Data that does not end needs `steps`, unless
+            only the first batches will be taken for a `tolerance`. Then data whose samples or
+            batches can be addressed comes in random order, the same every time.
         model: The model that they are for, whose inputs tell unbatched data.
-        sample: Whether only the first ones will be taken. Then data whose samples or batches can
-            be addressed comes in random order, the same every time, and a stream may be endless.
+        may_be_empty: Whether no batch at all is fine too.
         shard: The number of this part of the data, if others are swept with it. Each draws in
             another order.
 
@@ -52,7 +49,7 @@ def batches(
             arrays of different lengths, or comes in batches of its own and `batch_size` is given
             too.
     """
-    arguments.positive(batch_size=batch_size, steps=steps)
+    batch_size, steps, sample = options.batch_size, options.steps, options.tolerance is not None
     specs = _single_input(model)
     if is_arrays(x):
         _refuse_list_of_batches(x, specs)

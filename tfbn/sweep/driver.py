@@ -3,21 +3,29 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from tfbn.sweep.batches import empty
+from tfbn.population import PopulationStats
 from tfbn.sweep.report import Report
 from tfbn.sweep.sampling import Draw, Sample, first_size, next_size, replicates_after
-from tfbn.sweep.state import SweepState, merged
+from tfbn.sweep.state import SweepState, merge_shards
 
 
 class Engine(Protocol):
     """Sweeps all data: in this process, with other workers, or by a map of tasks."""
 
-    def begin(self) -> SweepState:
+    def initial_state(self) -> SweepState:
         """The state at which the sweep begins, or resumes."""
         ...
 
-    def run_level(self, state: SweepState) -> SweepState | None:
-        """The state after all batches of one level; `None` if there are none."""
+    def run_level(self, state: SweepState) -> SweepState:
+        """The state after all batches of one level.
+
+        It has no batches if the data has none. It has a `fixed_point` as soon as the network
+        turns out not to be cut at its levels.
+        """
+        ...
+
+    def finish(self, state: SweepState) -> PopulationStats:
+        """The result of a complete state. The progress bar ends, temporary files are deleted."""
         ...
 
 
@@ -61,16 +69,20 @@ class Sampler(Protocol):
         """An engine for all batches drawn so far."""
         ...
 
+    def finish(self, state: SweepState) -> PopulationStats:
+        """The result of a complete state."""
+        ...
 
-def run_levels(engine: Engine) -> SweepState:
-    """Run a sweep level by level: the complete state."""
-    state = engine.begin()
+
+def run_levels(engine: Engine) -> PopulationStats:
+    """Run a sweep level by level."""
+    state = engine.initial_state()
     while not state.complete:
-        state = _advance(state, engine.run_level(state))
-    return state
+        state = state.advance(engine.run_level(state))
+    return engine.finish(state)
 
 
-def run_sample(sampler: Sampler, tolerance: float, report: Report) -> Sample:
+def run_sample(sampler: Sampler, tolerance: float, report: Report) -> PopulationStats:
     """Run a sweep over as many batches as a tolerance needs.
 
     The sample grows until its standard errors are small enough or the data ends. Each time all of
@@ -86,7 +98,8 @@ def run_sample(sampler: Sampler, tolerance: float, report: Report) -> Sample:
         report.end_round(sample.relative_error, tolerance)
         size = next_size(sample, tolerance)
         if size <= drawn.batches:
-            return sample
+            report.end()
+            return sample.finish(sampler.finish(sample.state), tolerance)
         drawn = sampler.draw(size - drawn.batches)
 
 
@@ -98,16 +111,7 @@ def run_groups(engine: GroupEngine, drawn: Draw) -> Sample:
         # At the first level there is nothing before the layers that could be off.
         probes = [state, *replicates] if state.settled else []
         groups, probed = engine.run_level(state, probes)
-        after = _advance(state, merged(groups, state))
+        after = state.advance(merge_shards(groups, state))
         replicates = replicates_after(after, groups, replicates, probed)
         state = after
     return Sample(state, replicates, drawn)
-
-
-def _advance(state: SweepState, reached: SweepState | None) -> SweepState:
-    """The state at which a sweep goes on after a level."""
-    if reached is None:
-        raise empty()
-    if reached.whole and not state.whole:  # The network cannot be cut at its levels.
-        return reached.whole_passes()
-    return reached.next_level()

@@ -1,21 +1,19 @@
 """What one batch shows of a sweep, before `fit` spends time on training."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from tfbn.models.keras_models import Structure
-from tfbn.sweep import caveats, data
+from tfbn.sweep import data, results
 from tfbn.sweep.adapters import specs_of
 from tfbn.sweep.batches import Batch, empty
-from tfbn.sweep.devices import devices
-from tfbn.sweep.frontiers import Frontier
-from tfbn.sweep.loops import feeding_themselves
-from tfbn.sweep.methods import METHODS
-from tfbn.sweep.network import Network, flatten
-from tfbn.sweep.shard_sweep import naming
+from tfbn.sweep.network import Network, devices, flatten
+from tfbn.sweep.options import METHODS, SweepOptions
+from tfbn.sweep.replica import naming
+from tfbn.sweep.state import NetworkFacts
 from tfbn.sweep.trained_layers import all_layers, layers_to_sweep, require_trained, trained_calls
 from tfbn.sweep.uncut_passes import UncutPasses
 
@@ -39,18 +37,15 @@ class FirstTrace(NamedTuple):
 
     def warn(self, known: Collection[str] = ()) -> None:
         """Give the warnings that `collect` would give, but for layers that are known."""
-        caveats.warn_of_loops(self.looping - {*known})
+        results.warn_of_loops(self.looping - {*known})
         left_out = self.trained - self.used - {*known}
-        caveats.warn_of_left_out(left_out, self.by_batch - {*known})
+        results.warn_of_left_out(left_out, self.by_batch - {*known})
 
 
 def check_batch(
     model: keras.Model,
     x: Any,
-    method: str = "exact",
-    batch_size: int | None = None,
-    steps: int | None = None,
-    tolerance: float | None = None,
+    options: SweepOptions,
     *,
     trained: Collection[str] | None = None,
     may_train_others: bool = False,
@@ -63,12 +58,9 @@ def check_batch(
     Args:
         model: See `collect`.
         x: See `collect`.
-        method: See `collect`.
-        batch_size: See `collect`.
-        steps: See `collect`.
-        tolerance: See `collect`.
-        trained: The paths of the layers that training has changed; `None` for those that `call`
-            trains.
+        options: The `SweepOptions`.
+        trained: The paths of the layers that training has changed; `None` for the layers that
+            `call` trains.
         may_train_others: Whether it is no error if `call` trains no layer, or inference uses none,
             because a step of the user's own may train others.
 
@@ -83,7 +75,7 @@ def check_batch(
         layers = layers_to_sweep(model, False, trained)
     else:
         layers = {path: layer for path, layer in layers.items() if layer.trainable}
-    batches = data.batches(x, batch_size, steps, False, model, tolerance is not None)
+    batches = data.batches(x, options, model)
     if isinstance(x, tf.data.Dataset):
         inputs = specs_of(x)
         unknown = any(spec.shape.rank is None for spec in keras.tree.flatten(inputs))
@@ -102,35 +94,27 @@ def check_batch(
         layers = {path: layer for path, layer in layers.items() if path not in frozen}
     network = Network(model, layers, ignored, devices(model)[0])
     with naming(model, Batch(0, inputs, 0, 0, 0)):
-        used, by_batch, looping = _traced(network, layers, inputs, method, static=batches.static)
+        calls, facts = _traced(network, inputs, options.method, static=batches.static)
+    used = frozenset(layers if calls is None else calls)
     if not (used or may_train_others):
-        raise caveats.unused(model, layers, by_batch)
-    return FirstTrace(frozenset(layers), partly, used, by_batch, looping)
+        raise results.unused(model, layers, facts.by_batch)
+    looping = facts.looping if METHODS[options.method].by_level else frozenset()
+    return FirstTrace(frozenset(layers), partly, used, facts.by_batch, looping)
 
 
 def _traced(
-    network: Network,
-    layers: Mapping[str, keras.Layer],
-    inputs: Structure,
-    method: str,
-    *,
-    static: bool,
-) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
-    """Make the trace that a sweep runs: `used`, `by_batch` and `looping` of `FirstTrace`."""
-    by_level = METHODS[method].by_level
-    looping: frozenset[str] = frozenset()
+    network: Network, inputs: Structure, method: str, *, static: bool
+) -> tuple[list[str] | None, NetworkFacts]:
+    """Make the trace that a sweep runs.
+
+    Returns:
+        The paths of the layers that it calls, `None` if only the data shows them; and its facts.
+    """
     if not network.model.run_eagerly:
-        trace = network.trace(inputs, settled=by_level, static=static)
-        calls, by_batch = trace.calls, trace.by_batch
-        if by_level:
-            looping = feeding_themselves(trace)
-    elif all(map(tf.is_tensor, flatten(inputs))):
-        number = tf.constant(0, tf.int64)
-        run = network.observer.run(inputs, number, lambda site, channels: None)
-        calls, by_batch = run.calls, run.by_batch
-        if by_level:
-            passes = UncutPasses(network, static, eager=True)
-            looping = passes.looping(Frontier(None, 0, [inputs, number]))
-    else:
-        return frozenset(layers), frozenset(), looping
-    return frozenset(call.site.path for call in calls), by_batch, looping
+        trace = network.trace(inputs, settled=METHODS[method].by_level, static=static)
+        return [call.path for call in trace.calls], trace.facts
+    if not all(map(tf.is_tensor, flatten(inputs))):
+        return None, NetworkFacts()
+    passes = UncutPasses(network, static, eager=True)
+    observed = passes.run(Batch(0, inputs, 0, 0, 0), None, 1, {})
+    return [site.path for site, _ in observed.calls], observed.facts

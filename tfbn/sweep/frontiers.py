@@ -6,19 +6,19 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from tfbn.sweep.batches import Batch, nbytes
-from tfbn.sweep.network import Trace
+from tfbn.sweep.trace import Trace
 
 
 class Frontier(NamedTuple):
     """The tensors of one batch that later levels need of the network up to a level.
 
     Attributes:
-        trace: The trace that they belong to; `None` where the network is not cut.
+        trace: The trace that they belong to.
         level: The level; 0 for the batch itself.
         values: The tensors.
     """
 
-    trace: Trace | None
+    trace: Trace
     level: int
     values: list
 
@@ -35,7 +35,7 @@ class Frontiers:
 
     def __init__(self, room: int):
         self._room = room
-        # By key the batch without its inputs, its frontier, and how many bytes that takes.
+        # Key -> the batch without its inputs, its frontier, and how many bytes that takes.
         self._kept: dict[int, tuple[Batch, Frontier, int]] = {}
         self._used: set[int] = set()
 
@@ -52,9 +52,9 @@ class Frontiers:
         _, frontier, _ = self._kept.get(batch.key, (None, None, 0))
         return frontier
 
-    def put(self, batch: Batch, frontier: Frontier) -> None:
+    def put(self, batch: Batch, frontier: Frontier | None) -> None:
         """Keep a frontier in place of the batch's last one, if there is room for it."""
-        if not frontier.level or not _can_keep(frontier):
+        if frontier is None or not frontier.level or not _can_keep(frontier):
             return
         _, _, before = self._kept.get(batch.key, (None, None, 0))
         size = nbytes(frontier.values)

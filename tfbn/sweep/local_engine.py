@@ -1,223 +1,124 @@
-"""The engines of one process, and of several that TensorFlow's strategy runs."""
+"""The engine of one process: its data, frontier cache, checkpoint and progress bar."""
 
-import functools
-import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 
-from tfbn.models.keras_models import Structure
-from tfbn.sweep.batches import Batch, Batches, nbytes, too_large
-from tfbn.sweep.deal import Deal
-from tfbn.sweep.sampling import JOINED_BYTES, PROBE, Draw, groups_of
-from tfbn.sweep.shard_sweep import ShardSweep
-from tfbn.sweep.state import SweepState, merged
-from tfbn.sweep.workers import Workers
+from tfbn.population import PopulationStats
+from tfbn.sweep import digests
+from tfbn.sweep.batches import Batch, Batches, nbytes
+from tfbn.sweep.checkpoint import Checkpoint
+from tfbn.sweep.frontiers import Frontier, Frontiers
+from tfbn.sweep.options import METHODS
+from tfbn.sweep.replica import Replica
+from tfbn.sweep.report import Report
+from tfbn.sweep.state import SweepState
 
 
 class LocalEngine:
-    """Sweeps all batches of this process, and those of the other workers.
+    """Sweeps batches in this process.
 
     Args:
-        shard: Returns the `ShardSweep` of this process. It is called while the workers exchange
-            their first state, so that all learn if one cannot.
-        workers: The `Workers`.
-    """
-
-    def __init__(self, shard: Callable[[], ShardSweep], workers: Workers):
-        self._shard = shard
-        self._workers = workers
-
-    def begin(self) -> SweepState:
-        """The state at which the sweep begins, or resumes."""
-        # After a crash a worker may be a level ahead: the levels before are the same for all.
-        begins = self._workers.gather(lambda: self._shard().begin)
-        return max(begins, key=lambda begin: begin.level)
-
-    def run_level(self, state: SweepState) -> SweepState | None:
-        """The state after all batches of one level."""
-        shard = self._shard()
-        if state.level == 1:  # Frontiers of levels are of no use to whole passes.
-            shard.forget_frontiers()
-        compute = functools.partial(shard.sweep_level, state)
-        return merged(self._workers.gather(compute, settled=state.settled), state)
-
-
-class LocalSampler:
-    """Draws batches of this process and of the other workers.
-
-    Args:
-        shard: See `LocalEngine`.
-        batches: Returns the `Batches` to draw from, in their order.
-        workers: The `Workers`.
-        memory_limit: Bytes of main memory for the sample and for tensors between levels.
-    """
-
-    def __init__(
-        self,
-        shard: Callable[[], ShardSweep],
-        batches: Callable[[], Batches],
-        workers: Workers,
-        memory_limit: int,
-    ):
-        self._shard = shard
-        self._workers = workers
-        sizes = workers.gather_numbers(lambda: _size(shard(), batches()))
-        self._kept = _Kept(batches(), memory_limit)
-        self._memory_limit = memory_limit
-        totals = [total for total, _ in sizes]
-        drawn = all(total >= 0 for total in totals)
-        self._deal = Deal(totals) if drawn else None
-        populations = [population for _, population in sizes]
-        known = all(p or not t for t, p in zip(totals, populations, strict=True))
-        self._population_size = sum(populations) if drawn and known else 0
-        self._asked = 0
-        self._taken: list[int] = []
-
-    def draw(self, more: int) -> Draw:
-        """Draw that many more batches from all workers, or fewer where the data ends."""
-        start, self._asked = self._asked, self._asked + more
-        mine = math.ceil(more / len(self._workers))
-        if self._deal is not None:
-            counts = self._deal.counts(start, self._asked)
-            mine = counts.get(self._workers.index, 0)
-        found = self._workers.gather_numbers(lambda: self._kept.read(mine))
-        self._taken = [batches for batches, _, _ in found]
-        batches, samples = sum(self._taken), sum(samples for _, samples, _ in found)
-        if self._deal is None:
-            ended = all(ended for _, _, ended in found)
-            return Draw(batches, samples, ended, 0, 0)
-        total = len(self._deal)
-        return Draw(batches, samples, batches >= total, total, self._population_size)
-
-    def engine(self) -> "LocalGroups":
-        """An engine for all batches drawn so far."""
-        limit = max(self._memory_limit - self._kept.nbytes, 0)
-        return LocalGroups(self._shard(), self._kept, self._taken, self._workers, limit)
-
-
-class LocalGroups:
-    """Sweeps a sample in groups.
-
-    Args:
-        shard: The `ShardSweep` of this process.
-        kept: The batches that this worker has drawn.
-        taken: How many each worker has drawn.
-        workers: The `Workers`.
+        replica: The `Replica` of the model.
+        batches: The `tfbn.sweep.batches.Batches`.
+        method: The name of the method.
         memory_limit: Bytes of main memory for tensors between levels.
+        report: The `Report` of progress.
+        checkpoint: The `Checkpoint`, if there is one.
     """
 
     def __init__(
         self,
-        shard: ShardSweep,
-        kept: "_Kept",
-        taken: Sequence[int],
-        workers: Workers,
+        replica: Replica,
+        batches: Batches,
+        method: str,
         memory_limit: int,
+        report: Report,
+        checkpoint: Checkpoint | None = None,
     ):
-        total = sum(taken)
-        self.groups = groups_of(total)
-        self._shard = shard
-        self._workers = workers
-        before, mine = sum(taken[: workers.index]), taken[workers.index]
-        ends = [round(number * total / self.groups) for number in range(self.groups + 1)]
-        cuts = [min(max(end - before, 0), mine) for end in ends]
-        probe = kept.part(0, kept.first(math.ceil(PROBE / len(workers))))
-        if len(probe) and shard.any_batch_size:
-            probe = _Part(probe.batches.joined(JOINED_BYTES), len(probe))
-        parts = [kept.part(*cut) for cut in itertools.pairwise(cuts)] + [probe] * (self.groups + 1)
-        room = memory_limit // max(sum(len(part) for part in parts), 1)
-        sweeps = [shard.over(part.batches, room * len(part)) for part in parts]
-        self._groups, self._probes = sweeps[: self.groups], sweeps[self.groups :]
-
-    def begin(self) -> SweepState:
-        """The state at which the sweep begins."""
-        begins = self._workers.gather(lambda: self._shard.begin)
-        return max(begins, key=lambda begin: len(begin.paths))
-
-    def run_level(
-        self, state: SweepState, probes: Sequence[SweepState]
-    ) -> tuple[list[SweepState], list[SweepState]]:
-        """Run one level over each group, and over the first few batches from each probe."""
-        if state.level == 1:
-            for sweep in (*self._groups, *self._probes):
-                sweep.forget_frontiers()
-        groups = [self._run(sweep, state) for sweep in self._groups]
-        return groups, [self._run(*pair) for pair in zip(self._probes, probes, strict=False)]
-
-    def _run(self, sweep: ShardSweep, state: SweepState) -> SweepState:
-        compute = functools.partial(sweep.sweep_level, state)
-        return merged(self._workers.gather(compute, settled=state.settled), state) or state
-
-
-class _Part:
-    """Some of the batches that were drawn, and how many they are."""
-
-    def __init__(self, batches: Batches, number: int):
-        self.batches = batches
-        self._number = number
-
-    def __len__(self) -> int:
-        return self._number
-
-
-class _Kept:
-    """The batches that were drawn, held in memory or read again.
-
-    Args:
-        batches: The `Batches` to draw from, in their order.
-        limit: Bytes of main memory to hold them in.
-
-    Attributes:
-        nbytes: Bytes that they take.
-    """
-
-    def __init__(self, batches: Batches, limit: int):
+        self._replica = replica
+        self._method = method
+        self._report = report
+        self._checkpoint = checkpoint
+        # The state in the checkpoint, and the digest of its batches.
+        self._saved: tuple[SweepState, bytes] | None = None
+        if METHODS[method].by_level and not batches.repeatable:
+            batches = batches.in_memory(memory_limit)
+            memory_limit -= sum(nbytes(batch.inputs) for batch in batches)
         self._batches = batches
-        self._iterator: Iterator[Batch] = iter(batches)
-        self._limit = limit
-        self._inputs: list[Structure] | None = []
-        self._sizes: list[int] = []
-        self.nbytes = 0
+        self._memory_limit = memory_limit
+        self._clear_cache()
 
-    def read(self, more: int) -> tuple[int, int, bool]:
-        """Read more: how many batches and samples there are, and whether the data has ended."""
-        asked = len(self._sizes) + more
-        for batch in itertools.islice(self._iterator, more):
-            self._sizes.append(batch.samples)
-            self._keep(batch.inputs)
-        ended = len(self._sizes) < asked or len(self._sizes) == self._batches.total
-        return len(self._sizes), sum(self._sizes), ended
+    def initial_state(self) -> SweepState:
+        """The state of a new sweep, or that of the checkpoint, at the beginning of its level."""
+        state = self._replica.initial_state(self._method, self._batches.first())
+        self._saved = None if self._checkpoint is None else self._checkpoint.read(state)
+        if self._saved is None:
+            return state
+        saved, _ = self._saved
+        return dataclasses.replace(saved.without_batches(), levels=saved.levels)
 
-    def first(self, samples: int) -> int:
-        """How many of the first batches have that many samples, or all."""
-        return sum(before < samples for before in itertools.accumulate([0, *self._sizes[:-1]]))
+    def run_level(self, state: SweepState) -> SweepState:
+        """The state after all batches of one level, saved in the checkpoint on the way."""
+        if state.level == 1:  # A sweep that begins anew has other frontiers.
+            self._clear_cache()
+        self._report.begin_level(state.level)
+        reached, digest = self._resumed(state)
+        work = self._work(reached.batches, digest)
+        try:
+            for batch, frontier, after in self._replica.run_level(
+                state, work, reached, self._batches.static
+            ):
+                self._frontiers.put(batch, frontier)
+                self._report.batch(max(after.levels.values(), default=0))
+                if self._checkpoint is None:
+                    reached = after
+                    continue
+                # As one, because Ctrl-C may come at any point.
+                reached, digest = after, digests.of_sequence(digest, batch.key)
+                if self._checkpoint.due:
+                    self._checkpoint.save(reached, digest)
+        except BaseException:
+            if self._checkpoint is not None and reached.batches:
+                with contextlib.suppress(OSError):  # The error that ended the sweep matters more.
+                    self._checkpoint.save(reached, digest)
+            raise
+        self._frontiers.end_pass()
+        self._all_kept = len(self._frontiers) == reached.batches
+        return reached
 
-    def part(self, start: int, stop: int) -> _Part:
-        """The batches from number `start` to `stop`."""
-        stop = min(stop, len(self._sizes))
-        if self._inputs is None and stop > start:
-            return _Part(self._batches.part(start, stop), stop - start)
-        held = (self._inputs or [])[start:stop]
-        return _Part(self._batches.holding(held, start), len(held))
+    def finish(self, state: SweepState) -> PopulationStats:
+        """The result of a complete state. The progress bar and the checkpoint end."""
+        stats = self._replica.finish(state)
+        self._report.end()
+        if self._checkpoint is not None:
+            self._checkpoint.remove()
+        return stats
 
-    def _keep(self, inputs: Structure) -> None:
-        if self._inputs is None:
-            return
-        self._inputs.append(inputs)
-        self.nbytes += nbytes(inputs)
-        if self.nbytes > self._limit:
-            if not self._batches.repeatable:
-                raise too_large(len(self._sizes), self._limit)
-            self._inputs, self.nbytes = None, 0
+    def _clear_cache(self) -> None:
+        self._frontiers = Frontiers(self._memory_limit)
+        self._all_kept = False
 
+    def _resumed(self, state: SweepState) -> tuple[SweepState, bytes]:
+        """The state after the batches of the level that the checkpoint has, and their digest."""
+        saved, self._saved = self._saved, None
+        return saved if saved is not None and saved[0].level == state.level else (state, b"")
 
-def _size(shard: ShardSweep, batches: Batches) -> tuple[int, int]:
-    """The number of batches, -1 for a stream, and the number of samples they are drawn from.
+    def _work(self, done: int, expected: bytes) -> Iterator[tuple[Batch, Frontier | None]]:
+        """Yield each batch that the level still lacks, with its frontier.
 
-    Args:
-        shard: Made here, so that an error is raised on all workers.
-        batches: The data of this worker.
-    """
-    if not batches.drawn or batches.total is None:
-        return -1, 0
-    return batches.total, batches.population_size
+        Args:
+            done: How many batches the checkpoint has.
+            expected: Their digest.
+        """
+        digest, index, checkpoint = b"", -1, self._checkpoint
+        for batch in self._frontiers if self._all_kept else self._batches:
+            index = batch.index
+            if index >= done:
+                yield batch, self._frontiers.get(batch)
+                continue
+            digest = digests.of_sequence(digest, batch.key)
+            if checkpoint is not None and index + 1 == done and digest != expected:
+                raise checkpoint.other_data(done)
+        if checkpoint is not None and index + 1 < done:
+            raise checkpoint.other_data(done)

@@ -47,6 +47,11 @@ class Call(NamedTuple):
     fetches: list | None
     measure: Callable[..., list[CallMoments]]
 
+    @property
+    def path(self) -> str:
+        """The path of the layer."""
+        return self.site.path
+
 
 class Run(NamedTuple):
     """One run of an observed model.
@@ -283,31 +288,30 @@ def _measured(
     """The tensors whose moments are those of `x`, and the function that gives them."""
     if mask is not None:
         specs = tuple(tf.TensorSpec([None, *v.shape[1:]], v.dtype) for v in (x, mask))
-        return [x, mask], lambda *values: [_masked_moments(axis, specs)(*values)]
+        return [x, mask], _masked_moments(axis, specs)
     stretched = sums.stretched(x, axis)
     within = 1 if axis % x.shape.rank == x.shape.rank - 1 else 2
-    dtype = x.dtype
-    return [stretched], lambda values: [_moments(within, dtype)(values)]
+    return [stretched], _moments(within, x.dtype)
 
 
 @functools.cache
-def _moments(within: int, dtype: tf.DType) -> Callable[[tf.Tensor], CallMoments]:
+def _moments(within: int, dtype: tf.DType) -> Callable[[tf.Tensor], list[CallMoments]]:
     """The moments of `tfbn.layer.sums`, traced once for all layers of all models."""
     return _concrete(
-        lambda x: sums.moments_of_stretches(x, within), tf.TensorSpec([None] * 3, dtype)
+        lambda x: [sums.moments_of_stretches(x, within)], tf.TensorSpec([None] * 3, dtype)
     )
 
 
 @functools.lru_cache(maxsize=256)
 def _masked_moments(
     axis: int, specs: tuple[tf.TensorSpec, tf.TensorSpec]
-) -> Callable[[tf.Tensor, tf.Tensor], CallMoments]:
-    return _concrete(lambda x, mask: kernels.moments(x, axis, mask), *specs)
+) -> Callable[[tf.Tensor, tf.Tensor], list[CallMoments]]:
+    return _concrete(lambda x, mask: [kernels.moments(x, axis, mask)], *specs)
 
 
 def _concrete(
-    function: Callable[..., CallMoments], *specs: tf.TensorSpec
-) -> Callable[..., CallMoments]:
+    function: Callable[..., list[CallMoments]], *specs: tf.TensorSpec
+) -> Callable[..., list[CallMoments]]:
     # Outside of the graph that may be in the making, which the function would keep alive.
     with tf.init_scope(), tf.device(None):
         return tf.function(function, input_signature=specs, autograph=False).get_concrete_function()

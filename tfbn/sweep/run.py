@@ -1,21 +1,21 @@
 """`collect`: the sweep, from its arguments to its result."""
 
-import functools
 import os
 from collections.abc import Collection
 from typing import Any
 
 import keras
 
-from tfbn import arguments
 from tfbn.population import PopulationStats
 from tfbn.sweep import data, memory
 from tfbn.sweep.batches import Batches
-from tfbn.sweep.caveats import warn_of, warn_of_rounding
+from tfbn.sweep.checkpoint import Checkpoint
 from tfbn.sweep.driver import run_levels, run_sample
-from tfbn.sweep.local_engine import LocalEngine, LocalSampler
-from tfbn.sweep.methods import check_method
-from tfbn.sweep.shard_sweep import ShardSweep
+from tfbn.sweep.local_engine import LocalEngine
+from tfbn.sweep.local_sampler import LocalSampler
+from tfbn.sweep.options import SweepOptions
+from tfbn.sweep.replica import Replica
+from tfbn.sweep.report import Report
 from tfbn.sweep.trained_layers import layers_to_sweep
 from tfbn.sweep.workers import Workers
 
@@ -23,14 +23,15 @@ from tfbn.sweep.workers import Workers
 def collect(
     model: keras.Model,
     x: Any,
+    *,
     method: str = "exact",
     batch_size: int | None = None,
     steps: int | None = None,
     include_frozen: bool = False,
-    verbose: int | str = "auto",
+    tolerance: float | None = None,
     memory_limit: int | None = None,
     checkpoint: str | os.PathLike | None = None,
-    tolerance: float | None = None,
+    verbose: int | str = "auto",
 ) -> PopulationStats:
     """Sweep data through a model and return its population statistics.
 
@@ -85,16 +86,6 @@ def collect(
         batch_size: For arrays; 32 by default. One-pass methods want it large.
         steps: Number of batches that make the data; endless data needs it.
         include_frozen: Whether to sweep layers too that `fit` does not train.
-        verbose: 0 for silence, 1 for a progress bar, 2 for one line with the time. `"auto"` is 1.
-        memory_limit: For `"exact"`: bytes of main memory for the tensors that one level hands
-            to the next; by default a quarter of the free memory of the host or container. Those
-            that do not fit are computed again, for which the data is read again: in any order,
-            but it must be the same data.
-        checkpoint: Name of a file in which a long sweep saves its state, so often that it takes
-            2 % of the time. After a crash the same call goes on where that file ends, to the
-            same result; a sweep that is done deletes the file. The data must come in the same
-            order every time, which is checked. With several workers, each adds its number to the
-            name. Not together with a `tolerance`.
         tolerance: Sweep no more data than it takes for every channel's mean to be known within
             `tolerance` population standard deviations, and its standard deviation within
             `tolerance` of itself, as one standard error (`LayerStats.relative_error`). Samples of
@@ -106,6 +97,16 @@ def collect(
             sample. Where the data ends first, all of it is swept, and `summary` says so.
             `tfbn.sweep.sampling` says what the errors assume, when they are NaN, and when they
             are too small.
+        memory_limit: For `"exact"`: bytes of main memory for the tensors that one level hands
+            to the next; by default a quarter of the free memory of the host or container. Those
+            that do not fit are computed again, for which the data is read again: in any order,
+            but it must be the same data.
+        checkpoint: Name of a file in which a long sweep saves its state, so often that it takes
+            2 % of the time. After a crash the same call goes on where that file ends, to the
+            same result; a sweep that is done deletes the file. The data must come in the same
+            order every time, which is checked. With several workers, each adds its number to the
+            name. Not together with a `tolerance`.
+        verbose: 0 for silence, 1 for a progress bar, 2 for one line with the time. `"auto"` is 1.
 
     Returns:
         `tfbn.PopulationStats`; its `assign(model)` puts the statistics into the model.
@@ -121,110 +122,59 @@ def collect(
         RuntimeError: If the data itself fails, from the error that it raised; on all workers,
             if one of them fails.
     """
-    return collect_trained(
-        model,
-        x,
-        None,
+    options = SweepOptions(
         method=method,
         batch_size=batch_size,
         steps=steps,
         include_frozen=include_frozen,
-        verbose=verbose,
+        tolerance=tolerance,
         memory_limit=memory_limit,
         checkpoint=checkpoint,
-        tolerance=tolerance,
+        verbose=verbose,
     )
+    return run(model, x, options)
 
 
-def collect_trained(
+def run(
     model: keras.Model,
     x: Any,
-    trained: Collection[str] | None,
+    options: SweepOptions,
     *,
-    method: str = "exact",
-    batch_size: int | None = None,
-    steps: int | None = None,
-    include_frozen: bool = False,
-    verbose: int | str = "auto",
-    memory_limit: int | None = None,
-    checkpoint: str | os.PathLike | None = None,
-    tolerance: float | None = None,
-    reported: bool = False,
+    trained: Collection[str] | None = None,
+    warned: bool = False,
 ) -> PopulationStats:
-    """`collect` for callbacks.
+    """Sweep data through a model: `collect`, and the callbacks.
 
     Args:
         model: See `collect`.
         x: See `collect`.
-        trained: The paths of the layers that training has changed; `None` for those that `call`
-            trains.
-        method: See `collect`, as for all arguments but the last.
-        batch_size: As above.
-        steps: As above.
-        include_frozen: As above.
-        verbose: As above.
-        memory_limit: As above.
-        checkpoint: As above.
-        tolerance: As above.
-        reported: Whether `check_batch` has given the warnings about the network.
+        options: The `SweepOptions`.
+        trained: The paths of the layers that training has changed; `None` for the layers that
+            `call` trains.
+        warned: Whether `check_batch` has given the warnings about the network.
     """
-    check_method(method)
-    tolerance = arguments.tolerance(tolerance)
     workers = Workers(model)
-    if checkpoint is not None and tolerance is not None:
-        raise ValueError(
-            "Expected a checkpoint only for a sweep of all data. Received: "
-            f"checkpoint={os.fspath(checkpoint)!r} with tolerance={tolerance:g}. Leave one out."
-        )
-    if checkpoint is not None and len(workers) > 1:
-        checkpoint = f"{checkpoint}.{workers.index}"
-    limit = memory.default_limit() if memory_limit is None else memory_limit
-
-    # Both run while the workers exchange their first state, so that all learn if one cannot.
-    @functools.cache
-    def checked() -> tuple[dict[str, keras.Layer], Batches]:
-        several, sample = len(workers) > 1, tolerance is not None
-        return check(
-            model,
-            x,
-            batch_size,
-            steps,
-            include_frozen,
-            may_be_empty=several,
-            sample=sample,
-            shard=workers.index,
-            trained=trained,
-        )
-
-    @functools.cache
-    def shard() -> ShardSweep:
-        layers, batches = checked()
-        return ShardSweep(
+    method, tolerance, limit = options.method, options.tolerance, options.memory_limit
+    limit = memory.default_limit() if limit is None else limit
+    with workers.failing_together():
+        layers, batches = check(model, x, options, trained=trained, workers=workers)
+        report = Report(method, options.verbose if workers.index == 0 else 0, batches.total)
+        report.begin()
+        checkpoint = None
+        if options.checkpoint is not None:
+            checkpoint = Checkpoint(workers.own_name(options.checkpoint), batches)
+        replica = Replica(
             model,
             layers,
-            batches,
-            method,
-            include_frozen=include_frozen,
-            observed=trained is not None,
-            reported=reported,
-            memory_limit=limit if tolerance is None else None,
-            checkpoint=checkpoint,
-            verbose=verbose if workers.index == 0 else 0,
+            include_frozen=options.include_frozen,
+            trained=trained is not None,
+            warned=warned,
         )
-
+        if tolerance is None:
+            local = LocalEngine(replica, batches, method, limit, report, checkpoint)
     if tolerance is None:
-        state = run_levels(LocalEngine(shard, workers))
-        stats = state.finish(model, shard().previous_of(state.paths))
-    else:
-        sampler = LocalSampler(shard, lambda: checked()[1], workers, limit)
-        sample = run_sample(sampler, tolerance, shard().report)
-        state = sample.state
-        stats = state.finish(model, shard().previous_of(state.paths))
-        stats = sample.finish(stats, tolerance)
-    warn_of(state, stats, reported)
-    warn_of_rounding(stats, shard().layers)
-    shard().end()
-    return stats
+        return run_levels(workers.engine(local))
+    return run_sample(LocalSampler(replica, batches, method, workers, limit), tolerance, report)
 
 
 def update_population_stats(model: keras.Model, x: Any, **options: Any) -> PopulationStats:
@@ -248,18 +198,18 @@ def update_population_stats(model: keras.Model, x: Any, **options: Any) -> Popul
 def check(
     model: keras.Model,
     x: Any,
-    batch_size: int | None = None,
-    steps: int | None = None,
-    include_frozen: bool = False,
-    may_be_empty: bool = False,
-    sample: bool = False,
-    shard: int = 0,
+    options: SweepOptions,
+    *,
     trained: Collection[str] | None = None,
+    workers: Workers | None = None,
 ) -> tuple[dict[str, keras.Layer], Batches]:
     """The layers that `collect` would sweep, by path, and the batches it would sweep.
 
     Raises:
         ValueError: All that `collect` would raise before it reads the first batch.
     """
-    layers = layers_to_sweep(model, include_frozen, trained)
-    return layers, data.batches(x, batch_size, steps, may_be_empty, model, sample, shard)
+    workers = workers or Workers(model)
+    layers = layers_to_sweep(model, options.include_frozen, trained)
+    may_be_empty = len(workers) > 1
+    batches = data.batches(x, options, model, may_be_empty=may_be_empty, shard=workers.index)
+    return layers, batches

@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 
 import keras
 
-from tfbn import arguments
 from tfbn.population import PopulationStats
 from tfbn.stats import moments
 from tfbn.sweep import data, state_bytes
 from tfbn.sweep.batches import Batches
 from tfbn.sweep.deal import Deal
 from tfbn.sweep.driver import run_levels, run_sample
-from tfbn.sweep.methods import check_method
-from tfbn.sweep.replicas import Recipe, Replica, forget, replica, source_of
+from tfbn.sweep.options import SweepOptions
+from tfbn.sweep.processes import Recipe, forget, replica_here, source_of
+from tfbn.sweep.replica import Replica
 from tfbn.sweep.report import Report
 from tfbn.sweep.sampling import JOINED_BYTES, PROBE, Draw, groups_of
-from tfbn.sweep.state import SweepState, merged
+from tfbn.sweep.state import SweepState, merge_shards
 
 
 def collect_shards(
@@ -77,48 +77,37 @@ def collect_shards(
             at another level; if the engine loses one.
         RuntimeError: If sweeping a shard fails, with the shard's name and the error's words.
     """
-    check_method(method)
-    tolerance = arguments.tolerance(tolerance)
-    arguments.positive(batch_size=batch_size, steps=steps)
-    recipe = Recipe(source_of(model), method, include_frozen)
-    reader = _Reader(load, batch_size, steps, sample=tolerance is not None)
-    tasks = _Tasks(recipe, list(shards), map, reader)
+    options = SweepOptions(
+        method=method,
+        batch_size=batch_size,
+        steps=steps,
+        include_frozen=include_frozen,
+        tolerance=tolerance,
+    )
+    recipe = Recipe(source_of(model), include_frozen)
+    tasks = _Tasks(recipe, list(shards), map, _Reader(load, options))
     report = Report(method, verbose, len(tasks.shards), unit="shard")
     report.begin()
     try:
-        here = replica(recipe)
-        if tolerance is None:
-            stats = here.finish(run_levels(_MapEngine(here, tasks, report)))
-        else:
-            sample = run_sample(_MapSampler(here, tasks), tolerance, report)
-            stats = sample.finish(here.finish(sample.state), tolerance)
-        report.end()
-        return stats
+        here = replica_here(recipe)
+        if options.tolerance is None:
+            return run_levels(_MapEngine(here, tasks, report))
+        return run_sample(_MapSampler(here, tasks), options.tolerance, report)
     finally:
         forget(recipe)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """How a task reads its shard. See `collect_shards`, and `tfbn.sweep.data` for `sample`."""
+    """How a task reads its shard: with `load` of `collect_shards`, and the `SweepOptions`."""
 
     load: Callable | None
-    batch_size: int | None
-    steps: int | None
-    sample: bool
+    options: SweepOptions
 
     def batches(self, number: int, shard: Any, model: keras.Model) -> Batches:
         """The `Batches` of a shard, given its number too."""
         x = shard if self.load is None else self.load(shard)
-        return data.batches(
-            x,
-            self.batch_size,
-            self.steps,
-            may_be_empty=True,
-            model=model,
-            sample=self.sample,
-            shard=number,
-        )
+        return data.batches(x, self.options, model, may_be_empty=True, shard=number)
 
 
 class _Size(NamedTuple):
@@ -155,7 +144,7 @@ class _Task(abc.ABC):
         """The number of a shard, and the result of `run` for it."""
         number, shard = item
         try:
-            here = replica(self.recipe)
+            here = replica_here(self.recipe)
             return number, self.run(here, number, self.reader.batches(number, shard, here.model))
         except Exception as error:
             # A string alone: the error itself may not survive the way back.
@@ -215,7 +204,7 @@ class _RunLevel(_Task):
                 part = parts[span]
             else:
                 continue
-            results[place] = state_bytes.pack(here.sweep_level(work.state, part))
+            results[place] = state_bytes.pack(here.sweep_shard(work.state, part))
         return results
 
 
@@ -234,6 +223,11 @@ class _Tasks:
     shards: Sequence[Any]
     map: Callable[..., Iterable]
     reader: _Reader
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return self.reader.options.method
 
     def sizes(self) -> list[_Size]:
         """The `_Size` of every shard."""
@@ -275,7 +269,7 @@ class _SameData:
         self._first: dict[tuple[int, int], tuple[int, int]] = {}
 
     def require(self, number: int, work: int, reached: SweepState, begin: SweepState) -> None:
-        if reached.whole and not begin.whole:
+        if reached.turned_uncut(begin):
             return
         if begin.level == 1:
             self._first[number, work] = reached.samples, reached.data
@@ -299,11 +293,11 @@ class _MapEngine:
         self._report = report
         self._same = _SameData(tasks.shards)
 
-    def begin(self) -> SweepState:
+    def initial_state(self) -> SweepState:
         """The state at which the sweep begins."""
-        return self._here.begin
+        return self._here.initial_state(self._tasks.method)
 
-    def run_level(self, state: SweepState) -> SweepState | None:
+    def run_level(self, state: SweepState) -> SweepState:
         """The merged state of all shards after one level."""
         self._report.begin_level(state.level)
         swept = {}
@@ -312,7 +306,13 @@ class _MapEngine:
             self._same.require(number, 0, results[0], state)
             self._report.batch(max(results[0].levels.values(), default=0))
         # In the order of the shards, so that rounding is the same for any order of results.
-        return merged((swept[number] for number in sorted(swept)), state)
+        return merge_shards((swept[number] for number in sorted(swept)), state)
+
+    def finish(self, state: SweepState) -> PopulationStats:
+        """The result of a complete state."""
+        stats = self._here.finish(state)
+        self._report.end()
+        return stats
 
 
 class _MapSampler:
@@ -348,6 +348,10 @@ class _MapSampler:
         each = self._samples() / max(self._taken, 1)
         return _MapGroups(self._here, self._tasks, self._deal, self._taken, each)
 
+    def finish(self, state: SweepState) -> PopulationStats:
+        """The result of a complete state."""
+        return self._here.finish(state)
+
 
 class _MapGroups:
     """Sweeps a sample of all shards in groups: one task for every shard and level."""
@@ -370,7 +374,7 @@ class _MapGroups:
 
     def begin(self) -> SweepState:
         """The state at which the sweep begins."""
-        return self._here.begin
+        return self._here.initial_state(self._tasks.method)
 
     def run_level(
         self, state: SweepState, probes: Sequence[SweepState]
@@ -385,7 +389,7 @@ class _MapGroups:
                 if at < self.groups:
                     self._same.require(number, at, reached, state)
         states = [
-            merged((reached[number] for number in sorted(reached)), work.state) or work.state
+            merge_shards((reached[number] for number in sorted(reached)), work.state)
             for work, reached in zip(works, swept, strict=True)
         ]
         return states[: self.groups], states[self.groups :]

@@ -1,24 +1,18 @@
-"""The accumulator of a sweep: moments of batches, merged, advanced and finished."""
+"""The state of a sweep: batches are added, shards merged, levels advanced."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 
-from tfbn.population import PopulationStats
-from tfbn.stats import drift, layer_stats, moments
+from tfbn.stats import layer_stats, moments
 from tfbn.stats.layer_stats import LayerStats
 from tfbn.stats.moments import Moments
-from tfbn.sweep.batches import Batch
-from tfbn.sweep.caveats import unused
-from tfbn.sweep.methods import METHODS
-
-# A pass has settled where the statistics that it measured are those that it was made with, up to
-# this share of a standard deviation, or of a variance. Rounding in float32 stays below it.
-_SETTLED = 1e-5
+from tfbn.sweep.batches import Batch, empty
+from tfbn.sweep.fixed_point import FixedPoint
+from tfbn.sweep.options import METHODS
 
 
 class Site(NamedTuple):
@@ -31,6 +25,27 @@ class Site(NamedTuple):
 
     path: str
     call: int
+
+
+class NetworkFacts(NamedTuple):
+    """What one trace of a network shows.
+
+    Attributes:
+        levels: Path -> level of a layer; `None` if the network cannot be cut at levels, because a
+            layer is called in a loop or branch or depends on its own output.
+        recurrent: The paths of layers whose calls depend on their own output.
+        looping: The paths of layers in loops that feed themselves.
+        random: Whether the network draws random numbers.
+        by_batch: The paths of layers that inference normalizes by the batch.
+        not_nan: The places of the inputs in which NaN is an error.
+    """
+
+    levels: dict[str, int] | None = None
+    recurrent: frozenset[str] = frozenset()
+    looping: frozenset[str] = frozenset()
+    random: bool = False
+    by_batch: frozenset[str] = frozenset()
+    not_nan: Sequence[int] = ()
 
 
 def _equal(ours: Any, theirs: Any, method: str) -> Any:
@@ -57,6 +72,12 @@ def _union_of_paths(ours: Iterable[str], theirs: Iterable[str], method: str) -> 
     return tuple(sorted({*ours, *theirs}))
 
 
+def _either(ours: FixedPoint | None, theirs: FixedPoint | None, method: str) -> FixedPoint | None:
+    if ours is None or theirs is None:
+        return ours or theirs
+    return ours.note(theirs.recurrent)
+
+
 def _by_site(
     ours: dict[Site, Moments], theirs: dict[Site, Moments], method: str
 ) -> dict[Site, Moments]:
@@ -76,18 +97,15 @@ class SweepState:
     """A sweep between two batches, over one shard of the data or several merged ones.
 
     Attributes:
-        method: Its name, see `tfbn.sweep.methods`.
+        method: The name of the method, see `tfbn.sweep.options`.
         fingerprint: Of the weights, see `tfbn.models.fingerprints.fingerprint`.
         paths: The layers to sweep.
-        whole: Whether every pass observes all calls, because the network cannot be cut at levels.
-        level: The level whose calls are being observed, or the number of the whole pass, from 1.
-        settled: By site the moments of the levels before, or of the whole pass before.
-        recurrent: The paths of the layers whose calls depend on their own output, in whole passes.
-        behind: Whether these have settled, and the passes go on for the layers behind them.
+        fixed_point: If the network cannot be cut at levels, the passes that take their place.
+        level: The level whose calls are being observed, or the number of the pass, from 1.
+        settled: Site -> moments of the levels before, or of the pass before.
         first: `samples`, `data` and `keys` of level 1; `None` at level 1.
-        settling: In whole passes, how many there were for the layers that are settling now.
         complete: Whether no level is left.
-        levels: By path the level of every layer that a batch has shown.
+        levels: Path -> level of every layer that a batch has shown.
         by_batch: The paths of the layers that inference normalizes by the batch.
         random: Whether the passes need the same batches, because the network draws random numbers,
             which follow from the batches' keys, or normalizes by the batch.
@@ -95,21 +113,18 @@ class SweepState:
             `batch_size` the size of the largest.
         data: The digests of these samples, summed: whatever their order and their batches.
         keys: The keys of these batches, summed.
-        moments: By site the moments of this level.
+        moments: Site -> moments of this level.
     """
 
     method: str = _field(_equal, "exact")
     fingerprint: str = _field(_equal, "")
     paths: tuple[str, ...] = _field(_equal, ())
-    whole: bool = _field(_largest, False)
+    fixed_point: FixedPoint | None = dataclasses.field(default=None, metadata={"merge": _either})
     level: int = _field(_equal, 1)
     settled: dict[Site, Moments] = dataclasses.field(
         default_factory=dict, metadata={"merge": _equal}
     )
-    recurrent: tuple[str, ...] = _field(_union_of_paths, ())
-    behind: bool = _field(_equal, False)
     first: tuple[int, int, int] | None = _field(_equal, None)
-    settling: int = _field(_equal, 1)
     complete: bool = _field(_equal, False)
     levels: dict[str, int] = dataclasses.field(default_factory=dict, metadata={"merge": _union})
     by_batch: tuple[str, ...] = _field(_union_of_paths, ())
@@ -123,44 +138,49 @@ class SweepState:
         default_factory=dict, metadata={"merge": _by_site}
     )
 
-    def add(
-        self,
-        batch: Batch,
-        site_moments: Iterable[tuple[Site, Moments]],
-        levels: dict[str, int],
-        random: bool,
-        recurrent: Iterable[str] = (),
-        by_batch: Iterable[str] = (),
-    ) -> "SweepState":
-        """The state with one batch more.
+    def add(self, batch: Batch, site_moments: Iterable[tuple[Site, Moments]]) -> "SweepState":
+        """The state with one more batch.
 
         Args:
             batch: The `tfbn.sweep.batches.Batch`.
-            site_moments: (site, moments) of the calls that the batch has run through.
-            levels: By path the level of the layers that it has shown.
-            random: Whether it has shown random draws.
-            recurrent: The paths of recurrent layers that it has shown.
-            by_batch: The paths of layers that it has shown to normalize by the batch.
+            site_moments: (site, moments) of the calls observed in the batch.
         """
         by_site: dict[Site, Moments] = {}
         for site, of_call in site_moments:  # The body of a loop has several for one site.
             before = by_site.get(site)
             merge = functools.partial(moments.merge_one_batch, method=self.method)
             by_site[site] = of_call if before is None else merge(before, of_call)
-        shard = dataclasses.replace(
-            self.without_batches(),
-            moments=by_site,
-            levels=levels,
-            random=random or bool(by_batch),
-            recurrent=tuple(recurrent),
-            by_batch=tuple(by_batch),
-            samples=batch.samples,
-            batches=1,
-            batch_size=batch.samples,
-            data=batch.data,
-            keys=batch.key,
+        return dataclasses.replace(
+            self,
+            samples=self.samples + batch.samples,
+            batches=self.batches + 1,
+            batch_size=max(self.batch_size, batch.samples),
+            data=_sum_of_digests(self.data, batch.data, self.method),
+            keys=_sum_of_digests(self.keys, batch.key, self.method),
+            moments=_by_site(self.moments, by_site, self.method),
         )
-        return self.merge(shard)
+
+    def note(self, facts: NetworkFacts) -> "SweepState":
+        """The state with the facts of one more trace, by which the sweep may turn out uncut."""
+        fixed_point, levels = self.fixed_point, self.levels
+        if fixed_point is not None:
+            fixed_point = fixed_point.note(facts.recurrent)
+        elif METHODS[self.method].by_level:
+            if facts.levels is None or _disagree(levels, facts.levels):
+                fixed_point = FixedPoint()
+            else:
+                levels = levels | facts.levels
+        return dataclasses.replace(
+            self,
+            fixed_point=fixed_point,
+            levels=levels,
+            random=self.random or facts.random or bool(facts.by_batch),
+            by_batch=_union_of_paths(self.by_batch, facts.by_batch, self.method),
+        )
+
+    def turned_uncut(self, begin: "SweepState") -> bool:
+        """Whether a level that began at `begin` has shown that the network cannot be cut."""
+        return self.fixed_point is not None and begin.fixed_point is None
 
     def without_batches(self) -> "SweepState":
         """The state at the beginning of its level."""
@@ -168,9 +188,9 @@ class SweepState:
         nothing: dict[str, Any] = {**zero, "moments": {}, "levels": {}}
         return dataclasses.replace(self, **nothing)
 
-    def whole_passes(self) -> "SweepState":
-        """The state of a sweep that begins anew, by whole passes."""
-        return SweepState(self.method, self.fingerprint, self.paths, whole=True)
+    def uncut(self) -> "SweepState":
+        """The state of a sweep that begins anew, by passes over the whole network."""
+        return SweepState(self.method, self.fingerprint, self.paths, FixedPoint())
 
     def merge(self, other: "SweepState") -> "SweepState":
         """The state of two shards together.
@@ -185,8 +205,8 @@ class SweepState:
             )
             for field in dataclasses.fields(self)
         }
-        if any(other.levels.get(path, level) != level for path, level in self.levels.items()):
-            merged["whole"] = True
+        if _disagree(self.levels, other.levels):
+            merged["fixed_point"] = merged["fixed_point"] or FixedPoint()
         return SweepState(**merged)
 
     def _check_same_sweep(self, other: "SweepState") -> None:
@@ -211,146 +231,78 @@ class SweepState:
 
     @functools.cached_property
     def layers(self) -> dict[str, Moments]:
-        """By path the moments of the layers of all settled levels: those of all their calls."""
+        """Path -> moments of all calls of a layer of a settled level."""
         return _by_path(self.settled, self.method)
 
     @property
     def populations(self) -> dict[Any, Moments]:
-        """By path, or by site where a call has its own, the moments that calls normalise with.
+        """Path, or site where a call has its own -> the moments that calls normalize with.
 
-        All calls of a layer share one mean and variance, as in inference, but for the calls of
-        recurrent layers until these have settled.
+        All calls of a layer share one mean and variance, as in inference.
         """
-        if self.behind:
+        if self.fixed_point is None:
             return self.layers
-        own = {site: m for site, m in self.settled.items() if site.path in self.recurrent}
-        return {**self.layers, **own}
+        return self.fixed_point.populations(self.settled, self.layers)
 
-    def spreads(self) -> dict[str, tuple[int, dict[str, float]]]:
-        """By path, for layers of several calls: how many, and the drift of the furthest one.
+    def advance(self, reached: "SweepState") -> "SweepState":
+        """The state to continue at, after a level that began at this state.
 
-        The drift is that of `tfbn.stats.drift.of_layer`, of the call from all calls together.
+        Args:
+            reached: The state after all batches of the level.
+
+        Returns:
+            The next level, or the complete state after the last. If the network cannot be cut at
+            its levels, the beginning of a sweep by passes over the whole network.
+
+        Raises:
+            ValueError: If there was no data, or other data than at the first level.
         """
-        calls: dict[str, list[Moments]] = {}
-        for site, of_site in self.settled.items():
-            if np.any(of_site.count):
-                calls.setdefault(site.path, []).append(of_site)
-        spreads = {}
-        for path, of_layer in calls.items():
-            if len(of_layer) > 1:
-                single = [layer_stats.of_calls([one], self.method) for one in of_layer]
-                together = layer_stats.of_calls([self.layers[path]], self.method)
-                drifts = [drift.of_layer(together, one) for one in single]
-                furthest = max(drifts, key=lambda off: off["mean_shift"] + off["std_ratio_max"])
-                spreads[path] = len(single), furthest
-        return spreads
+        if reached.turned_uncut(self):
+            return reached.uncut()
+        if not reached.batches:
+            raise empty()
+        return reached.next_level()
 
     def next_level(self) -> "SweepState":
         """The state at the beginning of the next level, or the complete one after the last.
 
         Raises:
-            ValueError: If the level was swept over other data than the first; if whole passes
-                do not settle.
+            ValueError: If the level was swept over other data than the first; if the passes of a
+                network that cannot be cut do not converge.
         """
         swept = self.samples, self.data, self.keys
         if self.first is not None:
             _check_same_data(self.first, swept, self.random)
-        if not METHODS[self.method].by_level:
-            return self._after(self.moments, complete=True, first=swept)
-        if self.whole:
-            return self._after_whole_pass(swept)
-        done = self.level >= max(self.levels.values(), default=0)
-        return self._after(self.settled | self.moments, complete=done, first=swept)
-
-    def _after(
-        self, settled: dict[Site, Moments], *, complete: bool, **changes: Any
-    ) -> "SweepState":
-        after = dataclasses.replace(self, settled=settled, complete=complete, **changes)
+        settled, fixed_point = self.settled | self.moments, self.fixed_point
+        complete = self.level >= max(self.levels.values(), default=0)
+        if fixed_point is not None:
+            settled, fixed_point = fixed_point.after_pass(self)
+            complete = fixed_point is None
+        after = dataclasses.replace(self, settled=settled, complete=complete, first=swept)
         if complete:
             return after
-        begin = after.without_batches()
-        return dataclasses.replace(begin, level=self.level + 1, levels=self.levels)
-
-    def _after_whole_pass(self, swept: tuple[int, int, int]) -> "SweepState":
-        """The state after a whole pass: complete when nothing has moved since the one before.
-
-        The statistics of recurrent layers are those of the passes in which each of their calls
-        normalised by its own. Then only the layers behind them go on.
-        """
-        settled = self.moments
-        if self.behind:
-            settled = settled | {s: m for s, m in self.settled.items() if s.path in self.recurrent}
-        now = dataclasses.replace(self, settled=settled).populations
-        moving = [key for key in now if not _close(now[key], self.populations.get(key))]
-        if not moving:
-            if self.recurrent and not self.behind:
-                return self._after(settled, complete=False, behind=True, first=swept, settling=1)
-            return self._after(settled, complete=True, first=swept)
-        # Every pass settles one more call on the longest path.
-        if self.settling > len(settled) + 1:
-            moved = moving[0].path if isinstance(moving[0], Site) else moving[0]
-            raise ValueError(
-                "Expected a network whose batch norm layers have exact statistics. Received: layer "
-                f"{moved!r}, which is called in a loop that feeds its output back to it, and whose "
-                f"statistics still move after {self.level} passes. Use method='pooled'."
-            )
-        return self._after(settled, complete=False, first=swept, settling=self.settling + 1)
+        begin = dataclasses.replace(after.without_batches(), levels=self.levels)
+        return dataclasses.replace(begin, level=self.level + 1, fixed_point=fixed_point)
 
     def statistics(self) -> dict[str, LayerStats]:
-        """By path the `LayerStats` of the layers of all settled levels."""
+        """Path -> `LayerStats` of the layers of all settled levels."""
         calls: dict[str, list[Moments]] = {}
         for site, of_site in self.settled.items():
             calls.setdefault(site.path, []).append(of_site)
         return {path: layer_stats.of_calls(each, self.method) for path, each in calls.items()}
 
-    def finish(self, model: keras.Model, previous: PopulationStats) -> PopulationStats:
-        """The result of a complete sweep, without layers whose statistics inference does not use.
 
-        Args:
-            model: The model that was swept.
-            previous: The `PopulationStats` that it holds.
-
-        Raises:
-            ValueError: If no layer is left, or if one was called without any value.
-        """
-        statistics = {path: s for path, s in self.statistics().items() if path in self.paths}
-        if not statistics:
-            raise unused(model, self.paths, self.by_batch)
-        for path, of_layer in statistics.items():
-            if not of_layer.counts.any():
-                raise ValueError(
-                    f"Expected values for layer {path!r}. Received: none, or only masked ones. "
-                    "Look at the data and its masks."
-                )
-        if unswept := previous.keys() - statistics.keys():
-            held = {path: previous[path] for path in previous if path not in unswept}
-            previous = previous.replace(layers=held)
-        return PopulationStats(
-            {path: statistics[path] for path in self.paths if path in statistics},
-            method=self.method,
-            samples=self.samples,
-            batches=self.batches,
-            batch_size=self.batch_size,
-            fingerprint=self.fingerprint,
-            levels=self.level,
-            previous=previous,
-        )
-
-
-def merged(states: Iterable[SweepState], begin: SweepState) -> SweepState | None:
-    """The states of several shards after one level as one, or `None` if none has a batch.
+def merge_shards(states: Iterable[SweepState], begin: SweepState) -> SweepState:
+    """Merge the states of several shards after one level; `begin` if no shard has a batch.
 
     Args:
         states: Of the shards.
         begin: The `SweepState` at the beginning of the level.
     """
-    whole = None
-    for state in states:
-        # An empty shard does not show which layers are called in training.
-        if state.batches or (state.whole and not begin.whole):
-            state = dataclasses.replace(state, settled=begin.settled)
-            whole = state if whole is None else SweepState.merge(whole, state)
-    return whole
+    # An empty shard does not show which layers are called in training.
+    filled = [state for state in states if state.batches or state.turned_uncut(begin)]
+    shards = [dataclasses.replace(state, settled=begin.settled) for state in filled]
+    return functools.reduce(SweepState.merge, shards) if shards else begin
 
 
 def _check_same_data(first: Sequence[int], now: Sequence[int], random: bool) -> None:
@@ -387,14 +339,6 @@ def _same_moments(ours: Mapping[Site, Moments], theirs: Mapping[Site, Moments]) 
     )
 
 
-def _close(ours: Moments, theirs: Moments | None) -> bool:
-    if theirs is None:
-        return False
-    # Rounding counts where a channel hardly varies.
-    variance = moments.variance(theirs) + 1e-6 * theirs.mean**2
-    mean_off = np.abs(ours.mean - theirs.mean)
-    variance_off = np.abs(moments.variance(ours) - moments.variance(theirs))
-    return bool(
-        np.all(mean_off <= _SETTLED * np.sqrt(variance))
-        and np.all(variance_off <= _SETTLED * variance)
-    )
+def _disagree(ours: Mapping[str, int], theirs: Mapping[str, int]) -> bool:
+    """Whether two traces put one layer at different levels."""
+    return any(theirs.get(path, level) != level for path, level in ours.items())

@@ -6,7 +6,8 @@ import numpy as np
 
 from tfbn.files import sealed
 from tfbn.stats.moments import Moments
-from tfbn.sweep.methods import METHODS
+from tfbn.sweep.fixed_point import FixedPoint
+from tfbn.sweep.options import METHODS
 from tfbn.sweep.state import Site, SweepState
 
 _KIND = "tfbn sweep state 1"
@@ -20,6 +21,8 @@ def pack(state: SweepState) -> bytes:
         for field in dataclasses.fields(state)
         if field.name not in sites
     }
+    if state.fixed_point is not None:
+        header["fixed_point"] = dataclasses.asdict(state.fixed_point)
     arrays: dict[str, np.ndarray] = {}
     for name, by_site in sites.items():
         header[name] = [list(site) for site in by_site]
@@ -42,8 +45,11 @@ def unpack(content: bytes) -> SweepState:
             values[name] = {
                 Site(*site): _possible(arrays[f"{name}_{i}"]) for i, site in enumerate(values[name])
             }
-        for name in ("paths", "recurrent", "by_batch", "first"):
+        for name in ("paths", "by_batch", "first"):
             values[name] = None if values[name] is None else tuple(values[name])
+        if passes := values["fixed_point"]:
+            recurrent = tuple(passes["recurrent"])
+            values["fixed_point"] = FixedPoint(**passes | {"recurrent": recurrent})
         state = SweepState(**values)
         _check_types(state)
         return state
@@ -56,18 +62,12 @@ def unpack(content: bytes) -> SweepState:
 
 def _check_types(state: SweepState) -> None:
     """Raise `ValueError` for values that no sweep has."""
-    whole = (
-        state.level,
-        state.settling,
-        state.samples,
-        state.batches,
-        state.batch_size,
-        state.data,
-    )
-    whole += (state.keys, *state.levels.values(), *(state.first or ()))
-    names = (*state.paths, *state.recurrent, *state.by_batch, *state.levels, state.fingerprint)
+    passes = state.fixed_point or FixedPoint()
+    whole = (state.level, passes.passes, state.samples, state.batches, state.batch_size)
+    whole += (state.data, state.keys, *state.levels.values(), *(state.first or ()))
+    names = (*state.paths, *passes.recurrent, *state.by_batch, *state.levels, state.fingerprint)
     sites = (*state.settled, *state.moments)
-    flags = (state.whole, state.behind, state.complete, state.random)
+    flags = (passes.behind, state.complete, state.random)
     possible = (
         state.method in METHODS
         and (state.first is None or len(state.first) == 3)

@@ -1,17 +1,22 @@
-"""The processes of a `tf.distribute` strategy that share a sweep."""
+"""The processes of a `tf.distribute` strategy that share a sweep, and the engine of all."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
+import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from tfbn.population import PopulationStats
 from tfbn.stats.moments import Moments
 from tfbn.sweep import state_bytes
-from tfbn.sweep.state import Site, SweepState
+from tfbn.sweep.local_engine import LocalEngine
+from tfbn.sweep.state import Site, SweepState, merge_shards
 
 
 class Workers:
@@ -47,6 +52,31 @@ class Workers:
 
     def __len__(self) -> int:
         return self._count
+
+    def own_name(self, path: str | os.PathLike) -> str:
+        """The name of a file of this worker: each of several adds its number."""
+        return os.fspath(path) if self._count == 1 else f"{os.fspath(path)}.{self.index}"
+
+    def engine(self, local: LocalEngine) -> "LocalEngine | WorkersEngine":
+        """The engine of all workers; if this process is alone, its own."""
+        return local if self._count == 1 else WorkersEngine(self, local)
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Within the context an error on one worker is raised on all.
+
+        Raises:
+            RuntimeError: If another worker raises an error or has ended.
+        """
+        if self._count == 1:
+            yield
+            return
+        try:
+            yield
+        except Exception as error:
+            self._exchange(_failure(error))
+            raise
+        self._require_success(self._exchange(b"+"))
 
     def gather(
         self, compute: Callable[[], SweepState], settled: dict[Site, Moments] | None = None
@@ -85,22 +115,22 @@ class Workers:
         return [tuple(np.frombuffer(numbers, np.int64).tolist()) for numbers in gathered]
 
     def _gather(self, compute: Callable[[], bytes]) -> list[bytes]:
-        failure = None
         try:
             message = b"+" + compute()
         except Exception as error:
-            failure = error
-            message = f"-{type(error).__name__}: {error}".encode()
+            self._exchange(_failure(error))
+            raise
         messages = self._exchange(message)
-        if failure is not None:
-            raise failure
+        self._require_success(messages)
+        return [message[1:] for message in messages]
+
+    def _require_success(self, messages: Sequence[bytes]) -> None:
         for index, message in enumerate(messages):
             if message[:1] == b"-":
                 raise RuntimeError(
                     f"Expected the sweeps of all {self._count} workers. Received: from worker "
                     f"{index} (counting from 0), {message[1:].decode()}"
                 )
-        return [message[1:] for message in messages]
 
     def _gathered(self, words: np.ndarray) -> np.ndarray:
         with tf.device("CPU:0"):
@@ -127,6 +157,37 @@ class Workers:
             messages[index] = gathered[2:end].tobytes()[:size]
             gathered = gathered[end:]
         return [messages[index] for index in range(self._count)]
+
+
+class WorkersEngine:
+    """Several workers, each with an engine for its own data, that merge their states.
+
+    Args:
+        workers: The `Workers`.
+        local: The engine of this worker.
+    """
+
+    def __init__(self, workers: Workers, local: LocalEngine):
+        self._workers = workers
+        self._local = local
+
+    def initial_state(self) -> SweepState:
+        """The state at which all begin. After a crash a worker may be one level ahead."""
+        states = self._workers.gather(self._local.initial_state)
+        return max(states, key=lambda state: state.level)
+
+    def run_level(self, state: SweepState) -> SweepState:
+        """The merged state after one level."""
+        run = functools.partial(self._local.run_level, state)
+        return merge_shards(self._workers.gather(run, settled=state.settled), state)
+
+    def finish(self, state: SweepState) -> PopulationStats:
+        """The result, the same on all workers."""
+        return self._local.finish(state)
+
+
+def _failure(error: Exception) -> bytes:
+    return f"-{type(error).__name__}: {error}".encode()
 
 
 def _interruptible(

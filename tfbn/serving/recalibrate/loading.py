@@ -14,7 +14,7 @@ import keras
 import tensorflow as tf
 
 from tfbn.graphs.flattening import flattened
-from tfbn.graphs.importing import GraphImporter
+from tfbn.graphs.subgraphs import Subgraphs
 from tfbn.layer import BatchNormalization
 from tfbn.models.keras_models import Structure
 from tfbn.serving import saved_models
@@ -56,7 +56,7 @@ class ServedNetwork(keras.Model):
         arguments = len(specs)
         names = [tensor.name for tensor in function.inputs]
         captured = zip(names[arguments:], function.captured_inputs, strict=True)
-        self._served = GraphImporter(function.graph, dict(captured))
+        self._served = Subgraphs(function.graph, dict(captured))
         self._entered = tuple(names[:arguments])
         self._left = tuple(tensor.name for tensor in function.outputs)
         self._ordered = found.function is not None

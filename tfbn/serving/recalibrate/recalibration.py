@@ -18,6 +18,7 @@ from tfbn.serving.monitor import answers, monitor
 from tfbn.serving.recalibrate import loading, recognition, weights
 from tfbn.stats import layer_stats, moments
 from tfbn.sweep.batches import empty
+from tfbn.sweep.options import SweepOptions
 from tfbn.sweep.run import check, collect
 
 
@@ -198,9 +199,10 @@ def next_version(
         _require_numbers(expected, before.path)
         off = _require_same(_served(loaded, network, inputs), expected, before.path)
         batch_norms.write(partial, before.found)
-        swept = functools.partial(
-            check, network, again, batch_size, stats.batches, True, sample=tolerance is not None
+        swept_again = SweepOptions(
+            batch_size=batch_size, steps=stats.batches, include_frozen=True, tolerance=tolerance
         )
+        swept = functools.partial(check, network, again, swept_again)
         population = _write_monitored(partial, loaded, before, stats, inputs, swept)
         provenance.write_next(partial, before.path.name, before.provenance, stats, off, population)
         version = versions.put_in_place(partial, directory, None)
@@ -249,7 +251,8 @@ def _with_first(network, x, batch_size, steps):
     if hasattr(x, "__next__"):  # A batch that was read does not come again.
         start = list(itertools.islice(x, 1))
         x, head, steps = itertools.chain(start, x), start, None
-    _, batches = check(network, head, batch_size, steps, include_frozen=True)
+    options = SweepOptions(batch_size=batch_size, steps=steps, include_frozen=True)
+    _, batches = check(network, head, options)
     first = batches.first()
     if first is None:
         raise empty()

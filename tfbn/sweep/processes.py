@@ -8,14 +8,14 @@ import weakref
 from collections.abc import Callable
 
 import keras
+import tensorflow as tf
 
-from tfbn.population import PopulationStats
-from tfbn.sweep.batches import BatchReader, prepared
-from tfbn.sweep.caveats import warn_of, warn_of_rounding
-from tfbn.sweep.model_sources import Source, check_source, load
-from tfbn.sweep.shard_sweep import ShardSweep
-from tfbn.sweep.state import SweepState
+from tfbn.models import keras_models
+from tfbn.sweep.replica import Replica
 from tfbn.sweep.trained_layers import layers_to_sweep
+
+# The path of a `.keras` file, or a function that returns the model.
+Source = str | Callable[[], keras.Model]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +23,8 @@ class Recipe:
     """All that a process needs to take part in a sweep, sent with every task.
 
     Attributes:
-        source: Where the model comes from, see `tfbn.sweep.model_sources`; or the model itself, see
+        source: The path of the model or a function that returns it; or the model itself, see
             `OnlyHere`.
-        method: The name of the method.
         include_frozen: Whether to sweep layers too that `fit` does not train.
         paths: The layers to sweep, by the names that they have where the sweep began: unnamed
             layers of a subclassed model have other numbers in every process.
@@ -33,7 +32,6 @@ class Recipe:
     """
 
     source: Source
-    method: str
     include_frozen: bool = False
     paths: tuple[str, ...] | None = None
     sweep: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
@@ -62,69 +60,58 @@ def source_of(model: keras.Model | str | os.PathLike | Callable[[], keras.Model]
     """The source of a model, from the user's argument `model`.
 
     Raises:
-        ValueError: See `tfbn.sweep.model_sources.check_source`.
+        ValueError: See `check_source`.
     """
     return OnlyHere(model) if isinstance(model, keras.Model) else check_source(model)
 
 
-class Replica:
-    """The model of a sweep in this process, and its `ShardSweep`, made once for all tasks.
+def check_source(model: str | os.PathLike | Callable[[], keras.Model]) -> Source:
+    """The path or function that gives a model in any process.
 
-    Args:
-        recipe: The `Recipe` of the sweep.
-
-    Attributes:
-        model: The model.
-        layers: The layers to sweep, by path.
+    Raises:
+        ValueError: If it is neither the path of a `.keras` file that exists nor a function.
     """
+    keras_models.refuse_keras_2(model)
+    known = False
+    if isinstance(model, str | os.PathLike):
+        known = str(model).endswith(".keras")
+        if known and tf.io.gfile.exists(os.fspath(model)):
+            return os.fspath(model)
+    elif callable(model) and not isinstance(model, keras.Model):
+        return model
+    raise ValueError(
+        "Expected `model` to be the path of a .keras file, or a function without arguments that "
+        f"returns the model. Received: model={model!r}"
+        + (", which does not exist" if known else "")
+        + ". Save the model where all workers can read it."
+    )
 
-    def __init__(self, recipe: Recipe):
-        self.model = load(recipe.source)
-        layers = layers_to_sweep(self.model, recipe.include_frozen)
-        # If it has other layers, its fingerprint is another too, which `sweep_level` refuses.
-        if recipe.paths is not None and len(recipe.paths) == len(layers):
-            layers = dict(zip(recipe.paths, layers.values(), strict=True))
-        self.layers = layers
-        self._recipe = recipe
-        self._lock = threading.Lock()
-        self._sweep = ShardSweep(
-            self.model,
-            self.layers,
-            prepared([]),
-            recipe.method,
-            include_frozen=recipe.include_frozen,
-        )
 
-    @property
-    def begin(self) -> SweepState:
-        """The state that the sweep begins at."""
-        return self._sweep.begin
+def load(source: Source) -> keras.Model:
+    """The model of a source of `check_source`.
 
-    @property
-    def any_batch_size(self) -> bool:
-        """Whether the network is known to take batches of any size."""
-        return self._sweep.any_batch_size
+    Raises:
+        ValueError: If Keras cannot load the file.
+    """
+    if callable(source):
+        return source()
+    try:
+        return keras.models.load_model(source, compile=False)
+    except Exception as error:
+        raise ValueError(
+            f"Expected a .keras file that Keras can load. Received: model={source!r}, on which it "
+            f"raised {type(error).__name__}: {error} Give a function that returns the model."
+        ) from error
 
-    def sweep_level(self, state: SweepState, batches: BatchReader) -> SweepState:
-        """One level over some batches.
 
-        Args:
-            state: The `SweepState` at the beginning of the level.
-            batches: The `tfbn.sweep.batches.Batches`, which are read once.
-
-        Returns:
-            The state after them, without the levels before, which all processes have.
-        """
-        with self._lock:
-            swept = self._sweep.continue_sweep(state, batches)
-        return dataclasses.replace(swept, settled={})
-
-    def finish(self, state: SweepState) -> PopulationStats:
-        """The `tfbn.PopulationStats` of a complete sweep, with warnings where they are due."""
-        stats = state.finish(self.model, self._sweep.previous_of(state.paths))
-        warn_of(state, stats)
-        warn_of_rounding(stats, self._sweep.layers)
-        return stats
+def make_replica(recipe: Recipe) -> Replica:
+    """Load the model of a sweep, and make its `Replica`."""
+    model = load(recipe.source)
+    layers = layers_to_sweep(model, recipe.include_frozen)
+    # If it has other layers, its fingerprint is another too, which `sweep_shard` refuses.
+    if recipe.paths is not None and len(recipe.paths) == len(layers):
+        layers = dict(zip(recipe.paths, layers.values(), strict=True))
+    return Replica(model, layers, include_frozen=recipe.include_frozen)
 
 
 # Here rather than in the tasks, which are new objects every time that they are sent. As long as
@@ -136,7 +123,7 @@ _making = threading.Lock()
 _processes: set[int] = set()
 
 
-def replica(recipe: Recipe) -> Replica:
+def replica_here(recipe: Recipe) -> Replica:
     """The `Replica` of a sweep in this process, made in the first call.
 
     Raises:
@@ -153,7 +140,7 @@ def replica(recipe: Recipe) -> Replica:
         made = _replicas.get(recipe.sweep)
         if made is None:
             _last.clear()
-            made = _replicas[recipe.sweep] = Replica(recipe)
+            made = _replicas[recipe.sweep] = make_replica(recipe)
         _last[:] = [made]
         return made
 

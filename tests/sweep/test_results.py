@@ -6,8 +6,11 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from states import FIRST, SECOND, batch, begun, of, swept, values
 
 import tfbn
+from tfbn.stats import moments
+from tfbn.sweep import results
 
 EPSILON = 1e-3
 
@@ -90,3 +93,28 @@ def test_a_variance_that_becomes_0_and_a_mean_that_does_not_fit():
         tfbn.update_population_stats(large, wide, verbose=0)
     for before, after in zip(held, large.get_weights(), strict=True):
         np.testing.assert_array_equal(before, after)
+
+
+def test_what_is_finished_holds_every_layer_that_inference_calls():
+    bns = {name: layers.BatchNormalization(name=name) for name in "ab"}
+    model = keras.Sequential([keras.Input((2,)), *bns.values()])
+    previous = tfbn.PopulationStats.read(model)
+
+    def finish(state):
+        return results.finish(state.next_level(), model, bns, previous, warned=True)
+
+    x = values(4, 0)
+    one_level = {"a": 1, "b": 1}
+    done = swept(begun(), [(SECOND, x), (FIRST, x)], levels=one_level)
+    stats = finish(done)
+    assert list(stats) == ["a", "b"] and stats.previous is previous
+    np.testing.assert_allclose(stats["a"].variance, x.var(0), rtol=1e-12)
+    lacking = swept(begun(), [(FIRST, x)], levels=one_level)
+    stats = finish(lacking)
+    assert list(stats) == list(stats.previous) == ["a"]
+    with pytest.raises(ValueError, match="does not call a, b"):
+        finish(begun().add(batch(4), []))
+    none = moments.of_values(*np.zeros((3, 2)))
+    masked = begun().add(batch(4), [(FIRST, of(x)), (SECOND, none)])
+    with pytest.raises(ValueError, match="values for layer 'b'"):
+        finish(masked)

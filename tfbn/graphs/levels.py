@@ -1,0 +1,196 @@
+"""Cut a traced graph at the calls of layers: their levels, and the tensors between two levels.
+
+A layer's level is one more than the highest level among the layers that any of its calls depends
+on. Segment l is the part of the graph between the frontiers of levels l - 1 and l. It computes the
+tensors that enter the layers of level l, and frontier l.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
+
+import tensorflow as tf
+
+from tfbn.graphs.walks import Sources
+
+# The types of operations that draw random numbers of their own. Those behind `tf.random.normal`,
+# `uniform` and `truncated_normal`, and Keras's, do not come here: see `tfbn.sweep.inference`.
+_DRAWS = ("Random", "Multinomial", "ParameterizedTruncatedNormal", "Stateful", "Rng")
+_DRAWS_NOT = ("StatefulPartitionedCall",)
+
+
+class LayerCall(Protocol):
+    """A call of a layer in a graph.
+
+    Attributes:
+        path: The layer.
+        inputs: The tensors that enter.
+        outputs: The tensor that leaves.
+        fetches: The tensors that the call is observed by; empty or `None` if it is not observed.
+    """
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def inputs(self) -> list[tf.Tensor]: ...
+    @property
+    def outputs(self) -> tf.Tensor: ...
+    @property
+    def fetches(self) -> list[tf.Tensor] | None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A graph that is cut at the levels of its layers.
+
+    Attributes:
+        depth: The highest level.
+        fetches: For each level from 0, the tensors that its calls are observed by.
+        frontiers: For each level from 0, the tensors of that level or an earlier one that later
+            levels read. Frontier 0 are the inputs of the graph.
+        run_at: Operation that depends on the inputs -> the level whose segment runs it. Weights,
+            and what depends on them alone, are cheaper to read again than to keep.
+        drawn: The name of an operation that draws random numbers of its own, or `None`.
+    """
+
+    depth: int
+    fetches: list[list[tf.Tensor]]
+    frontiers: list[list[tf.Tensor]]
+    run_at: dict[tf.Operation, int]
+    drawn: str | None
+
+
+def dependencies(sources: Sources, calls: Sequence[LayerCall]) -> dict[str, list[str]]:
+    """Path -> the layers whose outputs reach observed calls of a layer past no other layer."""
+    paths = list(dict.fromkeys(call.path for call in calls))
+    bit = {path: 1 << place for place, path in enumerate(paths)}
+    call_at = {call.outputs.op: call for call in calls}
+    before = dict.fromkeys(paths, 0)  # Path -> layers, a bit each.
+    reaching: dict[tf.Operation, int] = {}
+    for op, waits_for in sources.items():
+        mask = 0
+        for source in waits_for:
+            mask |= reaching[source]
+        reaching[op] = mask
+        if call := call_at.get(op):
+            reaching[op] = bit[call.path]
+            if call.fetches:
+                for tensor in call.inputs:
+                    before[call.path] |= reaching[tensor.op]
+    return {path: [other for other in paths if mask & bit[other]] for path, mask in before.items()}
+
+
+def recurrent(before: Mapping[str, Collection[str]], calls: Sequence[LayerCall]) -> frozenset[str]:
+    """Return the layers whose calls depend on calls of the same layer, as a cell's at every step.
+
+    Args:
+        before: See `dependencies`.
+        calls: The calls of layers.
+    """
+    counts = collections.Counter(call.path for call in calls)
+
+    def reaches_itself(path: str) -> bool:
+        seen: set[str] = set()
+        pending = list(before[path])
+        while pending:
+            other = pending.pop()
+            if other not in seen:
+                seen.add(other)
+                pending += before[other]
+        return path in seen
+
+    return frozenset(path for path in before if counts[path] > 1 and reaches_itself(path))
+
+
+def levels(before: Mapping[str, Collection[str]]) -> dict[str, int]:
+    """Return path -> level, for layers none of which is `recurrent`.
+
+    Args:
+        before: See `dependencies`.
+    """
+    found: dict[str, int] = {}
+    for path in before:
+        pending = [path]
+        while pending:
+            missing = [other for other in before[pending[-1]] if other not in found]
+            if missing:
+                pending.append(missing[0])
+                continue
+            done = pending.pop()
+            found[done] = 1 + max((found[other] for other in before[done]), default=0)
+    return found
+
+
+def cut(
+    sources: Sources,
+    inputs: Sequence[tf.Tensor],
+    calls: Sequence[LayerCall],
+    levels: Mapping[str, int],
+) -> Cut:
+    """Cut a graph.
+
+    Args:
+        sources: Of the graph.
+        inputs: The tensors that data is fed to.
+        calls: The calls of layers.
+        levels: Path -> level.
+    """
+    fetches = _fetches(calls, levels)
+    first = _first_levels(sources, inputs, fetches)
+    run_at = {op: first[op] for op in _depending(sources, inputs) if op in first}
+    last = _last_levels(first, fetches)
+    frontiers: list[list[tf.Tensor]] = [list(inputs), *([] for _ in fetches[1:])]
+    for op, level in run_at.items():
+        for tensor in op.outputs:
+            for between in range(max(level, 1), last.get(id(tensor), 0)):
+                frontiers[between].append(tensor)
+    drawn = [op.name for op in run_at if _draws(op)]
+    return Cut(len(fetches) - 1, fetches, frontiers, run_at, drawn[-1] if drawn else None)
+
+
+def _fetches(calls: Sequence[LayerCall], levels: Mapping[str, int]) -> list[list[tf.Tensor]]:
+    by_level: dict[int, list[tf.Tensor]] = collections.defaultdict(list)
+    for call in calls:
+        by_level[levels[call.path]] += call.fetches or ()
+    return [by_level[level] for level in range(max(levels.values(), default=0) + 1)]
+
+
+def _depending(sources: Sources, inputs: Sequence[tf.Tensor]) -> list[tf.Operation]:
+    """Return the operations that depend on the inputs, or draw: a draw may not be made again."""
+    depending = {tensor.op: None for tensor in inputs}
+    for op, waits_for in sources.items():
+        if _draws(op) or not depending.keys().isdisjoint(waits_for):
+            depending[op] = None
+    return [op for op in sources if op in depending]
+
+
+def _first_levels(
+    sources: Sources, inputs: Sequence[tf.Tensor], fetches: Sequence[Sequence[tf.Tensor]]
+) -> dict[tf.Operation, int]:
+    """Operation -> the first level that needs it; the inputs are there before any."""
+    first = {tensor.op: 0 for tensor in inputs}
+    for level, entering in enumerate(fetches):
+        pending = [tensor.op for tensor in entering]
+        while pending:
+            op = pending.pop()
+            if op not in first:
+                first[op] = level
+                pending += sources[op]
+    return first
+
+
+def _last_levels(
+    first: Mapping[tf.Operation, int], fetches: Sequence[Sequence[tf.Tensor]]
+) -> dict[int, int]:
+    """Id of a tensor -> the last level that reads it."""
+    last = {id(tensor): level for level, entering in enumerate(fetches) for tensor in entering}
+    for op, level in first.items():
+        for tensor in op.inputs:
+            last[id(tensor)] = max(last.get(id(tensor), 0), level)
+    return last
+
+
+def _draws(op: tf.Operation) -> bool:
+    """Whether an operation draws random numbers of its own."""
+    return op.type.startswith(_DRAWS) and op.type not in _DRAWS_NOT

@@ -1,0 +1,62 @@
+"""The options of a sweep, and the methods to choose from, one row each."""
+
+import dataclasses
+import os
+from typing import NamedTuple
+
+from tfbn import arguments
+
+
+class Method(NamedTuple):
+    """How a method sweeps.
+
+    Attributes:
+        by_level: Whether a layer is observed while the layers before it normalize with their
+            population statistics, level by level. Else they normalize with the batch's own
+            moments, as in training, and one pass observes all layers.
+        batches_matter: Whether the statistics depend on how the data is cut into batches.
+    """
+
+    by_level: bool
+    batches_matter: bool
+
+
+# `tfbn.stats.moments` accumulates the moments of batches, by the same names.
+METHODS = {
+    "exact": Method(by_level=True, batches_matter=False),
+    "pooled": Method(by_level=False, batches_matter=True),
+    "algorithm2": Method(by_level=False, batches_matter=True),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """The options of a sweep, see `tfbn.collect`.
+
+    Raises:
+        ValueError: For values that no sweep takes.
+    """
+
+    method: str = "exact"
+    batch_size: int | None = None
+    steps: int | None = None
+    include_frozen: bool = False
+    tolerance: float | None = None
+    memory_limit: int | None = None
+    checkpoint: str | os.PathLike | None = None
+    verbose: int | str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(
+                f"Expected method to be one of {tuple(METHODS)}. Received: method={self.method!r}."
+            )
+        # Frozen, so that the checked number is stored past the dataclass.
+        object.__setattr__(self, "tolerance", arguments.tolerance(self.tolerance))
+        if self.checkpoint is not None and self.tolerance is not None:
+            raise ValueError(
+                "Expected a checkpoint only for a sweep of all data. Received: "
+                f"checkpoint={os.fspath(self.checkpoint)!r} with tolerance={self.tolerance:g}. "
+                "Leave one out."
+            )
+        arguments.positive(batch_size=self.batch_size, steps=self.steps)

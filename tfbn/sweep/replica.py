@@ -1,0 +1,377 @@
+"""A model in one process, ready to be swept. It holds no data, no checkpoint and no progress."""
+
+import collections
+import concurrent.futures
+import contextlib
+import copy
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple, NoReturn, TypeVar
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfbn.models import assignment, keras_models
+from tfbn.population import PopulationStats
+from tfbn.stats import moments
+from tfbn.stats.moments import Moments
+from tfbn.sweep import results
+from tfbn.sweep.batches import Batch, BatchReader
+from tfbn.sweep.cut_passes import CutPasses
+from tfbn.sweep.fixed_point import FixedPoint
+from tfbn.sweep.frontiers import Frontier
+from tfbn.sweep.network import Network, devices, flatten
+from tfbn.sweep.observation import UnobservableError
+from tfbn.sweep.options import METHODS
+from tfbn.sweep.state import NetworkFacts, Site, SweepState
+from tfbn.sweep.trace import SiteMoments
+from tfbn.sweep.trained_layers import require_trained, trained_calls
+from tfbn.sweep.uncut_passes import UncutPasses
+
+
+class SweptBatch(NamedTuple):
+    """One batch of a level.
+
+    Attributes:
+        batch: The `Batch`.
+        frontier: The `Frontier` that it reached, if any.
+        state: The `SweepState` after the batch.
+    """
+
+    batch: Batch
+    frontier: Frontier | None
+    state: SweepState
+
+
+class Replica:
+    """A model with the layers to sweep, and a network on each device of the process.
+
+    Args:
+        model: A built model.
+        layers: Path -> layer to sweep.
+        include_frozen: Whether to sweep layers that `fit` does not train as well.
+        trained: Whether training was observed to change these layers, so that no trace needs to
+            show which ones train.
+        warned: Whether the warnings about the network have been given.
+
+    Attributes:
+        model: The model.
+        layers: Path -> layer to sweep, before the data shows which ones train.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        layers: Mapping[str, keras.Layer],
+        *,
+        include_frozen: bool = False,
+        trained: bool = False,
+        warned: bool = False,
+    ):
+        self.model = model
+        self.layers = layers
+        self._lock = threading.Lock()
+        self._trained = trained
+        self._warned = warned
+        self._warned_of_loops = warned
+        stats = PopulationStats.read(model)
+        path_of = {id(layer): path for path, layer in keras_models.batch_norm_layers(model).items()}
+        self._previous = {path: stats[path_of[id(layer)]] for path, layer in layers.items()}
+        self._fingerprint = stats.fingerprint
+        self._paths: tuple[str, ...] | None = None
+        self._devices: list[_Device] = []
+        if include_frozen or keras_models.always_passes_training_on(model):
+            self._build_networks(layers)
+
+    def fork(self) -> "Replica":
+        """Return a replica with the same networks that places other populations."""
+        other = copy.copy(self)
+        other._devices = [_Device(device.network, device.name) for device in self._devices]
+        return other
+
+    @property
+    def any_batch_size(self) -> bool:
+        """Whether the network is known to take batches of any size."""
+        inputs = getattr(self.model, "inputs", None) or []
+        return bool(inputs) and all(tensor.shape[0] is None for tensor in inputs)
+
+    def initial_state(self, method: str, first: Batch | None = None) -> SweepState:
+        """Return the state at which a sweep begins.
+
+        Args:
+            method: The name of the method.
+            first: The first batch of the data, which shows the layers that train. Without it, the
+                state names all candidates.
+        """
+        self._choose_layers(first)
+        paths = tuple(self.layers) if self._paths is None else self._paths
+        uncut = METHODS[method].by_level and self.model.run_eagerly
+        return SweepState(method, self._fingerprint, paths, FixedPoint() if uncut else None)
+
+    def run_level(
+        self,
+        state: SweepState,
+        work: Iterable[tuple[Batch, Frontier | None]],
+        reached: SweepState | None = None,
+        static: bool = False,
+    ) -> Iterator[SweptBatch]:
+        """Run batches through one level, on each device in turn.
+
+        If a batch shows that the network cannot be cut at its levels, the iterator ends with a
+        state that has no batches.
+
+        Args:
+            state: The state at the beginning of the level.
+            work: Batches, each with the frontier where it starts, or `None` for its inputs.
+            reached: The state after some batches of the level that need not be run again.
+            static: Whether the batch size is part of the signature, see `Network.trace`.
+
+        Yields:
+            `SweptBatch`, in the order of `work`.
+        """
+        if not self._devices:  # There has been no data.
+            return
+        for device in self._devices:
+            device.begin_level(state, self.layers, static)
+        jobs = (
+            functools.partial(self._devices[batch.index % len(self._devices)].run, batch, start)
+            for batch, start in work
+        )
+        noted: NetworkFacts | None = None
+        reached = reached or state
+        if state.level == 1 and self._paths is not None:  # The data shows which layers train.
+            reached = dataclasses.replace(reached, paths=self._paths)
+        for batch, frontier, site_moments, facts in _in_turn(jobs, len(self._devices)):
+            if facts is not noted:
+                self._warn_of_loops(state.method, facts)
+                noted, reached = facts, reached.note(facts)
+                if reached.turned_uncut(state):
+                    yield SweptBatch(batch, None, reached.without_batches())
+                    return
+            reached = reached.add(batch, site_moments)
+            yield SweptBatch(batch, frontier, reached)
+
+    def sweep_shard(self, state: SweepState, batches: BatchReader) -> SweepState:
+        """Run one level over some batches, in a sweep that began in another process.
+
+        Threads take turns.
+
+        Args:
+            state: The state at the beginning of the level.
+            batches: The `tfbn.sweep.batches.Batches`, which are read once.
+
+        Returns:
+            The state after them, without the levels before, which all processes have.
+
+        Raises:
+            ValueError: If the weights are others there.
+        """
+        if state.fingerprint != self._fingerprint:
+            raise ValueError(
+                "Expected every process to load the same weights. Received: fingerprints "
+                f"{state.fingerprint[:12]} where the sweep began and "
+                f"{self._fingerprint[:12]} here. Give all the same file."
+            )
+        reached = state
+        with self._lock:
+            self._choose_layers(batches.first())
+            work = ((batch, None) for batch in batches)
+            for swept in self.run_level(state, work, static=batches.static):
+                reached = swept.state
+        return dataclasses.replace(reached, settled={})
+
+    def finish(self, state: SweepState) -> PopulationStats:
+        """Return the result of a complete sweep, with warnings where they are due."""
+        previous = PopulationStats(
+            {path: self._previous[path] for path in state.paths},
+            method="assigned",
+            fingerprint=self._fingerprint,
+        )
+        return results.finish(state, self.model, self.layers, previous, self._warned)
+
+    def _choose_layers(self, first: Batch | None) -> None:
+        """Leave out the layers that, as the first batch shows, do not train."""
+        if self._paths is not None or first is None:
+            return
+        frozen, _, ignored = trained_calls(self.model, self.layers, first.inputs)
+        layers = self.layers
+        if not self._trained:
+            require_trained(self.model, layers, frozen)
+            layers = {path: layer for path, layer in layers.items() if path not in frozen}
+        self._build_networks(layers, ignored)
+
+    def _build_networks(
+        self, layers: Mapping[str, keras.Layer], ignored: frozenset[Site] = frozenset()
+    ) -> None:
+        self._paths = tuple(layers)
+        self._devices = [
+            _Device(Network(self.model, layers, ignored, name), name)
+            for name in devices(self.model)
+        ]
+
+    def _warn_of_loops(self, method: str, facts: NetworkFacts) -> None:
+        """Warn, before the first batch is added, that the passes may not converge."""
+        if not self._warned_of_loops and METHODS[method].by_level:
+            results.warn_of_loops(facts.looping)
+        self._warned_of_loops = True
+
+
+# A batch, the frontier that it reached, its (site, moments), and the facts of its trace.
+_BatchResult = tuple[Batch, Frontier | None, list[tuple[Site, Moments]], NetworkFacts]
+_Result = TypeVar("_Result")
+
+
+class _Device:
+    """The network on one device, with the populations placed there.
+
+    Attributes:
+        network: The `Network`.
+        name: The name of the device; `None` for TensorFlow's choice.
+    """
+
+    def __init__(self, network: Network, name: str | None):
+        self.network = network
+        self.name = name
+        # Path or site -> the moments, and their tensor on the device.
+        self._placed: dict[str | Site, tuple[Moments, tf.Tensor]] = {}
+
+    def begin_level(
+        self, state: SweepState, layers: Mapping[str, keras.Layer], static: bool
+    ) -> None:
+        """Choose the passes of a level, and place the populations it normalizes with."""
+        eager = self.network.model.run_eagerly
+        cut = METHODS[state.method].by_level and state.fixed_point is None
+        self._state = state
+        self._passes: CutPasses | UncutPasses = (
+            CutPasses(self.network, static) if cut else UncutPasses(self.network, static, eager)
+        )
+        before, self._placed = self._placed, {}
+        with self._scope():
+            for key, population in state.populations.items():
+                if key in before and population is before[key][0]:
+                    self._placed[key] = before[key]
+                    continue
+                values = population.mean, moments.variance(population)
+                if isinstance(key, str):  # As inference will read them.
+                    values = assignment.as_held(key, *values, layers[key])
+                self._placed[key] = population, tf.constant(np.stack(values))
+        self._populations = {key: tensor for key, (_, tensor) in self._placed.items()}
+
+    def run(self, batch: Batch, start: Frontier | None) -> _BatchResult:
+        """Run one batch through the level."""
+        level, method = self._state.level, self._state.method
+        with self._scope():
+            with naming(self.network.model, batch):
+                observed = self._passes.run(batch, start, level, self._populations)
+            site_moments = _moments(batch, observed.calls, method)
+            if level == 1:
+                _refuse_nan(batch, observed.facts.not_nan)
+        return batch, observed.frontier, site_moments, observed.facts
+
+    def _scope(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.name is None else tf.device(self.name)
+
+
+def _in_turn(jobs: Iterable[Callable[[], _Result]], at_a_time: int) -> Iterator[_Result]:
+    """Yield the results of some functions in their order, with several running at a time.
+
+    Args:
+        jobs: An iterable of functions without arguments.
+        at_a_time: How many, one for each device.
+    """
+    if at_a_time == 1:
+        for job in jobs:
+            yield job()
+        return
+    with concurrent.futures.ThreadPoolExecutor(at_a_time) as pool:
+        running: collections.deque[concurrent.futures.Future[_Result]] = collections.deque()
+        for job in jobs:
+            if len(running) == at_a_time:
+                yield running.popleft().result()
+            running.append(pool.submit(job))
+        while running:
+            yield running.popleft().result()
+
+
+def _moments(batch: Batch, calls: list[SiteMoments], method: str) -> list[tuple[Site, Moments]]:
+    """(site, moments) of a batch; an error that names site and batch if not finite."""
+    entered = [(site, values) for site, of_call in calls for values in of_call]
+    if not entered:
+        return []
+    sites = [site for site, _ in entered]
+    values = [[np.asarray(value) for value in values] for _, values in entered]
+    # As one, because there may be many sites of few channels.
+    counts, means, variances = zip(*(np.broadcast_arrays(*value) for value in values), strict=True)
+    batch_moments = moments.of_batch(
+        *map(np.concatenate, (counts, means, variances)), method=method
+    )
+    finite = moments.finite(batch_moments)
+    channels = list(map(len, means))
+    if not finite.all():
+        first = np.searchsorted(np.cumsum(channels), np.argmin(finite), side="right")
+        _refuse(batch, sites[first], method, *values[first])
+    return list(zip(sites, batch_moments.split(channels), strict=True))
+
+
+def _refuse(
+    batch: Batch,
+    site: Site,
+    method: str,
+    count: np.ndarray,
+    mean: np.ndarray,
+    variance: np.ndarray,
+) -> NoReturn:
+    """Raise the error for moments that are not finite."""
+    finite = moments.finite(moments.of_batch(count, mean, variance, method=method))
+    if method == "algorithm2" and np.isfinite(variance).all() and count.min() == 1:
+        raise ValueError(
+            "Expected at least two values per channel in every batch, because "
+            "method='algorithm2' divides by m - 1. Received: m = 1 for layer "
+            f"{site.path!r}, in {batch.name}. Use another batch size, or method='pooled'."
+        )
+    channel = int(np.argmin(finite))
+    raise ValueError(
+        f"Expected finite values to enter layer {site.path!r}. Received: in {batch.name}, "
+        f"channel {channel}, values with mean {mean[channel]} and variance "
+        f"{variance[channel]}. {_reason(batch)}"
+    )
+
+
+def _refuse_nan(batch: Batch, places: Iterable[int]) -> None:
+    # By NumPy: this runs on the devices' threads, and while an iterator ends in another thread,
+    # TensorFlow gives its error to whatever operation copies between devices.
+    flat = flatten(batch.inputs)
+    if any(np.isnan(flat[place].numpy()).any() for place in places):
+        raise ValueError(f"Expected finite data. Received: NaN in {batch.name}. Clean the data.")
+
+
+def _reason(batch: Batch) -> str:
+    if batch.inputs is None:  # Its frontier was kept, so an earlier pass has seen it finite.
+        return "The values overflow inside the network. Look at its weights and dtypes."
+    floating = [value for value in flatten(batch.inputs) if value.dtype.is_floating]
+    if all(np.isfinite(value.numpy()).all() for value in floating):
+        return (
+            "The data is finite, so the values overflow inside the network. Look at its weights "
+            "and dtypes."
+        )
+    return "The data holds NaN or Inf. Clean it."
+
+
+@contextlib.contextmanager
+def naming(model: keras.Model, batch: Batch) -> Iterator[None]:
+    """Turn whatever a model raises on a batch into a `ValueError` that names the batch."""
+    try:
+        yield
+    except UnobservableError as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:
+        shapes = keras.tree.map_structure(
+            lambda value: f"{value.dtype.name}{value.shape}", batch.inputs
+        )
+        raise ValueError(
+            f"Expected batches that model {model.name!r} takes. Received: {batch.name} with inputs "
+            f"{shapes}, on which it raised {type(error).__name__}: {error}"
+        ) from error

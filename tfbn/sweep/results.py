@@ -1,0 +1,191 @@
+"""The result of a complete sweep, with warnings where its user may expect something else."""
+
+import os
+import sys
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+
+import keras
+import numpy as np
+
+import tfbn
+from tfbn.models import assignment
+from tfbn.population import PopulationStats
+from tfbn.stats import drift, layer_stats
+from tfbn.stats.moments import Moments
+from tfbn.sweep.options import METHODS
+from tfbn.sweep.state import SweepState
+
+# Fewer samples a batch than this, and one-pass statistics depend visibly on how many: the
+# README has the figures.
+_SMALL_BATCH = 16
+# Calls of one layer whose populations differ by more than this, in standard deviations, are worth
+# a warning: such networks lost accuracy in inference (`tests/benchmarks/shared_layers.py`).
+_SPREAD = 0.05
+# Rounding to half precision that moves a mean by more than this, in standard deviations, is worth
+# a warning.
+_ROUNDING = 0.01
+# So many layers does a warning name.
+_NAMED = 5
+
+
+def finish(
+    state: SweepState,
+    model: keras.Model,
+    layers: Mapping[str, keras.Layer],
+    previous: PopulationStats,
+    warned: bool,
+) -> PopulationStats:
+    """Return the statistics of a complete sweep, without layers that inference does not use.
+
+    Args:
+        state: The complete `SweepState`.
+        model: The model that was swept.
+        layers: Path -> layer.
+        previous: The `PopulationStats` that the model holds.
+        warned: Whether `check_batch` has warned of layers that are left out.
+
+    Raises:
+        ValueError: If no layer is left, or if one was called without any value.
+    """
+    statistics = state.statistics()
+    swept = {path: statistics[path] for path in state.paths if path in statistics}
+    if not swept:
+        raise unused(model, state.paths, state.by_batch)
+    for path, of_layer in swept.items():
+        if not of_layer.counts.any():
+            raise ValueError(
+                f"Expected values for layer {path!r}. Received: none, or only masked ones. "
+                "Look at the data and its masks."
+            )
+    if previous.keys() != swept.keys():
+        previous = previous.replace(layers={path: previous[path] for path in swept})
+    stats = PopulationStats(
+        swept,
+        method=state.method,
+        samples=state.samples,
+        batches=state.batches,
+        batch_size=state.batch_size,
+        fingerprint=state.fingerprint,
+        levels=state.level,
+        previous=previous,
+    )
+    if not warned:
+        warn_of_left_out({*state.paths} - stats.keys(), state.by_batch)
+    _warn_of_differing_calls(state)
+    _warn_of_small_batches(stats)
+    _warn_of_rounding(stats, layers)
+    return stats
+
+
+def unused(model: keras.Model, paths: Iterable[str], by_batch: Iterable[str]) -> ValueError:
+    """The error to raise if inference uses the statistics of no layer."""
+    return ValueError(
+        "Expected inference to use the statistics of batch norm layers that train. Received: model "
+        f"{model.name!r}, which {'runs' if by_batch else 'does not call'} {', '.join(paths)}"
+        f"{' with training=True' if by_batch else ''}. Sweep the network that predicts, or pass "
+        "`training` on in its `call`."
+    )
+
+
+def warn_of_left_out(paths: Collection[str], by_batch: Collection[str]) -> None:
+    """Warn that layers which train are left out of a sweep.
+
+    Args:
+        paths: The layers whose statistics inference does not use.
+        by_batch: The layers that inference normalizes by the batch.
+    """
+    uncalled, normalized = sorted({*paths} - {*by_batch}), sorted(by_batch)
+    if uncalled:
+        _warn(f"Batch norm layers that inference never calls are left out: {_named(uncalled)}.")
+    if normalized:
+        _warn(
+            f"Batch norm layers that `call` runs with training=True in inference too: "
+            f"{_named(normalized)}. Their output depends on the batch, and their statistics are "
+            "not used. Pass `training` on to use population statistics."
+        )
+
+
+def warn_of_loops(paths: Collection[str]) -> None:
+    """Warn that a sweep by levels may fail, because layers in loops feed themselves."""
+    if paths:
+        _warn(
+            f"method='exact' may not settle for batch norm layers that feed their output back to "
+            f"themselves in a loop: {_named(sorted(paths))}. If it does not, use method='pooled', "
+            "or unroll the loop."
+        )
+
+
+def _warn_of_differing_calls(state: SweepState) -> None:
+    calls: dict[str, list[Moments]] = {}
+    for site, of_call in state.settled.items():
+        if np.any(of_call.count):
+            calls.setdefault(site.path, []).append(of_call)
+    for path, of_layer in calls.items():
+        if len(of_layer) == 1:
+            continue
+        together = layer_stats.of_calls([state.layers[path]], state.method)
+        single = [layer_stats.of_calls([one], state.method) for one in of_layer]
+        drifts = [drift.of_layer(together, one) for one in single]
+        furthest = max(drifts, key=lambda off: off["mean_shift"] + off["std_ratio_max"])
+        if furthest["mean_shift"] > _SPREAD or abs(np.log(furthest["std_ratio"])) > _SPREAD:
+            _warn(
+                f"Layer {path!r} is called {len(single)} times on inputs whose statistics differ: "
+                f"those of one call are off from those of all by {furthest['mean_shift']:.2g} "
+                f"standard deviations in the mean, and by a factor of {furthest['std_ratio']:.2g} "
+                "in the standard deviation. In training every call is normalised by its own, in "
+                "inference all by the same. A layer for every call has no such difference."
+            )
+
+
+def _warn_of_small_batches(stats: PopulationStats) -> None:
+    small = stats.batch_size < _SMALL_BATCH and stats.batches > 1
+    if METHODS[stats.method].batches_matter and small and len(stats) > 1:
+        _warn(
+            f"A one-pass sweep over batches of {stats.batch_size} samples gives deeper layers "
+            f"statistics that depend on the batch size. Use batches of at least {_SMALL_BATCH} "
+            "samples, or method='exact', which gives the same for any."
+        )
+
+
+def _warn_of_rounding(stats: PopulationStats, layers: Mapping[str, keras.Layer]) -> None:
+    """Warn of the layer whose half-precision variables lose most of its statistics."""
+    lost: dict[str, float] = {}
+    for path, swept in stats.items():
+        if _dtype(layers[path]) not in ("float16", "bfloat16"):
+            continue
+        mean, variance = assignment.as_held(path, swept.mean, swept.variance, layers[path])
+        varies = swept.variance > 0
+        shift = np.abs(mean - swept.mean)[varies] / np.sqrt(swept.variance[varies])
+        lost[path] = np.inf if np.any(variance[varies] == 0) else np.max(shift, initial=0.0)
+    path = max(lost, key=lambda path: lost[path], default="")
+    if not lost or lost[path] <= _ROUNDING:
+        return
+    effect = (
+        "a variance to 0"
+        if np.isinf(lost[path])
+        else f"a mean by {lost[path]:.2g} standard deviations"
+    )
+    dtype = _dtype(layers[path])
+    _warn(
+        f"Layer {path!r} has statistics in {dtype}, which rounds {effect}. Build it with "
+        f"dtype='mixed_{dtype}', which keeps variables in float32."
+    )
+
+
+def _dtype(layer: keras.Layer) -> str:
+    return keras.backend.standardize_dtype(layer.moving_mean.dtype)
+
+
+def _named(paths: Collection[str]) -> str:
+    shown = [repr(path) for path in paths][:_NAMED]
+    return ", ".join(shown) + (f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else "")
+
+
+def _warn(message: str) -> None:
+    """Warn at the line outside of this package that called into it."""
+    folder = os.path.dirname(tfbn.__file__) + os.sep
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(folder):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
