@@ -88,7 +88,9 @@ def with_swapped_weights(seed, args):
         epochs=args.epochs,
         callbacks=[
             keras.callbacks.SwapEMAWeights(swap_on_epoch=True),
-            tfbn.StatsTracker(train[0], test, batch_size=256, validation_batch_size=256),
+            tfbn.StatsTracker(
+                train[0], validation_data=test, batch_size=256, validation_batch_size=256
+            ),
         ],
         verbose=0,
     ).history

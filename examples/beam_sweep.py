@@ -93,7 +93,7 @@ def sweep(args, beam_options):
             | beam.io.ReadFromTFRecord(args.records)
             | beam.Map(parse)
             | beam.Reshuffle()  # Workers share even a single file.
-            | tfbn.beam.Collect(args.model, args.method, args.batch_size)
+            | tfbn.beam.Collect(args.model, method=args.method, batch_size=args.batch_size)
             | beam.Map(save)
         )
 

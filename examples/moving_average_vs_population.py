@@ -122,7 +122,9 @@ def figure_1_run(args, seed, batch_norm, learning_rate):
         metrics=["accuracy"],
         steps_per_execution=STEPS_BETWEEN_POINTS,
     )
-    tracker = tfbn.StatsTracker(x, test, batch_size=len(x), validation_batch_size=60)
+    tracker = tfbn.StatsTracker(
+        x, validation_data=test, batch_size=len(x), validation_batch_size=60
+    )
     percentiles = SigmoidInput(test[0], tracker if batch_norm else None)
     batches = tf.data.Dataset.from_tensor_slices((x, y)).cache().shuffle(len(x), seed).repeat()
     history = model.fit(
@@ -255,7 +257,7 @@ def three_ways(args):
             model = convolutional_network(x.shape[1:], momentum)
             model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
             tracker = tfbn.StatsTracker(
-                x, test, batch_size=len(x), validation_batch_size=batch_size
+                x, validation_data=test, batch_size=len(x), validation_batch_size=batch_size
             )
             history = model.fit(
                 x, y, batch_size=batch_size, epochs=args.epochs, callbacks=[tracker], verbose=0

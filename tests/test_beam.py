@@ -110,10 +110,10 @@ def part(x, where):
 def test_exact_is_one_batch_in_training_mode(build, run, saved):
     model, path, x = saved(build)
     [expected] = networks.in_training(build, model, x, [slice(None)])
-    stats = run(examples(x), tfbn.beam.Collect(path, "exact", batch_size=4))
+    stats = run(examples(x), tfbn.beam.Collect(path, method="exact", batch_size=4))
     assert_stats(stats, model, expected)
     assert stats.samples == SAMPLES and stats.batch_size <= 4
-    stats = run(batches(x, 16, 1, 20)[0], tfbn.beam.Collect(path, "exact"))
+    stats = run(batches(x, 16, 1, 20)[0], tfbn.beam.Collect(path, method="exact"))
     assert_stats(stats, model, expected)
     assert (stats.batches, stats.batch_size, stats.samples) == (3, 20, SAMPLES)
     # Complete, of this model's weights, and with what it held.
@@ -129,7 +129,7 @@ def test_one_pass_to_its_definition(build, method, run, saved):
     model, path, x = saved(build)
     sizes = np.array([16, 2, 19])
     parts, slices = batches(x, *sizes)
-    stats = run(parts, tfbn.beam.Collect(path, method))
+    stats = run(parts, tfbn.beam.Collect(path, method=method))
     expected = []
     paths = {id(layer): name for name, layer in batch_norm_layers(model).items()}
     in_batches = networks.in_training(build, model, x, slices)
@@ -172,7 +172,7 @@ def test_layers_go_by_their_paths_where_the_pipeline_was_built(run, processes, t
         return loaded
 
     x = networks.data(model, SAMPLES)
-    stats = run(examples(x), tfbn.beam.Collect(load, "exact", batch_size=6))
+    stats = run(examples(x), tfbn.beam.Collect(load, method="exact", batch_size=6))
     here, *elsewhere = map(str.split, log.read_text().splitlines())
     assert list(stats) == list(stats.previous) == here
     assert elsewhere and here not in elsewhere
@@ -187,7 +187,7 @@ def test_exact_where_the_graph_cannot_be_cut(run):
         return model
 
     x = np.random.default_rng(0).normal(3, 2, size=(20, 3, 4))
-    [first, second] = run(list(x), tfbn.beam.Collect(load, "exact", batch_size=3)).values()
+    [first, second] = run(list(x), tfbn.beam.Collect(load, method="exact", batch_size=3)).values()
     mean, variance = x.mean((0, 1)), x.var((0, 1))
     np.testing.assert_allclose(first.mean, mean, rtol=1e-5)
     np.testing.assert_allclose(first.variance, variance, rtol=1e-5)
@@ -220,7 +220,7 @@ def test_a_layer_that_is_called_on_its_own_output(run):
         return model
 
     x = np.random.default_rng(0).normal(3, 2, size=(20, 3, 4)).astype("float32")
-    stats = run(list(x), tfbn.beam.Collect(load, "exact", batch_size=3))
+    stats = run(list(x), tfbn.beam.Collect(load, method="exact", batch_size=3))
     expected = tfbn.collect(load(), x, verbose=0)
     for found, known in zip(stats.values(), expected.values(), strict=True):
         np.testing.assert_array_equal(found.count, known.count)
@@ -235,7 +235,7 @@ def test_equal_batches_draw_their_own_numbers(run, method):
         return keras.Sequential([keras.Input((8,)), networks.Drawing("generator"), *bn])
 
     equal = [np.zeros((10, 8), "f")] * 100 + [np.zeros((10, 8))] * 100
-    stats = run(equal, tfbn.beam.Collect(load, method))
+    stats = run(equal, tfbn.beam.Collect(load, method=method))
     first, second = stats.values()
     # 2,000 draws a channel: a standard error of 0.022.
     np.testing.assert_allclose(first.mean, 0, atol=0.1)
@@ -251,9 +251,11 @@ def test_targets_are_dropped(run, saved):
     model, path, x = saved()
     expected = networks.in_training(networks.plain, model, x, [slice(None)])
     pairs = [(one, number) for number, one in enumerate(examples(x))]
-    assert_stats(run(pairs, tfbn.beam.Collect(path, "exact", batch_size=6)), model, *expected)
+    assert_stats(
+        run(pairs, tfbn.beam.Collect(path, method="exact", batch_size=6)), model, *expected
+    )
     weighted = [(x, np.ones(SAMPLES), np.ones(SAMPLES))]
-    assert_stats(run(weighted, tfbn.beam.Collect(path, "exact")), model, *expected)
+    assert_stats(run(weighted, tfbn.beam.Collect(path, method="exact")), model, *expected)
 
 
 def test_windows_are_joined(run, saved):
@@ -264,7 +266,7 @@ def test_windows_are_joined(run, saved):
             late = elements | beam.Map(lambda x: TimestampedValue(x, float(x.flat[0])))
             return late | beam.WindowInto(FixedWindows(1))
 
-    stats = run(examples(x), tfbn.beam.Collect(path, "exact", batch_size=4), before=Spread())
+    stats = run(examples(x), tfbn.beam.Collect(path, method="exact", batch_size=4), before=Spread())
     assert_stats(stats, model, *networks.in_training(networks.plain, model, x, [slice(None)]))
 
 
@@ -287,7 +289,7 @@ def test_workers_share_the_data_and_load_the_model_once(options, run, saved, tmp
         open(f"{tmp_path}/load-{os.getpid()}-{uuid.uuid4()}", "w").close()
         return keras.models.load_model(path)
 
-    stats = run(examples(x), tfbn.beam.Collect(load, "exact", batch_size=4), **options)
+    stats = run(examples(x), tfbn.beam.Collect(load, method="exact", batch_size=4), **options)
     assert_stats(stats, model, *networks.in_training(networks.plain, model, x, [slice(None)]))
     assert stats.samples == SAMPLES
     loads = [os.path.basename(name).split("-")[1] for name in glob.glob(f"{tmp_path}/load-*")]
@@ -325,7 +327,7 @@ def test_a_bundle_that_is_tried_again_counts_once(method, run, saved, tmp_path, 
     marker = tmp_path / "failed"
     stats = run(
         parts,
-        tfbn.beam.Collect(path, method),
+        tfbn.beam.Collect(path, method=method),
         runner=BundleBasedDirectRunner(),
         before=beam.ParDo(Failing(marker)),
     )
@@ -346,7 +348,7 @@ def test_a_bundle_that_is_tried_again_counts_once(method, run, saved, tmp_path, 
 def test_no_data(method, run, saved):
     _, path, _ = saved()
     with pytest.raises(ValueError, match="at least one batch"):
-        run([], tfbn.beam.Collect(path, method, batch_size=4))
+        run([], tfbn.beam.Collect(path, method=method, batch_size=4))
 
 
 def bad_data():
@@ -377,13 +379,13 @@ def test_errors_reach_the_caller_from_other_processes(run, saved):
     _, path, x = saved()
     x[5, 0, 0] = np.inf
     with pytest.raises(RuntimeError, match="Error: Expected finite values to enter layer"):
-        run(examples(x), tfbn.beam.Collect(path, "exact", batch_size=4), **PROCESSES)
+        run(examples(x), tfbn.beam.Collect(path, method="exact", batch_size=4), **PROCESSES)
 
 
 def test_one_value_per_channel(run):
     model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization(name="bn")])
     with pytest.raises(ValueError, match=r"two values per channel.*'bn', in a batch\. Use"):
-        run([np.ones((1, 3))], tfbn.beam.Collect(lambda: model, "algorithm2"))
+        run([np.ones((1, 3))], tfbn.beam.Collect(lambda: model, method="algorithm2"))
 
 
 def test_a_process_with_other_weights(run, processes):
@@ -408,7 +410,7 @@ def test_a_runner_that_loses_or_repeats_an_element_of_a_level(times, run, saved,
     monkeypatch.setattr(tfbn.beam._Level, "process", unreliable)
     message = rf"same elements at every level.*{SAMPLES} samples at level 1, and at level 2 \d+, or"
     with pytest.raises(ValueError, match=message):
-        run(batches(x, 4, 17, 16)[0], tfbn.beam.Collect(path, "exact"))
+        run(batches(x, 4, 17, 16)[0], tfbn.beam.Collect(path, method="exact"))
 
 
 def test_a_runner_that_is_known_to_lose_elements(saved):
@@ -449,7 +451,7 @@ def test_a_model_that_has_more_levels_for_some_data(run):
     rng = np.random.default_rng(0)
     parts = [rng.normal(size=(2, width, 3)).astype("float32") for width in (4, 6)]
     with pytest.raises(ValueError, match=r"recorded input shape, 1\. .* it has 2\."):
-        run(parts, tfbn.beam.Collect(load, "exact"))
+        run(parts, tfbn.beam.Collect(load, method="exact"))
 
 
 def bad_arguments(tmp_path):

@@ -159,7 +159,7 @@ def messages(model, x, method):
             return [message] * 2
 
     with unittest.mock.patch.object(run, "Workers", Twin):
-        tfbn.collect(model, x, method, batch_size=len(x), memory_limit=2**30, verbose=0)
+        tfbn.collect(model, x, method=method, batch_size=len(x), memory_limit=2**30, verbose=0)
     states = [state_bytes.unpack(message[1:]) for message in sent]
     numbers = [sum(found.rows.size for found in state.moments.values()) for state in states]
     return list(map(len, sent)), numbers

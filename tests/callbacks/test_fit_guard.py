@@ -132,7 +132,7 @@ def several():
     """Callbacks that sweep, in one list."""
     return [
         sweep(every_epoch=True, method="pooled", batch_size=24),
-        tfbn.StatsTracker(X, (X, Y)),
+        tfbn.StatsTracker(X, validation_data=(X, Y)),
         sweep(every_epoch=True),
         sweep(every_epoch=True, freeze=False),
     ]
@@ -297,7 +297,7 @@ def test_a_clone_is_swept_by_a_copy_of_the_callback():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [sweep, lambda: tfbn.StatsTracker(X, (X, Y))])
+@pytest.mark.parametrize("make", [sweep, lambda: tfbn.StatsTracker(X, validation_data=(X, Y))])
 def test_copies_share_the_data_and_pickles_have_it(make):
     callback = make()
     assert copy.deepcopy(callback)._x is X
@@ -411,7 +411,7 @@ def test_a_frozen_model_from_a_file_says_that_it_is(tmp_path):
     model = keras.models.load_model(tmp_path / "model.keras")
     with pytest.warns(UserWarning, match="not have any trainable"):
         fit(model)
-    for callback in (sweep(), tfbn.StatsTracker(X, (X, Y))):
+    for callback in (sweep(), tfbn.StatsTracker(X, validation_data=(X, Y))):
         with pytest.raises(ValueError, match="of a loaded model, set trainable=True and compile"):
             fit(model, [callback])
 
@@ -448,7 +448,7 @@ def test_another_callback_unfreezes_and_says_so(capsys):
     assert "which an earlier fit had left frozen, is trained further" in capsys.readouterr().out
     fit(plain)
     with pytest.raises(ValueError, match="callback that froze them has `unfreeze"):
-        fit(model, [tfbn.StatsTracker(X, (X, Y))])
+        fit(model, [tfbn.StatsTracker(X, validation_data=(X, Y))])
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def test_nothing_is_said_where_nothing_is_wrong(tmp_path):
             [keras.callbacks.ModelCheckpoint(tmp_path / "model.keras"), sweep()],
             [keras.callbacks.EarlyStopping(), sweep(every_epoch=True)],
             [
-                tfbn.StatsTracker(X, VALIDATION),
+                tfbn.StatsTracker(X, validation_data=VALIDATION),
                 keras.callbacks.EarlyStopping(**monitors),
                 sweep(),
             ],

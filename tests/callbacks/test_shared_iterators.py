@@ -91,7 +91,7 @@ def test_validation_data_of_fit_counts():
 
 def test_a_dataset_of_a_used_iterator_is_refused_by_the_tracker():
     shared = dataset(endless())
-    tracker = tfbn.StatsTracker(shared, (X, X[:, :1]), steps=8)
+    tracker = tfbn.StatsTracker(shared, validation_data=(X, X[:, :1]), steps=8)
     with pytest.raises(ValueError, match="does not read too"):
         network().fit(shared, steps_per_epoch=8, callbacks=[tracker], verbose=0)
 

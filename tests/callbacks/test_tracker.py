@@ -80,7 +80,7 @@ def fit(model, callbacks=(), epochs=EPOCHS, **options):
 def tracker(**options):
     """A tracker whose sweep takes all data as one batch."""
     options = {"batch_size": len(X), "validation_batch_size": BATCH, **options}
-    return StatsTracker(X, (X_VAL, Y_VAL), **options)
+    return StatsTracker(X, validation_data=(X_VAL, Y_VAL), **options)
 
 
 class Weights(keras.callbacks.Callback):
@@ -271,7 +271,7 @@ def test_frozen_layers_infer_with_what_they_hold():
 def test_datasets_and_one_more_metric_after_compiling_anew():
     training = tf.data.Dataset.from_tensor_slices((X, Y)).batch(len(X))
     validation = tf.data.Dataset.from_tensor_slices((X_VAL, Y_VAL)).batch(BATCH)
-    watch = StatsTracker(training, validation)
+    watch = StatsTracker(training, validation_data=validation)
     arrays = fit(compiled(network()), [tracker()])
     model = compiled(network())
     datasets = fit(model, [watch])
@@ -327,24 +327,24 @@ def test_the_latest_sweep_is_at_hand():
 @pytest.mark.slow
 def test_errors_come_before_training():
     with pytest.raises(ValueError, match=r"Expected method .* Received: method='other'"):
-        StatsTracker(X, (X_VAL, Y_VAL), method="other")
+        StatsTracker(X, validation_data=(X_VAL, Y_VAL), method="other")
     for validation_data in (None, iter([(X_VAL, Y_VAL)])):
         with pytest.raises(ValueError, match=r"Expected validation_data .* Received: "):
-            StatsTracker(X, validation_data)
+            StatsTracker(X, validation_data=validation_data)
     model = compiled(network())
     before = model.get_weights()
     with pytest.raises(ValueError, match="Received: a generator"):
-        fit(model, [StatsTracker((batch for batch in [X]), (X_VAL, Y_VAL))])
+        fit(model, [StatsTracker((batch for batch in [X]), validation_data=(X_VAL, Y_VAL))])
     with pytest.raises(ValueError, match="no `steps`"):
         endless = tf.data.Dataset.from_tensors(X).repeat()
-        fit(model, [StatsTracker(endless, (X_VAL, Y_VAL))])
+        fit(model, [StatsTracker(endless, validation_data=(X_VAL, Y_VAL))])
     for value, held in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(value, held)
 
 
 def test_a_sweep_that_fails_leaves_the_model_as_it_was():
     model = compiled(network())
-    watch = StatsTracker(X * np.inf, (X_VAL, Y_VAL))
+    watch = StatsTracker(X * np.inf, validation_data=(X_VAL, Y_VAL))
     weights = Weights()
     with pytest.raises(ValueError, match="first"):
         fit(model, [weights, watch])
@@ -415,7 +415,7 @@ def test_training_that_diverges_ends_with_its_history():
     """It is evaluated with the moving averages, and warned about once."""
     model = network()
     model.compile(keras.optimizers.SGD(1e30), "sparse_categorical_crossentropy")
-    tracker = StatsTracker(X, (X_VAL, Y_VAL))
+    tracker = StatsTracker(X, validation_data=(X_VAL, Y_VAL))
     with pytest.warns(UserWarning, match="training has diverged") as caught:
         history = model.fit(X, Y, epochs=3, verbose=0, callbacks=[tracker]).history
     assert sum("diverged" in str(w.message) for w in caught) == 1

@@ -153,7 +153,7 @@ def test_a_loss_of_the_model_alone_needs_no_targets():
 def test_a_tracker_of_a_model_that_the_first_step_builds():
     model = keras.Sequential([keras.layers.BatchNormalization(), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
-    tracker = tfbn.StatsTracker(X, (X, Y))
+    tracker = tfbn.StatsTracker(X, validation_data=(X, Y))
     history = model.fit(X, Y, epochs=2, callbacks=[tracker], verbose=0).history
     assert len(history["val_loss_population"]) == 2
     [stats] = tracker.stats.values()
@@ -164,5 +164,10 @@ def test_a_tracker_refuses_bad_data_of_a_model_without_weights_before_the_first_
     model = keras.Sequential([keras.layers.BatchNormalization(), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
     with pytest.raises(ValueError, match="endless"):
-        model.fit(X, Y, callbacks=[tfbn.StatsTracker(dataset().repeat(), (X, Y))], verbose=0)
+        model.fit(
+            X,
+            Y,
+            callbacks=[tfbn.StatsTracker(dataset().repeat(), validation_data=(X, Y))],
+            verbose=0,
+        )
     assert model.optimizer.iterations == 0

@@ -85,7 +85,7 @@ def test_refused(use, kind, tmp_path):
     [
         lambda: tfbn.PopulationStatsCallback(x),
         lambda: tfbn.PopulationStatsCallback(x, every_epoch=True),
-        lambda: tfbn.StatsTracker(x, (x, y)),
+        lambda: tfbn.StatsTracker(x, validation_data=(x, y)),
     ],
 )
 def test_refused_by_callbacks_before_the_first_step(callback):

@@ -298,7 +298,9 @@ def test_devices_and_callbacks_take_a_tolerance(model, digits):
     network.compile("sgd", "mse")
     targets = np.zeros((len(digits), 4), "float32")
     callback = tfbn.PopulationStatsCallback(digits, batch_size=16, tolerance=0.05, verbose=0)
-    tracker = tfbn.StatsTracker(digits, (digits[:50], targets[:50]), batch_size=16, tolerance=0.05)
+    tracker = tfbn.StatsTracker(
+        digits, validation_data=(digits[:50], targets[:50]), batch_size=16, tolerance=0.05
+    )
     network.fit(digits, targets, batch_size=256, callbacks=[tracker, callback], verbose=0)
     for stats in (callback.stats, tracker.stats):
         assert stats.tolerance == 0.05 and stats.samples < len(digits)

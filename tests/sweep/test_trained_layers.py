@@ -203,7 +203,7 @@ def test_a_layer_that_inference_normalizes_by_the_batch(method, eager):
     with pytest.warns(
         UserWarning, match="training=True in inference too: 'first'.*depends on"
     ) as w:
-        stats = tfbn.collect(model, A, method, batch_size=8, verbose=0)
+        stats = tfbn.collect(model, A, method=method, batch_size=8, verbose=0)
     assert len([one for one in w if "depends on" in str(one.message)]) == 1
     assert set(stats) == {"second"}
     values = behind(A, 8)
@@ -278,7 +278,7 @@ def test_a_loop_that_feeds_itself_is_reported_before_the_sweep(on_state, eager):
     count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: steps.append(1))
 
     def fit(method):
-        callback = tfbn.PopulationStatsCallback(SEQUENCES, method)
+        callback = tfbn.PopulationStatsCallback(SEQUENCES, method=method)
         model.fit(SEQUENCES, SEQUENCES[:, 0], verbose=0, callbacks=[count, callback])
         return callback
 
