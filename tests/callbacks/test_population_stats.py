@@ -510,13 +510,15 @@ def test_an_evaluate_of_the_users_own_is_back_after_fit():
 
 
 def test_the_callback_has_a_memory_limit():
-    model = build()
-    x, _ = training_data(model)
-    shuffled = tf.data.Dataset.from_tensor_slices(x + np.zeros((64, 1), "f")).shuffle(64)
-    noise = tf.random.Generator.from_seed(0)
-    noisy = shuffled.batch(16).map(lambda batch: batch + noise.normal(tf.shape(batch)))
+    bns = [layers.BatchNormalization(), layers.Dense(3), layers.BatchNormalization()]
+    model = keras.Sequential([keras.Input((None, 2)), layers.Masking(), *bns])
+    model.compile("sgd", "mse")
+    sequences = tf.data.Dataset.range(1, 41).map(lambda i: tf.ones((1 + i % 9, 2)))
+    padded = sequences.shuffle(40).padded_batch(8)  # In other batches in every pass.
+    x, y = np.ones((8, 3, 2), "float32"), np.zeros((8, 3, 3), "float32")
+    callback = tfbn.PopulationStatsCallback(padded, memory_limit=0)
     with pytest.raises(ValueError, match="Raise `memory_limit`"):
-        fit(model, [tfbn.PopulationStatsCallback(noisy, memory_limit=0)], epochs=1)
-    callback = tfbn.PopulationStatsCallback(noisy, memory_limit=2**20)
-    fit(model, [callback], epochs=1)
-    assert callback.stats.samples == 64
+        model.fit(x, y, callbacks=[callback], verbose=0)
+    callback = tfbn.PopulationStatsCallback(padded, memory_limit=2**20)
+    model.fit(x, y, callbacks=[callback], verbose=0)
+    assert callback.stats.samples == 40
