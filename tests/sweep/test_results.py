@@ -118,3 +118,11 @@ def test_what_is_finished_holds_every_layer_that_inference_calls():
     masked = begun().add(batch(4), [(FIRST, of(x)), (SECOND, none)])
     with pytest.raises(ValueError, match="values for layer 'b'"):
         finish(masked)
+
+
+@pytest.mark.parametrize("sweep", [tfbn.collect, tfbn.update_population_stats])
+def test_warnings_are_about_the_line_that_sweeps(sweep):
+    model = keras.Sequential([keras.Input((2,)), *two_layers("float32").layers])
+    with pytest.warns(UserWarning, match="one-pass sweep over batches of 4") as caught:
+        sweep(model, values(8, 0), method="pooled", batch_size=4, verbose=0)
+    assert [warning.filename for warning in caught] == [__file__]

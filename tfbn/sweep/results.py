@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterable, Mapping
 import keras
 import numpy as np
 
-import tfbn
 from tfbn.models import assignment
 from tfbn.population import PopulationStats
 from tfbn.stats import drift, layer_stats
@@ -184,8 +183,8 @@ def _named(paths: Collection[str]) -> str:
 
 def _warn(message: str) -> None:
     """Warn at the line outside of this package that called into it."""
-    folder = os.path.dirname(tfbn.__file__) + os.sep
+    package = os.path.dirname(os.path.dirname(__file__)) + os.sep
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(folder):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
