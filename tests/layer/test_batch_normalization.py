@@ -1,4 +1,4 @@
-"""The layer against Keras's own, and against NumPy where Keras's is wrong."""
+"""Compare the layer with Keras's, and with NumPy where Keras's is wrong."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-# What a session does to a graph before it runs it has no public name.
+# Private. Optimizes a graph as a session does before it runs it.
 from tensorflow.python.grappler.tf_optimizer import OptimizeGraph
 
 import tfbn
@@ -31,8 +31,8 @@ KERAS_TESTS = """
 
 
 @pytest.mark.slow
-def test_what_keras_expects_of_its_own_layer(tmp_path):
-    """Keras's tests, run on ours; in a process of their own, for their markers are not ours."""
+def test_keras_own_layer_tests_pass(tmp_path):
+    """Run Keras's tests on our layer, in another process because their pytest markers differ."""
     file = tmp_path / "test_keras.py"
     file.write_text(textwrap.dedent(KERAS_TESTS))
     command = [sys.executable, "-m", "pytest", "-q", "--rootdir", tmp_path, file]
@@ -42,7 +42,7 @@ def test_what_keras_expects_of_its_own_layer(tmp_path):
 
 
 def pair(shape, **options):
-    """Keras's layer and ours, built, with the same weights, none of them at its initial value."""
+    """Build Keras's layer and ours with the same random weights."""
     layers = [KERAS(**options), OURS(**options)]
     rng = np.random.default_rng(0)
     for layer in layers:
@@ -110,10 +110,10 @@ def test_same_step_as_keras(drawn):
     shape, config, call, x, dy = drawn
     layers = pair(shape, **config)
     dtype = keras.dtype_policies.get(config["dtype"]).compute_dtype
-    # Keras rounds twice where ours rounds once; and its masked mean is off by 1e-7 / count.
+    # Keras rounds twice, ours once; Keras's masked mean is off by 1e-7 / count.
     rtol = {"float64": 2e-6, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}[dtype]
     if dtype == "float32":
-        # Keras subtracts the square of the mean from the mean square. In float64 that is no loss.
+        # Keras computes E[x^2] - E[x]^2, which is precise enough in float64.
         layers[0] = pair(shape, **config | {"dtype": "float64"})[0]
     assert_same_step(layers, tf.cast(tf.constant(x), dtype), dy, rtol, **call)
 
@@ -173,7 +173,7 @@ def test_statistics_far_from_zero(mode, synchronized, dtype, ratio):
     v = (x - mean) / np.sqrt(variance + 1e-3)
     right = dy - dy.mean(axes) - v * (dy * v).mean(axes)
     right /= np.sqrt(variance + 1e-3)
-    # dx comes in the compute dtype, and cannot be nearer than that.
+    # dx has the compute dtype and its rounding.
     tolerance = 1e-4 if dtype == "float32" else 2e-3
     np.testing.assert_allclose(dx, right, rtol=0, atol=tolerance * np.abs(right).max())
     expected = (dy * v).sum(axes)
@@ -211,7 +211,7 @@ def test_moving_statistics_are_never_poisoned(x, mask, renorm, jit_compile):
     assert y.shape == x.shape
     for old, new in zip(before, layer.get_weights(), strict=True):
         np.testing.assert_array_equal(new, old)
-    # And it goes on: the next good batch counts.
+    # The next good batch counts.
     layer(good, training=True)
     assert np.all(layer.moving_mean != before[2])
 
@@ -232,8 +232,8 @@ def test_one_value_per_channel_counts():
     np.testing.assert_array_equal(layer.moving_variance, [0.5, 0.5, 0.5])
 
 
-def test_mask_of_wrong_rank_is_named():
-    with pytest.raises(ValueError, match=r"Received: mask\.shape=\(2, 3, 4\).*Leave out"):
+def test_mask_of_wrong_rank_is_refused():
+    with pytest.raises(ValueError, match=r"Received: mask\.shape=\(2, 3, 4\)"):
         OURS()(np.ones((2, 3, 4)), mask=np.ones((2, 3, 4)))
 
 
@@ -245,8 +245,8 @@ def test_integers_are_normalized_too():
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "float64"])
-def test_whole_numbers_keep_what_their_normalized_values_need(policy, training):
-    """They may be larger than half precision holds."""
+def test_large_integers_are_not_cast_to_half_precision(policy, training):
+    """Integers may overflow half precision."""
     x = np.random.default_rng(0).integers(0, 200000, (300, 3))
     layer = OURS(momentum=0.0, dtype=policy)
     layer(tf.constant(x), training=True)
@@ -269,7 +269,7 @@ def test_number_of_channels_unknown_while_tracing(axis, options, training, jit_c
     x, dy = (tf.constant(rng.normal(3, 2, (8, 5, 5)), tf.float32) for _ in range(2))
     unknown = tf.function(input_signature=[tf.TensorSpec([None] * 3)] * 2, jit_compile=jit_compile)
     results = []
-    # Keras's layer takes it with the channels last alone, so here it knows the shape.
+    # Keras's layer supports it only with the channels last.
     for layer, compiled in zip(pair(x.shape, axis=axis, **options), (None, unknown), strict=True):
 
         def run(x, dy, layer=layer):
@@ -284,7 +284,7 @@ def test_number_of_channels_unknown_while_tracing(axis, options, training, jit_c
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_config_and_weights_are_those_of_keras():
+def test_config_and_weights_equal_keras():
     given_options = {
         "axis": 1,
         "momentum": 0.8,
@@ -300,10 +300,10 @@ def test_config_and_weights_are_those_of_keras():
     }
     theirs, ours = KERAS(**given_options), OURS(**given_options)
     assert ours.get_config() == theirs.get_config()
-    again = OURS.from_config(theirs.get_config())
-    for layer in (theirs, ours, again):
+    rebuilt = OURS.from_config(theirs.get_config())
+    for layer in (theirs, ours, rebuilt):
         layer.build((None, 5, 6))
-    for layer in (ours, again):
+    for layer in (ours, rebuilt):
         assert [w.path for w in layer.weights] == [w.path for w in theirs.weights]
         assert [w.dtype for w in layer.weights] == [w.dtype for w in theirs.weights]
         for mine, right in zip(layer.get_weights(), theirs.get_weights(), strict=True):
@@ -327,7 +327,7 @@ def network(layer):
 
 @pytest.mark.parametrize(("source", "target"), [(KERAS, OURS), (OURS, KERAS)])
 @pytest.mark.parametrize("way", ["model.keras", "model.weights.h5", "get_weights"])
-def test_weights_move_both_ways(source, target, way, tmp_path):
+def test_weights_are_exchangeable_with_keras(source, target, way, tmp_path):
     model, other = network(source), network(target)
     rng = np.random.default_rng(0)
     model.set_weights([rng.uniform(0.5, 1.5, w.shape) for w in model.get_weights()])
@@ -343,7 +343,7 @@ def test_weights_move_both_ways(source, target, way, tmp_path):
         np.testing.assert_array_equal(mine, right)
 
 
-def test_saved_model_loads_by_name_alone(tmp_path):
+def test_saved_model_loads_by_registered_name(tmp_path):
     model = network(OURS)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
@@ -354,7 +354,7 @@ def test_saved_model_loads_by_name_alone(tmp_path):
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_fit_learns_what_it_learns_with_keras(jit_compile):
+def test_fit_gives_the_same_weights_as_keras(jit_compile):
     rng = np.random.default_rng(0)
     x, y = rng.normal(2, 3, (96, 8, 8, 2)), rng.integers(0, 3, 96)
     keras.utils.set_random_seed(0)
@@ -374,14 +374,14 @@ def test_fit_learns_what_it_learns_with_keras(jit_compile):
 
 
 @pytest.mark.parametrize("axis", [-1, 1])
-def test_convolution_and_activation_join_in_one_operation(axis):
-    """In an inference graph as TensorFlow's optimizer leaves it, for channels last."""
+def test_convolution_and_activation_are_fused(axis):
+    """TensorFlow's graph optimizer fuses all three, with the channels last."""
     layer, kernel = OURS(axis=axis), tf.ones((3, 3, 2, 6))
     layer.build((None, 6, 6, 6))
 
     @tf.function(input_signature=[tf.TensorSpec((None, 8, 8, 2))])
     def infer(x):
-        # The optimizer joins what it knows to be on a CPU.
+        # The optimizer fuses operations that are placed on a CPU.
         with tf.device("CPU:0"):
             return tf.nn.relu6(layer(tf.nn.conv2d(x, kernel, 1, "VALID"), training=False))
 
@@ -389,7 +389,7 @@ def test_convolution_and_activation_join_in_one_operation(axis):
     meta = tf.compat.v1.train.export_meta_graph(graph_def=graph.as_graph_def(), graph=graph)
     meta.collection_def["train_op"].node_list.value.append(graph.outputs[0].name)
     config = tf.compat.v1.ConfigProto()
-    # By default it leaves graphs as small as this one alone.
+    # The optimizer skips small graphs by default.
     config.graph_options.rewrite_options.min_graph_nodes = -1
     names = {node.op for node in OptimizeGraph(config, meta).node}
     apart = {"Conv2D", "Relu6"}
@@ -405,7 +405,7 @@ def test_subclass_that_calls_super():
     np.testing.assert_allclose(Doubled()(x, training=True), 2 * OURS()(x, training=True))
 
 
-def test_nothing_moves_in_inference_or_when_frozen():
+def test_statistics_do_not_change_in_inference_or_when_frozen():
     layer = OURS()
     layer.build((None, 3))
     x = np.random.default_rng(0).normal(5, 2, (8, 3)).astype("float32")
@@ -480,7 +480,7 @@ SYNCHRONIZED = """
 
 @pytest.mark.slow
 def test_synchronized_replicas_equal_one_device_on_the_joined_batch():
-    # In a process of its own: logical devices must be set before TensorFlow is used.
+    # Another process: logical devices must be set before TensorFlow is used.
     command = [sys.executable, "-c", textwrap.dedent(SYNCHRONIZED)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "all equal" in result.stdout, result.stderr
@@ -490,7 +490,7 @@ def test_synchronized_replicas_equal_one_device_on_the_joined_batch():
     "values", [10**6, pytest.param(2 * 10**7, marks=pytest.mark.slow, id="twenty millions")]
 )
 @pytest.mark.parametrize("gpu_visible", [False, True])
-def test_many_values_a_channel_on_the_cpu_whatever_is_visible(values, gpu_visible, monkeypatch):
+def test_many_values_per_channel_on_the_cpu(values, gpu_visible, monkeypatch):
     monkeypatch.setattr(kernels, "_gpu_visible", lambda: gpu_visible)
     x = np.random.default_rng(0).normal(3, 1, size=(values, 1)).astype("float32")
     layer = tfbn.BatchNormalization(momentum=0.0)
@@ -501,7 +501,7 @@ def test_many_values_a_channel_on_the_cpu_whatever_is_visible(values, gpu_visibl
     np.testing.assert_allclose(layer.moving_mean.numpy(), exact.mean(0), rtol=1e-6)
 
 
-def test_a_synchronized_layer_trains_outside_of_replicas_too(two_devices):
+def test_synchronized_layer_trains_outside_of_replicas(two_devices):
     x = np.random.default_rng(0).normal(2, 3, (16, 4)).astype("float32")
     with two_devices.scope():
         layer = OURS(momentum=0.0, synchronized=True)
@@ -513,7 +513,7 @@ def test_a_synchronized_layer_trains_outside_of_replicas_too(two_devices):
 
 
 def one_by_one(layer, x, training):
-    """Outputs and gradients of sum(y^3) by x and gamma, for every element of x by itself."""
+    """Return outputs and gradients of sum(y^3) by x and gamma, for every element of x alone."""
     rows = []
     for element in x:
         with tf.GradientTape() as tape:
@@ -544,7 +544,7 @@ def test_vectorized_map(policy, shape, axis, mean, training):
 
     results = tf.vectorized_map(of_one, x, fallback_to_while_loop=False)
     expected = one_by_one(oracle, tf.cast(x, tf.float64), training)
-    # Units in the last place of the inputs, in standard deviations; the gradients are cubic.
+    # Tolerance: units in the last place of the inputs, in std; the gradients are cubic.
     rtol = {"float32": 1e-4, "float64": 1e-9, "mixed_float16": 0.01, "mixed_bfloat16": 0.08}[policy]
     for ours, theirs in zip(results, expected, strict=True):
         ours = np.asarray(tf.cast(ours, tf.float64))
@@ -553,7 +553,7 @@ def test_vectorized_map(policy, shape, axis, mean, training):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_vectorized_map_over_models(training):
-    """An ensemble: each element brings the weights and statistics of the layer."""
+    """Run an ensemble: each element has other weights and statistics."""
     layer = OURS()
     rng = np.random.default_rng(0)
     x = tf.constant(rng.normal(2, 3, (4, 8, 3)), tf.float32)

@@ -40,7 +40,7 @@ def counted(hlo, gpu, shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("gpu", gpu_compiler.GPUS)
-def test_a_step_compiled_whole_is_at_the_floor(gpu, shape, dtype):
+def test_step_compiled_by_xla_is_near_the_floor(gpu, shape, dtype):
     passes, kernels = counted(whole("tfbn", shape, dtype), gpu, shape, dtype)
     assert 8 <= passes <= MOST[shape][0] and kernels <= MOST[shape][1]
     keras_passes, _ = counted(whole("keras", shape, dtype), gpu, shape, dtype)
@@ -50,13 +50,13 @@ def test_a_step_compiled_whole_is_at_the_floor(gpu, shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("gpu", gpu_compiler.GPUS)
-def test_clusters_of_a_graph_hand_over_nothing_large(gpu, shape, dtype):
+def test_compiled_clusters_exchange_only_small_tensors(gpu, shape, dtype):
     steps = clusters(shape, dtype)
     assert sorted(steps) == ["backward", "forward"]
     forward, backward = (
         counted(steps[name], gpu, shape, dtype) for name in ("forward", "backward")
     )
-    # One more result of the size of x is one more pass, in half precision two.
+    # A further result as large as x costs one more pass, in half precision two.
     assert 3 <= forward[0] <= 3.2 and 5 <= backward[0] <= 5.2
     assert forward[0] + backward[0] <= MOST[shape][0]
     assert forward[1] + backward[1] <= MOST[shape][1]
@@ -75,8 +75,8 @@ def test_clusters_of_a_graph_hand_over_nothing_large(gpu, shape, dtype):
         (lambda x: -x[::64], 2 / 64, 1),
     ],
 )
-def test_counting_of_known_programs(step, passes, kernels):
+def test_known_programs_are_counted_correctly(step, passes, kernels):
     shape = (64, 1024, 64)
-    found = gpu_compiler.kernels_of(gpu_compiler.hlo_of(step, tf.zeros(shape)), "H200")
-    assert gpu_compiler.passes(found, shape, "float32") == pytest.approx(passes, abs=0.05)
-    assert len(found) == kernels
+    compiled = gpu_compiler.kernels_of(gpu_compiler.hlo_of(step, tf.zeros(shape)), "H200")
+    assert gpu_compiler.passes(compiled, shape, "float32") == pytest.approx(passes, abs=0.05)
+    assert len(compiled) == kernels

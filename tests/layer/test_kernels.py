@@ -1,4 +1,4 @@
-"""The kernels against NumPy in float64."""
+"""Compare the kernels with NumPy in float64."""
 
 import os
 import subprocess
@@ -43,7 +43,7 @@ def reference_moments(x, axis, mask=None):
 
 
 def reference_train(x, gamma, beta, dy, axis, epsilon, mask=None):
-    """y and the gradients by the formulas of Ioffe & Szegedy 2015, section 3, in float64."""
+    """Compute y and the gradients by Ioffe & Szegedy 2015, section 3, in float64."""
     x, dy = np.asarray(x, np.float64), np.asarray(dy, np.float64)
     axes, rank = axes_but(axis, x.ndim), x.ndim
     count, mean, variance = (along(v, axis, rank) for v in reference_moments(x, axis, mask))
@@ -67,14 +67,14 @@ def train_with_gradients(x, gamma, beta, dy, **options):
 
 
 def assert_near(actual, expected, tolerance):
-    """Within `tolerance` of the largest value there is, or of 1."""
+    """Require equality within `tolerance` of the largest value, or of 1."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     scale = max(1.0, np.abs(expected).max(initial=0))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
 
 
 def data(shape, ratio, axis, dtype="float32", seed=0):
-    """Values whose mean is `ratio` standard deviations from zero, other signs by channel."""
+    """Draw values with means `ratio` standard deviations from zero, of alternating sign."""
     rng = np.random.default_rng(seed)
     sign = np.where(np.arange(shape[axis]) % 2, 1, -1)
     values = rng.normal(size=shape) + ratio * along(sign, axis, len(shape))
@@ -89,7 +89,7 @@ def parameters(channels, seed=0):
 
 @st.composite
 def batches(draw):
-    """Data, axis and mask (or none), of any rank, with odd sizes, none, and ones."""
+    """Draw data, axis and mask (or `None`), of any rank, with odd sizes, zeros and ones."""
     shape = draw(st.lists(st.integers(1, 5), min_size=2, max_size=6))
     axis = draw(st.integers(-len(shape), len(shape) - 1))
     if axis % len(shape):
@@ -107,7 +107,7 @@ def batches(draw):
 
 @settings(max_examples=150)
 @given(batches(), st.sampled_from(["eager", "eager", "eager", "graph"]))
-def test_moments_are_those_of_numpy(batch, mode):
+def test_moments_equal_numpy(batch, mode):
     x, axis, mask = batch
     count, mean, variance = MODES[mode](kernels.moments)(x, axis, mask)
     expected = reference_moments(tf.cast(x, tf.float64), axis, mask)
@@ -115,7 +115,7 @@ def test_moments_are_those_of_numpy(batch, mode):
     np.testing.assert_array_equal(np.broadcast_to(count, mean.shape), expected[0])
     std = np.sqrt(expected[2])
     assert np.all(np.abs(mean - expected[1]) <= 1e-6 * np.maximum(np.abs(expected[1]), std))
-    # In float32 a constant other than 0 has the variance that the rounding of its mean leaves.
+    # In float32 the rounding of the mean of a constant leaves a small variance.
     rounding = (2.0**-24 * expected[1]) ** 2
     assert np.all(np.abs(variance - expected[2]) <= 1e-6 * expected[2] + rounding)
     assert np.all(variance >= 0)
@@ -139,7 +139,7 @@ def test_moments_far_from_zero(mode, ratio, shape, axis):
     st.sampled_from([((9, 4), -1), ((4, 2, 3, 2), 1), ((5, 1), 1), ((2, 3, 2, 2, 2), -1)]),
     st.floats(-100, 100),
 )
-def test_normalize_is_the_formula(dtype, form, mean):
+def test_normalize_equals_the_formula(dtype, form, mean):
     shape, axis = form
     x = data(shape, mean, axis, dtype)
     gamma, beta = parameters(shape[axis])
@@ -170,7 +170,7 @@ CASES = [
 
 @pytest.fixture(params=[*MODES, "GPU visible"])
 def run(request, monkeypatch):
-    """How a function is run: each mode, and the path for GPUs, which is right on any device."""
+    """Return a runner for a mode, or for the path for GPUs, which is correct on any device."""
     if request.param == "GPU visible":
         monkeypatch.setattr(kernels, "_gpu_visible", lambda: True)
         monkeypatch.setattr(kernels, "_xla_runs_on_gpu", lambda: True)
@@ -195,7 +195,7 @@ def test_training_step_and_its_gradient(shape, axis, ratio, run):
 @pytest.mark.quick(2)
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
 def test_training_step_in_other_dtypes(dtype, run):
-    # 100 rather than 1e4: here the data itself must still be told apart.
+    # A ratio of 100 and not 1e4: rounding must leave different values in the data.
     x, dy = data((40, 3, 4), 0 if dtype == "bfloat16" else 100, -1, dtype), data((40, 3, 4), 1, -1)
     gamma, beta = parameters(4)
     dy = tf.cast(dy, dtype)
@@ -212,12 +212,12 @@ def test_training_step_in_other_dtypes(dtype, run):
 @pytest.mark.quick(3)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("ratio", [0, 7.9, 1e4])
-def test_batch_variance_of_a_training_step(dtype, ratio, run):
+def test_batch_variance_of_training_step(dtype, ratio, run):
     x = data((16, 28, 28, 4), ratio, -1, dtype)
     right = reference_moments(tf.cast(x, tf.float64), -1)[2]
     step = run(lambda x: kernels.train(x, None, None, axis=-1, epsilon=1e-3))
     _, _, _, variance = step(x)
-    # With few bits and a far mean there may be no variance left to be right about.
+    # With few bits and a far mean, rounding may leave no variance.
     np.testing.assert_allclose(
         variance, right, rtol=1e-5 if dtype == "float32" else 1e-4, atol=1e-9
     )
@@ -226,7 +226,7 @@ def test_batch_variance_of_a_training_step(dtype, ratio, run):
 @pytest.mark.quick(2)
 @pytest.mark.parametrize("stride", [16, 61, 251])
 @pytest.mark.parametrize("ratio", [0, 1e4])
-def test_variance_where_exactly_the_sampled_values_are_outliers(stride, ratio, run):
+def test_variance_if_exactly_the_sampled_values_are_outliers(stride, ratio, run):
     x = np.random.default_rng(0).normal(0, 1e-3, (70000, 2))
     x[::stride] += 1
     x = (x - x.mean(0)) / x.std(0) + ratio
@@ -242,7 +242,7 @@ def test_variance_where_exactly_the_sampled_values_are_outliers(stride, ratio, r
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("axis", [-1, 1])
 def test_half_precision_with_one_channel_far_from_zero(dtype, axis, run):
-    """And another with values so far from its mean that the dtype does not hold the distance."""
+    """Another channel has values whose distance from the mean overflows the dtype."""
     rng = np.random.default_rng(0)
     x = rng.normal(30, 1, (400, 3))
     x[:, 1] = -6e4
@@ -259,13 +259,13 @@ def test_half_precision_with_one_channel_far_from_zero(dtype, axis, run):
     for actual, expected in zip((y, dx), right[:2], strict=True):
         actual = np.asarray(tf.cast(actual, tf.float64))
         np.testing.assert_allclose(actual, expected, rtol=rounding, atol=rounding * 1e-2)
-    # They are not rounded to the dtype, so they must be nearer than it would allow.
+    # The moments are not rounded to the dtype, so the tolerance is below its rounding.
     np.testing.assert_allclose(dgamma, right[2], rtol=0, atol=1e-6 * np.sum(np.abs(dy)))
     np.testing.assert_allclose(dbeta, right[3], rtol=0, atol=1e-6 * np.sum(np.abs(dy)))
 
 
 def formula(x, gamma, axis):
-    """The training step in float64, of operations that TensorFlow differentiates rightly."""
+    """Compute the step in float64 from operations that TensorFlow differentiates correctly."""
     axes = axes_but(axis, len(x.shape))
     mean = tf.reduce_mean(x, axes, keepdims=True)
     variance = tf.reduce_mean(tf.square(x - mean), axes, keepdims=True)
@@ -286,7 +286,7 @@ def forward_derivative(step, x, gamma, dx, dgamma):
 @pytest.mark.parametrize("ratio", [0, 1e3])
 @pytest.mark.parametrize("mask", [None, True])
 def test_forward_mode(shape, axis, ratio, mask, where, run):
-    """The derivative of a step is followed in a function, and a function is differentiated."""
+    """Forward mode works inside a function, and on a function."""
     x, dx = data(shape, ratio, axis), data(shape, 0.5, axis, seed=1)
     gamma, dgamma = parameters(shape[axis])
     options = {"axis": axis, "epsilon": 0.1}
@@ -320,7 +320,7 @@ def test_forward_mode_in_inference(where, run):
         function = run(step)
         actual = forward_derivative(function, x, gamma, dx, dgamma)
         if actual is None:
-            # TensorFlow has no such derivative of its fused operation; at least it is no number.
+            # TensorFlow has no forward-mode derivative of its fused operation and returns None.
             graph = function.get_concrete_function(x, gamma).graph
             assert FUSED in operations(graph)
             return
@@ -332,7 +332,7 @@ def test_forward_mode_in_inference(where, run):
 
 @pytest.mark.slow
 def test_second_order_gradient_of_a_step_in_a_branch():
-    """There TensorFlow's own derivative of its operation is 0, in silence."""
+    """TensorFlow's derivative of the fused operation is silently 0 there."""
     x, dy = data((6, 7, 3), 0, -1), data((6, 7, 3), 0.5, -1, seed=1)
     gamma, _ = parameters(3)
 
@@ -362,7 +362,7 @@ def test_second_order_gradient_of_a_step_in_a_branch():
 
 
 def test_tracing_a_network_traces_the_step_once():
-    """And registers its gradients once: what is registered stays for as long as the process."""
+    """Its gradients are registered once too, because they stay until the process ends."""
     x, dy = data((6, 7, 3), 0, -1), data((6, 7, 3), 1, -1, seed=1)
 
     def network(x, dy, layers):
@@ -384,7 +384,7 @@ def test_tracing_a_network_traces_the_step_once():
 
 @pytest.mark.quick(2)
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "int64"])
-def test_whole_numbers_are_not_cut_to_whole_numbers(dtype, run):
+def test_normalized_integers_are_not_truncated(dtype, run):
     x = tf.cast(np.random.default_rng(0).integers(0, 200, (50, 3)), dtype)
     expected = reference_train(x, np.ones(3), np.zeros(3), np.zeros((50, 3)), -1, 1e-3)[0]
     y, count, mean, variance = run(lambda x: kernels.train(x, None, None, axis=-1, epsilon=1e-3))(x)
@@ -416,7 +416,7 @@ def test_whole_numbers_are_not_cut_to_whole_numbers(dtype, run):
     ],
 )
 def test_sums_over_stretches(positions, fits, samples):
-    """Where a stretch fits into the positions of a sample, none is looked for in every step."""
+    """If a stretch divides the positions of a sample, its length is computed in the trace."""
     step = tf.function(
         lambda x: kernels.train(x, None, None, axis=-1, epsilon=1e-3),
         input_signature=[tf.TensorSpec((None, *positions, 4))],
@@ -438,7 +438,7 @@ def test_masked_training_step(batch):
     x, axis, mask = batch
     gamma, beta = parameters(x.shape[axis])
     dy = data(x.shape, 1, axis, seed=1)
-    # An epsilon that the variance of the smallest data does not vanish beside.
+    # An epsilon below the variance of the smallest data.
     step = {"axis": axis, "epsilon": 1e-3, "mask": mask}
     expected = reference_train(x, gamma, beta, dy, axis, 1e-3, mask)
     for actual, right in zip(
@@ -448,7 +448,7 @@ def test_masked_training_step(batch):
 
 
 @pytest.mark.parametrize("hidden", [np.nan, np.inf, 1e30])
-def test_what_is_behind_the_mask_never_counts(hidden):
+def test_masked_values_never_count(hidden):
     x = np.random.default_rng(0).normal(size=(6, 5, 3)).astype("float32")
     mask = np.arange(30).reshape(6, 5) % 3 > 0
     expected = reference_moments(x, -1, mask)
@@ -475,7 +475,7 @@ def test_mask_that_includes_the_channels():
 
 @pytest.mark.quick(2)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_shows(bad, run):
+def test_non_finite_values_give_non_finite_moments(bad, run):
     x = np.random.default_rng(0).normal(size=(40, 3)).astype("float32")
     x[7, 1] = bad
     for function in (
@@ -532,9 +532,9 @@ def test_second_order_gradient(shape, axis, ratio, run):
         return outer.gradient(penalty, [x, gamma])
 
     def plain(x, gamma):
-        # TensorFlow's own derivatives of the formula, in float64.
+        # TensorFlow's derivatives of the formula, in float64.
         axes = axes_but(axis, len(shape))
-        # Not tf.nn.moments, whose second derivative is wrong: it takes the mean for a constant.
+        # The second derivative of tf.nn.moments is wrong: it treats the mean as a constant.
         mean = tf.reduce_mean(x, axes, keepdims=True)
         variance = tf.reduce_mean(tf.square(x - mean), axes, keepdims=True)
         v = (x - mean) / tf.sqrt(variance + 0.1)
@@ -552,7 +552,7 @@ def test_second_order_gradient(shape, axis, ratio, run):
 
 
 def operations(graph):
-    """The names of all operations, those in the bodies of functions too."""
+    """Return the names of all operations, including the bodies of functions."""
     definition = graph.as_graph_def()
     nodes = list(definition.node)
     for function in definition.library.function:
@@ -599,7 +599,7 @@ def computed(x):
 
 
 def convolution(x):
-    """A convolution whose output is its input."""
+    """Compute an identity convolution."""
     identity = tf.eye(x.shape[-1], batch_shape=[1, 1], dtype=x.dtype)
     return tf.nn.conv2d(x, identity, 1, "SAME")
 
@@ -609,7 +609,7 @@ def biased_convolution(x):
 
 
 def inference(source, axis):
-    """The inference step on the output of a function, which is made of the step's argument."""
+    """Return the inference step after a function of its argument."""
     parts = {"axis": axis, "epsilon": 1e-3}
     return lambda x, *weights: kernels.normalize(source(x), *weights, **parts)
 
@@ -689,7 +689,7 @@ def test_composite_elsewhere(options):
 
 
 def test_no_fused_operation_in_functions_called_under_xla():
-    """XLA is noticed by way of a private function of TensorFlow; here its loss would show."""
+    """Fails if TensorFlow removes or changes the private function that detects XLA."""
 
     @tf.function
     def inner(x):
@@ -700,7 +700,7 @@ def test_no_fused_operation_in_functions_called_under_xla():
 
     spec = tf.TensorSpec((8, 4), tf.float32)
     assert FUSED in operations(tf.function(outer).get_concrete_function(spec).graph)
-    # A function that was traced before keeps its graph, so this is a new one.
+    # A traced function would keep its graph, so this one is new.
     inner = tf.function(inner.python_function)
     compiled = tf.function(outer, jit_compile=True)
     assert FUSED not in operations(compiled.get_concrete_function(spec).graph)
@@ -746,7 +746,7 @@ def test_one_trace_serves_all_sizes(spec, shapes):
 )
 @example([1e6] + [0.0] * 199, -1)
 @example(([1e6] + [0.0] * 60) * 3, -1)
-def test_sampled_mean_is_near_the_mean_whatever_the_data(values, axis):
+def test_sampled_mean_is_near_the_mean_for_any_data(values, axis):
     shape = {-1: (len(values), 1), 1: (len(values), 1, 1), 0: (1, len(values))}[axis]
     x = tf.reshape(tf.constant(values, tf.float32), shape)
     sampled = sums.sampled_mean(x, axis, long=False)
@@ -773,8 +773,8 @@ def test_renorm_corrections():
 
 
 @pytest.mark.slow
-def test_right_without_onednn_too():
-    """TensorFlow has two CPU versions of the fused operation, chosen when it is loaded."""
+def test_kernels_are_correct_without_onednn():
+    """TensorFlow has two CPU versions of the fused operation and chooses when it is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-k", "gradient and not onednn", __file__]
     environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "0"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Stretches and the moments over them, against NumPy in float64."""
+"""Compare stretches and their moments with NumPy in float64."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from tfbn.layer import sums
 
 @st.composite
 def data(draw):
-    """Values of any rank, size, floating dtype and distance from zero, and a channel axis."""
+    """Draw values of any rank, size, floating dtype and distance from zero, and a channel axis."""
     shape = draw(st.lists(st.integers(1, 6), min_size=2, max_size=5))
     axis = draw(st.integers(-len(shape), len(shape) - 1))
     other = (axis + 1) % len(shape)
@@ -31,7 +31,7 @@ def right_moments(x, axis):
 
 @pytest.fixture(scope="module")
 def measure():
-    """One trace of the moments for each axis and dtype, whatever the shape."""
+    """Return one trace of the moments for each axis and dtype."""
     return {
         (within, dtype): tf.function(
             lambda x, within=within: sums.moments_of_stretches(x, within),
@@ -56,7 +56,7 @@ def assert_right(moments, x, axis):
 
 @settings(max_examples=150)
 @given(given_data=data())
-def test_one_trace_has_the_moments_of_any_shape(measure, given_data):
+def test_one_trace_serves_any_shape(measure, given_data):
     x, axis = given_data
     x3 = sums.stretched(x, axis)
     assert x3.dtype == x.dtype
@@ -68,8 +68,8 @@ def test_one_trace_has_the_moments_of_any_shape(measure, given_data):
 @pytest.mark.slow
 @settings(max_examples=60)
 @given(data(), st.data())
-def test_stretches_of_what_is_unknown_while_tracing(drawn, choice):
-    """They are of the same values, however much of the shape is known."""
+def test_stretches_of_unknown_shapes(drawn, choice):
+    """The stretches do not depend on how much of the shape is known."""
     x, axis = drawn
     spec = [choice.draw(st.sampled_from([n, None])) for n in x.shape]
     step = tf.function(
@@ -94,7 +94,7 @@ def test_stretches_of_what_is_unknown_while_tracing(drawn, choice):
         ((3, 7), 0, (1, 3, 7)),
     ],
 )
-def test_stretches_are_cut_from_the_data_as_it_lies(shape, axis, expected):
+def test_stretches_preserve_the_order_of_the_data(shape, axis, expected):
     x = tf.reshape(tf.range(np.prod(shape)), shape)
     assert sums.stretched(x, axis).shape == expected
     np.testing.assert_array_equal(np.ravel(sums.stretched(x, axis)), np.ravel(x))
@@ -106,7 +106,7 @@ def test_stretches_are_cut_from_the_data_as_it_lies(shape, axis, expected):
 
 
 def test_tracing_stretches_is_cheap():
-    """A network of a hundred layers traces it a hundred times."""
+    """A network of a hundred layers traces them a hundred times."""
     for spec, most in [([None, 14, 14, 3], 3), ([None, 3, 14, 14], 3), ([None, 3], 17)]:
         axis = spec.index(3)
         with tf.Graph().as_default() as graph:
@@ -116,7 +116,7 @@ def test_tracing_stretches_is_cheap():
 
 @pytest.mark.parametrize("within", [1, 2])
 def test_no_gradient_is_registered(within):
-    """A registered gradient would keep the traced function for as long as the process lives."""
+    """A registered gradient would keep the traced function alive until the process ends."""
     with tf.Graph().as_default() as graph:
         x = tf.compat.v1.placeholder(tf.float32, [None, None, None])
         sums.moments_of_stretches(x, within)
@@ -126,7 +126,7 @@ def test_no_gradient_is_registered(within):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("centre", [0, 100])
-def test_a_value_that_is_not_finite_shows_in_its_channel_alone(bad, centre):
+def test_non_finite_values_affect_their_channel_alone(bad, centre):
     x = np.random.default_rng(0).normal(centre, 1, (4, 32, 3)).astype("float32")
     x[2, 7, 1] = bad
     _, mean, variance = sums.moments_of_stretches(tf.constant(x), 1)

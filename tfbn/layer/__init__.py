@@ -1,4 +1,4 @@
-"""The batch normalization layer and the kernels that it computes with."""
+"""The batch normalization layer and its kernels."""
 
 from tfbn.layer.batch_normalization import BatchNormalization
 

@@ -11,19 +11,20 @@ from tfbn.layer import kernels
 
 @keras.saving.register_keras_serializable(package="tfbn")
 class BatchNormalization(keras.layers.BatchNormalization):
-    """Drop-in for `keras.layers.BatchNormalization`, faster and with statistics to rely on.
+    """Drop-in for `keras.layers.BatchNormalization`, faster and with reliable statistics.
 
-    Arguments, weights, config and formula are those of the installed Keras's layer: in training
+    Same arguments, weights, config and formula as the installed Keras's layer: in training
     `gamma * (x - mean) / sqrt(variance + epsilon) + beta` with the mean and the biased variance
     of the batch (Ioffe & Szegedy 2015, Algorithm 1), in inference the same with `moving_mean` and
     `moving_variance`. The differences:
 
-    - The batch variance is right to 1e-4, relative, wherever the mean is up to 1e4 standard
-      deviations from zero: in eager and graph mode, under XLA and with `synchronized=True`.
-    - A batch that would poison the moving statistics leaves them as they were: one with a NaN or
-      an infinity in it, or one without any value (empty, or masked everywhere).
-    - A `.keras` file remembers the sweep that set the statistics (`tfbn.update_population_stats`,
-      `tfbn.PopulationStatsCallback`), so that `tfbn.export` of the loaded model knows it too.
+    - The batch variance has a relative error of at most 1e-4 for means up to 1e4 standard
+      deviations from zero, in eager and graph mode, under XLA and with `synchronized=True`.
+    - A batch with a NaN or an infinity, or without any value (empty, or masked everywhere), does
+      not change the moving statistics.
+    - A `.keras` file stores the record of the sweep that set the statistics
+      (`tfbn.update_population_stats`, `tfbn.PopulationStatsCallback`), for `tfbn.export` of the
+      loaded model.
 
     ```python
     layer = tfbn.BatchNormalization(momentum=0.9)
@@ -31,24 +32,23 @@ class BatchNormalization(keras.layers.BatchNormalization):
     ```
 
     Raises:
-        ValueError: A mask whose rank is not that of the inputs less one.
+        ValueError: If the rank of a mask is not the inputs' rank - 1.
     """
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> tf.Tensor:
         x = tf.convert_to_tensor(inputs)
         if not x.dtype.is_floating:
-            # Whole numbers as large as they may be, which half precision would not hold.
+            # Integers may be too large for half precision.
             x = tf.cast(x, "float64" if self.compute_dtype == "float64" else "float32")
         if x.shape[self.axis] is None:
-            # Unknown while a function is traced, but for the variables.
+            # The number of channels may be unknown in a trace. The variables have it.
             shape = [None] * x.shape.rank
             shape[self.axis] = self.moving_mean.shape[0]
             x = tf.ensure_shape(x, shape)
         if mask is not None and len(mask.shape) != x.shape.rank - 1:
             raise ValueError(
-                "The mask must have one dimension less than the inputs: a value per position, "
-                f"none per channel. Received: mask.shape={tuple(mask.shape)}, "
-                f"inputs.shape={tuple(x.shape)}. Leave out the mask's last axis."
+                f"Expected a mask of rank {x.shape.rank - 1}, without an axis for channels. "
+                f"Received: mask.shape={tuple(mask.shape)}."
             )
         gamma = tf.convert_to_tensor(self.gamma) if self.scale else None
         beta = tf.convert_to_tensor(self.beta) if self.center else None
@@ -63,7 +63,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 **form,
             )
             return tf.cast(y, self.compute_dtype)
-        # Older versions of Keras 3 have no `renorm`.
+        # Keras 3.10 has no `renorm`.
         renorm = getattr(self, "renorm", False)
         y, count, mean, variance = kernels.train(
             x,
@@ -82,8 +82,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             self._move(self.renorm_stddev, stddev, self.renorm_momentum, usable)
             self._move(self.moving_mean, mean, self.momentum, usable)
             stddev = self._move(self.moving_stddev, stddev, self.momentum, usable)
-            # Inference normalizes by the moving standard deviation (Ioffe 2017, Algorithm 1), in
-            # the form that inference has anyway.
+            # Inference normalizes by the moving standard deviation (Ioffe 2017, Algorithm 1). It
+            # reads `moving_variance`.
             variance = tf.nn.relu(tf.square(stddev) - self.epsilon)
             self.moving_variance.assign(tf.where(usable, variance, self.moving_variance))
         else:
@@ -92,11 +92,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return tf.cast(y, self.compute_dtype)
 
     def save_assets(self, dir_path: str) -> None:
-        """Write down which sweep the statistics come from, if any, where Keras calls for it."""
+        """Store the record of the sweep that set the statistics, if there was one."""
         origins.save(self, dir_path)
 
     def load_assets(self, dir_path: str | None) -> None:
-        """Read the asset of `save_assets`. Nothing in a file here keeps the layer from loading."""
+        """Load the record of `save_assets`. The layer loads even if the file is damaged."""
         origins.load(self, dir_path)
 
     @staticmethod
@@ -105,7 +105,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     ) -> tf.Tensor:
         old = tf.convert_to_tensor(variable)
         new = old * momentum + value * (1.0 - momentum)
-        # Setting the momentum to 1 would not do for an unusable batch: 0 * NaN is NaN.
+        # A momentum of 1 for an unusable batch would not help: 0 * NaN is NaN.
         new = tf.where(usable, new, old)
         variable.assign(new)
         return new

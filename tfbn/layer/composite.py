@@ -1,4 +1,4 @@
-"""The kernel for all else: batch normalization of plain operations, for XLA to fuse."""
+"""The composite kernel: batch normalization built from plain operations, which XLA fuses."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ def train(
     synchronized: bool = False,
     renorm: Callable | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """As `kernels.train`; `long` as in `sums.stretched`."""
+    """Compute `kernels.train`; for `long` see `sums.stretched`."""
     centred, shift, count, mean, variance = centred_moments(x, axis, mask, long=long)
     if synchronized:
         count, mean, variance = _merge_replicas(count, mean, variance)
@@ -34,7 +34,10 @@ def train(
 def train_compiled(
     x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, *, axis: int, epsilon: float
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """As `kernels.train`, forward and backward each compiled by XLA, where the graph is not."""
+    """Compute `kernels.train` with XLA in a graph that XLA does not compile.
+
+    The forward and the backward pass are two compiled functions.
+    """
     channels = sums.number_of_channels(x, axis)
     gamma = tf.ones([channels]) if gamma is None else tf.cast(gamma, tf.float32)
     beta = tf.zeros([channels]) if beta is None else tf.cast(beta, tf.float32)
@@ -48,12 +51,12 @@ def train_compiled(
 
 @functools.cache
 def _compiled_step(rank: int, dtype: tf.DType, epsilon: float) -> Callable:
-    """From (x, gamma, beta) to the results, for `x` of rank 2 or 3 with its channels on axis 1.
+    """Return a function (x, gamma, beta) -> results, for `x` of rank 2 or 3, channels on axis 1.
 
     XLA writes every result of a function to memory. TensorFlow's gradient of a single compiled
-    function would add all intermediate values to its results, several of the size of `x` among
-    them. Here the backward function takes nothing as large but `x` and `dy`: it centres `x`
-    once more, which costs no pass over memory, by moments that it is given.
+    function would return all intermediate values, several as large as `x`. Here the only large
+    arguments of the backward function are `x` and `dy`: it centres `x` again with the given
+    moments, which costs no pass over memory.
     """
 
     @tf.function(autograph=False, jit_compile=True)
@@ -67,7 +70,7 @@ def _compiled_step(rank: int, dtype: tf.DType, epsilon: float) -> Callable:
         centred, shift, _, mean, variance = centred_moments(x, 1, None, long=True, given=given)
         rest = mean - shift
         y = scale_centred(centred, rest, variance, gamma, beta, 1, epsilon, long=True)
-        # Not a tape, which records nothing where recording is stopped, as in forward mode.
+        # `tf.GradientTape` would record nothing in forward mode, which stops recording.
         return tf.gradients(tf.cast(y, x.dtype), [x, gamma, beta], dy)
 
     @tf.custom_gradient
@@ -81,8 +84,7 @@ def _compiled_step(rank: int, dtype: tf.DType, epsilon: float) -> Callable:
 
     signature = [tf.TensorSpec([None] * rank, dtype), *[tf.TensorSpec([None])] * 2]
     with tf.init_scope(), tf.device(None):
-        # A function around both, so that eager mode and forward-mode differentiation follow the
-        # gradient that is given here, too.
+        # Eager mode and forward-mode differentiation ignore a custom gradient outside a function.
         return tf.function(step, autograph=False).get_concrete_function(*signature)
 
 
@@ -96,7 +98,7 @@ def normalize(
     axis: int,
     epsilon: float,
 ) -> tf.Tensor:
-    """As `kernels.normalize`."""
+    """Compute `kernels.normalize`."""
     dtype = sums.statistics_dtype(x.dtype)
     centred = tf.cast(x, dtype) - sums.along(axis, tf.cast(mean, dtype), x)
     y = scale_centred(centred, 0, tf.cast(variance, dtype), gamma, beta, axis, epsilon)
@@ -111,24 +113,24 @@ def centred_moments(
     long: bool,
     given: tuple[tf.Tensor, tf.Tensor, tf.Tensor] | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """`(x - shift, shift, count, mean, variance)` for a shift near the mean of unmasked values.
+    """Return `(x - shift, shift, count, mean, variance)`; shift is near the unmasked values' mean.
 
     With d = x - shift, mean = shift + sum(d) / count and
-    variance = sum(d^2) / count - (sum(d) / count)^2. The identity holds for any shift; one near
-    the mean keeps it free of cancellation (Chan, Golub & LeVeque 1983, "Algorithms for Computing
-    the Sample Variance", section 3).
+    variance = sum(d^2) / count - (sum(d) / count)^2. The identity holds for any shift; near the
+    mean it does not cancel (Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample
+    Variance", section 3).
 
     Args:
-        x, axis, mask: As in `kernels.moments`.
-        long: As in `sums.stretched`.
-        given: `(shift, mean, variance)`, where they were computed before: nothing is summed
-            then, and the gradients are still those of the sums.
+        x, axis, mask: See `kernels.moments`.
+        long: See `sums.stretched`.
+        given: `(shift, mean, variance)` if they were computed before. Nothing is summed then; the
+            gradients do not change.
     """
     x = tf.cast(x, sums.statistics_dtype(x.dtype))
     counted = x
     if mask is not None:
         mask = tf.broadcast_to(tf.cast(mask, tf.bool), tf.shape(x)[:-1])[..., tf.newaxis]
-        # Before anything else, so that no gradient ever meets the values behind the mask.
+        # The mask comes first, so that masked values never enter a gradient.
         counted = tf.where(mask, x, tf.zeros((), x.dtype))
     count = sums.values_per_channel(x, axis, mask)
     if given is not None:
@@ -136,7 +138,7 @@ def centred_moments(
     elif mask is None:
         shift = sums.sampled_mean(x, axis, long=long)
     else:
-        # What is masked may be all that a sample has.
+        # A sampled mean might see masked values only.
         shift = tf.cast(sums.sum_of_channels(counted, axis) / tf.maximum(count, 1), x.dtype)
     shift = tf.stop_gradient(shift)
     centred = x - sums.along(axis, shift, x)
@@ -163,10 +165,10 @@ def scale_centred(
     *,
     long: bool = False,
 ) -> tf.Tensor:
-    """gamma * (r * (centred - rest) / sqrt(variance + epsilon) + d) + beta.
+    """Compute gamma * (r * (centred - rest) / sqrt(variance + epsilon) + d) + beta.
 
-    `rest`, the mean after centring, is small beside the standard deviation. So it may go
-    into the offset without the cancellation that the mean itself would cause there.
+    `rest`, the mean after centring, is small against the standard deviation. As part of the
+    offset it causes no cancellation, which the mean would.
     """
     dtype = variance.dtype
     scale = tf.math.rsqrt(variance + epsilon)
@@ -191,16 +193,16 @@ def renorm_corrections(
     epsilon: float,
     clipping: Mapping[str, float | None],
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """The corrections (r, d) of Batch Renormalization (Ioffe 2017, equation 2 and section 3).
+    """Return the corrections (r, d) of Batch Renormalization (Ioffe 2017, eq. 2 and section 3).
 
     r = stddev / running_stddev, clipped to [rmin, rmax], and
     d = (mean - running_mean) / running_stddev, clipped to [-dmax, dmax], where
-    stddev = sqrt(variance + epsilon). All tensors have shape `[channels]`; `clipping` has any
-    of the keys "rmin", "rmax" and "dmax".
+    stddev = sqrt(variance + epsilon). All tensors have shape `[channels]`. The keys "rmin", "rmax"
+    and "dmax" of `clipping` are optional.
     """
     dtype = mean.dtype
     epsilon = tf.cast(epsilon, dtype)
-    # In the first steps of a training the running value may be anything, 0 too.
+    # In the first steps of training the running value may be 0.
     divisor = tf.maximum(tf.cast(running_stddev, dtype), tf.sqrt(epsilon))
     r = tf.sqrt(variance + epsilon) / divisor
     d = (mean - tf.cast(running_mean, dtype)) / divisor
@@ -217,10 +219,10 @@ def renorm_corrections(
 def _affine(
     x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, axis: int, *, long: bool
 ) -> tf.Tensor:
-    """x * scale + offset.
+    """Compute x * scale + offset.
 
-    The gradients of scale and offset are sums over all positions. Here they are those of `sums`,
-    because the ones that TensorFlow would derive take XLA on the CPU three times as long.
+    `sums` computes the gradients of scale and offset, which are sums over all positions: XLA on
+    the CPU needs three times as long for TensorFlow's.
     """
 
     @tf.custom_gradient
@@ -239,7 +241,7 @@ def _affine(
 def _sums_of_centred(
     x: tf.Tensor, axis: int, given: tuple[tf.Tensor, tf.Tensor] | None, *, long: bool
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Sum and sum of squares of every channel, or those `given`, with the gradients of the sums."""
+    """Return sum and sum of squares of every channel, or `given`, with the gradients of sums."""
 
     @tf.custom_gradient
     def sums_of(x):
@@ -257,7 +259,7 @@ def _sums_of_centred(
 def _merge_replicas(
     count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """The moments of all replicas' values together (Chan, Golub & LeVeque 1983, section 2)."""
+    """Merge the moments of all replicas (Chan, Golub & LeVeque 1983, section 2)."""
     context = tf.distribute.get_replica_context()
     if context is None:
         return count, mean, variance

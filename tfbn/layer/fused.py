@@ -1,4 +1,4 @@
-"""The kernel for CPUs: batch normalization by TensorFlow's fused operation."""
+"""The fused kernel: batch normalization with TensorFlow's fused operation, for CPUs."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from tfbn.layer import sums
 def train(
     x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, *, axis: int, epsilon: float
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """As `kernels.train`, on a CPU."""
+    """Compute `kernels.train` on a CPU."""
     gamma, beta = _scale_and_offset(gamma, beta, sums.number_of_channels(x, axis))
     step = _training_step(sums.within_stretches(x, axis), x.dtype, epsilon)
     y, *moments = step(sums.stretched(x, axis), gamma, beta)
@@ -29,7 +29,7 @@ def normalize(
     epsilon: float,
     one_image: bool,
 ) -> tf.Tensor:
-    """As `kernels.normalize`; `one_image` where a GPU may run it."""
+    """Compute `kernels.normalize`; `one_image` is required on GPUs, see `_as_image`."""
     image, data_format = _as_image(x, axis, one_image=one_image)
     y = normalize_image(image, mean, variance, gamma, beta, epsilon, data_format)
     return tf.reshape(y, tf.shape(x))
@@ -44,7 +44,7 @@ def normalize_image(
     epsilon: float,
     data_format: str = "NHWC",
 ) -> tf.Tensor:
-    """As `kernels.normalize`, for `x` of rank 4."""
+    """Compute `kernels.normalize` for `x` of rank 4."""
     gamma, beta = _scale_and_offset(gamma, beta, tf.shape(mean)[0])
     y, *_ = tf.raw_ops.FusedBatchNormV3(
         x=x,
@@ -61,12 +61,11 @@ def normalize_image(
 
 @functools.cache
 def _training_step(within: int, dtype: tf.DType, epsilon: float) -> Callable:
-    """From (x, gamma, beta) to (y, count, mean, variance), for `x` from `sums.stretched`.
+    """Return a function (x, gamma, beta) -> (y, count, mean, variance); x is from `sums.stretched`.
 
-    It is traced once, for all layers and shapes, because tracing it anew for every layer would
-    take most of the time of a network's first step. It is a function for another reason too:
-    forward-mode differentiation ignores a custom gradient in the operations that it follows, but
-    takes the gradient of a function as it is.
+    One trace serves all layers and shapes: a trace for every layer would take most of the time of
+    a network's first step. Forward-mode differentiation also requires a function: it ignores the
+    custom gradients of single operations.
     """
 
     @tf.custom_gradient
@@ -75,7 +74,7 @@ def _training_step(within: int, dtype: tf.DType, epsilon: float) -> Callable:
         count = tf.cast(shape[0] * shape[within], tf.float64)
 
         def moments(x):
-            # In the gradient below they are constants; in others they have no part.
+            # The custom gradient treats them as constants.
             return sums.moments_of_sums(*sums.sums(tf.stop_gradient(x), within), count)
 
         def normalized(x, mean, variance):
@@ -86,18 +85,17 @@ def _training_step(within: int, dtype: tf.DType, epsilon: float) -> Callable:
         mean, variance = moments(tf.cast(x, tf.float32))
         near = sums.near_zero(mean, variance, sums.SAFE_RATIO)
 
-        def as_it_is():
+        def unshifted():
             return normalized(x, mean, variance), tf.zeros_like(mean), mean, variance
 
         def shifted():
-            # Not in the half precision that `x` may have: a shifted value may be too large for
-            # it, and is rounded once more.
+            # In half precision a shifted value could overflow, and would be rounded twice.
             shift = tf.cast(mean, tf.float32)
             centred = _shifted(x, shift, within)
             rest, variance = moments(centred)
             return normalized(centred, rest, variance), tf.cast(shift, tf.float64), rest, variance
 
-        y, shift, mean, variance = tf.cond(near, as_it_is, shifted)
+        y, shift, mean, variance = tf.cond(near, unshifted, shifted)
 
         def gradient(dy, *_):
             def of(x, dy):
@@ -113,10 +111,9 @@ def _training_step(within: int, dtype: tf.DType, epsilon: float) -> Callable:
         return (y, count, shift + mean, variance), gradient
 
     signature = [tf.TensorSpec([None] * 3, dtype), *[tf.TensorSpec([None])] * 2]
-    # Of the caller's device, tape and control flow nothing may get into a function that others
-    # call, too.
+    # The function is shared, so it must not depend on the caller's device, tape or control flow.
     with tf.init_scope(), tf.device(None):
-        # Inlined, it would be optimized anew at each of a network's layers, in the first step.
+        # An inlined function would be optimized once for every layer, in the first step.
         function = tf.function(step, autograph=False, experimental_attributes={"_noinline": True})
         return function.get_concrete_function(*signature)
 
@@ -130,10 +127,10 @@ def _gradient(
     within: int,
     epsilon: float,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """The gradient of the training step by x, gamma and beta.
+    """Return the gradient of the training step with respect to x, gamma and beta.
 
-    Its own gradient is given here, because the one that TensorFlow has for the operation is 0,
-    in silence, inside of a `tf.cond` and in forward-mode differentiation of a function.
+    The second gradient is custom: TensorFlow's for this operation is silently 0 inside `tf.cond`
+    and in forward-mode differentiation of a function.
     """
 
     @tf.custom_gradient
@@ -157,7 +154,7 @@ def _gradient(
 
         return outputs, second
 
-    # Tensors of the branch that this is in, if it is in one: its gradient may use no others.
+    # The gradient of a `tf.cond` branch may use tensors of the branch only.
     return gradient(*(tf.identity(v) for v in (x, dy, gamma)))
 
 
@@ -171,12 +168,12 @@ def _second_gradient(
     within: int,
     epsilon: float,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """The gradient of `_gradient` by x, dy and gamma.
+    """Return the gradient of `_gradient` with respect to x, dy and gamma.
 
     With v = (x - mean(x)) * s, s = 1 / sqrt(variance + epsilon) and the linear map
     P(a) = a - mean(a) - v * mean(v * a), the gradient of the training step is
-    dx = gamma * s * P(dy), dgamma = sum(dy * v), dbeta = sum(dy); and that of sum(a * v) by x is
-    s * P(a). The rest is the product rule.
+    dx = gamma * s * P(dy), dgamma = sum(dy * v), dbeta = sum(dy). The gradient of sum(a * v) with
+    respect to x is s * P(a). The rest is the product rule.
     """
     dtype, axes = x.dtype, [0, within]
     x, dy, d_dx = (tf.cast(v, tf.float32) for v in (x, dy, d_dx))
@@ -208,15 +205,15 @@ def _shifted(x: tf.Tensor, shift: tf.Tensor, within: int) -> tf.Tensor:
 
 
 def _as_image(x: tf.Tensor, axis: int, *, one_image: bool = False) -> tuple[tf.Tensor, str]:
-    """`x` with rank 4 for the fused operation, and its data format.
+    """Return `x` with rank 4 for the fused operation, and its data format.
 
-    Where a position lies is nothing to normalization. To oneDNN it is: it shares out the first
-    axis among the cores, and takes twice as long where the positions lie along the others.
+    Positions go on the first axis, which oneDNN divides among the cores; on the other axes it
+    takes twice as long.
     """
     if not sums.channels_last(x, axis):
         return tf.expand_dims(sums.channels_second(x, axis), -1), "NCHW"
     channels = sums.number_of_channels(x, axis)
-    # cuDNN takes no more than 65535 images at once.
+    # cuDNN supports at most 65535 images.
     return tf.reshape(x, [1, -1, 1, channels] if one_image else [-1, 1, 1, channels]), "NHWC"
 
 

@@ -1,30 +1,29 @@
-"""Sums and moments of every channel, over short stretches in float32 and over these in float64.
+"""Compute sums and moments of every channel in float32 and float64.
 
-A channel's values are summed in float32 over short stretches of the data and in float64 from
-there on, where there is little left to sum. So the sums are about as fast as in float32 alone
-and about as right as in float64.
+Short stretches of a channel's values are summed in float32, and these sums in float64. This is
+about as fast as float32 and about as precise as float64.
 """
 
 import tensorflow as tf
 
-# A stretch is at most so long. It divides most sizes of images, and adds up in float32 without
-# losing more than half a digit.
+# Longest stretch. It divides most sizes of images, and a float32 sum over it loses at most half a
+# digit.
 _STRETCH = 49
-# E[x^2] - E[x]^2 loses a factor 1 + (mean / std)^2 of precision. At this ratio that is two of
-# the seven digits of float32, of an error that averages out over the stretches.
+# Largest |mean| / std of a training step without a shift. E[x^2] - E[x]^2 loses a factor
+# 1 + (mean / std)^2 of precision: here two of the seven digits of float32, of an error that
+# averages out over the stretches.
 SAFE_RATIO = 8.0
-# Where the moments themselves are wanted, not a step of a training: half a digit.
+# The same for `moments_of_stretches`, which loses half a digit.
 _EXACT_RATIO = 1.5
-# The longest stretch for a GPU. A longer one leaves XLA too few blocks to share out.
+# Longest stretch on a GPU. Longer ones leave XLA too few blocks to run in parallel.
 _LONG_STRETCH = 512
-# A shift is the mean of one value of so many (see `sampled_mean`); the second for many values on
-# a GPU, where few rows are summed sooner. Prime numbers, so that in images the samples lie in all
-# columns: borders may differ from the rest.
+# Strides of `sampled_mean`; the second for many values on a GPU, which sums few rows faster. Primes
+# sample all columns of an image, whose borders may differ from the rest.
 _SAMPLED, _SAMPLED_OF_MANY = 61, 251
 
 
 def statistics_dtype(dtype: tf.DType) -> tf.DType:
-    """The dtype in which values of `dtype` are handled: float64 for float64, else float32."""
+    """Return the dtype to compute in: float64 for float64, else float32."""
     return tf.float64 if dtype == tf.float64 else tf.float32
 
 
@@ -34,30 +33,30 @@ def channels_last(x: tf.Tensor, axis: int) -> bool:
 
 
 def number_of_channels(x: tf.Tensor, axis: int) -> int | tf.Tensor:
-    """It, or the tensor that will hold it where it is unknown while a function is traced."""
+    """Return it as an int, or as a tensor if it is unknown in a trace."""
     return tf.shape(x)[axis] if x.shape[axis] is None else x.shape[axis]
 
 
 def within_stretches(x: tf.Tensor, axis: int) -> int:
-    """The axis of `stretched(x, axis)` that is within stretches; 0 is the one over them."""
+    """Return the axis of `stretched(x, axis)` within stretches; axis 0 is over stretches."""
     return 1 if channels_last(x, axis) else 2
 
 
 def stretched(x: tf.Tensor, axis: int, *, long: bool = False) -> tf.Tensor:
-    """`x` with rank 3, ready to be summed: a stretch of one channel's values lies on one axis.
+    """Reshape `x` to rank 3, with one axis for a stretch of a channel's values.
 
-    With the channels last the shape is [stretches, stretch, channels]. Summing over the middle
-    one of three axes is several times faster than over the first of two. The length of a stretch
-    divides the number of positions, so nothing is cut or padded.
+    With the channels last the shape is [stretches, stretch, channels]: a sum over the middle of
+    three axes is several times faster than over the first of two. The length of a stretch divides
+    the number of positions, so nothing is cut or padded.
 
-    With the channels elsewhere the shape is [before, channels, after], and a stretch is all that
-    comes after the channel.
+    With the channels elsewhere the shape is [before, channels, after], and a stretch is the last
+    axis.
 
     Args:
         x: Tensor of rank 2 or more.
         axis: The axis of the channels.
-        long: Whether stretches have about the square root of all positions, as suits a GPU: the
-            sum within them and the sum over them then have as many blocks as there can be.
+        long: Whether a stretch is about as long as the square root of the number of positions,
+            which gives a GPU most blocks for the sum within stretches and the sum over them.
     """
     if not channels_last(x, axis):
         return channels_second(x, axis)
@@ -66,8 +65,8 @@ def stretched(x: tf.Tensor, axis: int, *, long: bool = False) -> tf.Tensor:
         size = x.shape[:-1].num_elements()
         size = tf.size(x, tf.int64) // tf.cast(channels, tf.int64) if size is None else size
         return tf.reshape(x, [-1, _length_of_long_stretch(size), channels])
-    # A number of positions that is fixed needs no operation to find the length, and the same
-    # data has the same stretches in eager and in graph mode.
+    # A static shape requires no operations here, and gives the same stretches in eager and graph
+    # mode.
     positions = x.shape[1:-1].num_elements()
     stretch = 1 if positions is None else length_of_stretch(positions)
     if stretch < 8:
@@ -78,19 +77,19 @@ def stretched(x: tf.Tensor, axis: int, *, long: bool = False) -> tf.Tensor:
 
 
 def moments_of_stretches(x: tf.Tensor, within: int) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Count, mean and biased variance of every channel of data from `stretched`.
+    """Compute count, mean and biased variance of every channel of data from `stretched`.
 
-    mean = sum(x) / count and variance = sum(x^2) / count - mean^2; where the mean of some channel
-    is more than 1.5 standard deviations from zero, the same again for x - mean, which is free of
+    mean = sum(x) / count and variance = sum(x^2) / count - mean^2. If the mean of a channel is more
+    than 1.5 standard deviations from zero, both are computed for x - mean, which avoids
     cancellation (Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance",
     section 3).
 
-    No dimension need be known while a function is traced, so one trace serves all layers.
+    A trace requires no static dimension, so one serves all layers.
 
     Args:
         x: Floating tensor of rank 3.
-        within: The axis within stretches, 1 or 2. Axis 0 is over stretches, the third axis is
-            that of the channels.
+        within: The axis within stretches, 1 or 2. Axis 0 is over stretches, the third axis is for
+            the channels.
 
     Returns:
         `(count, mean, variance)` in float64: the number of values per channel, a scalar, and two
@@ -114,19 +113,20 @@ def moments_of_stretches(x: tf.Tensor, within: int) -> tuple[tf.Tensor, tf.Tenso
 
 
 def sums(x: tf.Tensor, within: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Sum and sum of squares of every channel of data from `stretched`, in float64."""
+    """Return sum and sum of squares of every channel of data from `stretched`, in float64."""
     return total(x, within), total(tf.square(x), within)
 
 
 def total(x: tf.Tensor, within: int) -> tf.Tensor:
-    """Sum of every channel of data from `stretched`, in float64."""
+    """Return the sum of every channel of data from `stretched`, in float64."""
     return tf.reduce_sum(tf.cast(tf.reduce_sum(x, within), tf.float64), 0)
 
 
 def totals(x: tf.Tensor, z: tf.Tensor, axis: int, *, long: bool) -> tuple[tf.Tensor, tf.Tensor]:
-    """Sums of every channel of two tensors, in float64: for XLA, which makes two kernels of them.
+    """Return the sums of every channel of two tensors, in float64, in two XLA kernels.
 
-    The sums over stretches are one reduction, because XLA fuses no two of different inputs.
+    The sums over stretches are one reduction, because XLA does not fuse reductions of different
+    inputs.
     """
     within = within_stretches(x, axis)
     parts = [tf.reduce_sum(stretched(v, axis, long=long), within) for v in (x, z)]
@@ -136,14 +136,14 @@ def totals(x: tf.Tensor, z: tf.Tensor, axis: int, *, long: bool) -> tuple[tf.Ten
 
 
 def sum_of_channels(x: tf.Tensor, axis: int) -> tf.Tensor:
-    """Sum of every channel, in float64."""
+    """Return the sum of every channel, in float64."""
     return total(stretched(x, axis), within_stretches(x, axis))
 
 
 def moments_of_sums(
     total: tf.Tensor, squares: tf.Tensor, count: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Mean and variance of values from their sum and their sum of squares."""
+    """Compute mean and variance of values from their sum and their sum of squares."""
     divisor = tf.maximum(count, 1)
     mean = total / divisor
     return mean, tf.maximum(squares / divisor - tf.square(mean), 0)
@@ -151,37 +151,40 @@ def moments_of_sums(
 
 def near_zero(mean: tf.Tensor, variance: tf.Tensor, ratio: float) -> tf.Tensor:
     """Whether every |mean| / std is at most `ratio`."""
-    # Not the other way round: a mean that is not finite must not count as near.
+    # `<=` and not `not >`: a NaN must not count as near.
     return tf.reduce_all(tf.square(mean) <= ratio**2 * variance)
 
 
 def sampled_mean(x: tf.Tensor, axis: int, *, long: bool) -> tf.Tensor:
-    """The mean of one value of every 61, or 251 of many on a GPU, in the dtype of `x`.
+    """Return the mean of every 61st value (251st of many on a GPU), in the dtype of `x`.
 
-    Let the sampled mean be s. Then count * variance >= (count / 61) * (s - mean)^2, so
-    |s - mean| <= sqrt(61) std for any data. E[d^2] - E[d]^2 of d = x - s then loses a factor
-    62 of precision at most (252 of many on a GPU), and next to nothing in usual data.
+    For the sampled mean s, count * variance >= (count / 61) * (s - mean)^2, so
+    |s - mean| <= sqrt(61) std for any data. E[d^2] - E[d]^2 of d = x - s then loses at most a
+    factor 62 of precision (252 of many on a GPU), and almost nothing in usual data.
 
     Args:
         x: Floating tensor of rank 2 or more.
         axis: The axis of the channels.
-        long: As in `stretched`.
+        long: See `stretched`.
     """
     x = channels_second(x, axis)
     shape = tf.shape(x)
     before, after = (shape[k] if x.shape[k] is None else x.shape[k] for k in (0, 2))
     stride = tf.where(long & (before * after >= 2**16), _SAMPLED_OF_MANY, _SAMPLED)
-    # With few images, a part of each.
+    # Few images are sampled inside, too.
     part = tf.maximum(stride // tf.maximum(before, 1), 1)
     sample = x[::stride, :, ::part]
-    # Not `tf.ensure_shape`, which has no forward-mode derivative in a tf.function.
+    # `tf.ensure_shape` has no forward-mode derivative in a tf.function.
     sample.set_shape([None, x.shape[1], None])
     count = tf.cast(values_per_channel(sample, 1), x.dtype)
     return tf.math.divide_no_nan(tf.reduce_sum(sample, [0, 2]), count)
 
 
 def values_per_channel(x: tf.Tensor, axis: int, mask: tf.Tensor | None = None) -> tf.Tensor:
-    """Values per channel, float64; a scalar, or per channel where a mask may differ by it."""
+    """Return the number of values per channel, float64.
+
+    It is a scalar, or of shape `[channels]` where channels may be masked differently.
+    """
     if mask is None:
         channels = tf.cast(number_of_channels(x, axis), tf.float64)
         return tf.cast(tf.size(x, tf.int64), tf.float64) / channels
@@ -192,7 +195,7 @@ def values_per_channel(x: tf.Tensor, axis: int, mask: tf.Tensor | None = None) -
 
 
 def along(axis: int, per_channel: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
-    """A value per channel in the shape that broadcasts over `x`."""
+    """Reshape values per channel so that they broadcast over `x`."""
     if channels_last(x, axis):
         return per_channel
     shape = [1] * x.shape.rank
@@ -201,13 +204,13 @@ def along(axis: int, per_channel: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
 
 
 def channels_second(x: tf.Tensor, axis: int) -> tf.Tensor:
-    """`x` as [before, channels, after]; `after` is 1 where that leaves the order as it is."""
+    """Reshape `x` to [before, channels, after]; with the channels last, `after` is 1."""
     axis %= x.shape.rank
     channels = number_of_channels(x, axis)
     if channels_last(x, axis):
         return tf.reshape(x, [-1, channels, 1])
     before, after = x.shape[:axis].num_elements(), x.shape[axis + 1 :].num_elements()
-    # One of them can be inferred, but not of an empty tensor from a 0.
+    # `tf.reshape` can infer one of them, but not if the other is 0.
     if after:
         return tf.reshape(x, [-1, channels, after])
     if before:
@@ -218,7 +221,7 @@ def channels_second(x: tf.Tensor, axis: int) -> tf.Tensor:
 
 
 def length_of_stretch(positions: int | tf.Tensor) -> int | tf.Tensor:
-    """The largest divisor of `positions` that is no longer than a stretch may be."""
+    """Return the largest divisor of `positions` up to the longest stretch."""
     if isinstance(positions, int):
         return max(n for n in range(1, _STRETCH + 1) if positions % n == 0)
     lengths = tf.constant([*range(1, _STRETCH + 1)], tf.int64)
@@ -226,7 +229,7 @@ def length_of_stretch(positions: int | tf.Tensor) -> int | tf.Tensor:
 
 
 def _length_of_long_stretch(positions: int | tf.Tensor) -> int | tf.Tensor:
-    """The largest divisor of `positions` up to about its square root."""
+    """Return the largest divisor of `positions` up to about its square root."""
     if isinstance(positions, int):
         most = min(max(_STRETCH, int(1.25 * positions**0.5)), _LONG_STRETCH)
         return max(n for n in range(1, most + 1) if positions % n == 0)
