@@ -380,6 +380,18 @@ def test_summary_has_the_worst_layer_first(model, stats):
     assert len({len(line) for line in lines[1:]}) == 1
 
 
+def test_statistics_that_were_not_swept_say_so(model, stats):
+    """A count of 0 samples would look as if the sweep had failed."""
+    lines = []
+    stats.previous.summary(print_fn=lines.append)
+    assert lines[0] == "Statistics of 3 layers as the model held them, not swept".replace(
+        "3", str(len(stats.previous))
+    )
+    assert "0" not in lines[1] and len(lines) == 2 + len(stats.previous)
+    for shown in (repr(stats.previous), stats.previous._repr_html_()):
+        assert "as the model held them" in shown and "samples" not in shown
+
+
 def with_errors(stats):
     """The same with standard errors of 0.01 to 0.03 standard deviations."""
     scale = {path: np.linspace(0.01, 0.03, len(s.mean)) for path, s in stats.items()}

@@ -1,7 +1,7 @@
 """Figures: `plot_drift` of moving averages by layer, `plot_history` of metrics three ways."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
     from tfbn.population import PopulationStats
+    from tfbn.serving.monitor.served_stats import ServedDrift
     from tfbn.stats.layer_stats import LayerStats
 
 _SPAN, _ERROR = "0.5", "#9ecae1"  # Visible on white and on black.
@@ -30,7 +31,7 @@ _WAYS = {
 
 
 def plot_drift(
-    stats: "PopulationStats",
+    stats: "PopulationStats | ServedDrift",
     other: "PopulationStats | None" = None,
     ax: "Sequence[Axes] | np.ndarray | None" = None,
 ) -> "Figure":
@@ -52,7 +53,9 @@ def plot_drift(
     ```
 
     Args:
-        stats: `tfbn.PopulationStats`.
+        stats: `tfbn.PopulationStats`, or the `ServedDrift` that `tfbn.ServedStats.compare`
+            returns: then the data that was served is compared with the population, in units of
+            sqrt(variance + epsilon).
         other: The `PopulationStats` that are compared with it. By default those that the model
             held when it was swept, `stats.previous`.
         ax: Two matplotlib axes to draw in, as `plt.subplots(1, 2, layout="constrained")[1]`
@@ -67,35 +70,21 @@ def plot_drift(
             shapes differ, or if `ax` is not two axes.
         ImportError: If matplotlib is not installed.
     """
-    for name, given in (("stats", stats), ("other", other)):
-        if given is not None or name == "stats":
-            _require_statistics(name, given)
-    other = stats.previous if other is None else other
-    if other is None:
-        raise ValueError(
-            "Expected statistics to compare with. Received: other=None, and stats that do not "
-            "know those that the model held before the sweep. Pass `other`, for example "
-            "PopulationStats.read(model)."
-        )
-    drift = stats.compare(other)
-    layers = list(stats)
+    found = _compared(stats, other)
+    layers = list(found)
     panels = left, right = _panels(ax, 2, (10, 1.9 + 0.24 * len(layers)), sharey=True)
     bars = []
-    shifts, ratios = [], []
-    for place, layer in enumerate(layers):
-        error, std_error = _errors(stats[layer])
-        if not np.isnan(error):
+    for place, layer in enumerate(found.values()):
+        if not np.isnan(layer.mean_error):
             bar: dict[str, Any] = {"color": _ERROR, "lw": 7, "solid_capstyle": "butt"}
-            bars = left.plot([0, error], [place, place], label="standard error", **bar)
-            right.plot([1 / (1 + std_error), 1 + std_error], [place, place], **bar)
-        shift, ratio = by_channel(stats[layer], other[layer])
-        shifts.append(np.abs(shift))
-        ratios.append(ratio)
+            ends = [1 / (1 + layer.std_error), 1 + layer.std_error]
+            bars = left.plot([0, layer.mean_error], [place] * 2, label="standard error", **bar)
+            right.plot(ends, [place] * 2, **bar)
         for axes, values, dot in (
-            (left, shifts[-1], drift[layer]["mean_shift"]),
-            (right, ratio, drift[layer]["std_ratio"]),
+            (left, layer.shifts, layer.mean_shift),
+            (right, layer.ratios, layer.std_ratio),
         ):
-            axes.plot([values.min(), values.max()], [place, place], color=_SPAN, label="channels")
+            axes.plot([values.min(), values.max()], [place] * 2, color=_SPAN, label="channels")
             axes.plot([dot], [place], "o", ms=5, color="tab:orange", label="layer")
     handles = left.lines[-2:]
     handles += bars
@@ -109,13 +98,57 @@ def plot_drift(
     right.axvline(1, color="0.5", linewidth=1)
     _ratio_axis(right)
     right.set_xlabel("std\n(std of the population)")
-    found = drift.values()
-    most, most_of_all = max(d["mean_shift"] for d in found), max(map(np.max, shifts))
-    left.set_title(f"mean off by up to {most:.3g}\n(channels {most_of_all:.3g})")
-    few, many = (end(d["std_ratio"] for d in found) for end in (min, max))
-    fewest, most = min(map(np.min, ratios)), max(map(np.max, ratios))
+    most = max(layer.mean_shift for layer in found.values())
+    furthest = max(layer.shifts.max() for layer in found.values())
+    left.set_title(f"mean off by up to {most:.3g}\n(channels {furthest:.3g})")
+    few, many = (end(layer.std_ratio for layer in found.values()) for end in (min, max))
+    fewest = min(layer.ratios.min() for layer in found.values())
+    most = max(layer.ratios.max() for layer in found.values())
     right.set_title(f"std {few:.3g} to {many:.3g} times\n(channels {fewest:.3g} to {most:.3g})")
     return _finished(panels, handles, whole=ax is None)
+
+
+class _Layer(NamedTuple):
+    """The drift of a layer: of every channel, over channels, and the standard errors."""
+
+    shifts: np.ndarray
+    ratios: np.ndarray
+    mean_shift: float
+    std_ratio: float
+    mean_error: float
+    std_error: float
+
+
+def _compared(stats: Any, other: Any) -> dict[str, _Layer]:
+    """The layers to draw, by path."""
+    if hasattr(stats, "channels") and other is None:  # A `ServedDrift`
+        return {
+            path: _Layer(
+                np.abs(shift),
+                ratio,
+                *(stats.layers[path][name] for name in ("mean_shift", "std_ratio")),
+                *(stats.layers[path][name] for name in ("mean_shift_error", "std_ratio_error")),
+            )
+            for path, (shift, ratio) in stats.channels.items()
+        }
+    for name, given in (("stats", stats), ("other", other)):
+        if given is not None or name == "stats":
+            _require_statistics(name, given)
+    other = stats.previous if other is None else other
+    if other is None:
+        raise ValueError(
+            "Expected statistics to compare with. Received: other=None, and stats without the "
+            "statistics before the sweep. Pass `other`, for example PopulationStats.read(model)."
+        )
+    found = {}
+    drift = stats.compare(other)
+    for path in stats:
+        shift, ratio = by_channel(stats[path], other[path])
+        off = drift[path]
+        found[path] = _Layer(
+            np.abs(shift), ratio, off["mean_shift"], off["std_ratio"], *_errors(stats[path])
+        )
+    return found
 
 
 def _errors(stats: "LayerStats") -> list[float]:

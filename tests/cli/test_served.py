@@ -78,6 +78,22 @@ def test_drift_is_exit_status_1(capsys, tmp_path, served, form):
     assert found["p_value"] == expected.compare().p_value < 0.001
 
 
+def test_an_archive_is_one_answer(capsys, tmp_path, served):
+    """Fewer than 16 samples are too few for an alarm, however far off they are."""
+    monitor = tf.saved_model.load(os.fspath(served / "1")).signatures["monitor"]
+    for count, code, says in ((16, 1, "16 samples have moved"), (5, 0, "5 of 16 samples: too few")):
+        answer = monitor(tf.constant(0.1 * IMAGES[:count]))
+        arrays = {name: value.numpy() for name, value in answer.items()}
+        np.savez(tmp_path / "a.npz", **arrays)  # Text as Python objects
+        assert "astype(bytes)" in fails(capsys, "drift", served, tmp_path / "a.npz")
+        text = {name: y.astype(bytes) for name, y in arrays.items() if y.dtype == object}
+        np.savez(tmp_path / "a.npz", **{**arrays, **text})
+        found = run(capsys, "drift", served, tmp_path / "a.npz")
+        assert found[0] == code and found[1].startswith(says) and not found[2]
+    code, out, _ = run(capsys, "drift", served, tmp_path / "a.npz", "--json")
+    assert json.loads(out)["p_value"] is None
+
+
 def test_answers_that_are_none_fail_with_2(capsys, tmp_path, served, saved):
     for content, says in (("", "empty file"), ("{", "Expecting"), ('{"a": 1}', "'monitor'")):
         (tmp_path / "a.json").write_text(content)

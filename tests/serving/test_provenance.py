@@ -61,6 +61,9 @@ def test_provenance_travels_with_the_model(tmp_path, capsys):
     capsys.readouterr()
     assert describe(exported.path) == written
     printed = capsys.readouterr().out
+    # As the last line of a notebook's cell it is not shown as a long dict again.
+    shown = repr(describe(exported.path))
+    assert shown.startswith(f"<Description of {exported.path}: tfbn, ") and "320" not in shown
     assert "method='pooled' over 20 samples in 2 batches of at most 10" in printed
     assert "bn: 3 channels, 320 values each" in printed
     assert "changed" not in printed

@@ -49,7 +49,7 @@ _DRIFT_HELP = """\
 answers of the signature monitor of a model that was exported with --monitor:
   answers.json  as the REST interface returns them for requests with
                 "signature_name": "monitor": one, a list, or one after the other
-  answers.npz   one answer, its outputs as arrays by name"""
+  answers.npz   one answer, its outputs as arrays by name, text as arrays of bytes"""
 
 
 def build() -> argparse.ArgumentParser:

@@ -93,8 +93,16 @@ def drift(args: argparse.Namespace) -> int:
 def _answers(path: str) -> Iterator[Any]:
     """The answers in a .npz archive, or in a file of JSON: one, a list, or one after the other."""
     if checks.suffix(path) == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
-            yield dict(archive)
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                yield dict(archive)
+        except ValueError as error:
+            if "pickle" not in str(error):
+                raise
+            raise FileError(
+                f"Expected arrays without Python objects, which may run code. Received: {path}. "
+                "Save text with numpy.asarray(text).astype(bytes)."
+            ) from error
         return
     text = atomic.read(path).decode().strip()
     if not text:

@@ -1,5 +1,6 @@
 """What is served, and that loading it needs nothing of ours."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -35,6 +36,30 @@ def test_serves_what_numpy_computes(tmp_path, batch_norm):
     served = serve(exported.path)(**{name: x})["output_0"]
     np.testing.assert_allclose(served, by_numpy(model, x), rtol=1e-5, atol=1e-5)
     assert exported.max_abs_difference <= 1e-6
+
+
+def test_notes_about_the_temporary_folder_are_dropped(tmp_path):
+    """TensorFlow writes `Assets written to: .../.tfbn-export-...`, also on Keras's loggers."""
+    seen = logging.Handler()
+    seen.records = []
+    seen.emit = seen.records.append
+    loggers = [logging.getLogger(name) for name in ("tensorflow", "absl", None)]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.addHandler(seen)
+            logger.setLevel(logging.INFO)
+        tf.saved_model.save(tf.Module(), os.fspath(tmp_path / "other"))
+        noted = [record.getMessage() for record in seen.records]
+        assert any("Assets written to" in note for note in noted)
+        seen.records.clear()
+        export(dense_model(), tmp_path / "model")
+        assert not [r for r in seen.records if "Assets written" in r.getMessage()]
+        assert tf.get_logger().level == logging.INFO
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(seen)
+            logger.setLevel(level)
 
 
 def test_outputs_do_not_depend_on_the_rest_of_the_batch(tmp_path):

@@ -146,7 +146,13 @@ def test_few_samples_tell_nothing(exported, ask):
         served.compare()
     for number, sample in enumerate(x, 1):
         served.add(ask(sample[None]))
-        assert served.compare().drifted == (number == 16)
+        found = served.compare()
+        assert found.drifted == (number == 16)
+        assert np.isnan([found.p_value, found.layers["first"]["p_value"]]).all() == (number < 16)
+        if number in (1, 15):
+            assert repr(found) == f"<ServedDrift: {number} of 16 samples: too few to tell>"
+    assert repr(found).startswith("<ServedDrift: 16 samples have moved from the population: ")
+    assert repr(served) == f"<ServedStats of {exported}: 16 samples>"
 
 
 @pytest.mark.slow
@@ -213,11 +219,11 @@ WRONG = {
     "of serve": (lambda a: {"output_0": a["output_0"]}, "signature 'monitor' with"),
     "another version": (
         lambda a: {**a, monitor.IDENTITY: [b"17", b"17"]},
-        "another model or another",
+        "an answer of another model",
     ),
     "one sample of another version": (
         lambda a: {**a, monitor.IDENTITY: [a[monitor.IDENTITY][0], b"17"]},
-        "another model or another",
+        "an answer of another model",
     ),
     "fewer samples": (lambda a: {**a, monitor.IDENTITY: a[monitor.IDENTITY][:1]}, "1 samples of 6"),
     "a missing layer": (
@@ -260,8 +266,45 @@ def test_the_answer_of_another_version_is_refused(tmp_path, exported, ask):
     sweep(model)
     other = export(model, tmp_path, monitor=True).path
     answer = ask(images(np.random.default_rng(8), 2))
-    with pytest.raises(ValueError, match="another model or another version"):
+    with pytest.raises(ValueError, match="an answer of another model"):
         tfbn.ServedStats(other).add(answer)
+
+
+def test_the_other_version_is_named(tmp_path):
+    model = dense_model()
+    first = export(model, tmp_path, monitor=True).path
+    second = export(sweep_again(model), tmp_path, monitor=True).path
+    signature = tf.saved_model.load(os.fspath(second)).signatures["monitor"]
+    [name] = signature.structured_input_signature[1]
+    answer = {k: v.numpy() for k, v in signature(**{name: tf.ones((2, 4))}).items()}
+    for served in (tfbn.ServedStats(first), tfbn.ServedStats(str(first))):
+        with pytest.raises(ValueError, match=r"answers of version 1 .*an answer of version 2"):
+            served.add(answer)
+    tfbn.ServedStats(second).add(answer)
+
+
+def sweep_again(model):
+    """Assign statistics of other data."""
+    x = np.random.default_rng(1).normal(size=(64, 4)).astype("float32")
+    tfbn.update_population_stats(model, x, verbose=0)
+    return model
+
+
+def test_the_drift_is_drawn(exported, ask):
+    plots = pytest.importorskip("matplotlib.pyplot")
+    plots.switch_backend("Agg")
+    served = served_by(exported, [ask(2 * images(np.random.default_rng(9), 20))])
+    found = served.compare()
+    left, right = tfbn.plot_drift(found).axes
+    dots = [line.get_xdata()[0] for line in left.lines if line.get_marker() == "o"]
+    assert dots == [layer["mean_shift"] for layer in found.layers.values()]
+    ours, theirs = served.population["first"], served.layers()["first"]
+    shift = np.abs(theirs.mean - ours.mean) / np.sqrt(ours.variance + 1e-3)
+    [first, _] = [line.get_xdata() for line in left.lines if line.get_color() == "0.5"]
+    np.testing.assert_allclose(first, [shift.min(), shift.max()])
+    bars = [line.get_xdata()[1] for line in right.lines if line.get_linewidth() == 7]
+    assert bars == [1 + layer["std_ratio_error"] for layer in found.layers.values()]
+    plots.close("all")
 
 
 def test_a_version_without_a_monitor_is_refused(tmp_path):

@@ -53,8 +53,8 @@ from tfbn.stats.moments import Moments
 # far from the data it was trained on.
 TOLERANCE = 0.05
 
-# Fewer blocks do not tell their own spread well enough, nor whether neighbours are alike.
-_FEWEST_BLOCKS = 16
+# Fewer samples do not show their own spread well enough, nor whether neighbours are alike.
+FEWEST_SAMPLES = 16
 _LAG = 4
 _MOST_BLOCKS = 32
 _MOST_DIMENSIONS = 100.0
@@ -158,10 +158,13 @@ class Movement(NamedTuple):
 
     @property
     def p_value(self) -> float:
-        """The probability of such a distance where the true one is at most `TOLERANCE`."""
+        """The probability of such a distance where the true one is at most `TOLERANCE`.
+
+        NaN for fewer than 16 samples.
+        """
         blocks = len(self.noise)
-        if blocks < _FEWEST_BLOCKS:
-            return 1.0
+        if blocks < FEWEST_SAMPLES:
+            return np.nan
         trace, squares = np.trace(self.noise), np.sum(self.noise**2)
         free = blocks - 1
         squares = free**2 / ((free - 1) * (free + 2)) * (squares - trace**2 / free)

@@ -1,5 +1,6 @@
 """`ServedStats`: the answers of the signature `monitor` over many samples, and their drift."""
 
+import contextlib
 import dataclasses
 import os
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tfbn.population import PopulationStats
-from tfbn.serving import provenance
+from tfbn.serving import provenance, versions
 from tfbn.serving.monitor import alarm, answers, monitor
 from tfbn.stats import drift, layer_stats
 from tfbn.stats.layer_stats import LayerStats
@@ -17,14 +18,14 @@ from tfbn.stats.layer_stats import LayerStats
 _ALARM = 0.001
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ServedDrift:
     """How far the data that a model was served has moved from its population.
 
     Attributes:
         p_value: The one number for an alarm: the probability that samples would be as far from
             the population as these are, if their own population were within 0.05 standard
-            deviations of it. 1.0 for fewer than 16 samples.
+            deviations of it. NaN for fewer than 16 samples.
         samples: How many samples it was taken from.
         distance: How far the network has moved, the root mean square of `distance` over layers,
             weighted by how well each is known.
@@ -35,8 +36,10 @@ class ServedDrift:
             `distance`, the root mean square over channels of the shift and of half the relative
             change of the mean square, without the addition of noise; and the layer's own
             `p_value`, which is not corrected for the number of layers: where to look, not an
-            alarm. Errors come from the spread between samples; of one they are NaN, and so is
-            the distance.
+            alarm, and NaN for fewer than 16 samples too. Errors come from the spread between
+            samples; of one they are NaN, and so is the distance.
+        channels: By path of each layer, the shift of every channel's mean and the ratio of its
+            standard deviations, in the same units, each of shape `(channels,)`.
         noise_known: Whether the sweep has measured its standard errors in every layer. Else the
             alarm assumes that the samples' own spread is all the noise there is, and values that
             are rare in the population may raise it falsely.
@@ -46,20 +49,29 @@ class ServedDrift:
     samples: int
     distance: float
     layers: dict[str, dict[str, float]]
+    channels: dict[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(compare=False)
     noise_known: bool = True
+
+    def __repr__(self) -> str:
+        return f"<ServedDrift: {self._verdict()}>"
 
     @property
     def drifted(self) -> bool:
         """Whether `p_value` is below 0.001, where an alarm should sound."""
         return self.p_value < _ALARM
 
-    def summary(self) -> None:
-        """Print a table of the layers, those that have moved most first."""
+    def _verdict(self) -> str:
+        if self.samples < alarm.FEWEST_SAMPLES:
+            return f"{self.samples} of {alarm.FEWEST_SAMPLES} samples: too few to tell"
         verdict = "have moved from" if self.drifted else "cannot be told from"
-        print(
+        return (
             f"{self.samples} samples {verdict} the population: {self.distance:.3f} std away, "
             f"p = {self.p_value:.2g}"
         )
+
+    def summary(self) -> None:
+        """Print a table of the layers, those that have moved most first."""
+        print(self._verdict())
         if not self.noise_known:
             print("The population has no standard errors: rare values may raise a false alarm.")
         head = ["layer", "distance", "mean off by", "noise", "std ratio", "std error", "p"]
@@ -117,10 +129,14 @@ class ServedStats:
                 "Expected a model that was exported with monitor. Received: "
                 f"{os.fspath(path)!r}, which was not. Export it again with monitor=True."
             )
+        self._version = provenance.file_of(path).parent.parent
         self._identity = recorded["population"]
         self._epsilon = recorded["epsilon"]
         self.population = _population(path, self._epsilon)
         self._blocks = {path: alarm.Blocks() for path in self.population}
+
+    def __repr__(self) -> str:
+        return f"<ServedStats of {self._version}: {self.samples} samples>"
 
     @property
     def samples(self) -> int:
@@ -145,10 +161,12 @@ class ServedStats:
         identities = answers.identities(outputs)
         for identity in identities:
             if identity != self._identity:
+                other = self._version_of(identity)
+                received = "another model" if other is None else f"version {other}"
                 raise ValueError(
-                    "Expected answers of the version whose population is "
-                    f"{self._identity}. Received: an answer of {identity}, another model or "
-                    "another version. Compare each version with its own population."
+                    f"Expected answers of version {self._version.name} of "
+                    f"{str(self._version.parent)!r}. Received: an answer of {received}. Compare "
+                    "each version with its own ServedStats."
                 )
         found = {
             path: answers.samples_of(outputs, path, (len(identities), len(stats.mean))).each()
@@ -157,6 +175,14 @@ class ServedStats:
         for path, samples in found.items():
             for sample in samples:
                 self._blocks[path].add(sample)
+
+    def _version_of(self, identity):
+        """The name of the version beside this one that answers with an identity, or `None`."""
+        for version in versions.newest(self._version.parent):
+            with contextlib.suppress(ValueError):
+                if provenance.read(version).get("monitor", {}).get("population") == identity:
+                    return version.name
+        return None
 
     def layers(self) -> dict[str, LayerStats]:
         """The statistics of all values that entered each layer so far, by path.
@@ -178,11 +204,12 @@ class ServedStats:
             ValueError: If no answers were added.
         """
         served = self.layers()
-        moved, found = [], {}
+        moved, found, channels = [], {}, {}
         for path, ours in self.population.items():
             blocks, theirs, epsilon = self._blocks[path], served[path], self._epsilon[path]
             moved.append(alarm.movement(blocks, ours, epsilon))
             scaled = [alarm.scaled(stats.mean, stats.variance, epsilon) for stats in (ours, theirs)]
+            channels[path] = drift.by_channel(*scaled)
             errors = theirs.mean_error / np.sqrt(scaled[0].variance)
             found[path] = {
                 **drift.of_layer(*scaled),
@@ -193,7 +220,7 @@ class ServedStats:
             }
         network = alarm.together(moved)
         known = not any(np.isnan(stats.mean_error).any() for stats in self.population.values())
-        return ServedDrift(network.p_value, self.samples, network.distance, found, known)
+        return ServedDrift(network.p_value, self.samples, network.distance, found, channels, known)
 
     def _require_answers(self):
         if not self.samples:
