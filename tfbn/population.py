@@ -159,7 +159,7 @@ class PopulationStats(collections.abc.Mapping):
         previous = PopulationStats(
             {path: assignment.from_layer(layers[path]) for path in self}, method="assigned"
         )
-        with keras_models.put_back_on_error(model, [variable for variable, _ in writes]):
+        with keras_models.restored_on_error(model, [variable for variable, _ in writes]):
             for variable, value in writes:
                 variable.assign(value)
         origins.forget(layers.values())

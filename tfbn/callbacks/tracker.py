@@ -14,8 +14,8 @@ from tfbn.callbacks.shared_iterators import refuse_shared, warn_of_shared_shuffl
 from tfbn.callbacks.swept_layers import SweptLayers
 from tfbn.callbacks.validation import check_targets, check_validation_data, evaluate, unchanged
 from tfbn.models import keras_models
-from tfbn.models.detours import detour
 from tfbn.models.keras_models import Structure
+from tfbn.models.patching import patch_in_thread
 from tfbn.models.random_state import unchanged_generators
 from tfbn.population import PopulationStats
 from tfbn.sweep.adapters import is_one_shot
@@ -278,7 +278,7 @@ def _with_mini_batches(
         stack.enter_context(keras_models.inlined_functions())
         stack.enter_context(keras_models.observed_calls(layers, observe))
         if partly:
-            stack.enter_context(detour(keras.Layer, "__call__", called))
+            stack.enter_context(patch_in_thread(keras.Layer, "__call__", called))
         return test_step(data)
 
 

@@ -127,7 +127,7 @@ def assignments(path: str, stats: LayerStats, layer: keras.Layer) -> list[tuple]
     return assignments
 
 
-def as_held(
+def round_to_variables(
     path: str, mean: np.ndarray, variance: np.ndarray, layer: keras.Layer
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and variance as rounded to the dtype of the layer's variables.

@@ -87,7 +87,7 @@ _latest: weakref.WeakKeyDictionary[keras.Model, tuple[str, frozenset[int]]] = (
 
 def _rows(model, weights):
     """The digests of the values of some weights, uint8, shape (weights, 8)."""
-    held = tuple(map(keras_models.Same, weights))
+    held = tuple(map(keras_models.WeakIdentity, weights))
     known, digests = _fingerprint_functions.get(model, (None, None))
     if known != held:
         # One graph, because reading every weight by itself takes longer than its digest.

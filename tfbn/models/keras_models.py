@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbn.layer import BatchNormalization
-from tfbn.models.detours import detour
+from tfbn.models.patching import patch_in_thread
 
 # A tensor, or its spec, or a list, tuple or dict of such structures.
 Structure = Any
@@ -179,17 +179,17 @@ def always_passes_training_on(model: keras.Model) -> bool:
     return True
 
 
-def structure(model: keras.Model) -> tuple:
+def trace_key(model: keras.Model) -> tuple:
     """All that a trace of a model depends on but its weights, to be compared with `==`.
 
     These are the layers and for each its path, class, `call`, dtype policy, flags, variables and
     plain attributes (epsilon, axis, an activation). Training, prediction, `compile` and
     `set_weights` do not change it. It holds objects weakly.
     """
-    return tuple((path, *_structure_of(layer)) for path, layer in layers(model).items())
+    return tuple((path, *_layer_key(layer)) for path, layer in layers(model).items())
 
 
-def _structure_of(layer: keras.Layer) -> tuple:
+def _layer_key(layer: keras.Layer) -> tuple:
     # Keras's own layers keep caches under private names: the dropout mask of an RNN's cell.
     private = type(layer).__module__.partition(".")[0] == "keras"
     books = _bookkeeping()
@@ -201,17 +201,17 @@ def _structure_of(layer: keras.Layer) -> tuple:
         and not isinstance(value, keras.Layer)
     ]
     return (
-        Same(layer),
+        WeakIdentity(layer),
         type(layer),
         getattr(type(layer).call, "__wrapped__", type(layer).call),
         layer.trainable,
         str(layer.dtype_policy.get_config()) if layer.dtype_policy else "",
-        tuple(map(Same, layer.variables)),
+        tuple(map(WeakIdentity, layer.variables)),
         tuple(attributes),
     )
 
 
-class Same:
+class WeakIdentity:
     """An object held weakly, equal only to itself for as long as it lives."""
 
     def __init__(self, value: object):
@@ -219,7 +219,7 @@ class Same:
 
     def __eq__(self, other: object) -> bool:
         value = self._reference()
-        return isinstance(other, Same) and value is not None and value is other._reference()
+        return isinstance(other, WeakIdentity) and value is not None and value is other._reference()
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -234,7 +234,7 @@ def _comparable(value: object) -> object:
     if isinstance(value, list | tuple):
         return tuple(map(_comparable, value))
     try:
-        return Same(value)
+        return WeakIdentity(value)
     except TypeError:  # No weak reference to it: objects of built-in types that were not met yet.
         return type(value)
 
@@ -282,7 +282,7 @@ def observed_calls(
 
     with contextlib.ExitStack() as stack:
         for cls in classes:
-            stack.enter_context(detour(cls, "call", stand_in))
+            stack.enter_context(patch_in_thread(cls, "call", stand_in))
         yield
 
 
@@ -297,7 +297,7 @@ def inlined_functions() -> Iterator[None]:
     def inlined(call, function, *args, **kwargs):
         return function.python_function(*args, **kwargs)
 
-    with detour(_Function, "__call__", inlined):
+    with patch_in_thread(_Function, "__call__", inlined):
         yield
 
 
@@ -345,7 +345,7 @@ def all_statistics(model: keras.Model) -> list[keras.Variable]:
 
 
 @contextlib.contextmanager
-def put_back_on_error(model: keras.Model, variables: Iterable[keras.Variable]) -> Iterator[None]:
+def restored_on_error(model: keras.Model, variables: Iterable[keras.Variable]) -> Iterator[None]:
     """A stretch after which some variables hold their old values, if it ends with an error."""
     before = Snapshot(model, variables)
     try:

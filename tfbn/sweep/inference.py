@@ -20,8 +20,8 @@ import tensorflow as tf
 from tensorflow.python.framework import random_seed
 from tensorflow.python.ops import custom_gradient, gen_random_ops
 
-from tfbn.models.detours import detour
 from tfbn.models.keras_models import Observe, inlined_functions, observed_calls
+from tfbn.models.patching import patch_in_thread
 
 
 class Draws:
@@ -100,7 +100,7 @@ def inference(
         stack.enter_context(observed_calls(layers, observe))
         stack.enter_context(inlined_functions())
         for owner, name, stand_in in stand_ins:
-            stack.enter_context(detour(owner, name, stand_in))
+            stack.enter_context(patch_in_thread(owner, name, stand_in))
         yield stack.enter_context(keras.StatelessScope())
 
 

@@ -55,7 +55,7 @@ class Network:
         self.observer = Observer(model, layers, ignored)
         self._key = tuple(layers), ignored, device
         self._device = device
-        structure = keras_models.structure(model)
+        structure = keras_models.trace_key(model)
         with _building:
             known, traces = _traces.get(model, (None, None))
             if traces is None or known != structure:  # The model's layers have changed since.
@@ -143,7 +143,7 @@ def traces_of(model: keras.Model) -> list[Trace]:
     """The traces that sweeps of a model have made, and that still fit its layers."""
     with _building:
         known, traces = _traces.get(model, (None, None))
-        if traces is None or known != keras_models.structure(model):
+        if traces is None or known != keras_models.trace_key(model):
             return []
         return [trace for of_key in traces.values() for trace in of_key]
 

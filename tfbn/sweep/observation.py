@@ -13,8 +13,8 @@ import tensorflow as tf
 
 from tfbn.layer import BatchNormalization, kernels, sums
 from tfbn.models import keras_models
-from tfbn.models.detours import detour
 from tfbn.models.keras_models import Structure
+from tfbn.models.patching import patch_in_thread
 from tfbn.sweep.arrays import as_called
 from tfbn.sweep.inference import Draws, inference
 from tfbn.sweep.state import Site
@@ -256,7 +256,7 @@ def _refusing_unobserved(
 
     with contextlib.ExitStack() as stack:
         for cls in classes - {keras.layers.BatchNormalization, BatchNormalization}:
-            stack.enter_context(detour(cls, "call", checked))
+            stack.enter_context(patch_in_thread(cls, "call", checked))
         yield
 
 

@@ -256,7 +256,7 @@ class _Device:
                     continue
                 values = population.mean, moments.variance(population)
                 if isinstance(key, str):  # As inference will read them.
-                    values = assignment.as_held(key, *values, layers[key])
+                    values = assignment.round_to_variables(key, *values, layers[key])
                 self._placed[key] = population, tf.constant(np.stack(values))
         self._populations = {key: tensor for key, (_, tensor) in self._placed.items()}
 

@@ -153,7 +153,9 @@ def _warn_of_rounding(stats: PopulationStats, layers: Mapping[str, keras.Layer])
     for path, swept in stats.items():
         if _dtype(layers[path]) not in ("float16", "bfloat16"):
             continue
-        mean, variance = assignment.as_held(path, swept.mean, swept.variance, layers[path])
+        mean, variance = assignment.round_to_variables(
+            path, swept.mean, swept.variance, layers[path]
+        )
         varies = swept.variance > 0
         shift = np.abs(mean - swept.mean)[varies] / np.sqrt(swept.variance[varies])
         lost[path] = np.inf if np.any(variance[varies] == 0) else np.max(shift, initial=0.0)
