@@ -71,6 +71,7 @@ def test_every_example_is_tried():
     slow = {"collect_shards"}
     tried = {"BatchNormalization", "PopulationStatsCallback", "ServedStats", "StatsTracker"}
     tried |= {"convert", "plot_drift", "plot_history", "population_stats"}
+    tried |= {"collect", "update_population_stats", "export", "fold", "describe", "recalibrate"}
     assert set(EXAMPLES) == slow | tried
 
 
@@ -96,6 +97,50 @@ def test_examples_of_the_layer_and_its_population(names, name):
         np.testing.assert_allclose(tf.reduce_mean(names["y"], 0), np.zeros(4), atol=1e-5)
     if name == "convert":
         assert isinstance(layer, tfbn.BatchNormalization)
+
+
+@pytest.mark.parametrize("name", ["collect", "update_population_stats"])
+def test_examples_of_a_sweep(names, name):
+    model, before = names["model"], tfbn.PopulationStats.read(names["model"])
+    exec(EXAMPLES[name], names)
+    entered = model.layers[0](names["x"]).numpy().astype("float64")
+    np.testing.assert_allclose(names["stats"]["norm"].mean, entered.mean(0), rtol=1e-4, atol=1e-6)
+    if name == "collect":
+        assert tfbn.PopulationStats.load("population.npz") == names["stats"]
+        names["previous"].assign(model)
+    assert dict(tfbn.PopulationStats.read(model)) == dict(before)  # The last line undoes it.
+
+
+def test_examples_of_serving(names, capsys):
+    """One after the other: export, describe, recalibrate, fold."""
+    model, x = names["model"], names["x"]
+    tfbn.update_population_stats(model, x, verbose=0)
+    names["x_field"] = x + 1
+    for name in ("export", "describe", "recalibrate", "fold"):
+        exec(EXAMPLES[name], names)
+    assert names["stale"] is None
+    assert [path.name for path in sorted(pathlib.Path("models/digits").iterdir())] == ["1", "2"]
+    entered = model.layers[0](names["x_field"]).numpy().astype("float64")
+    mean = names["found"].stats["norm"].mean
+    np.testing.assert_allclose(mean, entered.mean(0), rtol=1e-4, atol=1e-6)
+    folded = keras.models.load_model("folded.keras")
+    assert not [layer for layer in folded.layers if isinstance(layer, layers.BatchNormalization)]
+    np.testing.assert_allclose(
+        folded.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_help_begins_with_an_index_of_the_public_names():
+    index = tfbn.__doc__.split("\n\n")[1]
+    listed = re.findall(r"^    (\w[\w.]*(?:, \w+)*) {2,}\S", index, re.MULTILINE)
+    names = {name for line in listed for name in line.split(", ")}
+    assert names == {*tfbn.__all__, "beam.Collect"} - {"__version__"}
+    assert all(len(line) < 100 for line in index.splitlines())
+
+
+def test_options_of_a_sweep_are_in_both_signatures():
+    ours, theirs = map(inspect.signature, (tfbn.update_population_stats, tfbn.collect))
+    assert ours == theirs
 
 
 @pytest.mark.slow  # It trains for 20 epochs.

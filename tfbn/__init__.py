@@ -1,30 +1,33 @@
 """Batch normalization for TensorFlow and Keras done right, from training to serving.
 
+train
+    PopulationStatsCallback   set population statistics at the end of `fit`, or after every epoch
+    population_stats          context manager: population statistics for the length of a block
+    StatsTracker              log validation metrics with each kind of statistics
+    BatchNormalization        drop-in for Keras's layer, faster in training
+    convert                   copy a model with that layer in place of Keras's
+sweep
+    update_population_stats   set the population statistics of a trained model
+    collect                   compute them, and change nothing
+    collect_shards            the same over data in many places, with any `map`
+    beam.Collect              the same in Apache Beam (`import tfbn.beam`)
+    PopulationStats           the result: assign, undo, compare, merge, blend, save
+    LayerStats                mean, variance and standard errors of a layer in it
+    plot_drift, plot_history  draw how far moving averages are off, and what that costs
+serve
+    export                    write a verified SavedModel for TensorFlow Serving
+    describe                  print where a SavedModel's statistics came from
+    fold                      copy an inference network without batch norm layers
+    ServedStats               compare the data that a model is served with its population
+    recalibrate               write a served model's next version, with statistics of new data
+
+`help(tfbn.collect)` has formulas, shapes, units, errors and sources, as all of these have, and
+`python -m tfbn` works on files.
+
 Batch norm trains with the mean and variance of a mini-batch and should infer with those of the
 population (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, Algorithm 2). Keras infers
-with moving averages, which lag. With tfbn a model gets its population statistics:
-
-- at the end of training: `model.fit(..., callbacks=[tfbn.PopulationStatsCallback(x_train)])`;
-- when it is trained already: `tfbn.update_population_stats(model, x_train)`, or, without
-  touching it, `stats = tfbn.collect(model, x_train)` and later `stats.assign(model)`;
-- for the length of a block: `with tfbn.population_stats(model, x_train): evaluate()`.
-
-All work for Keras's own layer and for `tfbn.BatchNormalization`, a faster drop-in for it.
-`tfbn.convert(model)` exchanges the one for the other. `tfbn.export(model, path)` writes a verified
-SavedModel for TensorFlow Serving, `tfbn.describe(path)` says where its statistics came from, and
-`tfbn.fold(model)` is the same network without batch norm layers. With `monitor=True` the server
-measures the inputs of the batch norm layers, `tfbn.ServedStats(path)` tells whether they have left
-the population, and `tfbn.recalibrate(path, x)` moves the population there, in the model's next
-version. `tfbn.StatsTracker` logs validation metrics with moving-average, population and mini-batch
-statistics side by side; `tfbn.plot_drift` and `tfbn.plot_history` draw the difference.
-`python -m tfbn` does the same for models in files.
-
-A sweep uses all devices and workers of the strategy that a model was built for. Data that lies
-in many places is swept by `tfbn.collect_shards`, on any engine that has a map, and by
-`tfbn.beam.Collect` (to be imported by itself), an Apache Beam transform.
-
-Every function has its formula, shapes, units, errors and the source of its method in its
-documentation: `help(tfbn.collect)` is the place to begin.
+with moving averages, which lag. All of the above works for Keras's own layer and for tfbn's, and
+on all devices and workers of the strategy that a model was built for.
 """
 
 import importlib

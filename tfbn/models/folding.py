@@ -54,6 +54,11 @@ def fold(model: keras.Model) -> keras.Model:
     names them: batch norm in custom layers, wrappers and subclassed models, custom subclasses of
     batch norm, and layers that are called with `training=True` and are not frozen.
 
+    ```python
+    folded = tfbn.fold(model)  # predicts the same
+    folded.save("folded.keras")
+    ```
+
     Args:
         model: A built Functional or Sequential model. It is not changed.
 

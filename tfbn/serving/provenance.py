@@ -346,6 +346,11 @@ class Description(dict[str, Any]):
 def describe(path: str | os.PathLike) -> Description:
     """Print where an exported model came from, as `export` wrote it down beside it.
 
+    ```python
+    tfbn.describe("models/digits")
+    stale = tfbn.describe("models/digits/1")["stale"]  # None, or why
+    ```
+
     Args:
         path: A model's directory (its highest version is taken) or that of a version.
 

@@ -73,6 +73,12 @@ def collect(
     which may be empty, and all get the statistics of all the data. They exchange ten numbers per
     channel: count, mean, variance, and the spread between batches, of which the errors are made.
 
+    ```python
+    stats = tfbn.collect(model, x_train, batch_size=256)
+    stats.save("population.npz")
+    previous = stats.assign(model)  # previous.assign(model) takes it back
+    ```
+
     Args:
         model: A built Keras model. Its batch norm layers may be tfbn's or Keras's, nested,
             shared, or in wrappers and custom layers.
@@ -177,20 +183,60 @@ def run(
     return run_sample(LocalSampler(replica, batches, method, workers, limit), tolerance, report)
 
 
-def update_population_stats(model: keras.Model, x: Any, **options: Any) -> PopulationStats:
+def update_population_stats(
+    model: keras.Model,
+    x: Any,
+    *,
+    method: str = "exact",
+    batch_size: int | None = None,
+    steps: int | None = None,
+    include_frozen: bool = False,
+    tolerance: float | None = None,
+    memory_limit: int | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    verbose: int | str = "auto",
+) -> PopulationStats:
     """Sweep data through a model and set its inference statistics: `collect`, then `assign`.
 
     For models that are trained already, with tfbn's layer or Keras's.
 
+    ```python
+    stats = tfbn.update_population_stats(model, x_train)
+    stats.summary()  # how far the moving averages were off
+    stats.previous.assign(model)  # undo
+    ```
+
     Args:
-        model: See `collect`.
-        x: See `collect`.
-        **options: The other arguments of `collect`.
+        model: See `collect`, as for all arguments.
+        x: The training data.
+        method: `"exact"`, `"pooled"` or `"algorithm2"`.
+        batch_size: For arrays.
+        steps: Number of batches that make the data.
+        include_frozen: Whether to sweep layers too that `fit` does not train.
+        tolerance: The standard error that a random sample is to reach.
+        memory_limit: Bytes for the tensors between two levels.
+        checkpoint: A file for the state of a long sweep.
+        verbose: 0, 1, 2 or `"auto"`.
 
     Returns:
         The new statistics; `stats.previous.assign(model)` puts the old ones back.
+
+    Raises:
+        ValueError: See `collect` and `PopulationStats.assign`; the model is then unchanged.
+        RuntimeError: See `collect`.
     """
-    stats = collect(model, x, **options)
+    stats = collect(
+        model,
+        x,
+        method=method,
+        batch_size=batch_size,
+        steps=steps,
+        include_frozen=include_frozen,
+        tolerance=tolerance,
+        memory_limit=memory_limit,
+        checkpoint=checkpoint,
+        verbose=verbose,
+    )
     stats.assign(model)
     return stats
 

@@ -76,6 +76,11 @@ def export(
     that fails leaves nothing behind. The hidden directory of an export that was killed is
     removed by the next one.
 
+    ```python
+    exported = tfbn.export(model, "models/digits", sample=x_val[:8], monitor=True)
+    print(exported.path, exported.max_abs_difference)
+    ```
+
     Args:
         model: A built Keras model, with tfbn's batch norm layers or Keras's own.
         path: The model's directory, one that a server polls. It is made if it does not

@@ -66,6 +66,12 @@ def recalibrate(
     a little more of it. On Fashion-MNIST those of less contrast recovered less than half
     (`examples/served_population.py`).
 
+    ```python
+    found = tfbn.recalibrate("models/digits", x_field)
+    print(found.path)  # the next version
+    found.stats.summary()
+    ```
+
     Args:
         path: The model's directory, whose highest version is taken, or that of a version, or a
             symbolic link to it. A model
