@@ -14,7 +14,7 @@ import pytest
 import tfbn
 from tfbn.cli import checks, model_files
 from tfbn.cli.errors import FileError
-from tfbn.files.hidden_folders import hidden
+from tfbn.files import atomic
 
 
 def network():
@@ -253,7 +253,7 @@ def test_a_killed_process_leaves_no_file_under_the_name_and_the_next_one_clears_
 
 
 def test_the_hidden_folder_of_a_process_at_work_is_left_alone(home):
-    with hidden(".", "model") as folder:
+    with atomic.temporary_directory(".", "model") as folder:
         saved()
         assert os.path.isdir(folder)
     assert os.listdir() == ["out.keras"]

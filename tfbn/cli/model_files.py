@@ -1,7 +1,6 @@
 """Model files: read with the sweep that is recorded in them, written whole or not at all."""
 
 import json
-import os
 import re
 import warnings
 import zipfile
@@ -12,7 +11,7 @@ import keras
 import tfbn
 from tfbn.cli import checks
 from tfbn.cli.errors import FileError, describe, naming, reading
-from tfbn.files.hidden_folders import hidden
+from tfbn.files import atomic
 from tfbn.serving import provenance
 
 # The member of a .keras file in which `recalibrate` writes down its sweep, also of Keras's layers.
@@ -87,33 +86,16 @@ def save(model: keras.Model, stats: tfbn.PopulationStats | None, path: str) -> N
     The name appears once the content is on disk. A file that has come to it in the meantime
     stays, and is an error.
     """
-    with naming(path), hidden(os.path.dirname(path) or ".", "model") as folder:
-        partial = os.path.join(folder, "model.keras")
-        model.save(partial)
-        if stats is not None:
-            with zipfile.ZipFile(partial, "a") as archive:
-                archive.writestr(RECORD, stats.to_bytes())
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        try:
-            _publish(partial, path)
-        except FileExistsError:
-            checks.require_free(path)
-
-
-def _publish(finished, path):
-    """Give a finished file its name, which another process's file may have taken."""
     try:
-        os.link(finished, path)
-    except FileExistsError:
+        with naming(path), atomic.new_file(path) as partial:
+            model.save(partial)
+            if stats is not None:
+                with zipfile.ZipFile(partial, "a") as archive:
+                    archive.writestr(RECORD, stats.to_bytes())
+    except FileError as error:
+        if isinstance(error.__cause__, FileExistsError):
+            checks.require_free(path)
         raise
-    except OSError:  # File systems without hard links: the name has to be taken first.
-        open(path, "x").close()
-        try:
-            os.replace(finished, path)
-        except BaseException:
-            os.unlink(path)
-            raise
 
 
 def _load(path, compiled, unsafe):

@@ -1,19 +1,27 @@
-"""A file that is written whole or not at all."""
+"""Files and folders that are whole or not there: the one writer.
+
+Something is written in a hidden folder beside its place, flushed to disk, and renamed in one step.
+The folder's name holds the process and the host, and a file in it is locked for as long as the
+process lives, however that ends. The next writer in the same place removes those without an owner.
+"""
 
 import contextlib
+import errno
 import os
-import secrets
+import pathlib
+import re
+import shutil
 import socket
 import stat
+import tempfile
 from collections.abc import Iterator
 
 try:
     import fcntl
-except ImportError:  # Windows, where no file can be deleted that another process has open.
+except ImportError:  # Windows has no such locks: nothing is cleared there.
     fcntl = None  # type: ignore[assignment]
 
-_HOST = "".join(c if c.isalnum() else "-" for c in socket.gethostname())[:64]
-_PARTIAL = f".tfbn-{_HOST}-", ".partial"
+_OWNER = "owner"
 
 
 def read(path: str | os.PathLike) -> bytes:
@@ -28,20 +36,41 @@ def read(path: str | os.PathLike) -> bytes:
         return file.read()
 
 
+def require_writable(path: str | os.PathLike) -> None:
+    """Raise an error if `write` could not write a file of this name.
+
+    Raises:
+        OSError: If the folder does not exist, or it or the file is read-only.
+        ValueError: If there is something under the name that is not a regular file.
+    """
+    target = os.path.realpath(os.fsdecode(path))
+    with contextlib.suppress(FileNotFoundError):
+        _require_regular(path, os.stat(target))
+    folder = os.path.dirname(target)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(errno.ENOENT, "No such folder", folder)
+    for name, access in ((folder, os.W_OK | os.X_OK), (target, os.W_OK)):
+        if os.path.exists(name) and not os.access(name, access):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fsdecode(path))
+
+
 def write(path: str | os.PathLike, content: bytes) -> None:
     """Write a file so that under its name there is ever the old content or all of the new.
 
-    The content goes into a hidden file in the same folder, is flushed to disk, and takes the name
-    in one step. Permissions are those of the old file, or as the umask has it. A symbolic link
-    stays, and the file that it points to is written. Hidden files of processes that were killed
-    while they wrote into this folder are removed.
+    Permissions are those of the old file, or as the umask has it. A symbolic link stays, and the
+    file that it points to is written.
 
     Raises:
         OSError: As `open`, or if the disk is full. The old file is then as it was.
         ValueError: If there is something under the name that is not a regular file.
     """
+    target = os.path.realpath(os.fsdecode(path))
     try:
-        _write(path, os.path.realpath(os.fsdecode(path)), content)
+        require_writable(path)
+        with temporary_directory(os.path.dirname(target), "file") as folder:
+            _write(folder / "content", content, target)
+            os.replace(folder / "content", target)
+        flush_directory(os.path.dirname(target))
     except OSError as error:
         if error.errno is None:
             raise
@@ -49,82 +78,132 @@ def write(path: str | os.PathLike, content: bytes) -> None:
         raise OSError(error.errno, error.strerror, os.fsdecode(path)) from error
 
 
-def remove_abandoned(folder: str | os.PathLike[str]) -> None:
-    """Remove the hidden files in a folder that killed processes of this host have left.
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A place to write a file that gets its name when the context ends without an error.
 
-    A process holds a lock on the file that it writes, and the lock ends with the process: no
-    number that another process may have by now, or that is another in a container.
+    Raises:
+        FileExistsError: If another file has come to the name in the meantime. That one stays.
     """
-    names = os.listdir(folder)
-    prefix, suffix = _PARTIAL
-    for name in names:
-        if name.startswith(prefix) and name.endswith(suffix):
-            # One that is still written, that is another user's, or that is gone by now.
-            with contextlib.suppress(OSError), _locked(os.path.join(folder, name), os.O_RDWR):
-                os.unlink(os.path.join(folder, name))
+    parent, name = os.path.split(os.fsdecode(path))
+    with temporary_directory(parent or ".", "model") as folder:
+        yield folder / name
+        _flush(folder / name)
+        _link(folder / name, path)
+    flush_directory(parent or ".")
 
 
-def _write(path: str | os.PathLike, target: str, content: bytes) -> None:
-    folder = os.path.dirname(target)
-    before = None
-    with contextlib.suppress(FileNotFoundError):
-        before = os.stat(target)
-    if before is not None:
-        _require_regular(path, before)
-        if not os.access(target, os.W_OK):
-            raise PermissionError(13, "Permission denied", target)
-    remove_abandoned(folder)
-    with _partial(folder) as (name, descriptor):
-        if before is not None and hasattr(os, "fchmod"):
-            with contextlib.suppress(OSError):  # Only root may give a file to others.
-                os.fchown(descriptor, before.st_uid, before.st_gid)
-            os.fchmod(descriptor, before.st_mode & 0o777)
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(content)
-        os.fsync(descriptor)
-        os.replace(name, target)
-    # Without it a crash of the machine may bring the old file back, whole as well.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
+@contextlib.contextmanager
+def temporary_directory(parent: str | os.PathLike, kind: str) -> Iterator[pathlib.Path]:
+    """A new hidden folder, which goes with the context, or with a later one after a kill.
+
+    Args:
+        parent: The folder that it is made in.
+        kind: A word in its name. Those of other kinds are left alone.
+    """
+    parent = pathlib.Path(parent)
+    _clear(parent, kind)
+    prefix = f".tfbn-{kind}-{os.getpid()}-{socket.gethostname()}-"
+    while True:
+        with tempfile.TemporaryDirectory(
+            prefix=prefix, dir=parent, ignore_cleanup_errors=True
+        ) as name:
+            folder = pathlib.Path(name)
+            with _owned(folder) as is_ours:
+                if is_ours:
+                    yield folder
+                    return
+
+
+def flush(folder: str | os.PathLike) -> None:
+    """Write every file in a folder, and every list of files, from memory to the disk."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            _flush(os.path.join(parent, name))
+        flush_directory(parent)
+
+
+def flush_directory(path: str | os.PathLike) -> None:
+    """Write the list of files of a folder to the disk.
+
+    Without it a crash of the machine may bring old names back.
+    """
+    with contextlib.suppress(OSError):  # Not every file system can.
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
 
-@contextlib.contextmanager
-def _partial(folder: str) -> Iterator[tuple[str, int]]:
-    """The name and descriptor of a new hidden file that does not outlive an error."""
-    prefix, suffix = _PARTIAL
-    while True:
-        name = os.path.join(folder, f"{prefix}{secrets.token_hex(8)}{suffix}")
-        with _locked(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, wait=True) as descriptor:
-            # Another process may have removed it between its making and its locking.
-            if fcntl is None or os.fstat(descriptor).st_nlink:
-                try:
-                    yield name, descriptor
-                except BaseException:
-                    with contextlib.suppress(OSError):
-                        os.unlink(name)
-                    raise
-                return
+def _write(path, content, before):
+    """Write a file to the disk, with the owner and the permissions of one that may exist."""
+    with open(path, "wb") as file:
+        if os.path.exists(before) and hasattr(os, "fchmod"):
+            status = os.stat(before)
+            with contextlib.suppress(OSError):  # Only root may give a file to others.
+                os.fchown(file.fileno(), status.st_uid, status.st_gid)
+            os.fchmod(file.fileno(), status.st_mode & 0o777)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-@contextlib.contextmanager
-def _locked(name: str, flags: int, wait: bool = False) -> Iterator[int]:
-    """The descriptor of a file that no other process has locked."""
-    descriptor = os.open(name, flags | getattr(os, "O_BINARY", 0), 0o666)
+def _flush(path):
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _link(finished, path):
+    """Give a finished file its name, which another process's file may have taken."""
     try:
-        if fcntl is not None:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except OSError:
-                # Some file systems have no locks. Files on them are never removed.
-                if not wait:
-                    raise
-        yield descriptor
-    finally:
-        os.close(descriptor)
+        os.link(finished, path)
+    except FileExistsError:
+        raise
+    except OSError:  # File systems without hard links: the name has to be taken first.
+        open(path, "x").close()
+        try:
+            os.replace(finished, path)
+        except BaseException:
+            os.unlink(path)
+            raise
+
+
+@contextlib.contextmanager
+def _owned(folder):
+    """Hold the lock of a hidden folder; `False` if another process is just clearing it."""
+    if fcntl is None:
+        yield True
+        return
+    with open(folder / _OWNER, "w") as owner:
+        try:
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # A file system without locks, where nothing is ever cleared.
+            pass
+        # Another process may have removed it before it was locked.
+        yield os.fstat(owner.fileno()).st_nlink > 0
+
+
+def _clear(parent, kind):
+    """Remove the hidden folders of this host that no process owns any more.
+
+    The lock shows it, not the process's number: a container has numbers of its own, and may have
+    the name of its host. The host's name counts because a network's file system may keep
+    locks to itself on each host.
+    """
+    if fcntl is None:
+        return
+    host = re.escape(socket.gethostname())
+    ours = re.compile(rf"\.tfbn-{re.escape(kind)}-\d+-{host}-\w+")
+    for folder in parent.glob(f".tfbn-{kind}-*"):
+        if not ours.fullmatch(folder.name):
+            continue
+        with contextlib.suppress(OSError), open(folder / _OWNER, "r+") as owner:
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _require_regular(path: str | os.PathLike, status: os.stat_result) -> None:

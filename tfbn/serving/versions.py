@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tfbn.files.hidden_folders import hidden
+from tfbn.files import atomic
 
 # TensorFlow Serving reads the name of a version as a signed integer of 64 bits.
 MAX_VERSION = 2**63 - 1
@@ -179,7 +179,7 @@ def unfinished(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     It lies in a hidden directory that is gone afterwards, and if an error is raised so are the
     parents that had to be made. The hidden directories of processes that were killed are removed.
     """
-    with _made(directory), hidden(directory, "export") as folder:
+    with _made(directory), atomic.temporary_directory(directory, "export") as folder:
         yield folder / "version"
 
 
@@ -197,7 +197,7 @@ def put_in_place(written: pathlib.Path, directory: pathlib.Path, version: int | 
     Raises:
         FileExistsError: If another process was faster with this number.
     """
-    _flush_all(written)
+    atomic.flush(written)
     while True:
         number = _next(directory) if version is None else version
         try:
@@ -208,7 +208,7 @@ def put_in_place(written: pathlib.Path, directory: pathlib.Path, version: int | 
                 raise
             if version is not None:
                 raise _exists(directory, version) from error
-    _flush_directory(directory)
+    atomic.flush_directory(directory)
     return number
 
 
@@ -238,27 +238,9 @@ def _made(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
         for made in missing:
-            _flush_directory(made.parent)
+            atomic.flush_directory(made.parent)
     except BaseException:
         for made in missing:
             with contextlib.suppress(OSError):  # Another export has put something there.
                 made.rmdir()
         raise
-
-
-def _flush_all(directory: pathlib.Path) -> None:
-    """Write every file in a directory, and every list of files, from memory to the disk."""
-    for parent, _, names in os.walk(directory, topdown=False):
-        for name in names:
-            with open(os.path.join(parent, name), "rb+") as file:
-                os.fsync(file.fileno())
-        _flush_directory(parent)
-
-
-def _flush_directory(path: str | os.PathLike) -> None:
-    with contextlib.suppress(OSError):  # Not every file system can.
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -29,6 +29,7 @@ class Checkpoint:
         due: Whether it is time to save.
 
     Raises:
+        OSError: If the file cannot be written.
         ValueError: If there is no such folder, or if the batches cannot be read again in the
             same order.
     """
@@ -43,6 +44,7 @@ class Checkpoint:
                 "Expected the name of a file in a folder that exists. Received: "
                 f"checkpoint={self._name!r}. Make the folder first."
             )
+        atomic.require_writable(self._path)
         if not batches.repeatable:
             raise _not_repeatable("a generator, which can be read only once")
         if _first_key(batches) != _first_key(batches):

@@ -17,6 +17,7 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
+from tfbn.files import atomic
 from tfbn.models.keras_models import batch_norm_layers
 from tfbn.serving import provenance, versions
 from tfbn.serving.export import batch_norms
@@ -502,13 +503,13 @@ def test_a_server_that_polls_sees_a_version_when_it_is_complete(tmp_path, monkey
     model, x = made("dense")
     tfbn.export(model, tmp_path / "m")
     seen = []
-    flush = versions._flush_directory
+    flush = atomic.flush_directory
 
     def look(path):
         seen.append(sorted(versions.numbered(tmp_path / "m")))
         return flush(path)
 
-    monkeypatch.setattr(versions, "_flush_directory", look)
+    monkeypatch.setattr(atomic, "flush_directory", look)
     found = tfbn.recalibrate(tmp_path / "m", x, verbose=0)
     assert [1] in seen and seen[-1] == [1, 2]
     # All of it was flushed to the disk, with its list of files, before it had its name.
