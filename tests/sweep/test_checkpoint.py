@@ -358,3 +358,18 @@ def test_a_damaged_checkpoint_is_one_error_or_the_same_state(tmp_path, change, s
             with contextlib.suppress(ValueError):  # It can be gone on from, or says why not.
                 again.next_level().populations.keys()
     assert refused > seeds / 3
+
+
+def test_a_checkpoint_that_cannot_be_written_is_refused_before_data_is_read(tmp_path, monkeypatch):
+    class Unread(keras.utils.PyDataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            raise AssertionError("read")
+
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    with pytest.raises(PermissionError, match="checkpoint"):
+        tfbn.collect(model, Unread(), checkpoint=tmp_path / "checkpoint", verbose=0)
+    assert os.listdir(tmp_path) == []
