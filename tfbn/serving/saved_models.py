@@ -3,7 +3,7 @@
 import os
 import pathlib
 import tempfile
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 from google.protobuf.message import DecodeError
@@ -12,20 +12,32 @@ from tensorflow.core.protobuf import saved_model_pb2
 DEFAULT = "serving_default"
 
 
-def load(version: pathlib.Path) -> Any:
+class SavedModel(NamedTuple):
+    """A SavedModel in memory.
+
+    Attributes:
+        loaded: Its objects, as `tf.saved_model.load` returns them.
+        meta_graph: The `MetaGraphDef` that a server loads.
+    """
+
+    loaded: Any
+    meta_graph: Any
+
+
+def load(version: pathlib.Path) -> SavedModel:
     """Load the meta graph of a SavedModel that a server loads."""
-    if len(_meta_graphs(version)) == 1:
-        return tf.saved_model.load(os.fspath(version))
+    graphs = _meta_graphs(version)
+    graph = _served(graphs, version)
+    if len(graphs) == 1:
+        return SavedModel(tf.saved_model.load(os.fspath(version)), graph)
     # TensorFlow restores the objects of a SavedModel only if it has a single meta graph.
-    single = saved_model_pb2.SavedModel(
-        saved_model_schema_version=1, meta_graphs=[meta_graph(version)]
-    )
+    single = saved_model_pb2.SavedModel(saved_model_schema_version=1, meta_graphs=[graph])
     with tempfile.TemporaryDirectory() as folder:
         pathlib.Path(folder, "saved_model.pb").write_bytes(single.SerializeToString())
         for name in ("variables", "assets"):
             if (version / name).exists():
                 os.symlink((version / name).resolve(), pathlib.Path(folder, name))
-        return tf.saved_model.load(folder)
+        return SavedModel(tf.saved_model.load(folder), graph)
 
 
 def meta_graph(version: pathlib.Path) -> Any:
@@ -34,7 +46,10 @@ def meta_graph(version: pathlib.Path) -> Any:
     Raises:
         ValueError: If there is none.
     """
-    graphs = _meta_graphs(version)
+    return _served(_meta_graphs(version), version)
+
+
+def _served(graphs: list[Any], version: pathlib.Path) -> Any:
     for graph in graphs:
         if "serve" in graph.meta_info_def.tags:
             return graph

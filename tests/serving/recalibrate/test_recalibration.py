@@ -599,3 +599,12 @@ def test_values_for_other_variables_are_refused(tmp_path, place, value, says):
     place = place or layer.variables["moving_mean"]
     with pytest.raises(ValueError, match=says):
         weights.copy_with(version, tmp_path / "copy", {place: value})
+
+
+@pytest.mark.slow
+def test_many_recalibrations_in_one_process_warn_of_nothing(tmp_path, caplog):
+    model, x = made("dense")
+    tfbn.export(model, tmp_path / "m")
+    for _ in range(4):
+        tfbn.recalibrate(tmp_path / "m", x, verbose=0)
+    assert [record for record in caplog.records if "retracing" in record.message] == []

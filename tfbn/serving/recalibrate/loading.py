@@ -175,13 +175,14 @@ def _layer(path, found, variables):
     return layer
 
 
-def load(version: pathlib.Path, loaded: Any, found: BatchNorms) -> ServedNetwork:
+def load(version: pathlib.Path, loaded: Any, found: BatchNorms, flat: Any = None) -> ServedNetwork:
     """The network of a version.
 
     Args:
         version: Its directory.
         loaded: The SavedModel, as `tf.saved_model.load` gives it.
         found: The record of its batch norm layers.
+        flat: The flattened default signature, if there is one already.
 
     Raises:
         ValueError: If a layer is called where the graph does not let it be observed, or if the
@@ -195,7 +196,7 @@ def load(version: pathlib.Path, loaded: Any, found: BatchNorms) -> ServedNetwork
             "not let it be observed. Recalibrate the model itself, and export it again."
         )
     if found.function is None:
-        function = flattened(loaded.signatures[saved_models.DEFAULT])
+        function = flat or flattened(loaded.signatures[saved_models.DEFAULT])
     else:
         [function] = getattr(loaded, found.function).concrete_functions
     specs = tf.nest.flatten(function.structured_input_signature)

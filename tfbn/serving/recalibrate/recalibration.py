@@ -162,14 +162,15 @@ def opened(path: str | os.PathLike) -> Opened:
             f"{str(version)!r}, which tfbn {written['tfbn']} wrote without one. Export the model "
             "again."
         )
-    loaded = saved_models.load(version)
+    loaded = saved_models.load(version).loaded
     return Opened(version, loading.load(version, loaded, found), loaded, found, written)
 
 
 def _opened_of_others(version):
-    loaded = saved_models.load(version)
-    found = recognition.recognized(version, loaded)
-    network = loading.load(version, loaded, found)
+    model = saved_models.load(version)
+    loaded = model.loaded
+    found, flat = recognition.recognized(version, model)
+    network = loading.load(version, loaded, found, flat)
     written = recognition.described(loaded)
     written["fingerprint"] = fingerprints.fingerprint(network)  # Of its known weights.
     return Opened(version, network, loaded, found, written)
@@ -188,7 +189,10 @@ def next_version(
     """Sweep, and write the next version; see `recalibrate`."""
     network = before.network
     x, inputs = _with_first(network, x, batch_size, steps)
-    _require_same(_served(before.loaded, network, inputs), _predicted(network, inputs), before.path)
+    # A concrete function: TensorFlow warns of retracing if many networks are called in one process.
+    predict = tf.function(lambda x: network(x, training=False), autograph=False)
+    predict = predict.get_concrete_function(inputs)
+    _require_same(_served(before.loaded, network, inputs), predict(inputs), before.path)
     measured_again = blend_samples and before.provenance.get("monitor") is not None
     x, again = _twice(x) if measured_again else (x, x)
     options |= {"include_frozen": True, "tolerance": tolerance}
@@ -197,11 +201,11 @@ def next_version(
     if blend_samples:
         stats = stats.blend(stats.previous, samples=blend_samples)
     stats.assign(network)
-    expected = _predicted(network, inputs)
+    expected = predict(inputs)
     directory = before.path.parent
     with versions.unfinished(directory) as partial:
         weights.copy_with(before.path, partial, _values(before.found, stats))
-        loaded = saved_models.load(partial)
+        loaded = saved_models.load(partial).loaded
         _require_numbers(expected, before.path)
         off = _require_same(_served(loaded, network, inputs), expected, before.path)
         batch_norms.write(partial, before.found)
@@ -286,12 +290,6 @@ def _values(found, stats):
         for path, layer in stats.items()
         for name, value in (("moving_mean", layer.mean), ("moving_variance", layer.variance))
     }
-
-
-def _predicted(network, inputs):
-    """The outputs of the network, by name."""
-    predict = tf.function(lambda x: network(x, training=False), autograph=False)
-    return predict(inputs)
 
 
 def _served(loaded, network, inputs):

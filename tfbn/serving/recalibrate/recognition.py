@@ -18,6 +18,7 @@ from tfbn.serving import saved_models
 from tfbn.serving.export.batch_norms import BatchNorms, Call, Layer
 from tfbn.serving.recalibrate import patterns
 from tfbn.serving.recalibrate.patterns import Match
+from tfbn.serving.saved_models import SavedModel
 
 
 class _Variable(NamedTuple):
@@ -36,22 +37,22 @@ class _Variable(NamedTuple):
     channels: int
 
 
-def recognized(version: pathlib.Path, loaded: Any) -> BatchNorms:
-    """Return the batch norm layers of a SavedModel's default signature.
+def recognized(version: pathlib.Path, model: SavedModel) -> tuple[BatchNorms, Any]:
+    """Return the batch norm layers of a SavedModel's default signature, and its flat function.
 
     Args:
         version: Its directory.
-        loaded: The SavedModel, as `saved_models.load` returns it.
+        model: The SavedModel.
 
     Raises:
         ValueError: If the signature cannot be read, if it has no batch norm, or if it may have
             batch norm that is not recognized.
     """
-    if saved_models.DEFAULT not in loaded.signatures:
+    if saved_models.DEFAULT not in model.loaded.signatures:
         raise _refusal(version, f"no signature {saved_models.DEFAULT!r}")
-    signature = loaded.signatures[saved_models.DEFAULT]
+    signature = model.loaded.signatures[saved_models.DEFAULT]
     graph = flattened(signature)
-    variables = _variables(version, signature, graph)
+    variables = _variables(version, signature, graph, model.meta_graph.object_graph_def)
     matches = list(patterns.matches(graph.graph))[::-1]
     layers: dict[str, Layer] = {}
     calls: list[Call] = []
@@ -67,7 +68,7 @@ def recognized(version: pathlib.Path, loaded: Any) -> BatchNorms:
     _require_no_masks(version, signature.graph, layers)
     _require_only_reader(version, graph.graph, matches)
     _require_all(version, graph.graph, layers, variables)
-    return BatchNorms(layers, calls, function=None)
+    return BatchNorms(layers, calls, function=None), graph
 
 
 def _refusal(version: pathlib.Path, received: str) -> ValueError:
@@ -77,9 +78,10 @@ def _refusal(version: pathlib.Path, received: str) -> ValueError:
     )
 
 
-def _variables(version: pathlib.Path, signature: Any, graph: Any) -> dict[str, _Variable]:
+def _variables(
+    version: pathlib.Path, signature: Any, graph: Any, objects: Any
+) -> dict[str, _Variable]:
     """Return name of a captured placeholder in the flat graph -> variable."""
-    objects = saved_models.meta_graph(version).object_graph_def
     places = saved_models.places(objects)
     bound = saved_models.bound_inputs(objects, saved_models.DEFAULT)
     if bound is None or len(bound) != len(signature.captured_inputs):
