@@ -86,14 +86,14 @@ def whole_step(layer, shape):
     """The HLO of forward, backward and moving update, as where XLA compiles the whole step."""
     layer.build((None, *shape[1:]))
     x = tf.zeros(shape, layer.compute_dtype)
-    with _as_on_gpu():
+    with as_on_gpu():
         return hlo_of(_training_step(layer, fenced=True), x, x)
 
 
 def inference_step(layer, shape):
     """The HLO of an inference step."""
     layer.build((None, *shape[1:]))
-    with _as_on_gpu():
+    with as_on_gpu():
         return hlo_of(lambda x: layer(x, training=False), tf.zeros(shape, layer.compute_dtype))
 
 
@@ -102,7 +102,7 @@ def cluster_steps(layer, shape):
     channels = shape[layer.axis]
     layer.build((None, *shape[1:]))
     spec = tf.TensorSpec(shape, layer.compute_dtype)
-    with _as_on_gpu():
+    with as_on_gpu():
         step = tf.function(_training_step(layer, fenced=False), autograph=False)
         graph = step.get_concrete_function(spec, spec).graph.as_graph_def()
     flat = {1: [channels], 2: [math.prod(shape) // channels, channels], 3: shape[:2]}
@@ -156,7 +156,7 @@ def operations_of(layer, shape):
     ]
 
 
-def _as_on_gpu():
+def as_on_gpu():
     return mock.patch.multiple(kernels, _gpu_visible=lambda: True, _xla_runs_on_gpu=lambda: True)
 
 

@@ -9,6 +9,8 @@ import gpu_compiler
 import pytest
 import tensorflow as tf
 
+from tfbn.sweep import observation
+
 pytestmark = pytest.mark.gpu_compile
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -80,3 +82,14 @@ def test_known_programs_are_counted_correctly(step, passes, kernels):
     compiled = gpu_compiler.kernels_of(gpu_compiler.hlo_of(step, tf.zeros(shape)), "H200")
     assert gpu_compiler.passes(compiled, shape, "float32") == pytest.approx(passes, abs=0.05)
     assert len(compiled) == kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_moments_of_a_sweep_are_one_pass(shape, dtype):
+    x = tf.zeros(shape, dtype)
+    with gpu_compiler.as_on_gpu():
+        [flat], measure = observation._measured(-1, x)
+        hlo = gpu_compiler.hlo_of(measure, flat)
+    passes, kernels = counted(hlo, "H200", shape, dtype)
+    assert 1 <= passes <= 1.2 and kernels <= 6

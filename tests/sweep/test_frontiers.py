@@ -1,7 +1,15 @@
-"""Tests of the store of frontiers."""
+"""Tests of the cache of frontiers, with a second logical CPU as a stand-in for an accelerator."""
 
+import collections
+import threading
+
+import networks
+import numpy as np
+import pytest
 import tensorflow as tf
 
+import tfbn
+from tfbn.sweep import memory, trace
 from tfbn.sweep.batches import Batch
 from tfbn.sweep.frontiers import Frontier, Frontiers
 
@@ -11,9 +19,10 @@ def batch(index, key):
     return Batch(index, tf.zeros([2]), 2, 0, key)
 
 
-def frontier(size, level=1, value=0.0):
+def frontier(size, level=1, value=0.0, device="CPU:0"):
     """A frontier of so many bytes."""
-    return Frontier(None, level, [tf.fill([size // 4], value)])
+    with tf.device(device):
+        return Frontier(None, level, [tf.fill([size // 4], value)])
 
 
 def test_a_batch_is_known_by_its_key_in_any_place():
@@ -69,3 +78,93 @@ def test_neither_the_batch_itself_nor_what_has_no_size_is_kept():
     )
     kept.put(batch(1, 2), Frontier(None, 1, [handle]))
     assert len(kept) == 0
+
+
+def second_cpu(limit):
+    """The limits of a machine whose second CPU is an accelerator with some memory."""
+    return lambda device: limit if device.endswith("CPU:1") else None
+
+
+def test_a_frontier_stays_on_its_device_and_takes_room_there_alone():
+    kept = Frontiers(1000, second_cpu(500))
+    kept.put(batch(0, 1), frontier(400, device="CPU:1"))
+    kept.put(batch(1, 2), frontier(1000))
+    kept.put(batch(2, 3), frontier(400, device="CPU:1"))  # Neither there nor in main memory.
+    devices = {key: kept.get(batch(0, key)).values[0].device[-5:] for key in (1, 2)}
+    assert devices == {1: "CPU:1", 2: "CPU:0"}
+    assert kept.get(batch(2, 3)) is None
+
+
+def test_logical_cpus_share_main_memory():
+    kept = Frontiers(1000)
+    kept.put(batch(0, 1), frontier(800, device="CPU:1"))
+    kept.put(batch(1, 2), frontier(400, device="CPU:0"))
+    assert len(kept) == 1
+
+
+def test_the_limit_of_the_caller_holds_on_accelerators_too():
+    kept = Frontiers(300, second_cpu(500))
+    kept.put(batch(0, 1), frontier(400, device="CPU:1"))
+    assert len(kept) == 0
+
+
+def test_a_frontier_on_two_devices_needs_room_on_both():
+    parts = frontier(400).values + frontier(400, device="CPU:1").values
+    for limit, number in ((399, 0), (400, 1)):
+        kept = Frontiers(400, second_cpu(limit))
+        kept.put(batch(0, 1), Frontier(None, 1, parts))
+        assert len(kept) == number
+
+
+def replicas(strategy):
+    with strategy.scope():
+        model = networks.residual(tfbn.BatchNormalization)
+    return model, networks.data(model, 48)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Thread -> for each part of the network that ran: what entered, and what left it."""
+    runs = collections.defaultdict(list)
+    original = trace.Part.run
+
+    def run(part, values, populations):
+        placed = [populations(site) for site in part.sites]
+        observed, frontier = original(part, values, populations)
+        moments = [value for _, of_call in observed for value in of_call]
+        runs[threading.get_ident()].append(([*values, *placed], [*frontier, *moments]))
+        return observed, frontier
+
+    monkeypatch.setattr(trace.Part, "run", run)
+    return runs
+
+
+def test_nothing_crosses_devices_between_levels(two_devices, runs):
+    model, x = replicas(two_devices)
+    levels = tfbn.collect(model, x, batch_size=8, verbose=0).levels
+    ran = [one for of_thread in runs.values() for one in of_thread]
+    assert len(ran) == 6 * levels  # Each batch ran each part once.
+    by_device = collections.Counter()
+    for entered, left in ran:
+        [device] = {value.device for value in left}
+        by_device[device[-5:]] += 1
+        if entered[0].shape != [8, *x.shape[1:]]:  # A batch itself comes from the CPU.
+            assert {value.device for value in entered} == {device}
+    assert by_device == {"CPU:0": 3 * levels, "CPU:1": 3 * levels}
+
+
+def test_where_an_accelerator_is_full_its_batches_are_computed_again(
+    two_devices, runs, monkeypatch
+):
+    model, x = replicas(two_devices)
+    expected = tfbn.collect(model, x, batch_size=8, verbose=0)
+    runs.clear()
+    monkeypatch.setattr(memory, "accelerator_limit", second_cpu(0))
+    found = tfbn.collect(model, x, batch_size=8, verbose=0)
+    levels = found.levels
+    by_device = collections.Counter(
+        left[0].device[-5:] for of_thread in runs.values() for _, left in of_thread
+    )
+    assert by_device == {"CPU:0": 3 * levels, "CPU:1": 3 * levels * (levels + 1) // 2}
+    for path in expected:
+        np.testing.assert_array_equal(found[path].mean, expected[path].mean)

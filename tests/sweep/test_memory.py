@@ -1,8 +1,12 @@
 """Tests of the memory that a sweep takes by default, on file systems made up for the purpose."""
 
-import pytest
+from types import SimpleNamespace
 
-from tfbn.sweep.memory import default_limit
+import pytest
+import tensorflow as tf
+from tensorflow.python.client import device_lib
+
+from tfbn.sweep.memory import accelerator_limit, default_limit
 
 MIB = 2**20
 
@@ -91,3 +95,27 @@ def test_a_group_that_does_not_tell_its_inactive_files(tmp_path):
     group = version_2("", 900 * MIB, 100 * MIB) | {"sys/fs/cgroup/memory.stat": "anon 1\n"}
     files = host(4000 * MIB) | group | {"proc/self/cgroup": "0::/\n"}
     assert default_limit(system(tmp_path, files)) == 200 * MIB
+
+
+def test_tensorflow_lists_devices_with_their_memory():
+    """A private function. A CPU's limit stands for a GPU's, of which there may be none."""
+    limits = {one.name: one.memory_limit for one in device_lib.list_local_devices()}
+    assert limits["/device:CPU:0"] > 0
+    assert "current" in tf.config.experimental.get_memory_info("CPU:0")
+
+
+@pytest.mark.parametrize("used", [0, 30, 99, 200])
+def test_half_of_the_free_memory_of_an_accelerator(monkeypatch, used):
+    devices = [SimpleNamespace(name=f"/device:GPU:{k}", memory_limit=100 * k) for k in range(2)]
+    monkeypatch.setattr(device_lib, "list_local_devices", lambda: devices)
+    info = {"GPU:1": {"current": used, "peak": 0}}
+    monkeypatch.setattr(tf.config.experimental, "get_memory_info", info.__getitem__)
+    name = "/job:localhost/replica:0/task:0/device:GPU:1"
+    assert accelerator_limit(name) == max(100 - used, 0) // 2
+
+
+def test_a_cpu_has_main_memory_and_an_unknown_device_no_room(monkeypatch):
+    with tf.device("CPU:1"):
+        assert accelerator_limit(tf.zeros([]).device) is None
+    monkeypatch.setattr(device_lib, "list_local_devices", lambda: [])
+    assert accelerator_limit("/job:localhost/replica:0/task:0/device:TPU:0") == 0

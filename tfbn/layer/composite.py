@@ -41,12 +41,16 @@ def train_compiled(
     channels = sums.number_of_channels(x, axis)
     gamma = tf.ones([channels]) if gamma is None else tf.cast(gamma, tf.float32)
     beta = tf.zeros([channels]) if beta is None else tf.cast(beta, tf.float32)
-    if sums.channels_last(x, axis):
-        step, flat = _compiled_step(2, x.dtype, epsilon), tf.reshape(x, [-1, channels])
-    else:
-        step, flat = _compiled_step(3, x.dtype, epsilon), sums.channels_second(x, axis)
-    y, *moments = step(flat, gamma, beta)
+    given = flat(x, axis)
+    y, *moments = _compiled_step(given.shape.rank, x.dtype, epsilon)(given, gamma, beta)
     return tf.reshape(y, tf.shape(x)), *moments
+
+
+def flat(x: tf.Tensor, axis: int) -> tf.Tensor:
+    """`x` with its channels on axis 1: [positions, channels], or [before, channels, after]."""
+    if sums.channels_last(x, axis):
+        return tf.reshape(x, [-1, sums.number_of_channels(x, axis)])
+    return sums.channels_second(x, axis)
 
 
 @functools.cache

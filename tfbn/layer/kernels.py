@@ -39,9 +39,9 @@ import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from tfbn.layer import composite, fused, sums
-from tfbn.layer.composite import renorm_corrections
+from tfbn.layer.composite import flat, renorm_corrections
 
-__all__ = ["moments", "normalize", "renorm_corrections", "train"]
+__all__ = ["compiles_for_gpu", "flat", "moments", "normalize", "renorm_corrections", "train"]
 
 
 class Form(TypedDict):
@@ -147,7 +147,7 @@ def train(
     if _fusable(x) and mask is None and not synchronized and renorm is None:
         if not _gpu_visible():
             return fused.train(x, gamma, beta, **form)
-        if _xla_runs_on_gpu():
+        if compiles_for_gpu():
             return composite.train_compiled(x, gamma, beta, **form)
     return composite.train(
         x,
@@ -159,6 +159,11 @@ def train(
         renorm=renorm,
         **form,
     )
+
+
+def compiles_for_gpu() -> bool:
+    """Whether functions with `jit_compile=True` suit the device that will run them: a GPU."""
+    return _gpu_visible() and _xla_runs_on_gpu()
 
 
 def _under_xla() -> bool:

@@ -4,6 +4,11 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+import tensorflow as tf
+
+# TensorFlow has no public way to ask how much memory of an accelerator it may use.
+from tensorflow.python.client import device_lib
+
 _SHARE = 4  # A quarter.
 _UNKNOWN = 2**30
 
@@ -18,6 +23,27 @@ def default_limit(root: str | os.PathLike = "/") -> int:
     """
     free = [*_host(pathlib.Path(root)), *_container(pathlib.Path(root))]
     return max(min(free), 0) // _SHARE if free else _UNKNOWN
+
+
+def accelerator_limit(device: str) -> int | None:
+    """Half of the free memory of an accelerator, in bytes; `None` for a CPU.
+
+    Free is what TensorFlow may allocate and has not allocated: 0 if it does not say so. The other
+    half is for the computation.
+
+    Args:
+        device: The name of the device of a tensor.
+    """
+    spec = tf.DeviceSpec.from_string(device)
+    if spec.device_type in (None, "CPU"):
+        return None
+    name = f"{spec.device_type}:{spec.device_index}"
+    limits = {one.name: one.memory_limit for one in device_lib.list_local_devices()}
+    try:
+        used = tf.config.experimental.get_memory_info(name)["current"]
+    except ValueError:  # TensorFlow does not count on every kind of device.
+        return 0
+    return max(limits.get(f"/device:{name}", 0) - used, 0) // 2
 
 
 def _host(root: pathlib.Path) -> Iterator[int]:

@@ -19,9 +19,6 @@ from tfbn.sweep.arrays import as_called
 from tfbn.sweep.inference import Draws, inference
 from tfbn.sweep.state import Site
 
-# Count, mean and variance of the values that enter a layer in one call, float64.
-CallMoments = Sequence[tf.Tensor]
-
 
 class UnobservableError(ValueError):
     """A model on which the statistics that a sweep is to find are not defined, or not seen."""
@@ -36,16 +33,17 @@ class Call(NamedTuple):
         outputs: The tensor that leaves.
         fetches: The tensors to take out of the graph for `measure`; `None` in the body of a loop
             or branch, out of which a graph hands nothing.
-        measure: From the values of `fetches` to the moments of the values that entered, a list
-            of (count, mean, variance). It has one entry, but for the body of a loop, which may
-            run many times or never, and for a call whose values do not count.
+        measure: Function from the values of `fetches` to the moments of the values that entered.
+            It returns a list of tensors with count, mean and variance, float64, shape
+            (3, channels): one tensor, or any number for the body of a loop, or none for a call
+            whose values do not count.
     """
 
     site: Site
     inputs: list
     outputs: tf.Tensor
     fetches: list | None
-    measure: Callable[..., list[CallMoments]]
+    measure: Callable[..., list[tf.Tensor]]
 
     @property
     def path(self) -> str:
@@ -189,7 +187,7 @@ class Observer:
         """A call in the body of a loop or branch, of which only the outputs' needs are run."""
         queue = self._queue(call.site, channels)
         [batch] = call.measure(*(call.fetches or ()))
-        with tf.control_dependencies([queue.enqueue(_per_channel(*batch))]):
+        with tf.control_dependencies([queue.enqueue(batch)]):
             outputs = tf.identity(call.outputs)
         return Call(call.site, call.inputs, outputs, None, functools.partial(_drain, queue))
 
@@ -198,7 +196,7 @@ class Observer:
         if site not in self._queues:
             with tf.init_scope(), tf.device("CPU"):
                 self._queues[site] = tf.queue.FIFOQueue(
-                    np.iinfo(np.int32).max, [tf.float64] * 3, [[channels]] * 3
+                    np.iinfo(np.int32).max, [tf.float64], [[3, channels]]
                 )
         return self._queues[site]
 
@@ -274,9 +272,9 @@ def _observed(
     entered = [x] if mask is None else [x, mask]
     fetches, measure = _measured(layer.axis, *entered)
     if population is None:
-        batch = measure(*fetches)[0]
-        outputs = kernels.normalize(x, batch[1], batch[2], gamma, beta, **form)
-        return Call(site, entered, outputs, list(batch), lambda *batch: [batch])
+        [batch] = measure(*fetches)
+        outputs = kernels.normalize(x, *tf.unstack(batch)[1:], gamma, beta, **form)
+        return Call(site, entered, outputs, [batch], lambda batch: [batch])
     # The moments of the values that enter are taken outside of the graph, which keeps it small.
     outputs = kernels.normalize(x, population[0], population[1], gamma, beta, **form)
     return Call(site, entered, outputs, fetches, measure)
@@ -284,44 +282,59 @@ def _observed(
 
 def _measured(
     axis: int, x: tf.Tensor, mask: tf.Tensor | None = None
-) -> tuple[list[tf.Tensor], Callable[..., list[CallMoments]]]:
+) -> tuple[list[tf.Tensor], Callable[..., list[tf.Tensor]]]:
     """The tensors whose moments are those of `x`, and the function that gives them."""
     if mask is not None:
         specs = tuple(tf.TensorSpec([None, *v.shape[1:]], v.dtype) for v in (x, mask))
         return [x, mask], _masked_moments(axis, specs)
+    if kernels.compiles_for_gpu():
+        flat = kernels.flat(x, axis)
+        return [flat], _compiled_moments(tf.TensorSpec([None] * flat.shape.rank, x.dtype))
     stretched = sums.stretched(x, axis)
-    within = 1 if axis % x.shape.rank == x.shape.rank - 1 else 2
-    return [stretched], _moments(within, x.dtype)
+    return [stretched], _moments(sums.within_stretches(x, axis), x.dtype)
 
 
 @functools.cache
-def _moments(within: int, dtype: tf.DType) -> Callable[[tf.Tensor], list[CallMoments]]:
+def _moments(within: int, dtype: tf.DType) -> Callable[[tf.Tensor], list[tf.Tensor]]:
     """The moments of `tfbn.layer.sums`, traced once for all layers of all models."""
     return _concrete(
-        lambda x: [sums.moments_of_stretches(x, within)], tf.TensorSpec([None] * 3, dtype)
+        lambda x: _stacked(*sums.moments_of_stretches(x, within)),
+        tf.TensorSpec([None] * 3, dtype),
     )
+
+
+@functools.cache
+def _compiled_moments(spec: tf.TensorSpec) -> Callable[[tf.Tensor], list[tf.Tensor]]:
+    """The moments in one pass over memory, and without a wait for the GPU, compiled by XLA."""
+    return _concrete(lambda x: _stacked(*kernels.moments(x, 1)), spec, compiled=True)
 
 
 @functools.lru_cache(maxsize=256)
 def _masked_moments(
     axis: int, specs: tuple[tf.TensorSpec, tf.TensorSpec]
-) -> Callable[[tf.Tensor, tf.Tensor], list[CallMoments]]:
-    return _concrete(lambda x, mask: [kernels.moments(x, axis, mask)], *specs)
+) -> Callable[[tf.Tensor, tf.Tensor], list[tf.Tensor]]:
+    return _concrete(lambda x, mask: _stacked(*kernels.moments(x, axis, mask)), *specs)
 
 
 def _concrete(
-    function: Callable[..., list[CallMoments]], *specs: tf.TensorSpec
-) -> Callable[..., list[CallMoments]]:
+    function: Callable[..., tf.Tensor], *specs: tf.TensorSpec, compiled: bool = False
+) -> Callable[..., list[tf.Tensor]]:
     # Outside of the graph that may be in the making, which the function would keep alive.
     with tf.init_scope(), tf.device(None):
-        return tf.function(function, input_signature=specs, autograph=False).get_concrete_function()
+        return tf.function(
+            lambda *values: [function(*values)],
+            input_signature=specs,
+            autograph=False,
+            jit_compile=compiled or None,
+        ).get_concrete_function()
 
 
-def _per_channel(count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> list[tf.Tensor]:
-    return [tf.cast(value, tf.float64) for value in (tf.ones_like(mean) * count, mean, variance)]
+def _stacked(count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> tf.Tensor:
+    counts = tf.broadcast_to(tf.cast(count, tf.float64), tf.shape(mean))
+    return tf.stack([counts, tf.cast(mean, tf.float64), tf.cast(variance, tf.float64)])
 
 
-def _drain(queue: tf.queue.FIFOQueue) -> list[CallMoments]:
-    """All moments that were put into a queue since the last time; no values if there are none."""
-    waiting: list[CallMoments] = list(zip(*queue.dequeue_many(queue.size()), strict=True))
-    return waiting or [[tf.zeros(shape, tf.float64) for shape in queue.shapes]]
+def _drain(queue: tf.queue.FIFOQueue) -> list[tf.Tensor]:
+    """Return all moments that were put into a queue since the last time, or one of no values."""
+    waiting = tf.unstack(queue.dequeue_many(queue.size()))
+    return waiting or [tf.zeros(queue.shapes[0], tf.float64)]

@@ -301,18 +301,15 @@ def _moments(batch: Batch, calls: list[SiteMoments], method: str) -> list[tuple[
     entered = [(site, values) for site, of_call in calls for values in of_call]
     if not entered:
         return []
-    sites = [site for site, _ in entered]
-    values = [[np.asarray(value) for value in values] for _, values in entered]
-    # As one, because there may be many sites of few channels.
-    counts, means, variances = zip(*(np.broadcast_arrays(*value) for value in values), strict=True)
-    batch_moments = moments.of_batch(
-        *map(np.concatenate, (counts, means, variances)), method=method
-    )
+    sites, values = zip(*entered, strict=True)
+    channels = [value.shape[1] for value in values]
+    # As one, because the device is waited for, and there may be many sites of few channels.
+    together = tf.concat(values, 1).numpy()
+    batch_moments = moments.of_batch(*together, method=method)
     finite = moments.finite(batch_moments)
-    channels = list(map(len, means))
     if not finite.all():
         first = np.searchsorted(np.cumsum(channels), np.argmin(finite), side="right")
-        _refuse(batch, sites[first], method, *values[first])
+        _refuse(batch, sites[first], method, *values[first].numpy())
     return list(zip(sites, batch_moments.split(channels), strict=True))
 
 

@@ -14,11 +14,11 @@ from tfbn.graphs import walks
 from tfbn.graphs.levels import Cut
 from tfbn.graphs.subgraphs import Subgraphs
 from tfbn.models.keras_models import Structure
-from tfbn.sweep.observation import Call, CallMoments, Observer, Run, UnobservableError
+from tfbn.sweep.observation import Call, Observer, Run, UnobservableError
 from tfbn.sweep.state import NetworkFacts, Site
 
 # A call, and the moments of the values that entered it.
-SiteMoments = tuple[Site, list[CallMoments]]
+SiteMoments = tuple[Site, list[tf.Tensor]]
 
 _HARMLESS = {"Placeholder", "ReadVariableOp", "VarHandleOp"}
 
