@@ -56,9 +56,13 @@ def names(tmp_path, monkeypatch):
 
 def test_the_readme_from_top_to_bottom(names, capsys):
     code = blocks(README.read_text())
-    assert len(code) == 3 and all("tfbn." in block for block in code)
+    assert len(code) == 4 and all("tfbn." in block for block in code)
     for block in code:
+        names["model"].trainable = True  # A loop of one's own has frozen nothing.
         exec(block, names)
+    assert len(README.read_text().splitlines()) <= 130
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", README.read_text()):
+        assert (README.parent / link).exists(), link
     assert pathlib.Path("models/digits/1/saved_model.pb").is_file()
     assert pathlib.Path("model_population.keras").is_file()
     mean = names["stats"]["norm"].mean

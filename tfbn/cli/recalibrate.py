@@ -125,7 +125,9 @@ def beyond_lag(stats: tfbn.PopulationStats) -> str | None:
     population's. It is far off if its mean differs by more than 10 standard deviations, or its
     standard deviation by more than a factor of 10, in the root mean square over channels.
     """
-    for path, off in stats.compare(stats.previous or {}).items():
+    if stats.previous is None:
+        return None
+    for path, off in stats.compare(stats.previous).items():
         ours, held = stats[path], stats.previous[path]
         spread = np.sqrt(ours.variance)
         low, high = np.minimum(0, ours.mean) - spread, np.maximum(0, ours.mean) + spread
