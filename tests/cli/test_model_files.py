@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 import tfbn
-from tfbn.cli import checks, model_files
+from tfbn.cli import checks, model_files, process
 from tfbn.cli.errors import FileError
 from tfbn.files import atomic
 
@@ -257,3 +259,21 @@ def test_the_hidden_folder_of_a_process_at_work_is_left_alone(home):
         saved()
         assert os.path.isdir(folder)
     assert os.listdir() == ["out.keras"]
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+def test_files_of_keras_2_name_it_and_a_way_that_works(home, suffix, capsys):
+    keras_2 = pytest.importorskip("tf_keras")
+    make = keras_2.layers
+    model = keras_2.Sequential(
+        [make.Input((5, 5, 2)), make.DepthwiseConv2D(3), make.BatchNormalization()]
+    )
+    model.save(f"old model{suffix}")
+    with pytest.raises(FileError, match=r"which Keras 2\.\S+ wrote") as error:
+        model_files.load(f"old model{suffix}")
+    python, command = re.findall("`([^`]*)`", str(error.value))
+    eval(python, {"tf_keras": keras_2})
+    np.save("x.npy", np.random.default_rng(0).random((40, 5, 5, 2), "float32"))
+    arguments = shlex.split(command.replace("DATA", "x.npy"))[1:]
+    assert process.main(arguments) == 0
+    assert sorted(os.listdir("old model")) == ["1", "2"]

@@ -79,7 +79,7 @@ def visible(text: str) -> str:
 
 def _is_ours(error):
     """Whether an error is one of tfbn's sentences: an expectation, or a missing package."""
-    return isinstance(error, ImportError) or str(error).startswith("Expected")
+    return isinstance(error, ImportError | FileError) or str(error).startswith("Expected")
 
 
 def _cut(text, length):

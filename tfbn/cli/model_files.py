@@ -1,7 +1,9 @@
 """Model files: read with the sweep that is recorded in them, written whole or not at all."""
 
 import json
+import os
 import re
+import shlex
 import warnings
 import zipfile
 
@@ -42,6 +44,16 @@ def load(path: str, unsafe: bool = False, compiled: bool = False) -> keras.Model
         _check_hdf5(path, unsafe)
         model = _load(path, False, unsafe)
         return _compiled(model, path, unsafe) if compiled else model
+
+
+def _written_by(path):
+    """The version of the Keras that wrote a file, `""` if it is not recorded."""
+    if checks.suffix(path) == ".keras":
+        with zipfile.ZipFile(path) as archive:
+            return json.loads(archive.read("metadata.json")).get("keras_version", "")
+    with h5py.File(path) as file:
+        version = file.attrs.get("keras_version", "")
+        return version.decode() if isinstance(version, bytes) else str(version)
 
 
 def recorded_sweep(path: str) -> tfbn.PopulationStats | None:
@@ -104,6 +116,15 @@ def _load(path, compiled, unsafe):
     except Exception as error:
         if not unsafe and "safe_mode" in str(error):
             raise _code_inside(path) from error
+        version = _written_by(path)
+        if version[:2] in ("1.", "2."):
+            folder = os.path.splitext(path)[0]
+            raise FileError(
+                f"Cannot load {path}, which Keras {version} wrote. With that Keras make it a "
+                f"SavedModel, `tf_keras.models.load_model({path!r}).save({f'{folder}/1'!r})`, "
+                f"and run `tfbn recalibrate {shlex.quote(folder)} "
+                "--data DATA`."
+            ) from error
         unknown = _UNKNOWN.search(str(error))
         if unknown:
             raise FileError(
