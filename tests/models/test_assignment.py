@@ -5,8 +5,8 @@ import pytest
 import tfbn
 
 
-def test_an_architecture_that_is_built_twice_gets_statistics_in_order():
-    """Only the counters in the names that Keras creates differ, with one digit or two."""
+def test_statistics_are_assigned_to_a_second_build():
+    """Automatic names differ in their counters only, of one or two digits."""
 
     def build(units=3):
         model = keras.Sequential([keras.Input((3,))])

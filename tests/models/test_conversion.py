@@ -1,4 +1,4 @@
-"""Converted models: the same predictions, training and files with the layer of tfbn."""
+"""Converted models have the same predictions, training and files."""
 
 import keras
 import numpy as np
@@ -13,7 +13,7 @@ KERAS, OURS = keras.layers.BatchNormalization, tfbn.BatchNormalization
 
 
 def randomize(model, seed=0):
-    """Weights no initializer gives, so that a weight that was not carried over shows."""
+    """Assign random weights, to detect a weight that is not copied."""
     rng = np.random.default_rng(seed)
     model.set_weights([rng.uniform(0.5, 1.5, w.shape) for w in model.get_weights()])
     return model
@@ -74,11 +74,11 @@ def test_functional_with_shared_wrapped_and_nested_layers():
     assert_converted(converted, model, x)
     assert converted.get_layer("half").compute_dtype == "float16"
     assert converted.get_layer("shared").momentum == 0.99
-    # One layer used twice stays one layer: a change of it shows in both places.
+    # A layer that is used twice stays one layer.
     for m in (model, converted):
         m.get_layer("shared").beta.assign(np.arange(5.0))
     np.testing.assert_allclose(converted(x), model(x), rtol=1e-4, atol=1e-5)
-    # The original is what it was, and shares nothing with the copy.
+    # The original does not change and shares nothing with the copy.
     model.set_weights(before)
     assert KERAS in classes(model)
     assert OURS not in classes(model)
@@ -96,7 +96,7 @@ def test_sequential_keeps_arguments():
     assert len(converted.losses) == 1
 
 
-def test_model_that_was_built_by_its_first_call():
+def test_model_built_by_its_first_call():
     model = sequential()
     x = np.random.default_rng(0).normal(size=(4, 3))
     model(x)
@@ -104,7 +104,7 @@ def test_model_that_was_built_by_its_first_call():
     assert_converted(convert(model), model, x)
 
 
-def test_model_that_is_not_built():
+def test_unbuilt_model():
     converted = convert(sequential())
     assert OURS in classes(converted)
     assert not converted.built
@@ -127,7 +127,7 @@ def test_trainable_flags():
     assert moved == {model: [True, False], converted: [True, False]}
 
 
-def test_subclasses_of_the_layer_stay_what_they_are():
+def test_subclasses_of_the_layer_are_not_converted():
     class Doubled(KERAS):
         def call(self, inputs, training=None):
             return 2 * super().call(inputs, training=training)
@@ -140,7 +140,7 @@ def test_subclasses_of_the_layer_stay_what_they_are():
 
 
 class Block(keras.Model):
-    """A subclassed model, with batch norm in code."""
+    """A subclassed model whose code creates batch norm."""
 
     def __init__(self, units=3, **kwargs):
         super().__init__(**kwargs)
@@ -174,17 +174,17 @@ class Backbone(keras.Model):
         return self(x / 255)
 
 
-def test_batch_norm_that_a_class_makes():
+def test_batch_norm_created_by_a_class():
     x = np.ones((2, 3), "float32")
     model = randomize(Backbone(4))
     model.get_layer("block").norm.trainable = False
     converted = convert(model)
     assert_converted(converted, model, x)
     np.testing.assert_allclose(converted.from_raw(x), model.from_raw(x), rtol=1e-5)
-    # Once more, though its class makes Keras's layers again; and a folded one.
+    # A converted model is copied, although its class creates Keras's layers; so is a folded one.
     assert classes(copying.copy(converted)) == classes(converted)
     np.testing.assert_allclose(tfbn.fold(converted)(x), model(x), rtol=1e-5)
-    # As a part of another model, and of one that is subclassed all through.
+    # Nested in another model, and in a subclassed one.
     inputs = keras.Input((3,))
     model = randomize(keras.Model(inputs, keras.layers.Dense(2)(Backbone(4)(inputs))))
     assert_converted(convert(model), model, x)
@@ -193,7 +193,7 @@ def test_batch_norm_that_a_class_makes():
     assert_converted(convert(randomize(model)), model, x)
 
 
-def test_statistics_of_the_model_belong_to_the_copy():
+def test_statistics_of_the_model_fit_the_copy():
     model = Block(5)
     x = np.random.default_rng(0).normal(size=(20, 3)).astype("float32")
     model(x)
@@ -205,8 +205,8 @@ def test_statistics_of_the_model_belong_to_the_copy():
 
 
 @pytest.mark.parametrize("make", [Backbone, Block])
-def test_a_saved_class_loads_as_its_code_says(make, tmp_path):
-    """As the docstring has it: Keras's layers, which predict the same; converted again, ours."""
+def test_saved_class_loads_with_the_layers_of_its_code(make, tmp_path):
+    """It loads with Keras's layers and the same predictions, and can be converted again."""
     x = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")
     model = make(4)
     model(x)
@@ -221,8 +221,8 @@ def test_a_saved_class_loads_as_its_code_says(make, tmp_path):
     np.testing.assert_allclose(again(x), model(x), rtol=1e-5)
 
 
-def test_our_layer_is_keras_with_other_methods():
-    """What `convert` relies on: exchanging the class of a layer makes it one of ours."""
+def test_our_layer_has_the_attributes_of_keras():
+    """`convert_layer` requires it, because it changes the class of a layer."""
     x = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")
     stock, ours = (cls(name="bn", momentum=0.9) for cls in (KERAS, OURS))
     for layer in (stock, ours):
@@ -232,13 +232,13 @@ def test_our_layer_is_keras_with_other_methods():
     converted = convert(keras.Sequential([keras.Input((3,)), stock])).layers[0]
     for layer in (converted, ours):
         layer(np.full((4, 3), np.nan, "float32"), training=True)
-        # Ours leaves out a batch that would poison the statistics.
+        # Our layer ignores a batch with NaN.
         np.testing.assert_array_equal(layer.moving_mean, np.zeros(3))
     config = keras.saving.serialize_keras_object(converted)
     assert config["registered_name"] == "tfbn>BatchNormalization"
 
 
-def test_state_that_is_no_weight():
+def test_state_other_than_weights_is_copied():
     normalization = keras.layers.Normalization()
     normalization.adapt(np.array([[0.0, 100], [10, 900]]))
     lookup = keras.layers.StringLookup(output_mode="one_hot")
@@ -259,24 +259,24 @@ def randomize_batch_norm(model):
 
 
 class Own(keras.Model):
-    """A Functional model of a class of its own."""
+    """Build a Functional model of a custom class."""
 
 
 @pytest.mark.parametrize("cls", [keras.Model, Own])
-def test_a_layer_that_keras_has_an_operation_of_the_same_name_as(cls):
-    """`x + 3` is an operation Add: in MobileNetV3 it was taken for the layer Add."""
+def test_layers_with_the_name_of_an_operation(cls):
+    """`x + 3` is the operation Add, not the layer Add (as in MobileNetV3)."""
     inputs = keras.Input((3,))
     model = randomize(cls(inputs, KERAS()(keras.layers.Add()([inputs + 3.0, inputs]))))
     assert_converted(convert(model), model, np.ones((2, 3)))
 
 
-def test_what_is_no_model_is_told_what_to_do():
+def test_other_objects_are_refused():
     for wrong in (keras.layers.Dense(3), "model.keras", None):
         with pytest.raises(ValueError, match=r"Expected a keras.Model. Received: .*load_model"):
             convert(wrong)
 
 
-def test_the_copy_is_not_compiled():
+def test_copy_is_not_compiled():
     def own_loss(y, y_pred):
         return keras.ops.mean(y - y_pred)
 
@@ -285,7 +285,7 @@ def test_the_copy_is_not_compiled():
         assert model.compiled and not convert(model).compiled
 
 
-def test_a_copy_that_would_predict_something_else_is_refused():
+def test_copy_with_other_predictions_is_refused():
     class Shifted(keras.layers.Layer):
         shift = 0.0
 
@@ -294,11 +294,11 @@ def test_a_copy_that_would_predict_something_else_is_refused():
 
     model = keras.Sequential([keras.Input((3,)), Shifted(), KERAS()])
     model.layers[0].shift = 0.1
-    with pytest.raises(ValueError, match=r"predicts.*\['Shifted'\]"):
+    with pytest.raises(ValueError, match=r"predictions.*\['Shifted'\]"):
         convert(model)
 
 
-def test_functional_model_with_a_train_step_of_its_own():
+def test_functional_model_with_custom_train_step():
     class Custom(keras.Model):
         def train_step(self, data):
             return {"marker": 1.0}
@@ -310,7 +310,7 @@ def test_functional_model_with_a_train_step_of_its_own():
     assert_converted(converted, model, np.ones((2, 3), "float32"))
 
 
-def test_converted_model_moves_through_a_file(tmp_path):
+def test_converted_model_saves_and_loads(tmp_path):
     model = randomize(functional())
     converted = convert(model)
     converted.save(tmp_path / "model.keras")
@@ -324,7 +324,7 @@ def test_applications(name):
     model = getattr(keras.applications, name)(weights=None, input_shape=(64, 64, 3), classes=7)
     for layer in model.layers[::3]:
         layer.trainable = False
-    # Around the initial values: what a deep network makes of uniform weights is not finite.
+    # Close to the initial values: with uniform weights a deep network overflows.
     rng = np.random.default_rng(0)
     model.set_weights([w * rng.uniform(0.9, 1.1, w.shape) for w in model.get_weights()])
     assert_converted(convert(model), model, rng.normal(size=(2, 64, 64, 3)))

@@ -1,6 +1,6 @@
-"""Copies: every layer that Keras has, custom ones, and what must be refused.
+"""Copies of every Keras layer, custom layers, and models that are refused.
 
-The original is the oracle, on inputs that the copy's own check has not seen.
+The original is the oracle, on inputs that `copying.verify` does not use.
 """
 
 import inspect
@@ -24,12 +24,12 @@ WORDS = ["a", "c", "b", "c", "b", "c"]
 
 
 def adapted(layer, data):
-    """A layer that has seen its data."""
+    """Return a layer after `adapt`."""
     layer.adapt(data)
     return layer
 
 
-# For each layer: how to make it, and what it takes: a shape, or a list of them.
+# Layer -> function that creates it, and the shape(s) of its input(s).
 NETWORK_LAYERS = {
     "Activation": (lambda: L.Activation("gelu"), IMAGE),
     "ActivityRegularization": (lambda: L.ActivityRegularization(l1=0.1), IMAGE),
@@ -162,7 +162,7 @@ PREPROCESSING_LAYERS = {
     "Resizing": (lambda: L.Resizing(5, 5), IMAGE),
     "Solarization": (L.Solarization, IMAGE),
 }  # fmt: skip
-# These take integers up to 3, or words.
+# Inputs are integers up to 3, or words.
 CATEGORICAL_LAYERS = {
     "CategoryEncoding": (lambda: L.CategoryEncoding(4), "int32"),
     "Discretization": (
@@ -181,15 +181,15 @@ CATEGORICAL_LAYERS = {
 }
 if KERAS >= (3, 12):  # The first with this layer.
     CATEGORICAL_LAYERS["ReversibleEmbedding"] = (lambda: L.ReversibleEmbedding(4, 3), "int32")
-# Bases of others, inputs, wrappers of what is not installed here, and one for labels.
+# Base classes, inputs, wrappers of packages that are not installed, and one for labels.
 OTHERS = {"Layer", "Wrapper", "InputLayer", "JaxLayer", "FlaxLayer", "TorchModuleWrapper"}
 OTHERS |= {"MaxNumBoundingBoxes", "TFSMLayer"}
-# Symbolically this one returns its very input, of which Keras makes no graph.
+# Returns its input unchanged in symbolic mode, so Keras builds no graph.
 OTHERS |= {"Equalization"}
 
 
 def randomize(model, seed=0):
-    """Weights no initializer gives, so that one that was not copied shows."""
+    """Assign random weights, to detect a weight that is not copied."""
     rng = np.random.default_rng(seed)
     normalized = {
         id(v) for layer in model.layers if type(layer) is L.Normalization for v in layer.variables
@@ -201,7 +201,7 @@ def randomize(model, seed=0):
 
 
 def assert_copied(model, x):
-    """The copy, after its predictions were found to be the model's."""
+    """Copy a model and compare the predictions."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         copied = copying.copy(model)
@@ -222,7 +222,7 @@ def assert_copied(model, x):
     ):
         mine, theirs = (np.asarray(keras.ops.convert_to_numpy(value)) for value in (mine, theirs))
         if np.issubdtype(mine.dtype, np.inexact):
-            # Where an array lies in memory decides how its sums are grouped.
+            # The memory address of an array changes the order of its sums.
             atol = 1e-6 * np.abs(mine).max(initial=0)
             np.testing.assert_allclose(mine, theirs, rtol=0, atol=atol)
         else:
@@ -230,13 +230,13 @@ def assert_copied(model, x):
     return copied
 
 
-def test_no_layer_of_keras_is_forgotten():
+def test_every_keras_layer_is_tested():
     classes = [c for c in vars(L).values() if inspect.isclass(c) and issubclass(c, L.Layer)]
     known = OTHERS.union(NETWORK_LAYERS, PREPROCESSING_LAYERS, CATEGORICAL_LAYERS)
     assert {cls.__name__ for cls in classes} <= known
 
 
-# All of them take long; these have state, sub-layers or a function.
+# A quick selection with state, sublayers or a function.
 QUICK = {"BatchNormalization", "Bidirectional", "Lambda", "Normalization", "SpectralNormalization"}
 
 
@@ -260,7 +260,7 @@ def test_every_layer(name):
 
 
 @pytest.mark.parametrize("name", CATEGORICAL_LAYERS)
-def test_every_layer_of_categories(name):
+def test_every_layer_with_categorical_inputs(name):
     make, dtype = CATEGORICAL_LAYERS[name]
     inputs = [keras.Input((1,), dtype=dtype) for _ in range(2 if name == "HashedCrossing" else 1)]
     inputs = inputs if len(inputs) > 1 else inputs[0]
@@ -270,7 +270,7 @@ def test_every_layer_of_categories(name):
     assert_copied(model, [x, x] if isinstance(inputs, list) else x)
 
 
-def test_a_layer_around_a_saved_model(tmp_path):
+def test_layer_around_a_saved_model(tmp_path):
     inner = randomize(keras.Sequential([keras.Input((4,)), L.Dense(3)]))
     inner.export(tmp_path / "inner", verbose=False)
     x = keras.Input((4,))
@@ -278,7 +278,7 @@ def test_a_layer_around_a_saved_model(tmp_path):
     assert_copied(keras.Model(x, layer(x)), np.ones((2, 4), "float32"))
 
 
-def test_a_feature_space():
+def test_feature_space():
     space = keras.utils.FeatureSpace(
         features={
             "number": keras.utils.FeatureSpace.float_normalized(),
@@ -308,7 +308,7 @@ def test_low_rank_factors_and_quantized_weights():
     assert_copied(model, x)
 
 
-def test_random_generators_go_on_from_where_they_are():
+def test_random_generators_keep_their_state():
     model = keras.Sequential([keras.Input((40,)), L.Dropout(0.5, seed=3)])
     x = np.ones((2, 40), "float32")
     model(x, training=True)
@@ -317,7 +317,7 @@ def test_random_generators_go_on_from_where_they_are():
 
 
 class Noisy(L.Layer):
-    """Draws in inference too."""
+    """Adds noise in inference too."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -328,7 +328,7 @@ class Noisy(L.Layer):
         return x + keras.random.normal(keras.ops.shape(x), seed=self.seed_generator)
 
 
-def test_checking_moves_no_generator():
+def test_verify_leaves_generators_unchanged():
     model = keras.Sequential([keras.Input((4,)), Noisy()])
     before = model.layers[0].seed_generator.state.numpy()
     copying.verify(model, copying.copy(model))
@@ -336,7 +336,7 @@ def test_checking_moves_no_generator():
 
 
 def scaled(name, factor):
-    """A layer class of a given name that Keras cannot find by that name."""
+    """Create an unregistered layer class with a given name."""
 
     def call(self, x):
         return x * factor
@@ -344,12 +344,12 @@ def scaled(name, factor):
     return type(name, (L.Layer,), {"call": call})
 
 
-def test_custom_classes_and_functions_that_have_no_registered_name():
+def test_unregistered_custom_classes_and_functions():
     def own_activation(x):
         return x * 3
 
     inputs = keras.Input((3, 4))
-    # Two classes of one name, of which one is also that of Keras's layer and operation.
+    # Two classes of one name, which is also the name of a layer and an operation of Keras.
     x = scaled("Add", 2.0)()(inputs) + 1.0
     x = scaled("Own", 3.0)()(scaled("Own", 5.0)()(x))
     x = L.TimeDistributed(L.Dense(2, own_activation))(x)
@@ -358,7 +358,7 @@ def test_custom_classes_and_functions_that_have_no_registered_name():
 
 
 class WithStore(L.Layer):
-    """State in NumPy, which it saves as Keras asks."""
+    """A layer with NumPy state that it saves and loads."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -369,32 +369,32 @@ class WithStore(L.Layer):
         return x + self.table
 
     def compute_output_shape(self, input_shape):
-        """That of the input."""
+        """Return the shape of the input."""
         return input_shape
 
     def save_own_variables(self, store):
-        """As an array and a number."""
+        """Save an array and a number."""
         store["table"] = self.table
         store["size"] = len(self.table)
 
     def load_own_variables(self, store):
-        """As one reads from HDF5."""
+        """Load them as from HDF5."""
         assert store["size"][()] == 4
         self.table = store["table"][:]
 
 
 class WithHiddenState(WithStore):
-    """State in NumPy that saving and loading lose."""
+    """A layer with NumPy state that it does not save."""
 
     def save_own_variables(self, store):
-        """Nothing."""
+        """Save nothing."""
 
     def load_own_variables(self, store):
-        """Nothing."""
+        """Load nothing."""
 
 
 def around(layer, wrapped=False):
-    """A network around a layer of four values, whose table is set."""
+    """Build a network around a layer with a table of four values."""
     layer.table = np.arange(4, dtype="float32")
     x = keras.Input((3, 4))
     y = L.TimeDistributed(layer)(x) if wrapped else layer(x)
@@ -409,13 +409,13 @@ def test_custom_state_is_copied_or_refused(wrapped):
     model = around(WithStore(), wrapped)
     np.testing.assert_allclose(fold(model)(x), model(x), rtol=1e-5)
     model = around(WithHiddenState(), wrapped)
-    with pytest.raises(ValueError, match=r"off by .*\['WithHiddenState'\].*save_own_variables"):
+    with pytest.raises(ValueError, match=r"differ by .*save_own_variables.*\['WithHiddenState'\]"):
         copying.verify(model, copying.copy(model))
-    with pytest.raises(ValueError, match=r"off by .*\['WithHiddenState'\].*save_own_variables"):
+    with pytest.raises(ValueError, match=r"differ by .*save_own_variables.*\['WithHiddenState'\]"):
         fold(model)
 
 
-def test_inputs_keep_what_they_are():
+def test_inputs_stay_sparse_and_optional():
     class First(L.Layer):
         def call(self, x, y=None):
             return x if y is None else x + y
@@ -433,7 +433,7 @@ def test_inputs_keep_what_they_are():
     assert copied.inputs[0].sparse
 
 
-def test_a_fixed_batch_and_open_sizes():
+def test_fixed_batch_size_and_unknown_sizes():
     x = keras.Input(batch_shape=(4, 6))
     model = keras.Model(x, keras.ops.reshape(x, (4, 3, 2)))
     assert_copied(model, np.ones((4, 6), "float32"))
@@ -444,36 +444,38 @@ def test_a_fixed_batch_and_open_sizes():
     assert_copied(keras.Model(x, y), np.ones((1, 150, 130, 3), "float32"))
 
 
-def test_words_of_a_vocabulary_without_room_for_others():
+def test_vocabulary_without_unknown_words():
     model = keras.Sequential([keras.Input((1,), dtype="string"), L.StringLookup(num_oov_indices=0)])
     model.layers[0].set_vocabulary(["x", "y"])
     assert_copied(model, tf.constant([["y"]]))
 
 
-def test_a_model_that_takes_none_of_the_inputs_is_named():
+def test_warns_if_no_random_input_is_accepted():
     lookup = L.IntegerLookup(num_oov_indices=0, vocabulary=[70, 71])
     model = keras.Sequential([keras.Input((1,), dtype="int64"), lookup], name="picky")
-    with pytest.warns(UserWarning, match="'picky' .* not compared: the model takes none") as caught:
+    with pytest.warns(
+        UserWarning, match="'picky' .* not compared: the model accepts no random"
+    ) as caught:
         copying.verify(model, copying.copy(model))
-    assert any(str(warning.message).startswith("The copy") for warning in caught)
+    assert len(caught) == 1
 
 
 class Unseeded(L.Layer):
-    """Draws with a generator that nobody can copy."""
+    """Draws from a generator that cannot be copied."""
 
     def call(self, x):
-        """Other values each time."""
+        """Return random values."""
         return tf.random.uniform(tf.shape(x))
 
 
-def test_a_model_that_predicts_something_else_each_time_is_named():
+def test_warns_if_predictions_are_random():
     model = keras.Sequential([keras.Input((4,)), Unseeded()])
     with pytest.warns(UserWarning, match="not compared: the model predicts something else"):
         copying.verify(model, copying.copy(model))
 
 
 class UninitializedBelow(L.Layer):
-    """Returns other values each time for images of less than `least` pixels a side."""
+    """Returns random values for images of less than `least` pixels a side."""
 
     def __init__(self, least=100, **options):
         super().__init__(**options)
@@ -494,20 +496,20 @@ class LosesItsFactor(UninitializedBelow):
         return self.lost
 
 
-def test_images_too_small_to_predict_are_skipped():
+def test_too_small_images_are_skipped():
     model = keras.Sequential([keras.Input((None, None, 1)), UninitializedBelow()])
     assert_copied(model, np.ones((1, 150, 130, 1), "float32"))
     model = keras.Sequential([keras.Input((None, None, 1)), LosesItsFactor()])
-    with pytest.raises(ValueError, match=r"off by .*\['LosesItsFactor'\]"):
+    with pytest.raises(ValueError, match=r"differ by .*\['LosesItsFactor'\]"):
         copying.verify(model, copying.copy(model))
 
 
-def test_empty_predictions_are_no_comparison():
+def test_empty_predictions_are_not_compared():
     def cut(x):
         return x[:, 40:]
 
     model = keras.Sequential([keras.Input((None, 1)), L.Lambda(cut), LosesItsFactor(least=1)])
-    with pytest.raises(ValueError, match="off by"):
+    with pytest.raises(ValueError, match="differ by"):
         copying.verify(model, copying.copy(model))
     model = keras.Sequential([keras.Input((30, 1)), L.Lambda(cut)])
     with pytest.warns(UserWarning, match="not compared: its predictions .* are empty"):
@@ -515,7 +517,7 @@ def test_empty_predictions_are_no_comparison():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e-3])
-def test_any_difference_is_seen(bad):
+def test_differences_are_detected(bad):
     def network(bias):
         x = keras.Input((2,))
         dense = L.Dense(1, kernel_initializer="ones")
@@ -524,12 +526,12 @@ def test_any_difference_is_seen(bad):
         return model
 
     for one, other in ((0.0, bad), (bad, 0.0)):
-        with pytest.raises(ValueError, match="off by"):
+        with pytest.raises(ValueError, match="differ by"):
             copying.verify(network(one), network(other))
     copying.verify(network(bad), network(bad))
 
 
-def test_layers_that_a_model_once_had_do_not_matter():
+def test_unused_layers_are_ignored():
     inputs = keras.Input((4,))
     model = scaled_by_class(inputs)
     model.extra = L.Rescaling(2.0)
@@ -540,7 +542,7 @@ def test_layers_that_a_model_once_had_do_not_matter():
 
 
 def scaled_by_class(inputs):
-    """A Functional model of a class of its own."""
+    """Build a Functional model of a custom class."""
 
     class Own(keras.Model):
         pass
@@ -548,7 +550,7 @@ def scaled_by_class(inputs):
     return Own(inputs, L.Dense(3)(inputs))
 
 
-def test_what_a_config_does_not_make_again_is_refused():
+def test_models_that_cannot_be_rebuilt_are_refused():
     class NeedsArgument(keras.Model):
         def __init__(self, units, **kwargs):
             super().__init__(**kwargs)
@@ -561,13 +563,13 @@ def test_what_a_config_does_not_make_again_is_refused():
     model(np.ones((2, 4)))
     with pytest.raises(
         ValueError,
-        match=r"NeedsArgument.*(NotImplementedError|TypeError).* give it a get_config\(\)",
+        match=r"NeedsArgument.*(NotImplementedError|TypeError).* Add get_config\(\)",
     ):
         copying.copy(model)
     shared = L.Dense(4)
     a, b = keras.Input((4,)), keras.Input((3, 4))
     model = keras.Model([a, b], [shared(a), L.TimeDistributed(shared)(b)])
-    with pytest.raises(ValueError, match="of 3 layers with state 4 came back"):
+    with pytest.raises(ValueError, match="of 3 layers with state the config creates 4"):
         copying.copy(model)
     lookup = adapted(L.StringLookup(), ["two\nlines", "one"])
     with pytest.raises(ValueError, match="the vocabulary of layer 'string_lookup"):
@@ -578,11 +580,11 @@ class Rough(keras.layers.Layer):
     """Rounds differently each time, as some devices do."""
 
     def call(self, x):
-        """The inputs, within a part in ten thousand."""
+        """Return the inputs with a relative noise of 1e-4."""
         return x * (1 + 1e-4 * tf.random.normal(tf.shape(x)))
 
 
-def test_predictions_that_differ_by_a_little_each_time_are_compared_with_that():
+def test_small_noise_of_predictions_is_tolerated():
     model = keras.Sequential([keras.Input((4,)), Rough(), L.BatchNormalization()])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -590,5 +592,5 @@ def test_predictions_that_differ_by_a_little_each_time_are_compared_with_that():
     assert type(copy.layers[1]) is tfbn.BatchNormalization
 
 
-def test_outputs_of_other_shapes_are_infinitely_far_apart():
+def test_difference_of_other_shapes_is_infinite():
     assert copying._difference([np.ones(3)], [np.ones(2)]) == np.inf

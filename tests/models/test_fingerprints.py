@@ -1,4 +1,4 @@
-"""Digests of weights, and what they follow."""
+"""Tests of `tfbn.models.fingerprints`."""
 
 import keras
 import networks
@@ -9,7 +9,7 @@ from keras import layers
 from tfbn.models import fingerprints
 
 
-def test_fingerprint_follows_the_weights_only():
+def test_fingerprint_depends_on_weights_only():
     model = networks.plain(layers.BatchNormalization)
     before = fingerprints.fingerprint(model)
     bn = networks.batch_norms(model)[0]
@@ -29,7 +29,7 @@ def test_fingerprint_follows_the_weights_only():
     assert fingerprints.fingerprint(model) != before
 
 
-def test_fingerprint_leaves_counters_and_seeds_out():
+def test_fingerprint_ignores_counters_and_seeds():
     inputs = keras.Input((3,))
     x = layers.Dropout(0.5, seed=1)(inputs)
     model = keras.Model(inputs, layers.BatchNormalization()(x))
@@ -47,7 +47,7 @@ def test_fingerprint_of_any_float(dtype):
     assert fingerprints.fingerprint(model) != before
 
 
-def test_digests_are_of_values_and_of_kinds_of_weights():
+def test_digests_depend_on_values_and_kinds_of_weights():
     def build(name):
         x = keras.Input((3,), name="x")
         y = layers.BatchNormalization(name=f"{name}_bn")(layers.Dense(3, name=name)(x))
@@ -55,29 +55,31 @@ def test_digests_are_of_values_and_of_kinds_of_weights():
 
     a, b = build("a"), build("b")
     b.set_weights(a.get_weights())
-    found = {variable.path: digest for variable, digest in fingerprints.digests(a)}
-    assert sorted(found) == sorted(variable.path for variable in a.weights)
-    assert len(set(found.values())) == 6  # Zeros of a bias, a beta and a mean; ones of two.
-    assert [d for _, d in fingerprints.digests(b)] == [*found.values()]  # Whatever their names.
+    digests = {variable.path: digest for variable, digest in fingerprints.digests(a)}
+    assert sorted(digests) == sorted(variable.path for variable in a.weights)
+    assert len(set(digests.values())) == 6  # Zeros of a bias, a beta and a mean; ones of two.
+    assert [d for _, d in fingerprints.digests(b)] == [*digests.values()]  # Names differ.
     for variable in b.weights:
-        held = variable.numpy()
-        variable.assign(np.nextafter(held, np.float32(9)))
-        changed = {v.path for v, digest in fingerprints.digests(b) if digest not in found.values()}
+        value = variable.numpy()
+        variable.assign(np.nextafter(value, np.float32(9)))
+        changed = {
+            v.path for v, digest in fingerprints.digests(b) if digest not in digests.values()
+        }
         assert changed == {variable.path}
-        variable.assign(held)
+        variable.assign(value)
 
 
-def test_digests_with_which_a_model_had_a_fingerprint():
+def test_digests_of_the_latest_fingerprint():
     model = networks.plain(layers.BatchNormalization)
     swept = fingerprints.fingerprint(model)
     before = {digest for _, digest in fingerprints.digests(model)}
     model.layers[0].kernel.assign(model.layers[0].kernel * 2)
-    found = fingerprints.digests_of(model, swept)
+    weights = fingerprints.digests_of(model, swept)
     statistics = {digest for _, digest in fingerprints.digests_of_statistics(model)}
-    assert found | statistics == before
-    assert found & statistics == set()
+    assert weights | statistics == before
+    assert weights & statistics == set()
     assert fingerprints.fingerprint(model) != swept
-    assert fingerprints.digests_of(model, swept) is None  # They are forgotten by now.
+    assert fingerprints.digests_of(model, swept) is None  # No longer the latest.
     assert fingerprints.digests_of(model, "") is None
     now = {digest for _, digest in fingerprints.digests(model)} - statistics
     assert fingerprints.digests_of(model, fingerprints.fingerprint(model)) == now

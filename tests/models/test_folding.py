@@ -1,4 +1,4 @@
-"""Folded models: the same numbers as before, without batch norm layers."""
+"""Folded models compute the same without batch norm layers."""
 
 import subprocess
 import sys
@@ -15,13 +15,13 @@ import tfbn
 from tfbn.models.folding import fold
 from tfbn.models.keras_models import batch_norm_layers
 
-# The original model is the oracle: Keras computes it. In float64, so that a wrong axis, a
-# forgotten epsilon or weights folded in float32 cannot hide in rounding.
+# Keras computes the original model, the oracle, in float64, so that rounding cannot hide a wrong
+# axis, a missing epsilon or weights folded in float32.
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
 
 def fill(model, seed=0):
-    """Random weights and statistics everywhere."""
+    """Assign random weights and statistics."""
     rng = np.random.default_rng(seed)
     for layer in batch_norm_layers(model).values():
         channels = layer.moving_mean.shape[0]
@@ -51,11 +51,11 @@ def assert_same(model, folded, **tolerance):
 
 
 def kinds(model):
-    """How many layers of which class, nested ones too."""
-    found = {}
+    """Return class -> number of layers, including nested ones."""
+    counts = {}
     for layer in model._flatten_layers():
-        found[type(layer)] = found.get(type(layer), 0) + 1
-    return found
+        counts[type(layer)] = counts.get(type(layer), 0) + 1
+    return counts
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ PRODUCERS = {
 @pytest.mark.quick(7)
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("name", PRODUCERS)
-def test_goes_into_the_layer_before(name, use_bias):
+def test_folds_into_the_layer_before(name, use_bias):
     cls, shape, arguments = PRODUCERS[name]
     x = keras.Input(shape)
     y = cls(**arguments, use_bias=use_bias, name="before")(x)
@@ -122,7 +122,7 @@ def test_arguments_of_batch_norm(batch_norm, arguments):
     folded = fold(fill(model))
     assert kinds(folded)[L.Rescaling] == 1
     assert not batch_norm_layers(folded)
-    # The layers of tfbn take epsilon and such as float32 numbers.
+    # tfbn's layers convert epsilon to float32.
     assert_same(model, folded, rtol=1e-6, atol=1e-6)
 
 
@@ -165,7 +165,7 @@ AFFINE = {
 
 
 @pytest.mark.parametrize("name", AFFINE)
-def test_elsewhere_becomes_one_multiply_add(name):
+def test_becomes_rescaling_elsewhere(name):
     x = keras.Input((5, 4, 2))
     model = fill(keras.Model(x, AFFINE[name](x)))
     [bn] = batch_norm_layers(model)
@@ -178,7 +178,7 @@ def test_elsewhere_becomes_one_multiply_add(name):
 
 
 @pytest.mark.parametrize("shape", [(5,), (4, 5), (3, 4, 5), (2, 3, 4, 5)], ids=str)
-def test_multiply_add_along_any_axis(shape):
+def test_rescaling_along_any_axis(shape):
     for axis in range(1, len(shape) + 1):
         model = fill(keras.Sequential([keras.Input(shape), L.BatchNormalization(axis=axis)]))
         folded = fold(model)
@@ -198,7 +198,7 @@ def test_channels_first():
         with pytest.warns(UserWarning, match=r"\['flat'\]"):
             folded = fold(model)
         assert kinds(folded)[L.Rescaling] == 2
-        # On a CPU only XLA has convolutions with channels first.
+        # On a CPU only XLA supports channels-first convolutions.
         x = inputs_of(model)[0]
         want, got = (tf.function(m, jit_compile=True)(x, training=False) for m in (model, folded))
         np.testing.assert_allclose(got, want, **EXACT)
@@ -212,7 +212,7 @@ def block(filters, **names):
     return keras.Model(x, y, **names)
 
 
-def test_nested_models_are_folded_and_stay_shared():
+def test_shared_nested_models_are_folded():
     inner = block(3, name="inner")
     ending = keras.Sequential([L.Conv2D(3, 2), L.BatchNormalization(), L.ReLU()], name="ending")
     x = keras.Input((8, 8, 3))
@@ -226,7 +226,7 @@ def test_nested_models_are_folded_and_stay_shared():
     assert_same(model, folded)
 
 
-def test_a_convolution_shared_with_another_model_is_not_changed():
+def test_convolution_shared_with_another_model_is_not_changed():
     shared = L.Conv2D(3, 2)
     inside = keras.Input((8, 8, 3))
     inner = keras.Model(inside, L.BatchNormalization()(shared(inside)))
@@ -252,7 +252,7 @@ class Twice(layers.BatchNormalization):
         return 2 * super().call(inputs, training=training, mask=mask)
 
 
-def test_what_cannot_be_folded_is_left_and_named():
+def test_warning_lists_layers_that_cannot_be_folded():
     x = keras.Input((8, 8, 3))
     y = L.BatchNormalization(name="folded")(L.Conv2D(3, 2)(x))
     y = Own(name="own")(y)
@@ -271,7 +271,7 @@ def test_what_cannot_be_folded_is_left_and_named():
         np.testing.assert_allclose(b, a, **EXACT)
 
 
-def test_subclassed_models_are_told_what_to_do():
+def test_advice_for_subclassed_models_works():
     class Subclassed(keras.Model):
         def __init__(self):
             super().__init__()
@@ -295,7 +295,7 @@ def test_subclassed_models_are_told_what_to_do():
         fold(keras.Sequential([L.Dense(2)]))
 
 
-def test_a_functional_model_with_a_call_of_its_own_is_refused():
+def test_functional_model_with_custom_call_is_refused():
     class Halved(keras.Model):
         def call(self, x, training=None):
             return super().call(x, training=training) / 2
@@ -306,7 +306,7 @@ def test_a_functional_model_with_a_call_of_its_own_is_refused():
 
 
 @pytest.mark.filterwarnings("ignore:When providing `inputs`")
-def test_names_and_structures_stay():
+def test_names_and_structures_are_kept():
     a, b = keras.Input((4,), name="a"), keras.Input((3,), name="b")
     u = L.BatchNormalization(name="bn")(L.Dense(2, name="u")(a))
     v = L.Dense(2, name="v")(L.Concatenate()([b, u]))
@@ -322,12 +322,12 @@ def test_names_and_structures_stay():
     assert set(got) == {"u", "v"}
     for name in got:
         np.testing.assert_allclose(got[name], want[name], **EXACT)
-    # Features can be taken from it as from any model.
+    # Inner outputs are accessible as in any model.
     features = keras.Model(folded.input, folded.get_layer("u").output)
     np.testing.assert_allclose(features(x), want["u"], **EXACT)
 
 
-def test_state_of_other_layers_comes_along():
+def test_state_of_other_layers_is_copied():
     words = L.StringLookup(output_mode="one_hot")
     words.adapt(["b", "b", "a"])
     normalization = L.Normalization()
@@ -341,7 +341,7 @@ def test_state_of_other_layers_comes_along():
     np.testing.assert_allclose(fold(model)(given), model(given), **EXACT)
 
 
-def test_the_model_is_left_as_it_was():
+def test_model_is_not_changed():
     x = keras.Input((5, 5, 2))
     model = fill(keras.Model(x, L.BatchNormalization()(block(3)(L.Conv2D(3, 2)(x)))))
     config, weights = model.get_config(), model.get_weights()
@@ -370,7 +370,7 @@ STEPS = (
 @hypothesis.given(
     st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 9)), min_size=1, max_size=10)
 )
-def test_any_network_computes_the_same(recipe):
+def test_random_networks_compute_the_same(recipe):
     x = y = keras.Input((6, 6, 2))
     shared = L.Conv2D(2, 1)
     seen = [x]
@@ -418,8 +418,8 @@ def test_known_networks(name, affine):
     want = double.predict(images, verbose=0)
     scale = np.max(np.abs(want))
     assert np.max(np.abs(fold(double).predict(images, verbose=0) - want)) <= 1e-10 * scale
-    # With weights that were never trained these networks amplify rounding: in float32 they are
-    # up to 1e-4 away from themselves in float64, so more cannot be asked of their folds.
+    # Untrained networks amplify rounding: float32 and float64 differ by up to 1e-4, which bounds
+    # the precision of the folded network.
     own = np.max(np.abs(single.predict(images, verbose=0) - want)) / scale
     error = np.max(np.abs(folded.predict(images, verbose=0) - want)) / scale
     print(
@@ -448,7 +448,7 @@ np.save("y.npy", keras.models.load_model("folded.keras")(np.load("x.npy")))
 
 
 @pytest.mark.parametrize("change", [lambda d: d.quantize("int8"), lambda d: d.enable_lora(2)])
-def test_layers_whose_kernel_is_not_all_are_left_alone(change):
+def test_quantized_and_low_rank_kernels_are_not_folded(change):
     inputs = keras.Input((8,))
     dense = keras.layers.Dense(6, name="dense")
     x = keras.layers.ReLU()(keras.layers.BatchNormalization(name="bn")(dense(inputs)))
@@ -470,7 +470,7 @@ HALF = {"float16": 2**-11, "mixed_float16": 2**-11, "bfloat16": 2**-8, "mixed_bf
 @pytest.mark.parametrize("before", ["nothing", "product", "bias", "small product"])
 @pytest.mark.parametrize("cls", [layers.BatchNormalization, tfbn.BatchNormalization])
 def test_half_precision_is_no_worse_than_batch_norm(policy, before, cls):
-    """Years from 1990 to 2030, 170 std from zero, or a Dense layer's outputs 200 std from it."""
+    """Inputs are years from 1990 to 2030, 170 std from zero, or Dense outputs 200 std from it."""
     x = np.random.default_rng(0).integers(1990, 2031, (64, 2)).astype("float32")
     x = x if before in ("nothing", "product") else (x - 2010) / 12
     inputs = keras.Input((2,))
@@ -485,8 +485,8 @@ def test_half_precision_is_no_worse_than_batch_norm(policy, before, cls):
     y = cls(dtype=policy)(y)
     model = keras.Model(inputs, [y, keras.ops.relu(y)])
     [layer] = batch_norm_layers(model).values()
-    held = keras.ops.cast(keras.Model(inputs, entering)(x), layer.compute_dtype)
-    z = np.asarray(keras.ops.cast(held, "float64"))
+    z = keras.ops.cast(keras.Model(inputs, entering)(x), layer.compute_dtype)
+    z = np.asarray(keras.ops.cast(z, "float64"))
     for variable, value in ((layer.moving_mean, z.mean(0)), (layer.moving_variance, z.var(0))):
         variable.assign(value)
     mean, variance = (
@@ -495,10 +495,10 @@ def test_half_precision_is_no_worse_than_batch_norm(policy, before, cls):
     folded = fold(model)
     assert not batch_norm_layers(folded)
     expected = (z - mean) / np.sqrt(variance + layer.epsilon)
-    found = np.asarray(keras.ops.cast(folded(x)[0], "float64"))
-    # The output is rounded once; a folded kernel may move it by 0.01 std, as fold says.
+    actual = np.asarray(keras.ops.cast(folded(x)[0], "float64"))
+    # Rounding of the output, and 0.01 std for a folded kernel.
     atol = 2 * HALF[policy] * np.abs(expected).max() + (0.02 if before == "small product" else 1e-3)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
     assert [output.dtype for output in folded.outputs] == [output.dtype for output in model.outputs]
     gone_into_dense = "Rescaling" not in [type(layer).__name__ for layer in folded.layers]
     assert gone_into_dense == (before == "small product")

@@ -1,4 +1,4 @@
-"""Models and layers of Keras 2 (`tf_keras`) are refused everywhere, with advice that works."""
+"""Models and layers of Keras 2 (`tf_keras`) are refused, with advice that works."""
 
 import keras
 import numpy as np
@@ -27,19 +27,19 @@ def functional():
 
 
 class Subclassed(keras_2.Model):
-    """A class in a module of the user's."""
+    """A model class of the user."""
 
     def __init__(self):
         super().__init__()
         self.bn = keras_2.layers.BatchNormalization()
 
     def call(self, inputs, training=None):
-        """Batch norm alone."""
+        """Apply batch norm."""
         return self.bn(inputs, training=training)
 
 
 class Layer(keras_2.layers.BatchNormalization):
-    """A layer in a module of the user's."""
+    """A layer class of the user."""
 
 
 def population():
@@ -98,7 +98,7 @@ def test_refused_by_callbacks_before_the_first_step(callback):
 
 
 @pytest.mark.parametrize("build", [lambda: network(keras_2), functional])
-def test_the_advice_works(tmp_path, build):
+def test_advice_works(tmp_path, build):
     old = build()
     old.compile("adam", "mse", metrics=["mae"])
     old.fit(x, y, verbose=0)

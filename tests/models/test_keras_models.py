@@ -11,19 +11,19 @@ from tfbn.models import fingerprints, keras_models
 
 
 @pytest.mark.parametrize("build", networks.NETWORKS)
-def test_every_layer_is_found_once(build):
+def test_every_layer_is_listed_once(build):
     model = build(layers.BatchNormalization)
-    found = keras_models.batch_norm_layers(model)
-    assert {id(layer) for layer in found.values()} == {id(b) for b in networks.batch_norms(model)}
-    assert len(found) == len(networks.batch_norms(model))
+    paths = keras_models.batch_norm_layers(model)
+    assert {id(layer) for layer in paths.values()} == {id(b) for b in networks.batch_norms(model)}
+    assert len(paths) == len(networks.batch_norms(model))
 
 
-def test_paths_tell_nested_layers_of_one_name_apart():
-    found = keras_models.batch_norm_layers(networks.nested(layers.BatchNormalization))
-    assert list(found) == ["block/bn", "outer/block/bn", "outer/bn"]
+def test_nested_layers_of_one_name_have_different_paths():
+    paths = keras_models.batch_norm_layers(networks.nested(layers.BatchNormalization))
+    assert list(paths) == ["block/bn", "outer/block/bn", "outer/bn"]
 
 
-def test_siblings_of_one_name_are_numbered():
+def test_siblings_of_one_name_get_numbers():
     class Twins(keras.Model):
         def __init__(self):
             super().__init__()
@@ -48,26 +48,26 @@ def test_paths_are_the_same_after_saving_and_loading(tmp_path):
 
 
 class Unused(keras.Model):
-    """A layer that is never called, beside one that is."""
+    """A layer with an unused layer."""
 
     def __init__(self):
         super().__init__()
         self.unused, self.bn = layers.Dense(3), layers.BatchNormalization()
 
     def call(self, x, training=None):
-        """Batch norm alone."""
+        """Apply batch norm."""
         return self.bn(x, training=training)
 
 
 class Container(keras.Model):
-    """A model that nobody calls, around one that is called."""
+    """A model that is never called, around one that is."""
 
     def __init__(self, inner):
         super().__init__()
         self.inner = inner
 
 
-def test_a_layer_that_is_never_called_need_not_be_built():
+def test_uncalled_layers_need_no_weights():
     model, x = Unused(), np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
     with pytest.raises(ValueError, match="Expected a built model"):
         keras_models.require_built(model)
@@ -83,7 +83,7 @@ def test_a_layer_that_is_never_called_need_not_be_built():
     np.testing.assert_allclose(model.bn.moving_mean, np.float64(x).mean(0), rtol=1e-6)
 
 
-def test_a_batch_norm_layer_that_is_never_called_has_no_weights():
+def test_uncalled_batch_norm_has_no_weights():
     model = Unused()
     model.unused = layers.BatchNormalization()
     model(np.ones((2, 4)))

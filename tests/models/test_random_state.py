@@ -1,4 +1,4 @@
-"""Tests of the random generators that a sweep or an evaluation leaves as they were."""
+"""Sweeps and evaluations restore all random generators."""
 
 import random
 
@@ -15,7 +15,7 @@ from tfbn.models.random_state import unchanged_generators
 
 
 class Draws(layers.Layer):
-    """Has TensorFlow's generators in attributes of several kinds."""
+    """A model with TensorFlow's generators in several kinds of attributes."""
 
     def __init__(self):
         super().__init__()
@@ -24,7 +24,7 @@ class Draws(layers.Layer):
         self.named = {"a": (tf.random.Generator.from_seed(3),)}
 
     def call(self, x):
-        """The inputs."""
+        """Return the inputs."""
         return x
 
 
@@ -45,7 +45,7 @@ DRAW = {
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt])
 @pytest.mark.parametrize("kind", DRAW)
-def test_every_generator_draws_as_if_the_context_had_not_been(kind, error):
+def test_every_generator_is_restored(kind, error):
     drawn = []
     for number in (0, 3):
         keras.utils.clear_session()
@@ -65,7 +65,7 @@ def test_every_generator_draws_as_if_the_context_had_not_been(kind, error):
     assert drawn[0] == drawn[1] and len(set(drawn[0])) == 3
 
 
-def test_global_generators_that_did_not_exist_are_not_made(monkeypatch):
+def test_missing_global_generators_are_not_created(monkeypatch):
     monkeypatch.setattr(stateful_random_ops, "global_generator", None)
     drawn = []
     for enters in (False, True):
@@ -82,7 +82,7 @@ def test_global_generators_that_did_not_exist_are_not_made(monkeypatch):
 
 
 class FromLibraries(keras.utils.PyDataset):
-    """Batches augmented by Python's and NumPy's generators."""
+    """Batches with augmentation by Python's and NumPy's generators."""
 
     def __len__(self):
         return 4
@@ -106,7 +106,7 @@ CALLBACKS = {
 @pytest.mark.quick(2)
 @pytest.mark.parametrize("make", CALLBACKS)
 @pytest.mark.parametrize("how", ["generator", "global", "tf generator", "tensorflow"])
-def test_training_goes_on_whatever_draws(make, how):
+def test_training_continues_with_the_same_draws(make, how):
     losses = []
     for callbacks in ([], [CALLBACKS[make](FromLibraries())]):
         keras.utils.clear_session()

@@ -819,8 +819,8 @@ def bad_calls():
     return {
         "no layers": (no_layers, x, {}, "which has none"),
         "no model": (lambda: "model.keras", x, {}, "Expected a Keras model"),
-        "unbuilt": (lambda: keras.Sequential([bn()]), x, {}, "built model.*no weights yet"),
-        "unbuilt subclass": (lambda: Subclassed(bn), x, {}, "built model.*no weights yet"),
+        "unbuilt": (lambda: keras.Sequential([bn()]), x, {}, "built model.*without weights"),
+        "unbuilt subclass": (lambda: Subclassed(bn), x, {}, "built model.*without weights"),
         "frozen": (frozen, x, {}, "include_frozen=True"),
         "method": (with_bn, x, {"method": "best"}, "Received: method='best'"),
         "empty array": (with_bn, x[:0], {}, "yields nothing"),

@@ -1,4 +1,4 @@
-"""Statistics from and into the batch norm layers of Keras models."""
+"""Read statistics from the batch norm layers of a Keras model, and assign statistics to them."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from tfbn.stats.layer_stats import LayerStats
 
 
 def from_layer(layer: keras.Layer) -> LayerStats:
-    """Return the `LayerStats` that a layer holds."""
+    """Return the statistics of a layer as `LayerStats`."""
     by_name = {name: value_of(v) for name, v in keras_models.statistics(layer).items()}
     mean, variance = by_name.pop("moving_mean"), by_name.pop("moving_variance")
     return LayerStats(0, mean, variance, by_name or None)
@@ -24,16 +24,16 @@ def value_of(variable: keras.Variable) -> np.ndarray:
 
 
 def changed_variable(stats: LayerStats, layer: keras.Layer) -> str | None:
-    """Return the name of a layer's variable that does not hold these statistics, or `None`."""
+    """Return the name of the first variable that differs from these statistics, or `None`."""
     for name, value in variable_values(stats, layer).items():
-        held = value_of(getattr(layer, name))
-        if not np.array_equal(held, value.astype(held.dtype), equal_nan=True):
+        current = value_of(getattr(layer, name))
+        if not np.array_equal(current, value.astype(current.dtype), equal_nan=True):
             return name
     return None
 
 
 def matching_layers(model: keras.Model, paths: Iterable[str]) -> dict[str, keras.Layer]:
-    """Return the batch norm layers of a model for the paths of some statistics.
+    """Return path -> batch norm layer of a model, for the paths of some statistics.
 
     Names that Keras creates end in a counter, which differs in an architecture that is built twice.
     If only counters differ, the layers correspond in order.
@@ -41,27 +41,24 @@ def matching_layers(model: keras.Model, paths: Iterable[str]) -> dict[str, keras
     Raises:
         ValueError: If a layer is missing or not built.
     """
-    found, layers = _correspondence(model, paths), {}
-    for path, layer in found.items():
+    layers = {}
+    for path, layer in _correspondence(model, paths).items():
         if layer is None:
             raise ValueError(
-                f"Expected a model with the batch norm layers of these statistics. "
-                f"Received: model {model.name!r}, which has no batch norm layer "
-                f"{path!r}; it has {list(keras_models.batch_norm_layers(model))}. Assign "
-                "statistics only to the model they were collected from, or to one of the same "
-                "architecture."
+                f"Expected the swept architecture. Received: model {model.name!r} with no batch "
+                f"norm layer {path!r}."
             )
         if not layer.built:
             raise ValueError(
-                f"Expected a built model. Received: model {model.name!r}, whose layer "
-                f"{path!r} has no weights yet. Call the model on a batch first."
+                f"Expected a built model. Received: layer {path!r} has no weights yet. Call the "
+                "model on a batch."
             )
         layers[path] = layer
     return layers
 
 
 def mismatch(model: keras.Model, layers: Mapping[str, LayerStats]) -> str | None:
-    """Return how the layers of a model differ from statistics, in words; `None` if they do not."""
+    """Return a phrase for how the layers of a model differ from statistics, or `None`."""
     for path, layer in _correspondence(model, layers).items():
         if layer is None or not layer.built:
             return f"the model has no batch norm layer {path!r}"
@@ -72,7 +69,7 @@ def mismatch(model: keras.Model, layers: Mapping[str, LayerStats]) -> str | None
 
 
 def _correspondence(model, paths):
-    """path -> layer, or `None`."""
+    """Return path -> layer, or `None` for a missing one."""
     paths = list(paths)
     layers = keras_models.batch_norm_layers(model)
     same_names = [*map(_without_counters, layers)] == [*map(_without_counters, paths)]
@@ -86,7 +83,7 @@ def _without_counters(path: str) -> str:
 
 
 def variable_values(stats: LayerStats, layer: keras.Layer) -> dict[str, np.ndarray]:
-    """Return the float64 values for the statistics variables of a layer: attribute -> value."""
+    """Return attribute -> float64 value for the statistics variables of a layer."""
     by_name = {"moving_mean": stats.mean, "moving_variance": stats.variance}
     if getattr(layer, "renorm", False):
         stddev = np.sqrt(stats.variance + layer.epsilon)
@@ -109,9 +106,8 @@ def assignments(path: str, stats: LayerStats, layer: keras.Layer) -> list[tuple]
         variable = getattr(layer, name)
         if tuple(variable.shape) != value.shape:
             raise ValueError(
-                f"Expected statistics of shape {tuple(variable.shape)} for layer "
-                f"{path!r}. Received: shape {value.shape}. These statistics belong to "
-                "another model."
+                f"Expected statistics of shape {tuple(variable.shape)} for layer {path!r}. "
+                f"Received: shape {value.shape}."
             )
         with np.errstate(over="ignore"):
             cast = value.astype(keras.backend.standardize_dtype(variable.dtype))
@@ -119,9 +115,8 @@ def assignments(path: str, stats: LayerStats, layer: keras.Layer) -> list[tuple]
         if too_large.any():
             channel = int(np.argmax(too_large))
             raise ValueError(
-                f"Expected statistics that {variable.dtype} can hold for layer {path!r}. Received: "
-                f"{name} {value[channel]} in channel {channel}. Look for very large values in the "
-                "data of the sweep."
+                f"Expected statistics that {variable.dtype} can hold for layer {path!r}. "
+                f"Received: {name} {value[channel]} in channel {channel}."
             )
         assignments.append((variable, cast))
     return assignments
@@ -130,14 +125,14 @@ def assignments(path: str, stats: LayerStats, layer: keras.Layer) -> list[tuple]
 def round_to_variables(
     path: str, mean: np.ndarray, variance: np.ndarray, layer: keras.Layer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and variance as rounded to the dtype of the layer's variables.
+    """Return mean and variance rounded to the dtype of the layer's variables.
 
     Raises:
         ValueError: If a value is too large for the dtype.
     """
-    written = {id(v): value for v, value in assignments(path, LayerStats(1, mean, variance), layer)}
+    rounded = {id(v): value for v, value in assignments(path, LayerStats(1, mean, variance), layer)}
     rounded_mean, rounded_variance = (
-        written[id(variable)].astype(np.float64)
+        rounded[id(variable)].astype(np.float64)
         for variable in (layer.moving_mean, layer.moving_variance)
     )
     return rounded_mean, rounded_variance

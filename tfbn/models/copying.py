@@ -1,8 +1,8 @@
-"""Copies of Keras models: the same layers with the same state, and the check that they agree.
+"""Copy a Keras model with all of its state, and verify the copy's predictions.
 
-`convert` and `fold` both start from one. Neither way that Keras has is enough: `clone_model` and
-`from_config` carry no state, and `get_weights` leaves behind all state but weights, such as the
-constants of an adapted `Normalization` or the table of a `StringLookup`.
+`convert` and `fold` require it: Keras's `clone_model` and `from_config` copy no state, and
+`get_weights` only weights, without the constants of an adapted `Normalization` or the table of a
+`StringLookup`.
 """
 
 import tempfile
@@ -23,215 +23,209 @@ from tfbn.models.keras_models import Structure
 
 
 def copy(model: keras.Model) -> keras.Model:
-    """A model of the same class, structure and state, which shares nothing with it.
+    """Return a model of the same class, graph and state, which shares nothing with `model`.
 
-    A Functional or Sequential model of Keras's own class is made again layer by layer, any other
-    from its config. The copy is not compiled.
+    A stock Functional or Sequential model is rebuilt layer by layer, any other from its config.
+    The copy is not compiled.
 
     Raises:
-        ValueError: The model cannot be made again from its config.
+        ValueError: If the model cannot be rebuilt from its config.
     """
     try:
-        copied = _copied(model, {})
+        copied = _copy_layer(model, {})
         if model.built and not copied.built:
             copied.build_from_config(model.get_build_config())
             copied.built = True
         copy_state(model, copied)
-    except Exception as error:  # Of whatever class a layer's own code raises.
+    except Exception as error:  # The code of a custom layer may raise any class.
         raise ValueError(
-            f"Expected a model that its config makes again. Received: {model!r}, for which that "
-            f"ends in {_in_short(error)}. If a class in it takes arguments, give it a get_config() "
-            "that returns them."
+            f"Cannot rebuild {model!r} from its config: {_shorten(error)}. Add get_config() to its "
+            "custom classes."
         ) from error
     return copied
 
 
-def made_again(operation: keras.Operation) -> keras.Operation:
-    """A layer, operation or model of the same class and config, with a state of its own."""
+def rebuild(operation: keras.Operation) -> keras.Operation:
+    """Return a layer, operation or model of the same class and config, with new state."""
     config = keras.saving.serialize_keras_object(operation)
-    # A loss that only its author knows is nothing to us, and the copy's first call builds it.
+    # A custom loss may not deserialize and is not needed. The copy's first call builds it.
     config = {key: config[key] for key in config.keys() - {"compile_config", "build_config"}}
-    # Safe mode is about files of unknown origin. This config is of a layer that already runs.
-    made = keras.saving.deserialize_keras_object(
+    # Safe mode protects against files of unknown origin; this layer already runs.
+    rebuilt = keras.saving.deserialize_keras_object(
         config, custom_objects=_custom_objects(operation), safe_mode=False
     )
     if isinstance(operation, keras.layers.Lambda):
-        # The code of a lambda in a config does not know the names that surround it.
-        made.function, made.mask = operation.function, operation.mask
-    return made
+        # A lambda loaded from a config loses its closure.
+        rebuilt.function, rebuilt.mask = operation.function, operation.mask
+    return rebuilt
 
 
-def graph_again(
-    model: keras.Model, copied: Callable[[keras.Operation], Callable[..., Any]]
+def rebuild_graph(
+    model: keras.Model, copy_operation: Callable[[keras.Operation], Callable[..., Any]]
 ) -> keras.Model:
-    """A plain Functional model of the same graph.
+    """Return a plain Functional model of the same graph.
 
     Args:
         model: A Functional or built Sequential model.
-        copied: A function from one of its operations to the one that stands for it.
+        copy_operation: Returns the replacement of an operation.
     """
     tensors = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
     outputs = model.outputs[0] if isinstance(model, keras.Sequential) else model.output
-    # Not the model itself: `clone_model` would compile the clone as well, and call its class.
+    # For `model`, `clone_model` would also compile the clone and call the model's class.
     plain = keras.Model(tensors, outputs, name=model.name)
-    # Left to itself, `clone_model` forgets which inputs are sparse or optional.
     layers = [layer for layer in plain.layers if isinstance(layer, keras.layers.InputLayer)]
 
-    def again(tensor):
+    def copy_input(tensor):
         [layer] = [layer for layer in layers if layer.output is tensor]
-        config = layer.get_config() | {"optional": layer.optional}  # Keras 3.10 leaves it out.
-        made = keras.layers.InputLayer.from_config(config)
-        made.trainable = layer.trainable
-        return made.output
+        config = layer.get_config() | {"optional": layer.optional}  # Missing in Keras 3.10.
+        copied = keras.layers.InputLayer.from_config(config)
+        copied.trainable = layer.trainable
+        return copied.output
 
+    # Without `input_tensors`, `clone_model` would lose which inputs are sparse or optional.
     return keras.models.clone_model(
         plain,
-        input_tensors=keras.tree.map_structure(again, plain.input),
-        clone_function=copied,
+        input_tensors=keras.tree.map_structure(copy_input, plain.input),
+        clone_function=copy_operation,
     )
 
 
 def copy_state(source: keras.Layer, target: keras.Layer) -> None:
-    """Names, flags, variables, and all else that saving and loading would carry over.
+    """Copy names, flags, variables, and everything else that saving and loading carry.
 
     Raises:
-        ValueError: The layers inside are not the same, or a vocabulary is lost.
+        ValueError: If the inner layers differ, or a vocabulary is lost.
     """
     pairs = _pairs(source, target)
-    for mine, theirs in pairs:
-        if type(mine) is not type(theirs):
-            make_ours(theirs)
-        # Layers that a class makes without a name are given the next number each time.
-        theirs.name = mine.name
-        # Setting the flag of a model sets those of its layers, which come after it here.
-        theirs.trainable = mine.trainable
-    for mine, theirs in pairs:
+    for original, copied in pairs:
+        if type(original) is not type(copied):
+            convert_layer(copied)
+        # Automatic names have a counter.
+        copied.name = original.name
+        # The flag of a model sets the flags of its layers, which come later.
+        copied.trainable = original.trainable
+    for original, copied in pairs:
         store: dict[str, Any] = {}
-        mine.save_own_variables(store)
-        theirs.load_own_variables({key: _stored(value) for key, value in store.items()})
-        if hasattr(mine, "save_assets"):
+        original.save_own_variables(store)
+        copied.load_own_variables({key: _as_array(value) for key, value in store.items()})
+        if hasattr(original, "save_assets"):
             with tempfile.TemporaryDirectory() as directory:
-                mine.save_assets(directory)
-                theirs.load_assets(directory)
-        origins.share(mine, theirs)
-        if hasattr(mine, "get_vocabulary") and mine.get_vocabulary() != theirs.get_vocabulary():
+                original.save_assets(directory)
+                copied.load_assets(directory)
+        origins.share(original, copied)
+        if (
+            hasattr(original, "get_vocabulary")
+            and original.get_vocabulary() != copied.get_vocabulary()
+        ):
             raise ValueError(
-                f"the vocabulary of layer {mine.name!r} came back as another. It is saved as text, "
-                "which loses words with a line break in them, and empty ones at the end"
+                f"the vocabulary of layer {original.name!r} changed: saving loses line breaks and "
+                "empty words"
             )
-    # Saving merges the factors of LoRA, and leaves out the state of random generators and which
-    # single variables are frozen.
-    for mine, theirs in zip(source.variables, target.variables, strict=True):
-        theirs.assign(mine)
-        theirs.trainable = mine.trainable
+    # Saving merges LoRA factors, and omits random generators and flags of single variables.
+    for original, copied in zip(source.variables, target.variables, strict=True):
+        copied.assign(original)
+        copied.trainable = original.trainable
 
 
-def _stored(value: Any) -> np.ndarray:
-    """An array, as a file would give it back."""
+def _as_array(value: Any) -> np.ndarray:
+    """Convert a value to the array that a file would return."""
     value = value.value if isinstance(value, keras.Variable) else value
     return value.numpy() if hasattr(value, "numpy") else np.asarray(value)
 
 
 def verify(model: keras.Model, copied: keras.Model) -> None:
-    """Refuse a copy that predicts something else, on inputs that are made up for it.
+    """Raise `ValueError` if a copy predicts something else than the model, on random inputs.
 
-    Inputs on which the model contradicts its own prediction show nothing about the copy, so
-    larger ones are tried: TensorFlow reads uninitialized memory where a convolution's window is
-    larger than its image.
-
-    Raises:
-        ValueError: The copy predicts something else.
+    Larger inputs are tried while the model's predictions are not reproducible: TensorFlow reads
+    uninitialized memory if a convolution's window is larger than its image.
     """
     reason = "Keras does not know the inputs of the model"
-    for inputs in _made_up_inputs(model):
+    for inputs in _random_inputs(model):
         try:
-            outputs = _predicted(model, inputs)
-        except Exception as error:  # Of whatever class its layers raise.
-            reason = f"the model takes none of the inputs made up for it ({_in_short(error)})"
+            outputs = _predict(model, inputs)
+        except Exception as error:  # The code of a custom layer may raise any class.
+            reason = f"the model accepts no random inputs ({_shorten(error)})"
             continue
         if not any(output.size for output in outputs):
-            reason = "its predictions for the inputs made up for it are empty"
+            reason = "its predictions for random inputs are empty"
             continue
-        off = _difference(outputs, _predicted(copied, inputs))
-        if off <= 1e-5:
+        difference = _difference(outputs, _predict(copied, inputs))
+        if difference <= 1e-5:
             return
-        # The same operations on the same numbers, but some devices round differently each time.
-        own = _difference(outputs, _predicted(model, inputs))
-        if own < 0.01 and off > 10 * own:
+        # Some devices round the same operations differently each time.
+        noise = _difference(outputs, _predict(model, inputs))
+        if noise < 0.01 and difference > 10 * noise:
             raise ValueError(
-                f"Expected a copy that predicts the same as the model. Received: {model!r}, "
-                f"whose copy is off by {off:.1e} of the largest value. A layer has state that "
-                f"saving and loading would lose: of custom classes it has {custom_classes(model)}. "
-                "Override save_own_variables() and load_own_variables() there."
+                f"Cannot copy {model!r}: predictions differ by {difference:.1e}. Add "
+                f"save_own_variables() and load_own_variables() to {custom_classes(model)}."
             )
-        if own < 0.01:
+        if noise < 0.01:
             return
         reason = "the model predicts something else each time"
     warnings.warn(
-        f"The copy of model {model.name!r} has its layers, weights and other state, but the "
-        f"predictions were not compared: {reason}.",
+        f"The predictions of the copy of model {model.name!r} were not compared: {reason}.",
         stacklevel=3,
     )
 
 
-def make_ours(layer: keras.layers.BatchNormalization) -> None:
-    """Turn a `keras.layers.BatchNormalization`, and none of its subclasses, into tfbn's.
+def convert_layer(layer: keras.layers.BatchNormalization) -> None:
+    """Convert a `keras.layers.BatchNormalization` (not a subclass) to tfbn's, in place.
 
-    Ours is Keras's with other methods: it has the same attributes and variables. Exchanging the
-    class reaches every place that knows the layer, also in code that is not ours.
+    tfbn's layer has the same attributes and variables, and other methods. A new class converts the
+    layer for everything that refers to it, also in code that is not tfbn's.
     """
     object.__setattr__(layer, "__class__", BatchNormalization)
 
 
-def is_known(thing: Any) -> bool:
-    """Whether a class or function is Keras's own, or ours."""
+def is_stock(thing: Any) -> bool:
+    """Whether a class or function belongs to Keras or tfbn."""
     return thing.__module__.partition(".")[0] in ("keras", "tfbn")
 
 
 def custom_classes(model: keras.Model) -> list[str]:
-    """The names of the classes of a model's layers that are neither Keras's nor ours."""
+    """Return the names of the layer classes that belong to neither Keras nor tfbn."""
     classes = {type(layer) for layer in keras_models.layers(model).values()}
-    return sorted(cls.__name__ for cls in classes if not is_known(cls))
+    return sorted(cls.__name__ for cls in classes if not is_stock(cls))
 
 
-def _in_short(error: Exception) -> str:
+def _shorten(error: Exception) -> str:
     return f"{type(error).__name__}: {textwrap.shorten(str(error), 300)}"
 
 
-def _copied(layer: keras.Operation, copies: dict[int, keras.Operation]) -> keras.Operation:
-    """`copies` has those of the layers that were met before, by id: shared layers stay shared."""
+def _copy_layer(layer: keras.Operation, copies: dict[int, keras.Operation]) -> keras.Operation:
+    """Copy a layer once. `copies` maps id -> copy, so that shared layers stay shared."""
     if id(layer) not in copies:
-        plain = is_known(type(layer))
+        stock = is_stock(type(layer))
 
-        def inner(operation):
-            return _copied(operation, copies)
+        def copy_operation(operation):
+            return _copy_layer(operation, copies)
 
-        if plain and isinstance(layer, keras.Function):
-            copies[id(layer)] = graph_again(layer, inner)
-        elif plain and isinstance(layer, keras.Sequential):
-            copies[id(layer)] = _sequential_again(layer, inner)
+        if stock and isinstance(layer, keras.Function):
+            copies[id(layer)] = rebuild_graph(layer, copy_operation)
+        elif stock and isinstance(layer, keras.Sequential):
+            copies[id(layer)] = _rebuild_sequential(layer, copy_operation)
         else:
-            copies[id(layer)] = made_again(layer)
+            copies[id(layer)] = rebuild(layer)
         if isinstance(layer, keras.Model):
             copies[id(layer)].dtype_policy = layer.dtype_policy
     return copies[id(layer)]
 
 
-def _sequential_again(
-    model: keras.Sequential, copied: Callable[[keras.Operation], keras.Operation]
+def _rebuild_sequential(
+    model: keras.Sequential, copy_operation: Callable[[keras.Operation], keras.Operation]
 ) -> keras.Sequential:
-    layers = [copied(layer) for layer in model.layers]
-    # A Sequential model's own list leaves its input out.
+    layers = [copy_operation(layer) for layer in model.layers]
+    # `Sequential.layers` omits the input layer.
     first = list(keras_models.layers(model).values())[1:2]
     if first and isinstance(first[0], keras.layers.InputLayer):
-        layers.insert(0, copied(first[0]))
+        layers.insert(0, copy_operation(first[0]))
     return keras.Sequential(layers, name=model.name)
 
 
 def _custom_objects(operation: keras.Operation) -> dict[str, Any]:
-    """The classes and functions that a layer's config names, and only this process may know.
+    """Return registered name -> custom class or function in a layer's config.
 
-    Keras's own are left out: of two classes with one name, its config would find the wrong one.
+    Keras's are omitted: with two classes of one name, the config could resolve to the wrong one.
     """
     layers = [operation]
     if isinstance(operation, keras.Layer):
@@ -244,50 +238,49 @@ def _custom_objects(operation: keras.Operation) -> dict[str, Any]:
             values += value.values() if isinstance(value, dict) else ()
         for value in values:
             thing = value if isinstance(value, types.FunctionType) else type(value)
-            if not is_known(thing) and (thing is value or hasattr(thing, "from_config")):
+            if not is_stock(thing) and (thing is value or hasattr(thing, "from_config")):
                 custom[keras.saving.get_registered_name(thing)] = thing
     return custom
 
 
 def _pairs(source: keras.Layer, target: keras.Layer) -> list[tuple[keras.Layer, keras.Layer]]:
-    """Each layer that has state, or holds one that has, with its copy."""
-    mine, theirs = (
+    """Return pairs of each layer with state and its copy."""
+    originals, copies = (
         [layer for layer in keras_models.layers(model).values() if _has_state(layer)]
         for model in (source, target)
     )
-    if list(map(_stock_class, mine)) != list(map(_stock_class, theirs)):
+    if list(map(_stock_class, originals)) != list(map(_stock_class, copies)):
         raise ValueError(
-            f"of {len(mine)} layers with state {len(theirs)} came back, or others. A config does "
-            "not know of layers that a wrapper and the model share, nor of those that were added "
-            "later"
+            f"of {len(originals)} layers with state the config creates {len(copies)}, or others: "
+            "one is shared with a wrapper, or was added later"
         )
-    return list(zip(mine, theirs, strict=True))
+    return list(zip(originals, copies, strict=True))
 
 
 def _stock_class(layer: keras.Layer) -> type:
-    """A class that makes its batch norm makes Keras's, also where ours has taken its place."""
+    """Return a layer's class, and Keras's for tfbn's: the code of a class creates Keras's."""
     is_ours = type(layer) is BatchNormalization
     return keras.layers.BatchNormalization if is_ours else type(layer)
 
 
 def _has_state(layer: keras.Layer) -> bool:
-    # Models often keep layers that they have no use for any more. Those that matter have state.
+    # Models may keep unused layers, which the config omits. Only layers with state matter.
     saves = type(layer).save_own_variables is not keras.layers.Layer.save_own_variables
     return bool(layer.variables) or saves or hasattr(layer, "save_assets")
 
 
-def _made_up_inputs(model: keras.Model) -> Iterator[Structure]:
-    """Inputs to try one after the other; none where Keras does not know their shapes."""
-    # In these the size of a batch may be fixed.
+def _random_inputs(model: keras.Model) -> Iterator[Structure]:
+    """Yield inputs to try; nothing if Keras has not recorded their shapes."""
+    # `model.input` may have a fixed batch size.
     specs = [model.input] if isinstance(model, keras.Function) else getattr(model, "inputs", None)
     specs = specs or keras_models.input_specs(model)
-    # Words and categories may be few, and images have a least size.
+    # Vocabularies may be small, and images have a minimal size.
     for size, categories in ((32, 2), (32, 1), (128, 2), (320, 2)) if specs is not None else ():
-        yield keras.tree.map_structure(_MadeUp(model, size, categories), specs)
+        yield keras.tree.map_structure(_RandomInputs(model, size, categories), specs)
 
 
-class _MadeUp:
-    """Random inputs: numbers in [0, 1), categories from 0, words that the model knows."""
+class _RandomInputs:
+    """Create random inputs: numbers in [0, 1), categories from 0, words of the vocabularies."""
 
     def __init__(self, model: keras.Model, size: int, categories: int):
         self.size, self.categories = size, categories
@@ -310,8 +303,8 @@ class _MadeUp:
         return keras.ops.convert_to_tensor(values, dtype)
 
 
-def _predicted(model: keras.Model, inputs: Structure) -> list[np.ndarray]:
-    """All outputs as arrays. Nothing moves, not even the generators of random numbers."""
+def _predict(model: keras.Model, inputs: Structure) -> list[np.ndarray]:
+    """Return all outputs as arrays, without a change to variables or random generators."""
     outputs, _ = model.stateless_call(
         [variable.value for variable in model.trainable_variables],
         [variable.value for variable in model.non_trainable_variables],
@@ -322,11 +315,12 @@ def _predicted(model: keras.Model, inputs: Structure) -> list[np.ndarray]:
 
 
 def _difference(outputs: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
-    """The largest, as a part of an output's largest value; infinite where it cannot be told."""
-    return max((_difference_of_one(*pair) for pair in zip(outputs, others, strict=True)), default=0)
+    """Return the largest relative difference, see `_output_difference`."""
+    return max((_output_difference(*pair) for pair in zip(outputs, others, strict=True)), default=0)
 
 
-def _difference_of_one(a: np.ndarray, b: np.ndarray) -> float:
+def _output_difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Return max|a - b| / max|a| over finite values; infinite if shapes or NaNs differ."""
     if a.shape != b.shape:
         return np.inf
     if not np.issubdtype(a.dtype, np.inexact):
@@ -336,5 +330,5 @@ def _difference_of_one(a: np.ndarray, b: np.ndarray) -> float:
         return 0.0
     if not np.array_equal(np.isfinite(a), np.isfinite(b)):
         return np.inf
-    off = np.abs(a - b)[np.isfinite(a)]
-    return float(off.max() / np.abs(a[np.isfinite(a)]).max()) if a.any() else np.inf
+    finite = np.isfinite(a)
+    return float(np.abs(a - b)[finite].max() / np.abs(a[finite]).max()) if a.any() else np.inf

@@ -1,4 +1,4 @@
-"""Digests of the weights of a model, to tell whether they are still those of a sweep."""
+"""Compute digests of a model's weights, to check whether they changed since a sweep."""
 
 import hashlib
 import weakref
@@ -11,63 +11,58 @@ from tfbn.models import keras_models
 
 
 def fingerprint(model: keras.Model) -> str:
-    """A digest of the weights that population statistics depend on, as a string.
+    """Return a digest of the weights that population statistics depend on.
 
-    These are all floating-point weights but the statistics of the batch norm layers
-    themselves. Whether a weight is trainable does not matter, so freezing a model does
-    not change its fingerprint; counters and random seeds do not either.
+    It covers all floating-point weights but the statistics of batch norm layers. Freezing a model,
+    counters and random seeds do not change it.
     """
     weights = _owned_weights(model)
     rows = _rows(model, [variable for _, variable in weights])
     digest = hashlib.sha256(rows)
     digest.update("".join(f"{tuple(v.shape)} {v.dtype};" for _, v in weights).encode())
-    found = digest.hexdigest()
-    _latest[model] = found, frozenset(_of_kinds(weights, rows))
-    return found
+    _latest[model] = digest.hexdigest(), frozenset(_digests(weights, rows))
+    return _latest[model][0]
 
 
-def digests_of(model: keras.Model, known: str) -> frozenset[int] | None:
-    """The digests of the weights with which a model has a fingerprint, or last had it.
+def digests_of(model: keras.Model, expected: str) -> frozenset[int] | None:
+    """Return the digests of a model's weights if its latest or current fingerprint is `expected`.
 
     Returns:
-        A set of whole numbers as of `digests`, without those of statistics; `None` if the model
-        has other weights.
+        The integers of `digests` without the ones for statistics, or `None` for another
+        fingerprint.
     """
-    latest, found = _latest.get(model, (None, None))
-    if known == latest:
-        return found  # Without reading the weights again, in the midst of training say.
-    if known and known == fingerprint(model):
+    latest, digests = _latest.get(model, (None, None))
+    if expected == latest:
+        return digests  # Without a pass over the weights, for example during training.
+    if expected and expected == fingerprint(model):
         return _latest[model][1]
     return None
 
 
 def digests(model: keras.Model) -> list[tuple[keras.Variable, int]]:
-    """Digests of a model: 64 bits for every floating-point weight, statistics included.
+    """Return (variable, 64-bit digest) for every floating-point weight, including statistics.
 
-    They depend on the weight's values, on its name and on the class of its layer, and neither on
-    the layer's name nor on its place, so that they are the same in another model or process.
-
-    Returns:
-        A list of pairs of a variable and a whole number.
+    A digest depends on the weight's values, its name and the class of its layer. It does not depend
+    on the layer's name or position, so it is the same in another model or process.
     """
     weights = _owned_weights(model)
     variables = [variable for _, variable in weights]
-    found = _of_kinds(weights, _rows(model, variables))
-    return [*zip(variables, found, strict=True), *digests_of_statistics(model)]
+    values = _digests(weights, _rows(model, variables))
+    return [*zip(variables, values, strict=True), *digests_of_statistics(model)]
 
 
 def digests_of_statistics(model: keras.Model) -> list[tuple[keras.Variable, int]]:
-    """The part of `digests` that is about the statistics of batch norm layers."""
+    """Return the pairs of `digests` for the statistics of batch norm layers."""
     return [
-        (variable, _hash(f"{name} {held.shape}".encode() + held.tobytes()))
+        (variable, _hash(f"{name} {value.shape}".encode() + value.tobytes()))
         for layer in keras_models.batch_norm_layers(model).values()
         for name, variable in keras_models.statistics(layer).items()
-        for held in [tf.convert_to_tensor(variable).numpy()]
+        for value in [tf.convert_to_tensor(variable).numpy()]
     ]
 
 
-def _of_kinds(weights, rows):
-    """Digests of weights of which those of values alone are known."""
+def _digests(weights, rows):
+    """Combine the digests of values in `rows` with digests of the kinds of weights."""
     kinds = {kind: _hash(kind.encode()) for kind in {kind for kind, _ in weights}}
     values = rows.reshape(-1).view(np.uint64).tolist()
     return [kinds[kind] ^ value for (kind, _), value in zip(weights, values, strict=True)]
@@ -77,22 +72,22 @@ def _hash(content):
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-# By model: its weights, and the function that gives their digests.
+# model -> its weights, and a function that returns their digests
 _fingerprint_functions: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-# By model: its latest fingerprint, and the digests in it.
+# model -> its latest fingerprint, and its digests
 _latest: weakref.WeakKeyDictionary[keras.Model, tuple[str, frozenset[int]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 def _rows(model, weights):
-    """The digests of the values of some weights, uint8, shape (weights, 8)."""
-    held = tuple(map(keras_models.WeakIdentity, weights))
-    known, digests = _fingerprint_functions.get(model, (None, None))
-    if known != held:
-        # One graph, because reading every weight by itself takes longer than its digest.
+    """Return the digests of the values of some weights, uint8, shape (weights, 8)."""
+    key = tuple(map(keras_models.WeakIdentity, weights))
+    cached_key, digests = _fingerprint_functions.get(model, (None, None))
+    if cached_key != key:
+        # One graph for all: reading a weight eagerly takes longer than its digest.
         digests = _concrete_digests([variable.value for variable in weights])
-        _fingerprint_functions[model] = held, digests
+        _fingerprint_functions[model] = key, digests
     return digests().numpy()
 
 
@@ -106,16 +101,15 @@ def _concrete_digests(variables):
 
 
 def _owned_weights(model):
-    """The floating-point weights of a model but its statistics, each once, with their kinds.
+    """Return (kind, variable) for the floating-point weights of a model but its statistics.
 
-    Innermost layers come first, so that each weight is met in the one layer that owns it: the
-    order of `weights` within an outer layer changes when layers are frozen.
+    Innermost layers come first, so that each weight belongs to the layer that created it: the
+    order of `weights` in an outer layer changes when layers are frozen.
     """
     seen, owned = set(map(id, keras_models.all_statistics(model))), []
     for layer in reversed(keras_models.layers(model).values()):
-        own = [v for v in layer.weights if id(v) not in seen]
-        seen.update(map(id, own))
-        own.sort(key=lambda v: v.name)
+        new = sorted((v for v in layer.weights if id(v) not in seen), key=lambda v: v.name)
+        seen.update(map(id, new))
         kind = type(layer).__name__
-        owned += [(f"{kind}/{v.name}", v) for v in own if keras.backend.is_float_dtype(v.dtype)]
+        owned += [(f"{kind}/{v.name}", v) for v in new if keras.backend.is_float_dtype(v.dtype)]
     return owned

@@ -1,4 +1,4 @@
-"""`fold`: the same inference network without batch norm layers."""
+"""Fold batch norm layers into the layers before them, for inference."""
 
 import collections
 import warnings
@@ -12,9 +12,8 @@ from keras import layers
 from tfbn.layer import BatchNormalization
 from tfbn.models import copying, keras_models
 
-# The axes of a layer's last kernel that are its output channels, counted from the end, which
-# holds for any number of spatial dimensions. Depthwise kernels have them along two axes: input
-# channel and multiplier, in the order of the channels.
+# Class -> axes of the output channels in the layer's last kernel, from the end. Depthwise kernels
+# have two: input channel and multiplier, in the order of the channels.
 _CHANNELS = {
     layers.Dense: (-1,),
     layers.Conv1D: (-1,),
@@ -29,30 +28,30 @@ _CHANNELS = {
     layers.SeparableConv2D: (-1,),
 }
 
-# Half precision -> the largest |mean| / std whose rounding, by 2**-11 or 2**-8 of it, is less
-# than about 0.01 std.
+# Dtype -> largest |mean| / std. The rounding of the mean, 2**-11 or 2**-8 of it, is then at most
+# about 0.01 std.
 _LARGEST_RATIO = {"float16": 20.0, "bfloat16": 2.5}
 
 _BATCH_NORMS = (layers.BatchNormalization, BatchNormalization)
 
 
 def fold(model: keras.Model) -> keras.Model:
-    """A copy of a model's inference network with its batch norm layers folded away.
+    """Return a copy of a model's inference network with its batch norm layers folded.
 
     In inference batch norm is an affine map per channel, y = scale x + offset with
-    scale = gamma / sqrt(variance + epsilon) and offset = beta - mean scale. Where x = W v + b
-    comes from a Dense or convolution layer, y = (scale W) v + (scale b + offset) is that
-    layer with other weights (Jacob et al. 2018, section 3.2), computed in float64. That is
-    done where it is exact: both layers are used once, nothing else uses x, the layer has no
-    activation, and channels and precision are the same. Elsewhere `keras.layers.Rescaling`,
-    under the name of the batch norm layer, multiplies by scale and adds offset. Half precision
-    would round x scale and offset before they cancel, so Rescaling computes in float32 there, and
-    a Dense or convolution layer takes in only batch norm whose mean, with the layer's bias and
-    without, is at most 20 (float16) or 2.5 (bfloat16) standard deviations from zero.
+    scale = gamma / sqrt(variance + epsilon) and offset = beta - mean scale. For x = W v + b from a
+    Dense or convolution layer, y = (scale W) v + (scale b + offset) is the same layer with other
+    weights (Jacob et al. 2018, section 3.2), computed in float64. A layer is folded like this where
+    it is exact: both layers are called once, nothing else uses x, the layer has no activation, and
+    channels and precision agree. Elsewhere `keras.layers.Rescaling` with the name of the batch norm
+    layer multiplies by scale and adds offset. Half precision would round x scale and offset before
+    they cancel, so Rescaling computes in float32 there, and a Dense or convolution layer is folded
+    only if the mean, with the layer's bias and without, is at most 20 (float16) or 2.5 (bfloat16)
+    standard deviations from zero.
 
-    Nested Functional and Sequential models are folded too. Left as they are, with a warning that
-    names them: batch norm in custom layers, wrappers and subclassed models, custom subclasses of
-    batch norm, and layers that are called with `training=True` and are not frozen.
+    Nested Functional and Sequential models are folded too. A warning lists the layers that are not
+    folded: batch norm in custom layers, wrappers and subclassed models, custom subclasses of batch
+    norm, and layers that are called with `training=True` and are not frozen.
 
     ```python
     folded = tfbn.fold(model)  # predicts the same
@@ -63,40 +62,38 @@ def fold(model: keras.Model) -> keras.Model:
         model: A built Functional or Sequential model. It is not changed.
 
     Returns:
-        A Functional model of stock Keras layers (and of those left as they are), with the same
-        names, inputs and outputs. It is not compiled. `training=True` does not bring
-        batch statistics back.
+        A Functional model of stock Keras layers (and the layers that are not folded), with the same
+        names, inputs and outputs. It is not compiled. `training=True` does not restore batch
+        statistics.
 
     Raises:
-        ValueError: If the model is subclassed, so that its graph is not known, or not built; or
-            if a custom layer in it has state that saving and loading would lose.
+        ValueError: If the model is subclassed, which hides its graph, or not built; or if a custom
+            layer in it has state that saving and loading would lose.
     """
     keras_models.refuse_keras_2(model)
     if not _is_graph(model):
         raise ValueError(
-            f"Expected a Functional or Sequential model. Received: {model!r}, whose graph Keras "
-            "does not know. Make it Functional, keras.Model(x, model.call(x)) with x = "
-            "keras.Input(shape), and fold that; or export it as it is."
+            f"Expected a Functional or Sequential model. Received: {model!r}. Fold "
+            "keras.Model(x, model.call(x)), x = keras.Input(shape)."
         )
     keras_models.require_built(model)
-    plan = _planned(model)
+    plan = _make_plan(model)
     if copying.custom_classes(model):
-        # A folded network rounds differently. One that is only copied does not, and so shows
-        # whether a layer has state that cannot be copied.
-        copying.verify(model, _rebuilt(model, _Plan(plan.graphs, {}, set(), set()), {}))
-    folded = _rebuilt(model, plan, {})
-    left = list(keras_models.batch_norm_layers(folded))
-    if left:
+        # A folded network rounds differently, so a copy without folding is verified.
+        copying.verify(model, _rebuild(model, _Plan(plan.graphs, {}, set(), set()), {}))
+    folded = _rebuild(model, plan, {})
+    remaining = list(keras_models.batch_norm_layers(folded))
+    if remaining:
         warnings.warn(
-            f"{len(left)} batch norm layers of model {model.name!r} cannot be folded exactly and "
-            f"are left as they are: {left}.",
+            f"{len(remaining)} batch norm layers of model {model.name!r} cannot be folded "
+            f"exactly and stay: {remaining}.",
             stacklevel=2,
         )
     return folded
 
 
 def _is_graph(layer: keras.Operation) -> bool:
-    """Whether a layer is a Functional or Sequential model that is called as Keras calls it."""
+    """Whether a layer is a Functional or Sequential model with Keras's `call`."""
     if not isinstance(layer, (keras.Function, keras.Sequential)):
         return False
     defining = next(cls for cls in type(layer).__mro__ if "call" in vars(cls))
@@ -104,33 +101,38 @@ def _is_graph(layer: keras.Operation) -> bool:
 
 
 class _Graph(NamedTuple):
-    """Who calls whom in a model.
+    """The calls in a model. A tensor is (operation name, index of its call, index of its output).
 
-    A tensor is a tuple (name of an operation, which of its calls, which output).
-    `calls`: for each operation's name the tensors of each of its calls. `in_training`: the
-    names of those called with `training=True`. `uses`: how often each tensor is used.
+    Attributes:
+        model: A plain Functional model of the graph.
+        calls: Operation name -> input tensors of each call.
+        in_training: Names of operations called with `training=True`.
+        uses: Tensor -> number of uses.
     """
 
     model: keras.Model
-    calls: dict
-    in_training: set
-    uses: collections.Counter
+    calls: dict[str, list[list[tuple]]]
+    in_training: set[str]
+    uses: collections.Counter[tuple]
 
 
 class _Plan(NamedTuple):
-    """The fate of the layers of all models nested in one another, by their ids.
+    """What to do with the layers of a model and its nested models. Keys are ids of operations.
 
-    `graphs`: the graphs of these models. `into`: the batch norm layer that a Dense or
-    convolution layer takes in. `gone`: those layers. `rescaled`: the others that need not stay.
+    Attributes:
+        graphs: Model -> its graph.
+        absorbed: Dense or convolution layer -> batch norm layer to fold into it.
+        removed: The batch norm layers in `absorbed`.
+        rescaled: The batch norm layers to replace by `Rescaling`.
     """
 
-    graphs: dict
-    into: dict
-    gone: set
-    rescaled: set
+    graphs: dict[int, _Graph]
+    absorbed: dict[int, layers.BatchNormalization]
+    removed: set[int]
+    rescaled: set[int]
 
 
-def _planned(model: keras.Model) -> _Plan:
+def _make_plan(model: keras.Model) -> _Plan:
     plan = _Plan({}, {}, set(), set())
     _add_graphs(model, plan.graphs)
     calls: collections.Counter[int] = collections.Counter()
@@ -147,9 +149,9 @@ def _planned(model: keras.Model) -> _Plan:
             source = graph.calls[name][0][0]
             producer = operations[source[0]]
             once = calls[id(layer)] == calls[id(producer)] == graph.uses[source] == 1
-            if once and _takes_in(producer, layer):
-                plan.into[id(producer)] = layer
-                plan.gone.add(id(layer))
+            if once and _can_absorb(producer, layer):
+                plan.absorbed[id(producer)] = layer
+                plan.removed.add(id(layer))
             elif _can_be_rescaled(layer):
                 plan.rescaled.add(id(layer))
     return plan
@@ -167,8 +169,7 @@ def _graph(model: keras.Model) -> _Graph:
         [inputs], [outputs] = model.inputs, model.outputs
     else:
         inputs, outputs = model.input, model.output
-    # The same tensors and layers as a plain Functional model, whatever the class. Its config
-    # is the one public account of a graph.
+    # The config of a plain Functional model is the only public description of a graph.
     plain = keras.Model(inputs, outputs, name=model.name)
     config = plain.get_config()
     nodes = {layer["name"]: layer["inbound_nodes"] for layer in config["layers"]}
@@ -183,7 +184,7 @@ def _graph(model: keras.Model) -> _Graph:
 
 
 def _tensors(config: Any) -> list[tuple]:
-    """The tensors in a part of a config, in their order."""
+    """Return the tensors in a part of a config, in order."""
     if isinstance(config, dict):
         if config.get("class_name") == "__keras_tensor__":
             return [tuple(config["config"]["keras_history"])]
@@ -193,8 +194,8 @@ def _tensors(config: Any) -> list[tuple]:
     return [tensor for part in config for tensor in _tensors(part)]
 
 
-def _takes_in(layer: keras.Operation, batch_norm: layers.BatchNormalization) -> bool:
-    """Whether a layer, other weights given, can do the work of the batch norm layer after it."""
+def _can_absorb(layer: keras.Operation, batch_norm: layers.BatchNormalization) -> bool:
+    """Whether a layer can compute the batch norm layer after it, with other weights."""
     if type(layer) not in _CHANNELS or layer.activation is not keras.activations.linear:
         return False
     if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
@@ -209,11 +210,10 @@ def _takes_in(layer: keras.Operation, batch_norm: layers.BatchNormalization) -> 
 
 
 def _survives_rounding(layer: keras.Layer, batch_norm: layers.BatchNormalization) -> bool:
-    """Whether half precision keeps the folded output within about 0.01 std of the model's.
+    """Whether folding in half precision changes the output by at most about 0.01 std.
 
-    A new kernel off by one unit in the last place moves the product with it by as much of the
-    product's mean, and the model rounds the sum of product and bias to the last place of that.
-    In single precision both are nothing.
+    Rounding a kernel moves the mean of its product by up to one unit in the last place, and the
+    model rounds product + bias by as much. In single precision both are negligible.
     """
     limit = _LARGEST_RATIO.get(layer.compute_dtype)
     if limit is None:
@@ -225,13 +225,12 @@ def _survives_rounding(layer: keras.Layer, batch_norm: layers.BatchNormalization
 
 
 def _can_be_rescaled(batch_norm: layers.BatchNormalization) -> bool:
-    # Where images are channels first, Rescaling takes a scale of less than three axes for that
-    # of an image.
+    # With channels-first images, Rescaling interprets a scale of less than three axes as channels.
     return keras.config.image_data_format() == "channels_last" or len(batch_norm.output.shape) > 3
 
 
-def _rebuilt(model: keras.Model, plan: _Plan, copies: dict[int, Any]) -> keras.Model:
-    """A model's copy; `copies` has those of layers that were met before, by id."""
+def _rebuild(model: keras.Model, plan: _Plan, copies: dict[int, Any]) -> keras.Model:
+    """Copy a model by plan. `copies` maps id -> copy of an operation, for shared layers."""
 
     def copy(operation: keras.Operation) -> Callable:
         if id(operation) not in copies:
@@ -239,10 +238,10 @@ def _rebuilt(model: keras.Model, plan: _Plan, copies: dict[int, Any]) -> keras.M
         return copies[id(operation)]
 
     graph = plan.graphs[id(model)].model
-    rebuilt = copying.graph_again(graph, copy)
+    rebuilt = copying.rebuild_graph(graph, copy)
     for operation in graph.operations:
-        if id(operation) in plan.into:
-            weights = _with_batch_norm(operation, plan.into[id(operation)])
+        if id(operation) in plan.absorbed:
+            weights = _folded_weights(operation, plan.absorbed[id(operation)])
             copies[id(operation)].set_weights(weights)
         elif isinstance(copies.get(id(operation)), layers.Layer) and (
             id(operation) not in plan.graphs and id(operation) not in plan.rescaled
@@ -253,19 +252,19 @@ def _rebuilt(model: keras.Model, plan: _Plan, copies: dict[int, Any]) -> keras.M
 
 def _copy(operation: keras.Operation, plan: _Plan, copies: dict[int, Any]) -> Callable:
     if id(operation) in plan.graphs:
-        return _rebuilt(operation, plan, copies)
-    if id(operation) in plan.gone:
+        return _rebuild(operation, plan, copies)
+    if id(operation) in plan.removed:
         return lambda inputs, **_: inputs
     if id(operation) in plan.rescaled:
         rescaling = _rescaling(operation)
         return lambda inputs, **_: rescaling(inputs)
-    if id(operation) in plan.into:
+    if id(operation) in plan.absorbed:
         return type(operation).from_config(operation.get_config() | {"use_bias": True})
-    return copying.made_again(operation)
+    return copying.rebuild(operation)
 
 
 def _affine(batch_norm: layers.BatchNormalization) -> tuple[np.ndarray, np.ndarray]:
-    """scale = gamma / sqrt(variance + epsilon) and offset = beta - mean scale, in float64."""
+    """Return scale = gamma / sqrt(variance + epsilon), offset = beta - mean scale, in float64."""
     scale = 1 / np.sqrt(np.float64(batch_norm.moving_variance.numpy()) + batch_norm.epsilon)
     if batch_norm.scale:
         scale = scale * batch_norm.gamma.numpy()
@@ -275,8 +274,8 @@ def _affine(batch_norm: layers.BatchNormalization) -> tuple[np.ndarray, np.ndarr
     return scale, offset
 
 
-def _with_batch_norm(layer: keras.Layer, batch_norm: layers.BatchNormalization) -> list[np.ndarray]:
-    """The weights of a layer that takes in the batch norm layer after it, bias included."""
+def _folded_weights(layer: keras.Layer, batch_norm: layers.BatchNormalization) -> list[np.ndarray]:
+    """Return the weights of a layer, and a bias, with the batch norm layer after it folded in."""
     scale, offset = _affine(batch_norm)
     weights = layer.get_weights()
     bias = weights.pop().astype(np.float64) if layer.use_bias else 0.0
@@ -288,7 +287,7 @@ def _with_batch_norm(layer: keras.Layer, batch_norm: layers.BatchNormalization) 
 
 
 def _rescaling(batch_norm: layers.BatchNormalization) -> Callable:
-    """A function on Keras tensors that is the batch norm layer in inference."""
+    """Return a function on Keras tensors that computes the batch norm layer in inference."""
     shape = [1] * len(batch_norm.output.shape)
     shape[batch_norm.axis] = -1
     scale, offset = (v.reshape(shape[1:]) for v in _affine(batch_norm))
@@ -298,7 +297,7 @@ def _rescaling(batch_norm: layers.BatchNormalization) -> Callable:
         return layers.Rescaling(scale, offset, name=name, dtype=policy)
     scale, offset = scale.astype("float32"), offset.astype("float32")
     rescaling = layers.Rescaling(scale, offset, name=name, dtype="float32")
-    # Identity layers cast what they are given, as the batch norm layer did before and after.
+    # Identity layers cast like the batch norm layer, before and after.
     before = layers.Identity(name=f"{name}_input", dtype=policy)
     after = layers.Identity(name=f"{name}_output", dtype=policy)
 

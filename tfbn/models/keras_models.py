@@ -1,4 +1,4 @@
-"""The layers of a Keras model, their calls and their variables."""
+"""Access the layers of a Keras model, their calls and their variables."""
 
 import contextlib
 import functools
@@ -13,9 +13,9 @@ import tensorflow as tf
 from tfbn.layer import BatchNormalization
 from tfbn.models.patching import patch_in_thread
 
-# A tensor, or its spec, or a list, tuple or dict of such structures.
+# A tensor, its spec, or a nested list, tuple or dict of them.
 Structure = Any
-# From the path, the layer, its own call, the inputs, `training` and the mask to the outputs.
+# (path, layer, original call, inputs, training, mask) -> outputs
 Observe = Callable[
     [str, keras.Layer, Callable[..., tf.Tensor], tf.Tensor, bool | None, tf.Tensor | None],
     tf.Tensor,
@@ -31,14 +31,11 @@ _STATISTICS = (
 
 
 def batch_norm_layers(model: keras.Layer) -> dict[str, keras.layers.BatchNormalization]:
-    """Every `keras.layers.BatchNormalization` (or subclass) in a model, by path.
+    """Return path -> layer for every `keras.layers.BatchNormalization` or subclass in a model.
 
-    The path joins the names of the layers on the way from the model, whose own name is
-    left out. Siblings of the same name are told apart by `#2`, `#3` in their order, so
-    paths never collide. A layer that is shared has the first of its paths.
-
-    Returns:
-        A dict from path to layer, in the order in which the model holds them.
+    The path joins the names of the layers from below the model down to the layer. `#2`, `#3`
+    distinguish siblings of the same name, so paths are unique. A shared layer has the first of its
+    paths. The order is the model's.
     """
     return {
         path: layer
@@ -48,7 +45,7 @@ def batch_norm_layers(model: keras.Layer) -> dict[str, keras.layers.BatchNormali
 
 
 def layers(model: keras.Layer) -> dict[str, keras.Layer]:
-    """Every layer in a model, by path; outer layers before those inside them."""
+    """Return path -> layer for every layer in a model, outer layers first."""
     refuse_keras_2(model)
     by_path = {}
     seen = set()
@@ -66,52 +63,50 @@ def layers(model: keras.Layer) -> dict[str, keras.Layer]:
                 name = f"{name}#{names[name]}"
             visit(child, f"{path}/{name}" if path else name)
 
-    # A model's own path is empty, unless it is itself the one layer of interest.
+    # The model has an empty path, unless it is a batch norm layer.
     is_batch_norm = isinstance(model, keras.layers.BatchNormalization)
     visit(model, model.name if is_batch_norm else "")
     return by_path
 
 
 def _children(layer: keras.Layer) -> Sequence[keras.Layer]:
-    # Private. Keras has no public list of a layer's direct sublayers that also covers custom
-    # layers and wrappers; `Model.layers` knows only a model's own.
+    # Private. No public list covers the sublayers of custom layers and wrappers; `Model.layers`
+    # covers models only.
     return layer._layers
 
 
 def refuse_keras_2(model: Any) -> None:
-    """Raise `ValueError` for a model or layer of Keras 2, which `tf_keras` provides."""
-    # By the name of the module, so that tf_keras need not be installed.
+    """Raise `ValueError` for a model or layer of `tf_keras`, which is Keras 2."""
+    # Compares the name of the module, because tf_keras may not be installed.
     if any(cls.__module__.partition(".")[0] == "tf_keras" for cls in type(model).__mro__):
         name = getattr(model, "name", type(model).__name__)
         raise ValueError(
-            f"Expected a model of Keras 3. Received: {name!r} of tf_keras, which is Keras 2. Build "
-            "it with Keras 3, or load an .h5 file of it: keras.models.load_model(path, "
-            "compile=False)."
+            f"Expected a model of Keras 3. Received: {name!r} of tf_keras. Save it as .h5 and use "
+            "keras.models.load_model(path, compile=False)."
         )
 
 
 def require_built(model: Any, layers: Iterable[keras.Layer] = ()) -> None:
-    """Raise `ValueError` unless a model is one of Keras's and has weights, and so have layers."""
+    """Raise `ValueError` unless `model` is a built Keras model and all `layers` are built."""
     refuse_keras_2(model)
     if not isinstance(model, keras.Model):
-        raise ValueError(f"Expected a Keras model. Received: {model!r}. Pass the model itself.")
+        raise ValueError(f"Expected a Keras model. Received: {model!r}.")
     if not _is_built(model) or not all(layer.built for layer in layers):
         raise ValueError(
-            f"Expected a built model. Received: model {model.name!r}, which has no weights yet. "
-            "Call it on a batch, or fit or load it, before this."
+            f"Expected a built model. Received: {model.name!r} without weights. Call it on a batch."
         )
 
 
 def has_weights(model: keras.Model) -> bool:
-    """Whether a model is built, and so is every batch norm layer in it."""
+    """Whether a model and all its batch norm layers are built."""
     return _is_built(model) and all(layer.built for layer in batch_norm_layers(model).values())
 
 
 def _is_built(layer: keras.Layer) -> bool:
-    """Whether a layer or model is built, or is a container that holds only such.
+    """Whether a layer is built, or is a container of built layers.
 
-    Keras does not count a container as built before it is called. A built model may hold layers
-    without weights, which it never calls.
+    In Keras, a container is not built before its first call. A built model may have layers without
+    weights that it never calls.
     """
     if layer.built or type(layer).build is not keras.Model.build:
         return layer.built
@@ -120,15 +115,15 @@ def _is_built(layer: keras.Layer) -> bool:
 
 
 def input_specs(model: keras.Model) -> list[Structure] | None:
-    """The inputs of a model, as far as Keras knows: for each argument the specs of a batch.
+    """Return the specs of a batch for each argument of a model.
 
     Returns:
         A list of structures of `tf.TensorSpec` with a batch axis of any size, or `None` for
-        a subclassed model of which Keras has recorded nothing.
+        a subclassed model without a recorded input shape.
     """
     if isinstance(model, keras.Sequential):
         return [_any_batch(tensor) for tensor in model.inputs]
-    if getattr(model, "inputs", None):  # Functional: one argument, in the structure of its inputs.
+    if getattr(model, "inputs", None):  # Functional: one argument.
         return [keras.tree.map_structure(_any_batch, model.input)]
     shape = (model.get_build_config() or {}).get("input_shape")
     if shape is None:
@@ -138,7 +133,7 @@ def input_specs(model: keras.Model) -> list[Structure] | None:
         return None if shape is None else tf.TensorSpec((None, *shape[1:]), model.input_dtype)
 
     specs = keras.tree.map_shape_structure(spec, shape)
-    # An optional input was `None`, so that its shape is unknown.
+    # The shape of an optional input that was `None` is unknown.
     return None if None in keras.tree.flatten(specs) else [specs]
 
 
@@ -147,14 +142,14 @@ def _any_batch(tensor: keras.KerasTensor) -> tf.TensorSpec:
 
 
 def inputs_of(element: Structure) -> Structure:
-    """The inputs in a batch of data, which may hold targets and sample weights too."""
+    """Return the inputs of a batch, without targets and sample weights."""
     return keras.utils.unpack_x_y_sample_weight(element)[0]
 
 
 def statistics(layer: keras.layers.BatchNormalization) -> dict[str, keras.Variable]:
-    """The variables that hold a batch norm layer's statistics, by attribute name.
+    """Return attribute -> variable for the statistics of a batch norm layer.
 
-    `moving_mean` and `moving_variance`, and with `renorm=True` also `moving_stddev`,
+    These are `moving_mean` and `moving_variance`, and with `renorm=True` also `moving_stddev`,
     `renorm_mean` and `renorm_stddev`.
     """
     variables = {name: getattr(layer, name, None) for name in _STATISTICS}
@@ -162,17 +157,17 @@ def statistics(layer: keras.layers.BatchNormalization) -> dict[str, keras.Variab
 
 
 def always_passes_training_on(model: keras.Model) -> bool:
-    """Whether it is certain that every layer in a model trains where the model does.
+    """Whether every layer certainly receives the model's `training` argument.
 
-    That is so where all code is Keras's or tfbn's own, and no call in a Functional model fixes
-    `training`. Else only a trace in training mode tells.
+    True if all code is Keras's or tfbn's, and no call in a Functional model sets `training`.
+    Otherwise a trace in training mode is required.
     """
     for layer in layers(model).values():
         if type(layer).call.__module__.partition(".")[0] not in ("keras", "tfbn"):
             return False
         if isinstance(layer, keras.Function):
             for operation in layer.operations:
-                # Private. No public list has the arguments of a Functional model's calls.
+                # Private. No public attribute has the arguments of a Functional model's calls.
                 for node in operation._inbound_nodes:
                     if node.arguments.kwargs.get("training") is not None:
                         return False
@@ -180,24 +175,24 @@ def always_passes_training_on(model: keras.Model) -> bool:
 
 
 def trace_key(model: keras.Model) -> tuple:
-    """All that a trace of a model depends on but its weights, to be compared with `==`.
+    """Return a key, to compare with `==`, of everything that a trace of a model depends on.
 
-    These are the layers and for each its path, class, `call`, dtype policy, flags, variables and
-    plain attributes (epsilon, axis, an activation). Training, prediction, `compile` and
-    `set_weights` do not change it. It holds objects weakly.
+    It has the path, class, `call`, dtype policy, flags, variables and plain attributes (epsilon,
+    axis, activation) of every layer, and weak references. Values of weights, training, prediction
+    and `compile` do not change it.
     """
     return tuple((path, *_layer_key(layer)) for path, layer in layers(model).items())
 
 
 def _layer_key(layer: keras.Layer) -> tuple:
-    # Keras's own layers keep caches under private names: the dropout mask of an RNN's cell.
-    private = type(layer).__module__.partition(".")[0] == "keras"
-    books = _bookkeeping()
+    # Keras's layers have caches under private names, such as the dropout mask of an RNN cell.
+    stock = type(layer).__module__.partition(".")[0] == "keras"
+    ignored = _bookkeeping()
     attributes = [
         (name, _comparable(value))
         for name, value in vars(layer).items()
-        if not (private and name[0] == "_")
-        and name not in books
+        if not (stock and name[0] == "_")
+        and name not in ignored
         and not isinstance(value, keras.Layer)
     ]
     return (
@@ -212,7 +207,7 @@ def _layer_key(layer: keras.Layer) -> tuple:
 
 
 class WeakIdentity:
-    """An object held weakly, equal only to itself for as long as it lives."""
+    """A weak reference to an object, equal to others while that object is alive."""
 
     def __init__(self, value: object):
         self._reference = weakref.ref(value)
@@ -235,7 +230,7 @@ def _comparable(value: object) -> object:
         return tuple(map(_comparable, value))
     try:
         return WeakIdentity(value)
-    except TypeError:  # No weak reference to it: objects of built-in types that were not met yet.
+    except TypeError:  # A built-in type without weak references.
         return type(value)
 
 
@@ -244,29 +239,29 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 @functools.cache
 def _bookkeeping() -> frozenset[str]:
-    """The attributes by which Keras keeps its own books on any layer or model."""
+    """Return the attributes that Keras manages in any layer or model."""
     layer, model = keras.Layer(), keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile(loss="mse")
-    books = {*vars(layer), *(vars(model)), *vars(keras.Model())}
-    # These come with `fit`, `evaluate` and `predict`; `evaluate` while a callback watches over it.
+    managed = {*vars(layer), *(vars(model)), *vars(keras.Model())}
+    # Created by `fit`, `evaluate` and `predict`; `evaluate` by `callbacks.fit_guard`.
     later = {"history", "stop_training", "stop_evaluating", "stop_predicting", "optimizer"}
-    return frozenset(books | later | {"_eval_epoch_iterator", "evaluate"})
+    return frozenset(managed | later | {"_eval_epoch_iterator", "evaluate"})
 
 
 @contextlib.contextmanager
 def observed_calls(
     layers: Mapping[str, keras.Layer], observe: Observe, outermost: bool = False
 ) -> Iterator[None]:
-    """Within the context this thread's calls of some batch norm layers run `observe`.
+    """Call `observe` in place of some batch norm layers within the context, in this thread.
 
-    The call is replaced in the two classes that define it, so that a subclass that adds to
-    `super().call()` keeps its additions. Other threads, and other layers, are not affected.
+    The two classes that define `call` are patched, so a subclass that extends `super().call()`
+    keeps its additions. Other threads and layers are not affected.
 
     Args:
-        layers: Batch norm layers by path.
-        observe: Called as `observe(path, layer, call, inputs, training, mask)`, gives the
-            outputs. `call(inputs, training=..., mask=...)` is the layer's own.
-        outermost: Whether to observe the additions of subclasses too, in their own `call`.
+        layers: Path -> batch norm layer.
+        observe: Called as `observe(path, layer, call, inputs, training, mask)`, returns the
+            outputs. `call(inputs, training=..., mask=...)` is the original.
+        outermost: Whether to observe the `call` of subclasses too.
     """
     classes = {keras.layers.BatchNormalization, BatchNormalization}
     if outermost:
@@ -274,7 +269,7 @@ def observed_calls(
             classes.add(next(cls for cls in type(layer).__mro__ if "call" in cls.__dict__))
     paths = {id(layer): path for path, layer in layers.items()}
 
-    def stand_in(original, layer, inputs, training=None, mask=None):
+    def observed(original, layer, inputs, training=None, mask=None):
         call = functools.partial(original, layer)
         if id(layer) not in paths:
             return call(inputs, training=training, mask=mask)
@@ -282,16 +277,16 @@ def observed_calls(
 
     with contextlib.ExitStack() as stack:
         for cls in classes:
-            stack.enter_context(patch_in_thread(cls, "call", stand_in))
+            stack.enter_context(patch_in_thread(cls, "call", observed))
         yield
 
 
 @contextlib.contextmanager
 def inlined_functions() -> Iterator[None]:
-    """Within the context this thread runs the functions of `tf.function` as part of their caller.
+    """Inline all `tf.function`s into their caller within the context, in this thread.
 
-    A trace from before would not have the changes of the context, and nobody may run one from now
-    later.
+    An earlier trace would lack the patches of the context, and a later call must not reuse a trace
+    that has them.
     """
 
     def inlined(call, function, *args, **kwargs):
@@ -306,13 +301,13 @@ _Function = type(tf.function(lambda: None))
 
 
 class Snapshot:
-    """The values of some variables of a model, on every replica, to be put back.
+    """Store the values of some variables of a model, on every replica, to restore them.
 
-    Under a distribution strategy each replica has moving averages of its own.
+    Under a distribution strategy the moving averages differ between replicas.
 
     Args:
         model: A built model.
-        variables: Variables of it.
+        variables: Some of its variables.
     """
 
     def __init__(self, model: keras.Model, variables: Iterable[keras.Variable]):
@@ -324,7 +319,7 @@ class Snapshot:
         ]
 
     def restore(self) -> None:
-        """Write all values back."""
+        """Restore all values."""
         for variable, value in self._values:
             variable.assign(value)
 
@@ -336,7 +331,7 @@ class Snapshot:
 
 
 def all_statistics(model: keras.Model) -> list[keras.Variable]:
-    """The variables that hold the statistics of all batch norm layers of a model, in order."""
+    """Return the statistics variables of all batch norm layers of a model, in order."""
     return [
         variable
         for layer in batch_norm_layers(model).values()
@@ -346,10 +341,10 @@ def all_statistics(model: keras.Model) -> list[keras.Variable]:
 
 @contextlib.contextmanager
 def restored_on_error(model: keras.Model, variables: Iterable[keras.Variable]) -> Iterator[None]:
-    """A stretch after which some variables hold their old values, if it ends with an error."""
-    before = Snapshot(model, variables)
+    """Restore some variables if the context ends with an error."""
+    snapshot = Snapshot(model, variables)
     try:
         yield
     except BaseException:  # Ctrl-C too: all layers or none.
-        before.restore()
+        snapshot.restore()
         raise

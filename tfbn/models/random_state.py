@@ -1,6 +1,6 @@
-"""The states of all random generators that a model or its data may draw from.
+"""Save and restore the random generators that a model or its data may draw from.
 
-All that is private of Keras and TensorFlow, and is needed for it, is in this module.
+Private names of Keras and TensorFlow that this requires are in this module only.
 """
 
 import contextlib
@@ -11,11 +11,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-# Private. Keras and TensorFlow create their global generators in the first public call that asks
-# for them, and a model without random layers must not create any.
+# Private. A public call would create the global generator of Keras or TensorFlow, which a model
+# without random layers must not do.
 from keras.src.backend.common import global_state
 
-# Private. `context()._rng` gives the seeds of eager operations after `tf.random.set_seed`.
+# Private. `context()._rng` generates the seeds of eager operations after `tf.random.set_seed`.
 from tensorflow.python.eager import context
 from tensorflow.python.ops import stateful_random_ops
 
@@ -27,12 +27,12 @@ _GLOBAL_SEED_GENERATOR = "global_seed_generator"
 
 @contextlib.contextmanager
 def unchanged_generators(model: keras.Model) -> Iterator[None]:
-    """Within the context a model may run and data be read; then all generators are as before.
+    """Restore all random generators after the context, in which a model runs and data is read.
 
-    These are Python's and NumPy's global ones, Keras's and TensorFlow's global ones, and each
-    `tf.random.Generator` of the model. The state of a `keras.random.SeedGenerator` of the model is
-    one of the model's variables. Not restored are generators that only the user's code holds, and
-    the states of `tf.random` operations with a seed of their own that run eagerly.
+    Covers the global generators of Python, NumPy, Keras and TensorFlow, and each
+    `tf.random.Generator` of the model. (A `keras.random.SeedGenerator` stores its state in a
+    variable of the model.) Does not cover generators that only the user's code holds, and eager
+    `tf.random` operations with a seed.
     """
     restore = [
         _python(),
@@ -59,9 +59,9 @@ def _numpy() -> Callable[[], None]:
 
 
 def _tensorflow_seeds() -> Callable[[], None]:
-    """Exchange the generator of the seeds of eager operations.
+    """Replace the generator of the seeds of eager operations.
 
-    TensorFlow keeps the state of an operation by its seed, so no seed may be used twice.
+    TensorFlow caches the state of an operation by its seed, so no seed may be used twice.
     """
     eager_context = context.context()
     generator: random.Random | None = getattr(eager_context, "_rng", None)
@@ -84,7 +84,7 @@ def _keras_global() -> Callable[[], None]:
 
 
 def _generators(model: keras.Model) -> Iterator[tf.random.Generator]:
-    """TensorFlow's generators: the global one, if it exists, and all in attributes of layers."""
+    """Yield TensorFlow's global generator, if it exists, and all in attributes of layers."""
     if stateful_random_ops.global_generator is not None:
         yield stateful_random_ops.global_generator
     pending = [

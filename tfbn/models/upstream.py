@@ -1,4 +1,4 @@
-"""Which weights the statistics of a batch norm layer depend on: those that its inputs do."""
+"""Find the weights that the statistics of a batch norm layer depend on."""
 
 import collections
 from collections.abc import Iterable
@@ -10,18 +10,18 @@ from tfbn.models import keras_models
 
 
 def variables(model: keras.Model) -> dict[str, set[int]] | None:
-    """By path of a batch norm layer, the ids of the variables upstream of it.
+    """Return path of a batch norm layer -> ids of the variables upstream of it.
 
-    A trace in inference mode tells, whatever code the model is made of. `None` if it cannot be
-    traced without data.
+    Computed from a trace in inference mode. Returns `None` if the model cannot be traced without
+    data.
     """
     specs = keras_models.input_specs(model)
     if specs is None:
         return None
-    entering: dict[str, list] = collections.defaultdict(list)
+    inputs_by_path: dict[str, list] = collections.defaultdict(list)
 
     def observe(path, layer, call, inputs, training, mask):
-        entering[path] += tf.nest.flatten([inputs, [] if mask is None else mask], True)
+        inputs_by_path[path] += tf.nest.flatten([inputs, [] if mask is None else mask], True)
         return call(inputs, training=training, mask=mask)
 
     layers = keras_models.batch_norm_layers(model)
@@ -32,23 +32,21 @@ def variables(model: keras.Model) -> dict[str, set[int]] | None:
             keras_models.observed_calls(layers, observe, outermost=True),
         ):
             graph = infer.get_concrete_function(*specs).graph
-    except Exception:  # Of whatever class a layer's own code raises.
+    except Exception:  # The code of a custom layer may raise any class.
         return None
     captured = _captured(graph, model)
     every = {id(variable) for variable in model.variables}
     return {
-        # Within a loop or a branch the graph is another.
-        path: _behind(tensors, captured) if all(_in(graph, x) for x in tensors) else every
-        for path, tensors in entering.items()
+        # Tensors inside a loop or a branch belong to another graph.
+        path: _upstream(tensors, captured)
+        if all(getattr(tensor, "graph", None) is graph for tensor in tensors)
+        else every
+        for path, tensors in inputs_by_path.items()
     }
 
 
-def _in(graph, tensor):
-    return getattr(tensor, "graph", None) is graph
-
-
 def _captured(graph, model):
-    """By name of its placeholder in a graph, the id of a model's variable."""
+    """Return name of a placeholder in a graph -> id of the variable of the model."""
     strategy = model.distribute_strategy
     ids = {
         id(local.handle): id(variable)
@@ -58,14 +56,11 @@ def _captured(graph, model):
     return {inner.op.name: ids[id(outer)] for outer, inner in graph.captures if id(outer) in ids}
 
 
-def _behind(tensors: Iterable[tf.Tensor], captured: dict[str, int]) -> set[int]:
-    found, seen, left = set(), set(), [x.op for x in tensors]
-    while left:
-        op = left.pop()
-        if op.name in seen:
-            continue
-        seen.add(op.name)
-        if op.name in captured:
-            found.add(captured[op.name])
-        left += [x.op for x in op.inputs] + list(op.control_inputs)
-    return found
+def _upstream(tensors: Iterable[tf.Tensor], captured: dict[str, int]) -> set[int]:
+    seen, pending = set(), [x.op for x in tensors]
+    while pending:
+        op = pending.pop()
+        if op.name not in seen:
+            seen.add(op.name)
+            pending += [x.op for x in op.inputs] + list(op.control_inputs)
+    return {captured[name] for name in seen & captured.keys()}
