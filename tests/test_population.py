@@ -402,7 +402,7 @@ def with_errors(stats):
 
 
 @pytest.mark.parametrize(
-    "tolerance, says", [(None, "5"), (0.03, "reached)"), (0.02, "(data ended first)")]
+    "tolerance, says", [(None, "5"), (0.03, "reached)"), (0.02, "(not reached)")]
 )
 def test_summary_has_the_standard_error_of_the_worst_channel(stats, tolerance, says):
     lines = []

@@ -150,7 +150,7 @@ def test_a_stream_that_ends_first_is_swept_whole(model, digits, capsys):
     for path, layer in stats.items():
         np.testing.assert_allclose(layer.mean, whole[path].mean, atol=1e-6)
     stats.summary()
-    assert "tolerance=0.0001 (data ended first)" in capsys.readouterr().out
+    assert "tolerance=0.0001 (not reached)" in capsys.readouterr().out
 
 
 def shuffled(digits):
@@ -323,6 +323,17 @@ def test_a_channel_that_never_varies_has_the_error_of_what_was_not_seen():
     assert everything["bn"].mean_error[1] == 0
 
 
+def test_errors_that_cancel_do_not_make_others_unknown():
+    """Behind a linear map of a normalized channel, mean and variance have no error to speak of."""
+    keras.utils.set_random_seed(0)
+    parts = [layers.BatchNormalization(name="a"), layers.Dense(2), layers.BatchNormalization()]
+    model = keras.Sequential([keras.Input((1,)), *parts])
+    for seed in range(4):
+        x = np.random.default_rng(seed).normal(size=(20_000, 1)).astype("float32")
+        stats = tfbn.collect(model, x, tolerance=0.05, verbose=0)
+        assert stats.samples <= 1280 and stats.relative_error == stats["a"].relative_error
+
+
 def test_halves_without_errors_are_not_apart():
     zeros = np.zeros((10, 3))
     assert sampling._apart(zeros, zeros, np.ones(3, bool)) == 0
@@ -374,12 +385,17 @@ def test_an_endless_stream_that_never_reaches_the_tolerance_ends(monkeypatch, ca
     with pytest.warns(UserWarning, match=r"do not reach tolerance=0.05, .*Say with `steps`"):
         stats = tfbn.collect(model, heavy(), tolerance=0.05)
     assert stats.samples < 5000 and np.isnan(stats.relative_error)
-    assert capsys.readouterr().out.count("samples in") >= 2
+    stats.summary()
+    out = capsys.readouterr().out
+    assert out.count("samples in") >= 2 and "tolerance=0.05 (not reached)" in out
 
 
 def test_a_checkpoint_of_a_sample_is_refused(model, digits):
-    with pytest.raises(ValueError, match="Leave one out"):
-        tfbn.collect(model, digits, tolerance=0.1, checkpoint="x", verbose=0)
+    options = {"tolerance": 0.1, "checkpoint": "x", "verbose": 0}
+    with pytest.raises(ValueError, match="Leave out `checkpoint`"):
+        tfbn.collect(model, iter(()), **options)
+    del options["checkpoint"]
+    assert tfbn.collect(model, digits, **options).tolerance == 0.1
 
 
 @pytest.mark.parametrize("second", ["sample", "all"])

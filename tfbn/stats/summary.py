@@ -20,7 +20,7 @@ def table(stats: "PopulationStats") -> tuple[str, list[str], list[list]]:
         f"in {stats.batches} batches of at most {stats.batch_size}"
     )
     if stats.tolerance is not None:
-        outcome = "reached" if stats.relative_error <= stats.tolerance else "data ended first"
+        outcome = "reached" if stats.relative_error <= stats.tolerance else "not reached"
         size = stats.population_size
         title += f" drawn at random from {size}" if size else " in the order of the data"
         title += f", tolerance={stats.tolerance:g} ({outcome})"

@@ -12,7 +12,7 @@ from tfbn.sweep.deal import Deal
 from tfbn.sweep.local_engine import LocalEngine
 from tfbn.sweep.replica import Replica
 from tfbn.sweep.report import Report
-from tfbn.sweep.sampling import JOINED_BYTES, PROBE, Draw, groups_of
+from tfbn.sweep.sampling import JOINED_BYTES, Draw, groups_of, probe_share
 from tfbn.sweep.state import SweepState, merge_shards
 from tfbn.sweep.workers import Workers
 
@@ -115,7 +115,8 @@ class LocalGroups:
         before, mine = sum(taken[: workers.index]), taken[workers.index]
         ends = [round(number * total / self.groups) for number in range(self.groups + 1)]
         cuts = [min(max(end - before, 0), mine) for end in ends]
-        probe = kept.part(0, kept.first(math.ceil(PROBE / len(workers))))
+        probed = math.ceil(probe_share(kept.samples * len(workers)) * mine)
+        probe = kept.part(0, probed)
         if len(probe) and replica.any_batch_size:
             probe = _Part(probe.batches.joined(JOINED_BYTES), len(probe))
         parts = [kept.part(*cut) for cut in itertools.pairwise(cuts)] + [probe] * (self.groups + 1)
@@ -186,11 +187,12 @@ class _Kept:
             self._sizes.append(batch.samples)
             self._keep(batch.inputs)
         ended = len(self._sizes) < asked or len(self._sizes) == self._batches.total
-        return len(self._sizes), sum(self._sizes), ended
+        return len(self._sizes), self.samples, ended
 
-    def first(self, samples: int) -> int:
-        """How many of the first batches have that many samples, or all."""
-        return sum(before < samples for before in itertools.accumulate([0, *self._sizes[:-1]]))
+    @property
+    def samples(self) -> int:
+        """How many samples they are."""
+        return sum(self._sizes)
 
     def part(self, start: int, stop: int) -> _Part:
         """The batches from number `start` to `stop`."""

@@ -57,6 +57,6 @@ class SweepOptions:
             raise ValueError(
                 "Expected a checkpoint only for a sweep of all data. Received: "
                 f"checkpoint={os.fspath(self.checkpoint)!r} with tolerance={self.tolerance:g}. "
-                "Leave one out."
+                "Leave out `checkpoint`: a sample is small, and the same in every call."
             )
         arguments.positive(batch_size=self.batch_size, steps=self.steps)

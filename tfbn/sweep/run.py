@@ -100,7 +100,7 @@ def collect(
             A stream is taken in its order, which therefore has to be random: a warning says where
             the first and the second half of the sample disagree. The sample has at least 20
             batches, and grows until the errors are small enough; it costs a few passes over the
-            sample. Where the data ends first, all of it is swept, and `summary` says so.
+            sample. Where the data ends first, all of it is swept, and `summary` says "not reached".
             `tfbn.sweep.sampling` says what the errors assume, when they are NaN, and when they
             are too small.
         memory_limit: For `"exact"`: bytes of main memory for the tensors that one level hands

@@ -9,12 +9,13 @@ their errors, the first few batches are swept once more, and the change that thi
 So c_g, the part of group g in the error, is known to first order at every level: the infinitesimal
 jackknife over groups (Efron & Tibshirani 1993, chapter 21). The standard error is
 
-    sqrt(1 - f) sqrt(G / (G - 1) sum(c_g^2)) (t / 1.96 + (1.08 skewness^2 - 0.07 kurtosis) / G)
+    sqrt(1 - f) sqrt(G / (G - 1) sum(c_g^2)) (t / 1.96 + (2 skewness^2 - 0.07 kurtosis) / G)
 
 with f the share of the population that was drawn (Cochran 1977, section 2.6), t the quantile of
 Student's distribution with G - 1 degrees of freedom, and the skewness and the excess kurtosis of
-c_g (Hall 1992, The Bootstrap and Edgeworth Expansion, section 2.6). The last factor is there so
-that 1.96 standard errors on both sides are an interval of 95 %.
+c_g. The last factor is there so that 1.96 standard errors on both sides are an interval of 95 %.
+Its coefficients are from Hall 1992, The Bootstrap and Edgeworth Expansion, section 2.6, but for 2,
+which is 1.08 there: few groups show less skewness than there is.
 
 - They assume that the batches were drawn at random, or that a stream has random order, at least
   from one group to the next. They hold for the population that was drawn from; for a stream, for
@@ -44,8 +45,8 @@ from tfbn.stats.moments import Moments
 from tfbn.sweep.state import Site, SweepState
 
 GROUPS = 20
-# Samples that are enough to find how statistics depend on those before them.
-PROBE = 256
+# Samples that show how statistics depend on those before them: this many, or this share of all.
+_PROBE = 256, 1 / 8
 # Their batches are joined up to this size. The activations in a network take much more.
 JOINED_BYTES = 2**21
 
@@ -58,6 +59,8 @@ _GROWTH = 1.25, 2.0
 _APART = 3.0
 # Squared skewness over groups, as a mean over channels, above which intervals cover too little.
 _HEAVY = 0.08
+# Errors of less than this share of the largest one do not decide that.
+_NEGLIGIBLE = 0.1
 # An endless stream is given up after so many samples, in units of 1 / tolerance^2, which is about
 # what a normal distribution needs.
 _ENDLESS = 100
@@ -149,12 +152,23 @@ class Sample:
                 parts[path][0].append(moved.mean - statistics[path].mean)
                 parts[path][1].append(moved.variance - statistics[path].variance)
         factor = math.sqrt(max(1 - self.drawn.share, 0.0))
-        errors, heavy_level = {}, math.inf
+        errors, relative, skewed, heavy_level = {}, {}, {}, math.inf
         for path, stats in statistics.items():
             found = [_standard_errors(np.array(each)) for each in parts[path]]
             errors[path] = [factor * error if factor else 0 * stats.mean for error, _ in found]
             varies = ~stats.constant & (stats.counts > 0)
-            if factor and varies.any() and max(np.mean(s[varies]) for _, s in found) > _HEAVY:
+            scales = np.sqrt(stats.variance[varies]), 2 * stats.variance[varies]
+            relative[path] = np.array(
+                [error[varies] / scale for (error, _), scale in zip(found, scales, strict=True)]
+            )
+            skewed[path] = np.array([skewness[varies] for _, skewness in found])
+        largest = max((np.max(each, initial=0.0) for each in relative.values()), default=0.0)
+        for path, each in relative.items():
+            # Errors that cancel leave rounding, of any distribution.
+            matters = each > _NEGLIGIBLE * largest
+            number = np.maximum(matters.sum(axis=1), 1)
+            heavy = np.sum(skewed[path] * matters, axis=1) / number > _HEAVY
+            if factor and heavy.any():
                 heavy_level = min(heavy_level, self.state.levels.get(path, 1))
         unseen = 3 / self.drawn.samples if factor else 0.0
         layers = {}
@@ -221,6 +235,12 @@ class Sample:
 def groups_of(batches: int) -> int:
     """How many groups a number of batches makes."""
     return max(1, min(GROUPS, batches))
+
+
+def probe_share(samples: int) -> float:
+    """The share of a sample, its first batches, that is swept once more for each group."""
+    least, share = _PROBE
+    return min(1.0, max(share, least / max(samples, 1)))
 
 
 def first_size(drawn: Draw | None) -> int:
@@ -312,7 +332,7 @@ def _standard_errors(parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scale = np.sqrt(np.where(square > 0, square, 1.0))
     skewness = np.mean((parts / scale) ** 3, axis=0)
     kurtosis = np.where(square > 0, np.mean((parts / scale) ** 4, axis=0) - 3, 0.0)
-    wider = _student(groups - 1) / _NORMAL_95 + (1.08 * skewness**2 - 0.07 * kurtosis) / groups
+    wider = _student(groups - 1) / _NORMAL_95 + (2 * skewness**2 - 0.07 * kurtosis) / groups
     return np.sqrt(groups * groups / (groups - 1) * square) * wider, skewness**2 / groups
 
 

@@ -20,7 +20,7 @@ from tfbn.sweep.options import SweepOptions
 from tfbn.sweep.processes import Recipe, forget, replica_here, source_of
 from tfbn.sweep.replica import Replica
 from tfbn.sweep.report import Report
-from tfbn.sweep.sampling import JOINED_BYTES, PROBE, Draw, groups_of
+from tfbn.sweep.sampling import JOINED_BYTES, Draw, groups_of, probe_share
 from tfbn.sweep.state import SweepState, merge_shards
 
 
@@ -345,8 +345,7 @@ class _MapSampler:
 
     def engine(self) -> "_MapGroups":
         """An engine for all batches drawn so far."""
-        each = self._samples() / max(self._taken, 1)
-        return _MapGroups(self._here, self._tasks, self._deal, self._taken, each)
+        return _MapGroups(self._here, self._tasks, self._deal, self._taken, self._samples())
 
     def finish(self, state: SweepState) -> PopulationStats:
         """The result of a complete state."""
@@ -356,7 +355,7 @@ class _MapSampler:
 class _MapGroups:
     """Sweeps a sample of all shards in groups: one task for every shard and level."""
 
-    def __init__(self, here: Replica, tasks: _Tasks, deal: Deal, taken: int, each: float):
+    def __init__(self, here: Replica, tasks: _Tasks, deal: Deal, taken: int, samples: int):
         self.groups = groups_of(taken)
         self._here = here
         self._tasks = tasks
@@ -368,7 +367,7 @@ class _MapGroups:
             spans = {n: (begun.get(n, 0), begun.get(n, 0) + count) for n, count in counts.items()}
             begun |= {number: stop for number, (_, stop) in spans.items()}
             self._spans.append(spans)
-        counts = deal.counts(0, min(taken, math.ceil(PROBE / max(each, 1))))
+        counts = deal.counts(0, math.ceil(probe_share(samples) * taken))
         self._probe = {number: (0, count) for number, count in counts.items()}
         self._same = _SameData(tasks.shards)
 
