@@ -40,7 +40,7 @@ LINES = {
     "recalibrate m.keras --data x.npy --out o.h5": "ends in .keras",
     "recalibrate m.keras --data x.npy --out m.keras": "m.keras, which exists",
     "recalibrate m.keras --data x.npy --out o.keras --scale 2": "only for images",
-    "recalibrate m.keras --data x.npy --out o.keras --features f.json": "f.json, no such file",
+    "recalibrate m.keras --data x.tfrecord:a.b --out o.keras": "package.module:function",
     "recalibrate m.keras --data x.npy --out o.keras --validation x.npy": "inputs and targets",
     "recalibrate served --data x.npy --validation v.npz": "without --out",
     "compare m.keras m.keras missing.npz": "missing.npz, no such file",

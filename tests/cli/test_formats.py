@@ -1,8 +1,8 @@
 """Readers of data: what they give, and what they refuse."""
 
-import json
 import os
 import pathlib
+import sys
 import zipfile
 
 import keras
@@ -154,66 +154,68 @@ def test_the_image_that_is_damaged_is_named():
     pathlib.Path("images", "b.jpg").write_bytes(png[:40])
     assert formats.damaged_image("images") == "images/b.jpg"
     pathlib.Path("empty").mkdir()
-    assert "No images" in refused("empty")
+    assert "empty with no files" in refused("empty")
 
 
-def records(**features):
-    """A TFRecord file with a feature of three floats, and options that read it."""
-    with tf.io.TFRecordWriter("x.tfrecord") as file:
-        for number in range(5):
-            values = tf.train.Feature(float_list=tf.train.FloatList(value=[number] * 3))
-            example = tf.train.Example(features=tf.train.Features(feature={"x": values}))
-            file.write(example.SerializeToString())
-    pathlib.Path("spec.json").write_text(json.dumps(features))
-    return Options(features="spec.json", batch_size=2)
+def test_files_that_are_not_read_are_counted(recwarn):
+    png = tf.io.encode_png(np.zeros((4, 5, 1), "uint8")).numpy()
+    names = ("a.png", "b.JPG", "c.webp", "d.webp", "e.txt", "f", ".g.png", ".h/i.png", "j/k.gif")
+    for name in names:
+        file = pathlib.Path("images", name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png)
+    pathlib.Path("elsewhere").mkdir()
+    pathlib.Path("images", "link").symlink_to("../elsewhere")
+    x, _ = read("images")
+    assert x.number == 3 and sum(len(batch) for batch in x) == 3
+    [warning] = recwarn
+    assert str(warning.message).startswith(
+        "3 images in images are read, others are not: 1 .txt, 2 .webp, 1 hidden files, 1 hidden "
+        "folders, 1 links to folders, 1 without a suffix."
+    )
+    assert formats.damaged_image("images") is None and len(recwarn) == 1
+    for name in ("a.png", "b.JPG", "j/k.gif"):
+        pathlib.Path("images", name).unlink()
+    assert "images with 1 .txt, 2 .webp" in refused("images")
 
 
-@pytest.mark.parametrize("name", ["x.tfrecord", "x.tfrecord-00000-of-00001", "data"])
-def test_records(name):
-    options = records(x={"shape": [3], "dtype": "float32"})
-    os.replace("x.tfrecord", name)
-    x, batch_size = read(name, options, network((3,)))
+FUNCTIONS = """
+import numpy as np
+import tensorflow as tf
+x = np.arange(20.0).reshape(10, 2)
+def arrays():
+    return x
+def records():
+    records = tf.data.TFRecordDataset("x.gz", "GZIP")
+    return records.map(lambda record: tf.io.parse_tensor(record, "double")).batch(4)
+def broken():
+    raise ValueError("no connection")
+"""
+
+
+def test_a_function_returns_what_fit_takes(tmp_path, monkeypatch):
+    name = f"package_{tmp_path.name}".replace("-", "_")
+    pathlib.Path(name).mkdir()
+    pathlib.Path(name, "data.py").write_text(FUNCTIONS)
+    with tf.io.TFRecordWriter("x.gz", "GZIP") as file:
+        for row in np.arange(20.0).reshape(10, 2):
+            file.write(tf.io.serialize_tensor(row).numpy())
+    before = list(sys.path)
+    x, batch_size = read(f"{name}.data:arrays", Options(batch_size=3))
+    assert batch_size == 3
+    rows, batch_size = read(f"{name}.data:records")
     assert batch_size is None
-    np.testing.assert_array_equal(np.concatenate(list(x)), np.arange(5.0)[:, None] * np.ones(3))
-
-
-@pytest.mark.parametrize(
-    "features",
-    [
-        {},
-        {"x": {"shape": [3]}},
-        {"x": {"dtype": "float32"}},
-        {"x": {"shape": [3], "dtype": "complex64"}},
-        {"x": {"shape": [3], "dtype": ["float32"]}},
-        {"x": {"shape": "three", "dtype": "float32"}},
-        {"x": {"shape": [-3], "dtype": "float32"}},
-        {"x": {"shape": [3.5], "dtype": "float32"}},
-        {"x": {"shape": [None], "dtype": "float32"}},
-        {"x": 3},
-    ],
-)
-def test_features_that_are_none_are_refused(features):
-    options = records(**features)
-    with pytest.raises(FileError, match=r"Received: spec\.json") as error:
-        read("x.tfrecord", options, network((3,)))
-    assert "in user code" not in str(error.value)
-
-
-def test_files_of_features_that_are_none_are_refused():
-    records()
-    os.mkfifo("pipe")
-    pathlib.Path("list.json").write_text("[]")
-    pathlib.Path("text.json").write_text("{")
-    for path in ("missing", "pipe", ".", "list.json", "text.json"):
-        with pytest.raises(FileError, match=f"{path}"):
-            read("x.tfrecord", Options(features=path), network((3,)))
-
-
-def test_features_that_fit_no_input_are_told_without_a_stack():
-    p, q = keras.Input((1,), name="p"), keras.Input((1,), name="q")
-    model = keras.Model([p, q], layers.Add()([p, q]))
-    text = refused("x.tfrecord", records(x={"shape": [3], "dtype": "float32"}), model)
-    assert text.startswith("Expected something named 'p'")
+    np.testing.assert_array_equal(np.concatenate(list(rows)), x)
+    for path, says in {
+        f"{name}.data:broken": "ValueError: no connection",
+        f"{name}.data:y": "function 'y' in module",
+        f"{name}.data:x": "function 'x' in module",
+        "nowhere:train": "No module named 'nowhere'.*nowhere:train",
+    }.items():
+        with pytest.raises(FileError, match=says):
+            read(path)
+    assert "only for images" in refused(f"{name}.data:arrays", Options(scale=2.0))
+    assert sys.path == before
 
 
 def test_other_things_are_refused():
@@ -225,10 +227,8 @@ def test_other_things_are_refused():
     assert "neither a file nor a folder" in refused("pipe.npy")
     assert ".npy or .npz file" in refused("x.csv")
     assert "only for images" in refused("x.npy", Options(scale=2.0))
-    assert "together with --features" in refused("folder", Options(features="spec.json"))
-    options = records(x={"shape": [3], "dtype": "float32"})
-    assert "together with --features" in refused("x.tfrecord")
-    assert "only for images" in refused("x.tfrecord", options._replace(scale=2.0))
+    pathlib.Path("x.tfrecord").touch()
+    assert "package.module:function" in refused("x.tfrecord")
 
 
 def test_an_error_of_the_system_without_a_reason_names_the_files():

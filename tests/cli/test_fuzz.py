@@ -44,14 +44,9 @@ def files(tmp_path_factory):
     np.save(folder / "x.npy", x)
     np.savez(folder / "x.npz", x=x, y=np.zeros(12))
     (folder / "images").mkdir()
-    (folder / "features.json").write_text('{"x": {"shape": [4, 4, 1], "dtype": "float32"}}')
-    with tf.io.TFRecordWriter(str(folder / "x.tfrecord")) as records:
-        for number, image in enumerate(x):
-            png = tf.io.encode_png(image.astype("uint8")).numpy()
-            (folder / "images" / f"{number}.png").write_bytes(png)
-            pixels = tf.train.Feature(float_list=tf.train.FloatList(value=image.ravel()))
-            example = tf.train.Example(features=tf.train.Features(feature={"x": pixels}))
-            records.write(example.SerializeToString())
+    for number, image in enumerate(x):
+        png = tf.io.encode_png(image.astype("uint8")).numpy()
+        (folder / "images" / f"{number}.png").write_bytes(png)
     given = [folder / "model.keras", "--data", folder / "x.npy", "--out", folder / "swept.keras"]
     assert main(["recalibrate", *map(str, given), "--json"]) == 0
     tfbn.PopulationStats.read(model).save(folder / "stats.npz")
@@ -75,16 +70,6 @@ ARGUMENTS = {
         False,
     ),
     "recalibrate .npz": ("recalibrate model.keras --data {} --out new.keras --json", "x.npz", True),
-    "recalibrate TFRecord": (
-        "recalibrate model.keras --data {} --features features.json --out new.keras --json",
-        "x.tfrecord",
-        False,
-    ),
-    "recalibrate JSON": (
-        "recalibrate model.keras --data x.tfrecord --features {} --out new.keras --json",
-        "features.json",
-        False,
-    ),
     "compare A": ("compare model.keras {} model.keras --json", "stats.npz", True),
     "compare B": ("compare model.keras model.keras {} --json", "swept.keras", True),
     "export MODEL": ("export {} new --json", "swept.keras", False),

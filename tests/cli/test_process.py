@@ -217,7 +217,7 @@ def network():
 WORDS = [
     *parser.METHODS,
     *("inspect", "recalibrate", "compare", "export", "describe", "m.keras", "x.npy", "no/o.keras"),
-    *("--data", "--out", "--out=o.keras", "--method", "--batch-size", "--features", "--scale"),
+    *("--data", "--out", "--out=o.keras", "--method", "--batch-size", "--scale"),
     *("--include-frozen", "--unsafe", "--json", "--check", "--help", "--version", "-h", "--"),
     *("32", "0", "-1", "1/255", "nan", "-", "="),
 ]

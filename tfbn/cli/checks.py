@@ -3,6 +3,7 @@
 import argparse
 import os
 import pathlib
+import re
 from collections.abc import Callable
 
 from tfbn.cli.errors import FileError, naming
@@ -11,12 +12,12 @@ from tfbn.serving import versions
 HDF5 = (".h5", ".hdf5")
 MODEL_FILE = "a .keras file (or .h5, .hdf5), as model.save writes it"
 
+_FUNCTION = re.compile(r"(?:[^\W\d]\w*\.)*[^\W\d]\w*:[^\W\d]\w*")
+
 # Suffix of a data file -> its kind. Folders hold images.
 _DATA_KINDS = {
     ".npy": "array",
     ".npz": "archive",
-    ".tfrecord": "records",
-    ".tfrecords": "records",
 }
 
 
@@ -74,12 +75,11 @@ def require_free(path: str) -> None:
         )
 
 
-def data_kind(path: str, features: str | None, scale: float | None) -> str:
-    """The kind of a data file: `"array"`, `"archive"`, `"records"`, or `"images"` for a folder.
+def data_kind(path: str, scale: float | None) -> str:
+    """The kind of data: `"array"`, `"archive"`, `"images"` for a folder, or `"function"`.
 
     Args:
-        path: The file or folder.
-        features: The option `--features`, for records.
+        path: The file or folder, or `package.module:function`.
         scale: The option `--scale`, for images.
 
     Raises:
@@ -89,25 +89,25 @@ def data_kind(path: str, features: str | None, scale: float | None) -> str:
     if os.path.isdir(path):
         kind = "images"
     elif os.path.isfile(path):
-        # Data sets in many files have suffixes like `.tfrecord-00000-of-00010`.
-        kind = "records" if features is not None else _DATA_KINDS.get(suffix(path))
+        kind = _DATA_KINDS.get(suffix(path))
+    elif not os.path.exists(path) and _FUNCTION.fullmatch(path):
+        kind = "function"
     else:  # A pipe can be read only once, and a device has no end.
         received = "neither a file nor a folder" if os.path.exists(path) else "no such file"
-        raise FileError(f"Expected a file or folder with data. Received: {path}, {received}.")
-    if kind is None or (kind == "records") != (features is not None):
         raise FileError(
-            "Expected a .npy or .npz file, a folder of images, or a TFRecord file together with "
-            f"--features. Received: {path}"
-            + ("." if features is None else f" with --features {features}.")
+            "Expected a file or folder with data, or package.module:function. Received: "
+            f"{path}, {received}."
         )
-    if scale is not None and kind in ("array", "archive"):
-        raise scale_without_images(path)
+    if kind is None:
+        raise FileError(
+            f"Expected a .npy or .npz file, or a folder of images. Received: {path}. For other "
+            "data give --data package.module:function, which returns what model.fit takes as x."
+        )
+    if scale is not None and kind != "images":
+        raise FileError(
+            f"Expected a scale only for images. Received: {path}. Scale the data in it."
+        )
     return kind
-
-
-def scale_without_images(path: str) -> FileError:
-    """The error of `--scale` for data that is not pixels."""
-    return FileError(f"Expected a scale only for images. Received: {path}. Scale the data in it.")
 
 
 def require_inputs(path: str | None) -> None:
@@ -139,8 +139,7 @@ def _check_recalibrate(args):
                 f"{args.model}."
             )
         require_free(args.out)
-    data_kind(args.data, args.features, args.scale)
-    _require(args.features, None, "a JSON file for --features")
+    data_kind(args.data, args.scale)
     _require(args.validation, (".npz",), "a .npz file with inputs and targets y")
 
 

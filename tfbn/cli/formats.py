@@ -1,9 +1,12 @@
-"""The data of a sweep from files: one reader for each format, in a table by suffix."""
+"""The data of a sweep from files, folders or a function: one reader for each kind."""
 
-import json
+import collections
+import importlib
 import os
+import sys
+import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -11,15 +14,13 @@ import numpy as np
 import tensorflow as tf
 
 from tfbn.cli import checks
-from tfbn.cli.errors import FileError, reading
-from tfbn.files import atomic
+from tfbn.cli.errors import FileError, naming, reading
 from tfbn.sweep.adapters import NumberedSamples
 
 _BATCH_SIZE = 32
 _COLORS = {1: "grayscale", 3: "rgb", 4: "rgba"}
-_ENCODED_IMAGE = "image"  # The dtype of a feature that holds one.
+_IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
 _TARGETS = ("y", "y_val", "y_test", "y_train")
-_FEATURE_DTYPES = ("float32", "int64", _ENCODED_IMAGE)
 
 
 class Options(NamedTuple):
@@ -27,14 +28,10 @@ class Options(NamedTuple):
 
     Attributes:
         batch_size: In samples; 32 by default.
-        features: A JSON file with the features to read of TFRecords, by name: `{"x": {"shape":
-            [28, 28, 1], "dtype": "float32"}}`. `"dtype": "image"` is for encoded images (JPEG,
-            PNG, GIF, BMP), which have no `shape`: they are resized to the model's input.
         scale: The factor on the pixels of images, which are 0 to 255.
     """
 
     batch_size: int | None = None
-    features: str | None = None
     scale: float | None = None
 
 
@@ -43,12 +40,13 @@ Reader = Callable[[str, keras.Model, Options], tuple[Any, int | None]]
 
 
 def find_reader(path: str, options: Options) -> Reader:
-    """The reader of a file by its suffix, or that of folders. It reads nothing yet.
+    """The reader of a file by its suffix, of a folder or of a function. It reads no data yet.
 
     Raises:
         FileError: See `checks.data_kind`.
     """
-    return READERS[checks.data_kind(path, options.features, options.scale)]
+    kind = checks.data_kind(path, options.scale)
+    return function_reader(path) if kind == "function" else READERS[kind]
 
 
 def read_array(path: str, model: keras.Model, options: Options) -> tuple[Any, int | None]:
@@ -70,68 +68,97 @@ def read_archive(path: str, model: keras.Model, options: Options) -> tuple[Any, 
 def read_images(path: str, model: keras.Model, options: Options) -> tuple[Any, int | None]:
     """A folder of images, also in folders in it, resized to the model's input."""
     height, width, channels = _image_shape(model.inputs[0] if model.inputs else None, path)
-    with reading(path, "a folder of images", "Put JPEG, PNG, GIF or BMP files into it."):
-        images = keras.utils.image_dataset_from_directory(
-            path,
-            labels=None,
-            label_mode=None,
-            color_mode=_COLORS[channels],
-            batch_size=None,
-            image_size=(height, width),
-            shuffle=False,
-            verbose=False,
-        )
+    paths = np.array(image_files(path))
     scale = 1.0 if options.scale is None else options.scale
-    # TensorFlow prepares places for a whole batch, however few images there are.
-    batch_size = min(options.batch_size or _BATCH_SIZE, len(images.file_paths))
-    batches = images.map(lambda image: image * scale).batch(batch_size)
-    paths = np.asarray(images.file_paths)
-    take = _image_reader((height, width, channels), scale)
-    return NumberedSamples(batches, lambda which: take(paths[which]), len(paths), batch_size), None
-
-
-def _image_reader(
-    shape: tuple[int, int, int], scale: float
-) -> Callable[[Sequence[str]], tf.Tensor]:
-    """A function from the names of files to a batch of their images."""
 
     @tf.autograph.experimental.do_not_convert  # It rewrites the text of errors.
     def read(path: tf.Tensor) -> tf.Tensor:
         content = tf.io.read_file(path)
-        image = tf.io.decode_image(content, channels=shape[2], expand_animations=False)
-        return tf.ensure_shape(tf.image.resize(image, shape[:2]) * scale, shape)
+        image = tf.io.decode_image(content, channels=channels, expand_animations=False)
+        image = tf.image.resize(image, (height, width)) * scale
+        return tf.ensure_shape(image, (height, width, channels))
 
-    return tf.function(
+    take = tf.function(
         lambda paths: tf.map_fn(read, paths, fn_output_signature=tf.float32),
         input_signature=[tf.TensorSpec([None], tf.string)],
         autograph=False,
     )
+    # TensorFlow prepares places for a whole batch, however few images there are.
+    batch_size = min(options.batch_size or _BATCH_SIZE, len(paths))
+    images = tf.data.Dataset.from_tensor_slices(paths).map(read, tf.data.AUTOTUNE)
+    batches = images.batch(batch_size)
+    return NumberedSamples(batches, lambda which: take(paths[which]), len(paths), batch_size), None
 
 
-def read_records(path: str, model: keras.Model, options: Options) -> tuple[Any, int | None]:
-    """A TFRecord file of `tf.train.Example`s with the features that `options.features` names."""
-    features = _features(options.features)
-    images = [name for name, feature in features.items() if feature.dtype == tf.string]
-    if options.scale is not None and not images:
-        raise checks.scale_without_images(path)
-    scale = 1.0 if options.scale is None else options.scale
-    inputs = {tensor.name: tensor for tensor in model.inputs or []}
-    only = model.inputs[0] if len(inputs) == 1 else None
-    shapes = {name: _image_shape(inputs.get(name, only), path) for name in images}
+def image_files(folder: str) -> list[str]:
+    """The images in a folder and in the folders in it, sorted, and a warning about other files.
 
-    def decode(encoded, shape):
-        image = tf.io.decode_image(encoded, channels=shape[2], expand_animations=False)
-        return tf.ensure_shape(tf.image.resize(image, shape[:2]) * scale, shape)
+    Raises:
+        FileError: There are none.
+    """
+    with reading(folder, "a folder of images", "Put JPEG, PNG, GIF or BMP files into it."):
+        found, left = _listed(folder)
+    why = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()))
+    if not found:
+        raise FileError(
+            f"Expected JPEG, PNG, GIF or BMP files. Received: {folder} with {why or 'no files'}."
+        )
+    if why:
+        warnings.warn(
+            f"{len(found)} images in {folder} are read, others are not: {why}. Convert them, or "
+            "give --data a function.",
+            stacklevel=2,
+        )
+    return found
 
-    @tf.autograph.experimental.do_not_convert  # It rewrites the text of errors.
-    def parse(record):
-        example = tf.io.parse_single_example(record, features)
-        for name, shape in shapes.items():
-            example[name] = decode(example[name], shape)
-        return _for_inputs(model, example, path)
 
-    records = tf.data.TFRecordDataset(path).map(parse)
-    return records.batch(options.batch_size or _BATCH_SIZE), None
+def _listed(folder):
+    """The images in a folder, and kind -> number of the things in it that are not read."""
+    found, left = [], collections.Counter()
+
+    def cannot_be_read(error):
+        raise error
+
+    for directory, folders, names in os.walk(folder, onerror=cannot_be_read):
+        folders.sort()
+        for name in list(folders):
+            if name.startswith("."):
+                left["hidden folders"] += 1
+                folders.remove(name)
+            elif os.path.islink(os.path.join(directory, name)):
+                left["links to folders"] += 1
+        for name in sorted(names):
+            if name.startswith("."):
+                left["hidden files"] += 1
+            elif checks.suffix(name) in _IMAGES:
+                found.append(os.path.join(directory, name))
+            else:
+                left[checks.suffix(name) or "without a suffix"] += 1
+    return found, left
+
+
+def function_reader(path: str) -> Reader:
+    """The reader of what a function returns, given as `package.module:function`.
+
+    Raises:
+        FileError: There is no such function.
+    """
+    module, _, name = path.partition(":")
+    here = os.getcwd()
+    sys.path.insert(0, here)  # As `python -m` has it.
+    try:
+        with naming(path):
+            found = getattr(importlib.import_module(module), name, None)
+    finally:
+        sys.path.remove(here)
+    if not callable(found):
+        raise FileError(f"Expected a function {name!r} in module {module!r} for --data {path}.")
+
+    def read(path: str, model: keras.Model, options: Options) -> tuple[Any, int | None]:
+        with naming(path):
+            return found(), options.batch_size
+
+    return read
 
 
 # Kind of data -> its reader.
@@ -139,7 +166,6 @@ READERS: dict[str, Reader] = {
     "array": read_array,
     "archive": read_archive,
     "images": read_images,
-    "records": read_records,
 }
 
 
@@ -180,16 +206,11 @@ def read_labelled(path: str, model: keras.Model) -> tuple[Any, Any]:
 
 def damaged_image(folder: str) -> str | None:
     """The first image of a folder that cannot be decoded. TensorFlow's own error names none."""
-    for directory, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            file = os.path.join(directory, name)
-            if not name.lower().endswith((".bmp", ".gif", ".jpeg", ".jpg", ".png")):
-                continue
-            try:
-                tf.io.decode_image(tf.io.read_file(file))
-            except tf.errors.OpError:
-                return file
+    for file in _listed(folder)[0] if os.path.isdir(folder) else ():
+        try:
+            tf.io.decode_image(tf.io.read_file(file))
+        except tf.errors.OpError:
+            return file
     return None
 
 
@@ -261,26 +282,3 @@ def _image_shape(tensor, path):
             f"{shape}. Put the data into a .npz file."
         )
     return shape[1:]
-
-
-def _features(path):
-    """The features that TensorFlow reads of an Example, by name. Encoded images are strings."""
-    with reading(
-        path,
-        'features as {"name": {"shape": [28, 28, 1], "dtype": "float32"}} in JSON',
-        f"A dtype is one of {_FEATURE_DTYPES}, and images have no shape.",
-    ):
-        features = {}
-        described = json.loads(atomic.read(path))
-        if not isinstance(described, dict) or not described:
-            raise ValueError("no features by name")
-        for name, feature in described.items():
-            dtype = feature["dtype"]
-            if dtype not in _FEATURE_DTYPES:
-                raise ValueError(f"dtype {dtype!r} of {name!r}")
-            encoded = dtype == _ENCODED_IMAGE
-            shape = tf.TensorShape([] if encoded else feature["shape"])
-            if not shape.is_fully_defined():
-                raise ValueError(f"shape {feature['shape']} of {name!r}")
-            features[name] = tf.io.FixedLenFeature(shape, tf.string if encoded else dtype)
-        return features

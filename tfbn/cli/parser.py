@@ -36,9 +36,8 @@ data, already preprocessed as for model.fit:
                   whatever the only array is called. Other arrays are ignored.
   images/         a folder with images, also in folders in it; they are resized to the model's
                   input. Pixels are 0 to 255: give --scale 1/255 if training had them in [0, 1].
-  train.tfrecord  tf.train.Examples, with --features features.json:
-                  {"x": {"shape": [28, 28, 1], "dtype": "float32"}}
-                  "dtype" is float32, int64, or image for encoded images, which have no shape."""
+  mine.data:train the function train in mine/data.py, called without arguments. It returns what
+                  model.fit takes as x: a tf.data.Dataset of TFRecords, a generator, arrays, ..."""
 
 _COMPARE_HELP = """\
 A and B: a model file, for the statistics that it holds, or a file of PopulationStats.save.
@@ -133,7 +132,6 @@ def _add_recalibrate(commands):
         help="a .npz file with inputs, named as for --data, and targets y: print the metrics of "
         "the compiled model before and after",
     )
-    added.add_argument("--features", metavar="JSON", help="for a TFRecord file, see below")
     added.add_argument(
         "--scale",
         type=_factor,

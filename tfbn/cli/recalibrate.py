@@ -21,7 +21,7 @@ _FAR = 10
 
 def recalibrate(args: argparse.Namespace) -> int:
     """Sweep data through a model and write it with the statistics found."""
-    options = formats.Options(args.batch_size, args.features, args.scale)
+    options = formats.Options(args.batch_size, args.scale)
     read = formats.find_reader(args.data, options)
     return (_served if os.path.isdir(args.model) else _file)(args, read, options)
 
@@ -87,7 +87,7 @@ def _evaluation(model, args):
 
 
 def _files(args):
-    return [path for path in (args.data, args.features, args.model) if path is not None]
+    return [args.data, args.model]
 
 
 def _sweep_options(args):
