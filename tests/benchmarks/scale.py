@@ -152,7 +152,7 @@ def messages(model, x, method):
 
         def __init__(self, model):
             super().__init__(model)
-            self._count = 2
+            self.count = 2
 
         def _exchange(self, message):
             sent.append(message)

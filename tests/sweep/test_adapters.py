@@ -1,4 +1,4 @@
-"""Tests of `tfbn.sweep.adapters` and `tfbn.sweep.arrays`: data as `fit` takes it.
+"""Tests of `tfbn.sweep.adapters`: data as `fit` takes it.
 
 `fit` is the oracle: a layer notes what enters the network, in a model that runs eagerly.
 """

@@ -19,7 +19,7 @@ from keras import layers
 import tfbn
 from tfbn.files import sealed
 from tfbn.sweep import checkpoint as module
-from tfbn.sweep import digests, run, state_bytes
+from tfbn.sweep import run, state_bytes
 from tfbn.sweep.cut_passes import CutPasses
 from tfbn.sweep.options import SweepOptions
 from tfbn.sweep.replica import Replica
@@ -265,24 +265,6 @@ def test_saving_takes_its_share_of_the_time(tmp_path, monkeypatch, share, expect
     # The first batch, those that are due, and the end.
     interrupted(tmp_path, model, networks.data(model, 7 * BATCHES))
     assert saved == expected
-
-
-def test_digests_tell_batches_apart():
-    values = [
-        np.zeros((2, 3), "f"),
-        np.zeros((3, 2), "f"),
-        np.zeros((2, 3), "d"),
-        np.full((2, 3), -0.0, "f"),
-        {"a": np.zeros((2, 3), "f"), "b": np.zeros((2, 1))},
-        np.array([["a", "b"]], object),
-        np.array([["ab", ""]], object),
-    ]
-    tensors = [keras.tree.map_structure(tf.constant, value) for value in values]
-    keys = [digests.of_batch(digests.of_samples(tensor), 0) for tensor in tensors]
-    found = [digests.of_sequence(b"", key) for key in keys]
-    found += [digests.of_sequence(found[0], key) for key in keys]
-    assert len(set(found)) == len(found)
-    assert digests.of_sequence(b"", keys[0]) == found[0]
 
 
 def test_a_relative_name_is_meant_from_the_folder_of_the_start(tmp_path, monkeypatch):

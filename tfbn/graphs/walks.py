@@ -47,6 +47,15 @@ def _sources(op: tf.Operation) -> list[tf.Operation]:
     return [tensor.op for tensor in op.inputs] + list(op.control_inputs)
 
 
+def is_vectorized(tensors: Iterable[tf.Tensor]) -> bool:
+    """Whether some tensors are inside a function that `tf.vectorized_map` vectorizes.
+
+    Such a function is traced for one of its elements, the first, whose number is the default of a
+    placeholder. Only this one is seen.
+    """
+    return any(op.type == "PlaceholderWithDefault" for op in ancestors(tensors))
+
+
 def feeds_itself(inputs: Iterable[tf.Tensor], outputs: tf.Tensor) -> bool:
     """Whether in a loop inputs of a call depend on its outputs of an earlier iteration.
 

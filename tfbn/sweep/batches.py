@@ -1,16 +1,21 @@
-"""Batches of model inputs: the digest, the random draws and the signature of each."""
+"""Batches of model inputs, with digests by which the same samples are recognized again."""
 
 import collections
+import functools
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfbn.models.keras_models import Structure
-from tfbn.sweep import digests
-from tfbn.sweep.arrays import to_tensor
+from tfbn.sweep.adapters import to_tensor
+
+# The dense tensors, or their specs, of a structure that may have ragged and sparse ones.
+flatten = functools.partial(tf.nest.flatten, expand_composites=True)
 
 
 class Batch(NamedTuple):
@@ -20,7 +25,7 @@ class Batch(NamedTuple):
         index: Its number in the data, from 0.
         inputs: A structure of tensors.
         samples: How many samples it has: the length of the first axis of its first input.
-        data: The sum of its samples' digests, see `tfbn.sweep.digests`.
+        data: The sum of its samples' digests, see `sample_digests`.
         key: Its own digest. An equal batch of the same sweep has another one.
     """
 
@@ -193,18 +198,17 @@ class Batches:
 
 def nbytes(structure: Structure) -> int:
     """Bytes that a structure of tensors takes."""
-    flat = tf.nest.flatten(structure, expand_composites=True)
-    return sum(tensor.dtype.size * int(tf.size(tensor)) for tensor in flat)
+    return sum([tensor.dtype.size * int(tf.size(tensor)) for tensor in flatten(structure)])
 
 
 def _numbered(
     number: int, inputs: Structure, seen: collections.Counter[int], source: tuple[int, int]
 ) -> Batch:
-    of_samples = digests.of_samples(inputs)
-    content = digests.of_batch(of_samples)
-    key = digests.of_batch(of_samples, seen[content], source)
+    digests = sample_digests(inputs)
+    content = batch_digest(digests)
+    key = batch_digest(digests, seen[content], source)
     seen[content] += 1
-    return Batch(number, inputs, batch_size_of(inputs), digests.total(of_samples), key)
+    return Batch(number, inputs, batch_size_of(inputs), sum_of_digests(digests), key)
 
 
 def prepared(
@@ -263,3 +267,87 @@ def too_short(steps: int, seen: int) -> ValueError:
         f"Expected steps={steps} batches. Received: data that ends after {seen}. Lower `steps`, "
         "or leave it out to take all there is."
     )
+
+
+def sample_digests(inputs: Structure) -> np.ndarray:
+    """A 64-bit digest of every sample of a batch.
+
+    Inputs whose first axes differ (a graph's nodes and edges) are not taken apart: the whole batch
+    has one digest.
+
+    Args:
+        inputs: A structure of tensors.
+
+    Returns:
+        An array of `uint64`.
+    """
+    leaves = tf.nest.flatten(inputs)
+    sizes = {_samples(leaf) for leaf in leaves}
+    if len(sizes) == 1 and None not in sizes:
+        columns = [_of_rows(leaf) for leaf in leaves]
+    else:
+        leaves = flatten(inputs)
+        shapes = tf.constant([str(leaf.shape) for leaf in leaves])
+        columns = [tf.fingerprint(tf.reshape(leaf, [1, -1])) for leaf in (shapes, *leaves)]
+    column = columns[0] if len(columns) == 1 else tf.fingerprint(tf.concat(columns, 1))
+    return column.numpy().view(np.uint64)[:, 0]
+
+
+def _samples(leaf: tf.Tensor) -> int | None:
+    """The length of a tensor's first axis, if it has one."""
+    if not leaf.shape.rank:
+        return None
+    if isinstance(leaf, tf.RaggedTensor):
+        return int(leaf.nrows())
+    return int(leaf.shape[0])
+
+
+def _of_rows(leaf: tf.Tensor) -> tf.Tensor:
+    if isinstance(leaf, tf.RaggedTensor):
+        return tf.fingerprint(tf.constant(list(_ragged_rows(leaf)), tf.string))
+    if isinstance(leaf, tf.SparseTensor):
+        return tf.fingerprint(tf.constant(list(_sparse_rows(leaf)), tf.string))
+    return tf.fingerprint(leaf)
+
+
+def _ragged_rows(leaf: tf.RaggedTensor) -> Iterator[bytes]:
+    splits = [level.numpy() for level in leaf.nested_row_splits]
+    values = tf.fingerprint(leaf.flat_values).numpy()
+    for row in range(int(leaf.nrows())):
+        begin, end, lengths = row, row + 1, []
+        for level in splits:
+            lengths.append(np.diff(level[begin : end + 1]).tobytes())
+            begin, end = level[begin], level[end]
+        yield b"".join([*lengths, values[begin:end].tobytes()])
+
+
+def _sparse_rows(leaf: tf.SparseTensor) -> Iterator[bytes]:
+    indices, values = leaf.indices.numpy(), tf.fingerprint(leaf.values).numpy()
+    order = np.argsort(indices[:, 0], kind="stable")
+    indices, values = indices[order], values[order]
+    ends = np.searchsorted(indices[:, 0], np.arange(leaf.shape[0] + 1))
+    for begin, end in itertools.pairwise(ends):
+        yield indices[begin:end, 1:].tobytes() + values[begin:end].tobytes()
+
+
+def sum_of_digests(digests: np.ndarray) -> int:
+    """The sum of digests modulo 2^64, which depends neither on their order nor on batches."""
+    return int(digests.sum(dtype=np.uint64))
+
+
+def batch_digest(digests: np.ndarray, occurrence: int = 0, source: tuple[int, int] = (0, 0)) -> int:
+    """A 64-bit digest of a batch: of its samples in their order.
+
+    Args:
+        digests: Of its samples.
+        occurrence: How many batches of the same samples came before it.
+        source: See `Batches`.
+    """
+    content = hashlib.blake2b(digests.tobytes(), digest_size=8)
+    content.update(repr((occurrence, *source)).encode())
+    return int.from_bytes(content.digest(), "little")
+
+
+def sequence_digest(before: bytes, key: int) -> bytes:
+    """A digest of a batch and, by their own, of all before it; `b""` is that of none."""
+    return hashlib.sha256(before + key.to_bytes(8, "little")).digest()

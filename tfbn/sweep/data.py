@@ -12,8 +12,7 @@ import tensorflow as tf
 
 from tfbn.models import keras_models
 from tfbn.models.keras_models import Structure, inputs_of
-from tfbn.sweep.adapters import Source, adapt, is_arrays
-from tfbn.sweep.arrays import number_of_samples
+from tfbn.sweep.adapters import Source, adapt, is_arrays, number_of_samples
 from tfbn.sweep.batches import Batches, NotABatchError, empty, to_tensors, too_short
 from tfbn.sweep.options import SweepOptions
 from tfbn.sweep.random_order import RandomOrder

@@ -9,8 +9,8 @@ import tensorflow as tf
 from tfbn.models.keras_models import Structure
 from tfbn.sweep import data, results
 from tfbn.sweep.adapters import specs_of
-from tfbn.sweep.batches import Batch, empty
-from tfbn.sweep.network import Network, devices, flatten
+from tfbn.sweep.batches import Batch, empty, flatten
+from tfbn.sweep.network import Network, devices
 from tfbn.sweep.options import METHODS, SweepOptions
 from tfbn.sweep.replica import naming
 from tfbn.sweep.state import NetworkFacts

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from tfbn.sweep import memory
-from tfbn.sweep.batches import Batch, nbytes
+from tfbn.sweep.batches import Batch
 from tfbn.sweep.trace import Trace
 
 
@@ -64,7 +64,7 @@ class Frontiers:
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches that are kept, in the order of the first pass."""
-        return (batch for batch, _, _ in list(self._kept.values()))
+        return iter([batch for batch, _, _ in self._kept.values()])
 
     def get(self, batch: Batch) -> Frontier | None:
         """The frontier of a batch, or `None`."""
@@ -100,7 +100,7 @@ class Frontiers:
         """Memory -> bytes of the tensors in it."""
         sizes: collections.Counter[str] = collections.Counter()
         for value in frontier.values:
-            sizes[self._memory(value.device)] += nbytes(value)
+            sizes[self._memory(value.device)] += value.dtype.size * value.shape.num_elements()
         return dict(sizes)
 
     def _memory(self, device: str) -> str:

@@ -20,7 +20,7 @@ import tensorflow as tf
 from tensorflow.python.framework import random_seed
 from tensorflow.python.ops import custom_gradient, gen_random_ops
 
-from tfbn.models.keras_models import Observe, inlined_functions, observed_calls
+from tfbn.models.keras_models import Observe, Structure, inlined_functions, observed_calls
 from tfbn.models.patching import patch_in_thread
 
 
@@ -120,3 +120,15 @@ def _random_operations(draws: Draws) -> Iterator[tuple[ModuleType, str, Callable
         ("random_uniform_int", integers),
     ):
         yield gen_random_ops, name, stand_in
+
+
+def as_called(inputs: Structure) -> Structure:
+    """A batch as a model is called on it, with `None` for the inputs that are absent."""
+    if isinstance(inputs, dict):
+        return {key: as_called(value) for key, value in inputs.items()}
+    if isinstance(inputs, list | tuple):
+        parts = map(as_called, inputs)
+        if hasattr(inputs, "_fields"):
+            return type(inputs)(*parts)
+        return type(inputs)(parts) if inputs else None
+    return inputs

@@ -5,8 +5,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from tfbn.population import PopulationStats
-from tfbn.sweep import digests
-from tfbn.sweep.batches import Batch, Batches, nbytes
+from tfbn.sweep.batches import Batch, Batches, nbytes, sequence_digest
 from tfbn.sweep.checkpoint import Checkpoint
 from tfbn.sweep.frontiers import Frontier, Frontiers
 from tfbn.sweep.options import METHODS
@@ -46,8 +45,8 @@ class LocalEngine:
             batches = batches.in_memory(memory_limit)
             memory_limit -= sum(nbytes(batch.inputs) for batch in batches)
         self._batches = batches
-        self._memory_limit = memory_limit
-        self._clear_cache()
+        self._frontiers = Frontiers(memory_limit)
+        self._all_kept = False
 
     def initial_state(self) -> SweepState:
         """The state of a new sweep, or that of the checkpoint, at the beginning of its level."""
@@ -60,11 +59,11 @@ class LocalEngine:
 
     def run_level(self, state: SweepState) -> SweepState:
         """The state after all batches of one level, saved in the checkpoint on the way."""
-        if state.level == 1:  # A sweep that begins anew has other frontiers.
-            self._clear_cache()
-        self._report.begin_level(state.level)
+        if state.level == 1 and state.fixed_point is not None:  # It needs no frontiers.
+            self._frontiers, self._all_kept = Frontiers(0), False
         reached, digest = self._resumed(state)
         work = self._work(reached.batches, digest)
+        self._report.begin_level(state.level)
         try:
             for batch, frontier, after in self._replica.run_level(
                 state, work, reached, self._batches.static
@@ -75,7 +74,7 @@ class LocalEngine:
                     reached = after
                     continue
                 # As one, because Ctrl-C may come at any point.
-                reached, digest = after, digests.of_sequence(digest, batch.key)
+                reached, digest = after, sequence_digest(digest, batch.key)
                 if self._checkpoint.due:
                     self._checkpoint.save(reached, digest)
         except BaseException:
@@ -95,10 +94,6 @@ class LocalEngine:
             self._checkpoint.remove()
         return stats
 
-    def _clear_cache(self) -> None:
-        self._frontiers = Frontiers(self._memory_limit)
-        self._all_kept = False
-
     def _resumed(self, state: SweepState) -> tuple[SweepState, bytes]:
         """The state after the batches of the level that the checkpoint has, and their digest."""
         saved, self._saved = self._saved, None
@@ -117,7 +112,7 @@ class LocalEngine:
             if index >= done:
                 yield batch, self._frontiers.get(batch)
                 continue
-            digest = digests.of_sequence(digest, batch.key)
+            digest = sequence_digest(digest, batch.key)
             if checkpoint is not None and index + 1 == done and digest != expected:
                 raise checkpoint.other_data(done)
         if checkpoint is not None and index + 1 < done:

@@ -62,7 +62,7 @@ class LocalSampler:
     def draw(self, more: int) -> Draw:
         """Draw that many more batches from all workers, or fewer where the data ends."""
         start, self._asked = self._asked, self._asked + more
-        mine = math.ceil(more / len(self._workers))
+        mine = math.ceil(more / self._workers.count)
         if self._deal is not None:
             counts = self._deal.counts(start, self._asked)
             mine = counts.get(self._workers.index, 0)
@@ -115,7 +115,7 @@ class LocalGroups:
         before, mine = sum(taken[: workers.index]), taken[workers.index]
         ends = [round(number * total / self.groups) for number in range(self.groups + 1)]
         cuts = [min(max(end - before, 0), mine) for end in ends]
-        probed = math.ceil(probe_share(kept.samples * len(workers)) * mine)
+        probed = math.ceil(probe_share(kept.samples * workers.count) * mine)
         probe = kept.part(0, probed)
         if len(probe) and replica.any_batch_size:
             probe = _Part(probe.batches.joined(JOINED_BYTES), len(probe))

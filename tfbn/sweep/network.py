@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from tfbn.models import keras_models
 from tfbn.models.keras_models import Structure
+from tfbn.sweep.batches import flatten
 from tfbn.sweep.observation import Observer, UnobservableError
 from tfbn.sweep.state import Site
 from tfbn.sweep.trace import Trace, trace_model
@@ -172,11 +173,6 @@ def devices(model: keras.Model) -> list[str | None]:
     if model.run_eagerly or not isinstance(strategy, mirrored):
         return [None]
     return list(strategy.extended.worker_devices)
-
-
-def flatten(structure: Structure) -> list:
-    """The dense tensors, or their specs, of a structure that may have ragged and sparse ones."""
-    return tf.nest.flatten(structure, expand_composites=True)
 
 
 def _open(value: Any) -> tf.TypeSpec:

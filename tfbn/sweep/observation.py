@@ -15,8 +15,7 @@ from tfbn.layer import BatchNormalization, kernels, sums
 from tfbn.models import keras_models
 from tfbn.models.keras_models import Structure
 from tfbn.models.patching import patch_in_thread
-from tfbn.sweep.arrays import as_called
-from tfbn.sweep.inference import Draws, inference
+from tfbn.sweep.inference import Draws, as_called, inference
 from tfbn.sweep.state import Site
 
 
@@ -29,6 +28,7 @@ class Call(NamedTuple):
 
     Attributes:
         site: The layer and the number of the call.
+        path: The path of the layer.
         inputs: The tensor that enters, and its mask if it has one.
         outputs: The tensor that leaves.
         fetches: The tensors to take out of the graph for `measure`; `None` in the body of a loop
@@ -40,15 +40,11 @@ class Call(NamedTuple):
     """
 
     site: Site
+    path: str
     inputs: list
     outputs: tf.Tensor
     fetches: list | None
     measure: Callable[..., list[tf.Tensor]]
-
-    @property
-    def path(self) -> str:
-        """The path of the layer."""
-        return self.site.path
 
 
 class Run(NamedTuple):
@@ -189,7 +185,9 @@ class Observer:
         [batch] = call.measure(*(call.fetches or ()))
         with tf.control_dependencies([queue.enqueue(batch)]):
             outputs = tf.identity(call.outputs)
-        return Call(call.site, call.inputs, outputs, None, functools.partial(_drain, queue))
+        return call._replace(
+            outputs=outputs, fetches=None, measure=functools.partial(_drain, queue)
+        )
 
     def _queue(self, site: Site, channels: int) -> tf.queue.FIFOQueue:
         """The queue in which the moments of a call in a loop or branch wait for `_drain`."""
@@ -274,10 +272,10 @@ def _observed(
     if population is None:
         [batch] = measure(*fetches)
         outputs = kernels.normalize(x, *tf.unstack(batch)[1:], gamma, beta, **form)
-        return Call(site, entered, outputs, [batch], lambda batch: [batch])
+        return Call(site, site.path, entered, outputs, [batch], lambda batch: [batch])
     # The moments of the values that enter are taken outside of the graph, which keeps it small.
     outputs = kernels.normalize(x, population[0], population[1], gamma, beta, **form)
-    return Call(site, entered, outputs, fetches, measure)
+    return Call(site, site.path, entered, outputs, fetches, measure)
 
 
 def _measured(

@@ -19,11 +19,11 @@ from tfbn.population import PopulationStats
 from tfbn.stats import moments
 from tfbn.stats.moments import Moments
 from tfbn.sweep import results
-from tfbn.sweep.batches import Batch, BatchReader
+from tfbn.sweep.batches import Batch, BatchReader, flatten
 from tfbn.sweep.cut_passes import CutPasses
 from tfbn.sweep.fixed_point import FixedPoint
 from tfbn.sweep.frontiers import Frontier
-from tfbn.sweep.network import Network, devices, flatten
+from tfbn.sweep.network import Network, devices
 from tfbn.sweep.observation import UnobservableError
 from tfbn.sweep.options import METHODS
 from tfbn.sweep.state import NetworkFacts, Site, SweepState
@@ -242,12 +242,6 @@ class _Device:
         self, state: SweepState, layers: Mapping[str, keras.Layer], static: bool
     ) -> None:
         """Choose the passes of a level, and place the populations it normalizes with."""
-        eager = self.network.model.run_eagerly
-        cut = METHODS[state.method].by_level and state.fixed_point is None
-        self._state = state
-        self._passes: CutPasses | UncutPasses = (
-            CutPasses(self.network, static) if cut else UncutPasses(self.network, static, eager)
-        )
         before, self._placed = self._placed, {}
         with self._scope():
             for key, population in state.populations.items():
@@ -259,6 +253,12 @@ class _Device:
                     values = assignment.round_to_variables(key, *values, layers[key])
                 self._placed[key] = population, tf.constant(np.stack(values))
         self._populations = {key: tensor for key, (_, tensor) in self._placed.items()}
+        eager = self.network.model.run_eagerly
+        cut = METHODS[state.method].by_level and state.fixed_point is None
+        self._state = state
+        self._passes: CutPasses | UncutPasses = (
+            CutPasses(self.network, static) if cut else UncutPasses(self.network, static, eager)
+        )
 
     def run(self, batch: Batch, start: Frontier | None) -> _BatchResult:
         """Run one batch through the level."""

@@ -150,9 +150,11 @@ def _warn_of_small_batches(stats: PopulationStats) -> None:
 def _warn_of_rounding(stats: PopulationStats, layers: Mapping[str, keras.Layer]) -> None:
     """Warn of the layer whose half-precision variables lose most of its statistics."""
     lost: dict[str, float] = {}
-    for path, swept in stats.items():
-        if _dtype(layers[path]) not in ("float16", "bfloat16"):
+    half = [path for path in layers if _dtype(layers[path]) in ("float16", "bfloat16")]
+    for path in half:
+        if path not in stats:
             continue
+        swept = stats[path]
         mean, variance = assignment.round_to_variables(
             path, swept.mean, swept.variance, layers[path]
         )

@@ -163,7 +163,9 @@ def run(
     method, tolerance, limit = options.method, options.tolerance, options.memory_limit
     limit = memory.default_limit() if limit is None else limit
     with workers.failing_together():
-        layers, batches = check(model, x, options, trained=trained, workers=workers)
+        layers, batches = check(
+            model, x, options, trained=trained, shard=workers.index, alone=workers.count == 1
+        )
         report = Report(method, options.verbose if workers.index == 0 else 0, batches.total)
         report.begin()
         checkpoint = None
@@ -247,15 +249,13 @@ def check(
     options: SweepOptions,
     *,
     trained: Collection[str] | None = None,
-    workers: Workers | None = None,
+    shard: int = 0,
+    alone: bool = True,
 ) -> tuple[dict[str, keras.Layer], Batches]:
     """The layers that `collect` would sweep, by path, and the batches it would sweep.
 
     Raises:
         ValueError: All that `collect` would raise before it reads the first batch.
     """
-    workers = workers or Workers(model)
     layers = layers_to_sweep(model, options.include_frozen, trained)
-    may_be_empty = len(workers) > 1
-    batches = data.batches(x, options, model, may_be_empty=may_be_empty, shard=workers.index)
-    return layers, batches
+    return layers, data.batches(x, options, model, may_be_empty=not alone, shard=shard)

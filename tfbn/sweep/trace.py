@@ -91,13 +91,8 @@ class Trace:
 
     @property
     def vectorized(self) -> bool:
-        """Whether `tf.vectorized_map` vectorizes a function around a call.
-
-        Such a function is traced for one of its elements, the first, whose number is the default
-        of a placeholder. Only this one would be seen.
-        """
-        entered = [tensor for call in self.calls for tensor in call.inputs]
-        return any(op.type == "PlaceholderWithDefault" for op in walks.ancestors(entered))
+        """Whether `tf.vectorized_map` vectorizes a function around a call."""
+        return walks.is_vectorized([tensor for call in self.calls for tensor in call.inputs])
 
     @functools.cached_property
     def facts(self) -> NetworkFacts:

@@ -13,8 +13,7 @@ import tensorflow as tf
 
 from tfbn.models import keras_models
 from tfbn.models.keras_models import Structure
-from tfbn.sweep.arrays import as_called
-from tfbn.sweep.inference import Draws, inference
+from tfbn.sweep.inference import Draws, as_called, inference
 from tfbn.sweep.state import Site
 
 

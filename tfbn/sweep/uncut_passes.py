@@ -4,10 +4,10 @@ import contextlib
 
 import tensorflow as tf
 
-from tfbn.sweep.batches import Batch
+from tfbn.sweep.batches import Batch, flatten
 from tfbn.sweep.cut_passes import Observed, Populations
 from tfbn.sweep.frontiers import Frontier
-from tfbn.sweep.network import Network, flatten
+from tfbn.sweep.network import Network
 from tfbn.sweep.observation import UnobservableError
 from tfbn.sweep.state import NetworkFacts, Site
 from tfbn.sweep.trace import Trace

@@ -27,10 +27,11 @@ class Workers:
 
     Attributes:
         index: The number of this worker, from 0.
+        count: How many workers there are.
     """
 
     def __init__(self, model: keras.Model):
-        self.index, self._count = 0, 1
+        self.index, self.count = 0, 1
         # Something that is no model is refused later.
         strategy = getattr(model, "distribute_strategy", None)
         if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
@@ -43,23 +44,20 @@ class Workers:
             )
         )
         self.index = int(first) // local
-        self._count = strategy.num_replicas_in_sync // local
+        self.count = strategy.num_replicas_in_sync // local
         self._gather_words = tf.function(
             lambda words: strategy.gather(words, axis=0),
             input_signature=[tf.TensorSpec([None], tf.int32)],
             autograph=False,
         )
 
-    def __len__(self) -> int:
-        return self._count
-
     def own_name(self, path: str | os.PathLike) -> str:
         """The name of a file of this worker: each of several adds its number."""
-        return os.fspath(path) if self._count == 1 else f"{os.fspath(path)}.{self.index}"
+        return os.fspath(path) if self.count == 1 else f"{os.fspath(path)}.{self.index}"
 
     def engine(self, local: LocalEngine) -> "LocalEngine | WorkersEngine":
         """The engine of all workers; if this process is alone, its own."""
-        return local if self._count == 1 else WorkersEngine(self, local)
+        return local if self.count == 1 else WorkersEngine(self, local)
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
@@ -68,7 +66,7 @@ class Workers:
         Raises:
             RuntimeError: If another worker raises an error or has ended.
         """
-        if self._count == 1:
+        if self.count == 1:
             yield
             return
         try:
@@ -93,7 +91,7 @@ class Workers:
             RuntimeError: If it raises on another worker, or another worker has ended. Workers
                 that take their time are waited for.
         """
-        if self._count == 1:
+        if self.count == 1:
             return [compute()]
 
         def message() -> bytes:
@@ -109,7 +107,7 @@ class Workers:
 
     def gather_numbers(self, compute: Callable[[], Sequence[int]]) -> list[tuple[int, ...]]:
         """Whole numbers that a function computes on every worker, in their order. See `gather`."""
-        if self._count == 1:
+        if self.count == 1:
             return [tuple(compute())]
         gathered = self._gather(lambda: np.array(compute(), np.int64).tobytes())
         return [tuple(np.frombuffer(numbers, np.int64).tolist()) for numbers in gathered]
@@ -128,7 +126,7 @@ class Workers:
         for index, message in enumerate(messages):
             if message[:1] == b"-":
                 raise RuntimeError(
-                    f"Expected the sweeps of all {self._count} workers. Received: from worker "
+                    f"Expected the sweeps of all {self.count} workers. Received: from worker "
                     f"{index} (counting from 0), {message[1:].decode()}"
                 )
 
@@ -146,7 +144,7 @@ class Workers:
             gathered = _interruptible(self._gathered, words)
         except tf.errors.OpError as error:
             raise RuntimeError(
-                f"Expected all {self._count} workers to go on to the end of the sweep. Received: "
+                f"Expected all {self.count} workers to go on to the end of the sweep. Received: "
                 f"{type(error).__name__}, because one of them has ended ({error.message}). Nothing "
                 "was changed. Start all workers again."
             ) from error
@@ -156,7 +154,7 @@ class Workers:
             end = 2 + -(-size // 4)
             messages[index] = gathered[2:end].tobytes()[:size]
             gathered = gathered[end:]
-        return [messages[index] for index in range(self._count)]
+        return [messages[index] for index in range(self.count)]
 
 
 class WorkersEngine:

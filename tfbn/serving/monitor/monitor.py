@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from tfbn.graphs import walks
 from tfbn.layer import sums
 from tfbn.models import assignment, keras_models
 from tfbn.population import PopulationStats
@@ -84,7 +85,7 @@ def run(
     for path in layers:
         if path not in calls:
             _refuse(model, f"layer {path!r}, which is not called")
-    if outer is not None and _vectorized(entered):
+    if outer is not None and walks.is_vectorized(entered):
         _refuse(model, "a layer that is called in a tf.vectorized_map")
     rows = tf.stack([tf.shape(x)[0] for x in entered])
     whole = tf.reduce_all(tf.equal(rows % tf.maximum(samples, 1), 0))
@@ -200,23 +201,6 @@ def _refuse(model, received):
         "Expected batch norm layers that are called outside of loops and branches. Received: model "
         f"{model.name!r}, with {received}. Give in monitor= the paths of other layers."
     )
-
-
-def _vectorized(tensors):
-    """Whether a tensor is that of one element of a `tf.vectorized_map`, which traces the first.
-
-    The number of this element is the default of a placeholder.
-    """
-    seen: set[int] = set()
-    pending = [tensor.op for tensor in tensors]
-    while pending:
-        op = pending.pop()
-        if op.type == "PlaceholderWithDefault":
-            return True
-        new = [tensor.op for tensor in op.inputs if id(tensor.op) not in seen]
-        seen.update(map(id, new))
-        pending += new
-    return False
 
 
 def _graph():

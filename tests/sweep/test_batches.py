@@ -1,17 +1,18 @@
 """Tests of the digests by which data is known again."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tfbn.sweep import digests
+from tfbn.sweep import batches
 
 
 def total(inputs):
     """The digest of some data."""
-    return digests.total(digests.of_samples(inputs))
+    return batches.sum_of_digests(batches.sample_digests(inputs))
 
 
 def samples(n, seed=0, dtype="float32"):
@@ -65,15 +66,15 @@ def test_which_input_a_value_belongs_to_matters():
 @pytest.mark.parametrize("dtype", ["float16", "float64", "int8", "uint8", "int64", "bool"])
 def test_any_dtype(dtype):
     x = samples(6, dtype=dtype)
-    assert len(digests.of_samples(tf.constant(x))) == 6
+    assert len(batches.sample_digests(tf.constant(x))) == 6
     assert total(tf.constant(x)) == total(tf.constant(x[::-1].copy()))
 
 
 def test_strings_and_samples_without_features():
     words = tf.constant(["a", "bb", ""])
-    assert len(digests.of_samples(words)) == 3
+    assert len(batches.sample_digests(words)) == 3
     assert total(words) == total(words[::-1]) != total(tf.constant(["a", "b", "b"]))
-    assert len(digests.of_samples(tf.zeros([4, 0]))) == 4
+    assert len(batches.sample_digests(tf.zeros([4, 0]))) == 4
 
 
 RAGGED = {
@@ -88,12 +89,12 @@ def test_ragged_samples_are_known_in_any_order(kind):
     rows = RAGGED[kind]
     ragged = tf.ragged.constant(rows)
     inputs = {"ragged": ragged, "dense": tf.constant(samples(4))}
-    found = digests.of_samples(ragged)
-    assert len(set(found)) == len(digests.of_samples(inputs)) == 4
+    found = batches.sample_digests(ragged)
+    assert len(set(found)) == len(batches.sample_digests(inputs)) == 4
     for order in ([2, 0, 3, 1], [3, 2, 1, 0]):
         moved = tf.ragged.constant([rows[i] for i in order])
-        np.testing.assert_array_equal(digests.of_samples(moved), found[order])
-    apart = [digests.of_samples(tf.gather(ragged, [i])) for i in range(4)]
+        np.testing.assert_array_equal(batches.sample_digests(moved), found[order])
+    apart = [batches.sample_digests(tf.gather(ragged, [i])) for i in range(4)]
     np.testing.assert_array_equal(np.concatenate(apart), found)
 
 
@@ -107,30 +108,50 @@ def test_ragged_rows_of_vectors():
 
 def test_sparse_samples_are_known_in_any_order():
     x = np.array([[0, 1, 0], [2, 0, 3], [0, 0, 0], [1, 0, 0]], "f")
-    found = digests.of_samples(tf.sparse.from_dense(x))
+    found = batches.sample_digests(tf.sparse.from_dense(x))
     assert len(set(found)) == 4  # The same value in other columns is another sample.
-    np.testing.assert_array_equal(digests.of_samples(tf.sparse.from_dense(x[::-1])), found[::-1])
-    np.testing.assert_array_equal(digests.of_samples(tf.sparse.from_dense(x[1:])), found[1:])
+    np.testing.assert_array_equal(
+        batches.sample_digests(tf.sparse.from_dense(x[::-1])), found[::-1]
+    )
+    np.testing.assert_array_equal(batches.sample_digests(tf.sparse.from_dense(x[1:])), found[1:])
 
 
 def test_what_has_no_samples_is_taken_as_one():
     graph = {"nodes": tf.zeros([3, 2]), "edges": tf.zeros([5, 2], tf.int32), "t": tf.constant(1.0)}
-    assert len(digests.of_samples(graph)) == 1
+    assert len(batches.sample_digests(graph)) == 1
     assert total(graph) != total({**graph, "nodes": tf.zeros([2, 3])})
     assert total(graph) != total({**graph, "t": tf.constant(2.0)})
-    assert len(digests.of_samples([tf.constant(1.0), tf.zeros([3, 2])])) == 1
+    assert len(batches.sample_digests([tf.constant(1.0), tf.zeros([3, 2])])) == 1
     assert total(tf.constant(1.0)) != total(tf.constant(2.0))
 
 
 def test_equal_batches_have_keys_of_their_own():
-    found = digests.of_samples(tf.constant(samples(4)))
-    keys = {digests.of_batch(found, occurrence) for occurrence in range(5)}
-    keys |= {digests.of_batch(found[::-1].copy(), 0), digests.of_batch(found[:-1], 0)}
-    keys |= {digests.of_batch(found, 0, source) for source in [(0, 1), (1, 0), (1, 1)]}
+    found = batches.sample_digests(tf.constant(samples(4)))
+    keys = {batches.batch_digest(found, occurrence) for occurrence in range(5)}
+    keys |= {batches.batch_digest(found[::-1].copy(), 0), batches.batch_digest(found[:-1], 0)}
+    keys |= {batches.batch_digest(found, 0, source) for source in [(0, 1), (1, 0), (1, 1)]}
     assert len(keys) == 10 and all(0 <= key < 2**64 for key in keys)
 
 
 def test_a_sequence_knows_its_order():
-    one, two = digests.of_sequence(b"", 1), digests.of_sequence(b"", 2)
-    assert digests.of_sequence(one, 2) != digests.of_sequence(two, 1)
+    one, two = batches.sequence_digest(b"", 1), batches.sequence_digest(b"", 2)
+    assert batches.sequence_digest(one, 2) != batches.sequence_digest(two, 1)
     assert one != two
+
+
+def test_digests_tell_batches_apart():
+    values = [
+        np.zeros((2, 3), "f"),
+        np.zeros((3, 2), "f"),
+        np.zeros((2, 3), "d"),
+        np.full((2, 3), -0.0, "f"),
+        {"a": np.zeros((2, 3), "f"), "b": np.zeros((2, 1))},
+        np.array([["a", "b"]], object),
+        np.array([["ab", ""]], object),
+    ]
+    tensors = [keras.tree.map_structure(tf.constant, value) for value in values]
+    keys = [batches.batch_digest(batches.sample_digests(tensor), 0) for tensor in tensors]
+    found = [batches.sequence_digest(b"", key) for key in keys]
+    found += [batches.sequence_digest(found[0], key) for key in keys]
+    assert len(set(found)) == len(found)
+    assert batches.sequence_digest(b"", keys[0]) == found[0]
