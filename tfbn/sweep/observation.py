@@ -271,7 +271,8 @@ def _observed(
     fetches, measure = _measured(layer.axis, *entered)
     if population is None:
         [batch] = measure(*fetches)
-        outputs = kernels.normalize(x, *tf.unstack(batch)[1:], gamma, beta, **form)
+        _, mean, variance = tf.unstack(batch)
+        outputs = kernels.normalize(x, mean, variance, gamma, beta, **form)
         return Call(site, site.path, entered, outputs, [batch], lambda batch: [batch])
     # The moments of the values that enter are taken outside of the graph, which keeps it small.
     outputs = kernels.normalize(x, population[0], population[1], gamma, beta, **form)
