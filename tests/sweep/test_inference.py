@@ -3,7 +3,9 @@
 import threading
 
 import keras
+import networks
 import numpy as np
+import pytest
 import tensorflow as tf
 from keras import layers
 from tensorflow.python.framework import random_seed
@@ -92,6 +94,25 @@ def test_draws_have_their_distributions():
     assert np.abs(truncated - 5).max() <= 4
     np.testing.assert_allclose([normal.mean(), normal.std()], [5, 2], atol=0.08)
     np.testing.assert_allclose([generator.mean(), generator.std()], [0, 1], atol=0.04)
+
+
+@pytest.mark.parametrize("how", ["generator", "tensorflow", "tf generator"])
+def test_iterations_of_a_loop_draw_anew(how):
+    """Sums of n independent draws have variance n, sums of n equal ones n^2."""
+    noise = networks.Drawing(how)
+
+    def walk(inner):
+        def body(i, x):
+            return i + 1, tf.ensure_shape(noise(inner(x)), [4000])
+
+        return lambda x: tf.while_loop(lambda i, x: i < 4, body, [0, x])[1]
+
+    @tf.function(autograph=False)
+    def run():
+        with inference({}, None, draws()):
+            return walk(walk(lambda x: x))(tf.zeros([4000]))
+
+    assert abs(np.var(run()) - 20) < 2
 
 
 def test_no_seed_moves():

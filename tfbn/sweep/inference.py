@@ -17,8 +17,10 @@ import tensorflow as tf
 # Private. The four operations behind `tf.random.normal`, `uniform`, `truncated_normal` and the
 # dropout of `tf.nn`. TensorFlow has no hook for the seeds of a graph's operations.
 # Private. Without a graph, an operation without a seed takes the next one of the process.
+# Private. A graph does not say publicly whether it is the body of a loop.
 from tensorflow.python.framework import random_seed
 from tensorflow.python.ops import custom_gradient, gen_random_ops
+from tensorflow.python.ops.control_flow_v2_func_graphs import WhileBodyFuncGraph
 
 from tfbn.models.keras_models import Observe, Structure, inlined_functions, observed_calls
 from tfbn.models.patching import patch_in_thread
@@ -27,9 +29,9 @@ from tfbn.models.patching import patch_in_thread
 class Draws:
     """The random numbers of one run of a model.
 
-    Every generator of the model draws from its own seed, folded with the number of the batch and
-    with how many draws the run has made before. So each batch draws anew, the same batch draws
-    the same in every pass, and no generator moves.
+    Every generator of the model draws from its own seed, folded with the number of the batch, with
+    how many draws the run has made before, and with the iterations of the loops around the draw.
+    So each batch draws anew, the same batch draws the same in every pass, and no generator moves.
 
     Args:
         number: The number of the batch, an int64 scalar tensor.
@@ -47,7 +49,19 @@ class Draws:
         folded = tf.random.fold_in(tf.cast(base, tf.int64), self._number)
         folded = tf.random.fold_in(folded, tf.constant(self.made, tf.int64))
         self.made += 1
+        for iteration in _iterations():
+            folded = tf.random.fold_in(folded, tf.cast(iteration, tf.int64))
         return folded
+
+
+def _iterations() -> Iterator[tf.Tensor]:
+    """Yield the number of the current iteration of each loop around this point of a graph."""
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None:
+        if isinstance(graph, WhileBodyFuncGraph):
+            first, *_ = graph.get_operations()  # Private. The placeholder of the loop's counter.
+            yield first.outputs[0]
+        graph = getattr(graph, "outer_graph", None)
 
 
 @contextlib.contextmanager
