@@ -213,7 +213,7 @@ APPLICATIONS = sorted(
 ONLY_COPIED = {"ConvNeXtBase", "ConvNeXtLarge", "ConvNeXtSmall", "ConvNeXtXLarge", "VGG19"}
 
 # One of each family, and the one that makes most of rounding. Their siblings, of the same layers,
-# take a quarter of an hour more: `pytest -m zoo`.
+# take a quarter of an hour more: `pytest -m exhaustive`.
 REPRESENTATIVES = {
     *("ConvNeXtTiny", "DenseNet121", "EfficientNetB0", "EfficientNetV2B0", "EfficientNetV2M"),
     *("InceptionResNetV2", "InceptionV3", "MobileNet", "MobileNetV2", "MobileNetV3Small"),
@@ -224,7 +224,9 @@ REPRESENTATIVES = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if name in REPRESENTATIVES else pytest.mark.zoo)
+        pytest.param(
+            name, marks=pytest.mark.slow if name in REPRESENTATIVES else pytest.mark.exhaustive
+        )
         for name in APPLICATIONS
     ],
 )
