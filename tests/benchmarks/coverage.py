@@ -43,8 +43,13 @@ def contrast(rng, number):
 
 
 def lognormal(rng, number):
-    """Heavy tails: a kurtosis of 114, where a normal distribution has 3."""
-    return np.exp(rng.normal(size=(number, FEATURES)))
+    """Heavy tails: a kurtosis of 9, where a normal distribution has 3."""
+    return np.exp(0.5 * rng.normal(size=(number, FEATURES)))
+
+
+def heavier(rng, number):
+    """A kurtosis of 114."""
+    return lognormal(rng, number) ** 2
 
 
 def flags(rng, number):
@@ -58,7 +63,7 @@ def alike(rng, number):
     return rows + 0.02 * rng.normal(size=rows.shape)
 
 
-KINDS = {kind.__name__: kind for kind in (digits, contrast, lognormal, flags, alike)}
+KINDS = {kind.__name__: kind for kind in (digits, contrast, lognormal, heavier, flags, alike)}
 
 
 def network(copies, direct):

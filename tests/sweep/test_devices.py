@@ -482,3 +482,32 @@ def test_workers_without_data_in_any_place_and_workers_with_equal_batches(tmp_pa
     [noise] = tfbn.PopulationStats.load(tmp_path / "noise_0.npz").values()
     np.testing.assert_allclose(noise.mean, 0, atol=0.08)
     assert np.all(noise.mean_error > 0.01)
+
+
+SAMPLE = """
+class Data(keras.utils.PyDataset):
+    def __len__(self):
+        return 100 if me < 2 else 0
+    def __getitem__(self, i):
+        with open(out / f"read_{me}", "a") as file:
+            print(i, file=file)
+        return np.random.default_rng([me, i]).normal(i, 1, (4, 1)).astype("f")
+
+with strategy.scope():
+    alone = keras.Sequential([keras.Input((1,)), keras.layers.BatchNormalization()])
+stats = tfbn.collect(alone, Data(), tolerance=0.1, verbose=0)
+stats.save(out / f"stats_{me}.npz")
+"""
+
+
+@pytest.mark.slow
+def test_workers_draw_samples_from_unlike_places(tmp_path):
+    """Also if one of them has no data."""
+    statuses, printed = run_workers(tmp_path, SAMPLE, count=3)
+    assert statuses == [0, 0, 0], printed
+    a, b, c = (tfbn.PopulationStats.load(tmp_path / f"stats_{i}.npz") for i in range(3))
+    assert a == b == c and a.relative_error <= 0.1
+    [found] = a.values()
+    assert abs(found.mean[0] - 49.5) < 4 * found.mean_error[0]
+    first, second = ((tmp_path / f"read_{i}").read_text().split()[:10] for i in range(2))
+    assert first != second and len(set(first)) == 10
