@@ -1,5 +1,6 @@
 """The command line. What it computes is checked against Keras alone, on files it never wrote."""
 
+import json
 import os
 import pathlib
 import re
@@ -498,3 +499,65 @@ def test_a_tolerance_sweeps_a_sample(capsys, tmp_path, saved):
         with pytest.raises(SystemExit):
             run(capsys, *arguments, "--tolerance", wrong)
         assert "is no number over 0 and up to 1" in capsys.readouterr().err
+
+
+def sorted_by_class():
+    """1,500 images of ten classes, one class after the other, each of its own brightness."""
+    values = np.random.default_rng(0).integers(0, 24, (1500, 6, 5, 1))
+    return (values + 23 * np.arange(10).repeat(150)[:, None, None, None]).astype("uint8")
+
+
+def folder_by_class(directory):
+    """A PNG file for each image, in a folder for each class."""
+    for number, image in enumerate(sorted_by_class()):
+        file = directory / "images" / str(number // 150) / f"{number:04}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(tf.io.encode_png(image).numpy())
+    return [directory / "images"]
+
+
+def npy_by_class(directory):
+    """One array."""
+    np.save(directory / "x.npy", sorted_by_class().astype("float32"))
+    return [directory / "x.npy"]
+
+
+def npz_by_class(directory):
+    """An archive of it."""
+    np.savez(directory / "x.npz", image=sorted_by_class().astype("float32"))
+    return [directory / "x.npz"]
+
+
+def stream_by_class(directory):
+    """A dataset, of which nothing can be read but the next batch."""
+    np.save(directory / "x.npy", sorted_by_class().astype("float32"))
+    (directory / "sorted_stream.py").write_text(
+        "import numpy, pathlib, tensorflow as tf\n"
+        "def read():\n"
+        "    x = numpy.load(pathlib.Path(__file__).with_name('x.npy'))\n"
+        "    return tf.data.Dataset.from_tensor_slices(x).batch(32)\n"
+    )
+    return ["sorted_stream:read"]
+
+
+@pytest.mark.parametrize(
+    "data, at_random",
+    [(folder_by_class, True), (npy_by_class, True), (npz_by_class, True), (stream_by_class, False)],
+)
+def test_a_sample_of_data_sorted_by_class(capsys, monkeypatch, tmp_path, data, at_random):
+    """It has all classes where it can be drawn at random; else a warning says that it may not."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    inputs = keras.Input((6, 5, 1), name="image")
+    model = keras.Model(inputs, layers.BatchNormalization(name="norm")(inputs))
+    model.save(tmp_path / "m.keras")
+    out = ["--out", tmp_path / "o.keras", "--tolerance", "0.05", "--json"]
+    given = ["recalibrate", tmp_path / "m.keras", "--data", *data(tmp_path)]
+    code, text, err = run(capsys, *given, *out)
+    assert code == 0
+    samples = json.loads(text)["samples"]
+    [(_, variance)] = held(tmp_path / "o.keras")
+    off = np.sqrt(variance / np.var(sorted_by_class().astype("float64")))[0]
+    if at_random:
+        assert samples < 1500 and off == pytest.approx(1, abs=0.1) and err == ""
+    else:
+        assert "half" in err or (samples == 1500 and off == pytest.approx(1, abs=1e-3))
