@@ -6,11 +6,14 @@ momentum 0, whose moving statistics after a step in training mode are those of t
 
 import contextlib
 import operator
+from collections.abc import Mapping
 
 import keras
 import numpy as np
 import tensorflow as tf
 from keras import layers
+
+from tfbn.models.keras_models import batch_norm_layers
 
 
 @contextlib.contextmanager
@@ -242,3 +245,68 @@ class Drawing(layers.Layer):
         if self.how == "gamma":
             return x + tf.random.gamma(shape, 1.0)
         raise ValueError(self.how)
+
+
+def pooled(counts, batches):
+    """Mean and variance of the values of all batches together, by the law of total variance."""
+    weights = np.asarray(counts, np.float64) / np.sum(counts)
+    means, variances = (np.stack(v) for v in zip(*batches, strict=True))
+    mean = weights @ means
+    return mean, weights @ (variances + (means - mean) ** 2)
+
+
+def assert_layer(found, mean, variance, rtol=1e-5):
+    """Compare the statistics of a layer, the mean in units of the standard deviation."""
+    std = np.sqrt(variance) + 1e-30
+    np.testing.assert_allclose(found.mean / std, mean / std, rtol=0, atol=rtol)
+    np.testing.assert_allclose(found.variance, variance, rtol=rtol)
+
+
+def assert_statistics(stats, expected, rtol=1e-4, model=None):
+    """Compare the statistics of all layers.
+
+    Args:
+        stats: `tfbn.PopulationStats`.
+        expected: Others, with the same counts; or the (mean, variance) of each layer.
+        rtol: See `assert_layer`.
+        model: If it is given, `expected` is in the order of `batch_norms`.
+    """
+    layers_found = list(stats.values())
+    if model is not None:
+        path_of = {id(layer): path for path, layer in batch_norm_layers(model).items()}
+        layers_found = [stats[path_of[id(layer)]] for layer in batch_norms(model)]
+    known = list(expected.values()) if isinstance(expected, Mapping) else expected
+    assert len(stats) == len(known)
+    for found, one in zip(layers_found, known, strict=True):
+        if isinstance(one, tuple):
+            assert_layer(found, *one, rtol)
+            continue
+        np.testing.assert_array_equal(found.count, one.count)
+        assert_layer(found, one.mean, one.variance, rtol)
+
+
+def assert_exact(stats, build, model, x, rtol=1e-4):
+    """Compare with one batch in training mode, in float64."""
+    [expected] = in_training(build, model, x, [slice(None)])
+    assert_statistics(stats, expected, rtol, model)
+
+
+def normal(*shape, seed=0, loc=0.0, scale=1.0):
+    """Random numbers."""
+    return np.random.default_rng(seed).normal(loc, scale, shape).astype("float32")
+
+
+def three_levels(bn=layers.BatchNormalization):
+    """Three dense layers, each with batch norm."""
+    parts = [part for _ in range(3) for part in (layers.Dense(6, "tanh"), bn())]
+    return keras.Sequential([keras.Input((4,)), *parts])
+
+
+def varied(samples=400):
+    """Samples that differ in place and spread, so that each of them counts."""
+    rng = np.random.default_rng(5)
+    spread = rng.uniform(0.1, 4, (samples, 1))
+    return (spread * rng.normal(size=(samples, 4)) + spread).astype("float32")
+
+
+# Data in another order, or other data, in every pass.

@@ -14,7 +14,6 @@ import networks
 import numpy as np
 import pytest
 from keras import layers
-from sweep.test_run import SAMPLES, Looped, assert_stats, pooled
 
 import tfbn
 from tfbn.models.keras_models import batch_norm_layers
@@ -30,6 +29,7 @@ from apache_beam.transforms.window import FixedWindows, TimestampedValue  # noqa
 import tfbn.beam  # noqa: E402
 from tfbn.sweep.processes import make_replica  # noqa: E402
 
+SAMPLES = 37
 PROCESSES = {"direct_num_workers": 2, "direct_running_mode": "multi_processing"}
 THREADS = {"direct_num_workers": 4, "direct_running_mode": "multi_threading"}
 # As for Flink and Spark: a job for a server, whose workers are in this process here.
@@ -111,10 +111,10 @@ def test_exact_is_one_batch_in_training_mode(build, run, saved):
     model, path, x = saved(build)
     [expected] = networks.in_training(build, model, x, [slice(None)])
     stats = run(examples(x), tfbn.beam.Collect(path, method="exact", batch_size=4))
-    assert_stats(stats, model, expected)
+    networks.assert_statistics(stats, expected, model=model)
     assert stats.samples == SAMPLES and stats.batch_size <= 4
     stats = run(batches(x, 16, 1, 20)[0], tfbn.beam.Collect(path, method="exact"))
-    assert_stats(stats, model, expected)
+    networks.assert_statistics(stats, expected, model=model)
     assert (stats.batches, stats.batch_size, stats.samples) == (3, 20, SAMPLES)
     # Complete, of this model's weights, and with what it held.
     before = tfbn.PopulationStats.read(model)
@@ -135,13 +135,13 @@ def test_one_pass_to_its_definition(build, method, run, saved):
     in_batches = networks.in_training(build, model, x, slices)
     for bn, found in zip(networks.batch_norms(model), zip(*in_batches, strict=True), strict=True):
         if method == "pooled":
-            expected.append(pooled(sizes, found))
+            expected.append(networks.pooled(sizes, found))
             continue
         m = sizes[:, None] * (stats[paths[id(bn)]].count // SAMPLES)
         means, variances = (np.stack(v) for v in zip(*found, strict=True))
         weights = sizes / SAMPLES
         expected.append((weights @ means, weights @ (variances * m / (m - 1))))
-    assert_stats(stats, model, expected, rtol=1e-5)
+    networks.assert_statistics(stats, expected, rtol=1e-5, model=model)
     assert (stats.batches, stats.batch_size, stats.samples) == (3, 19, SAMPLES)
 
 
@@ -149,7 +149,7 @@ def test_pooled_over_examples_pools_the_batches_that_they_fill(run):
     model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
     x = networks.data(model, SAMPLES).astype("float64")  # As Keras does it: cast to float32.
     stats = run(examples(x), tfbn.beam.Collect(lambda: model, batch_size=5))
-    assert_stats(stats, model, [(x.mean(0), x.var(0))], rtol=1e-5)
+    networks.assert_statistics(stats, [(x.mean(0), x.var(0))], rtol=1e-5, model=model)
     assert stats.samples == SAMPLES and stats.batch_size <= 5
 
 
@@ -177,12 +177,14 @@ def test_layers_go_by_their_paths_where_the_pipeline_was_built(run, processes, t
     assert list(stats) == list(stats.previous) == here
     assert elsewhere and here not in elsewhere
     stats = dict(zip(batch_norm_layers(model), stats.values(), strict=True))
-    assert_stats(stats, model, *networks.in_training(build, model, x, [slice(None)]))
+    networks.assert_statistics(
+        stats, *networks.in_training(build, model, x, [slice(None)]), model=model
+    )
 
 
 def test_exact_where_the_graph_cannot_be_cut(run):
     def load():
-        model = Looped()
+        model = networks.Looped()
         model(np.zeros((2, 3, 4)))
         return model
 
@@ -251,11 +253,13 @@ def test_targets_are_dropped(run, saved):
     model, path, x = saved()
     expected = networks.in_training(networks.plain, model, x, [slice(None)])
     pairs = [(one, number) for number, one in enumerate(examples(x))]
-    assert_stats(
-        run(pairs, tfbn.beam.Collect(path, method="exact", batch_size=6)), model, *expected
+    networks.assert_statistics(
+        run(pairs, tfbn.beam.Collect(path, method="exact", batch_size=6)), *expected, model=model
     )
     weighted = [(x, np.ones(SAMPLES), np.ones(SAMPLES))]
-    assert_stats(run(weighted, tfbn.beam.Collect(path, method="exact")), model, *expected)
+    networks.assert_statistics(
+        run(weighted, tfbn.beam.Collect(path, method="exact")), *expected, model=model
+    )
 
 
 def test_windows_are_joined(run, saved):
@@ -267,7 +271,9 @@ def test_windows_are_joined(run, saved):
             return late | beam.WindowInto(FixedWindows(1))
 
     stats = run(examples(x), tfbn.beam.Collect(path, method="exact", batch_size=4), before=Spread())
-    assert_stats(stats, model, *networks.in_training(networks.plain, model, x, [slice(None)]))
+    networks.assert_statistics(
+        stats, *networks.in_training(networks.plain, model, x, [slice(None)]), model=model
+    )
 
 
 def test_frozen_layers_only_if_wanted(run, saved):
@@ -290,7 +296,9 @@ def test_workers_share_the_data_and_load_the_model_once(options, run, saved, tmp
         return keras.models.load_model(path)
 
     stats = run(examples(x), tfbn.beam.Collect(load, method="exact", batch_size=4), **options)
-    assert_stats(stats, model, *networks.in_training(networks.plain, model, x, [slice(None)]))
+    networks.assert_statistics(
+        stats, *networks.in_training(networks.plain, model, x, [slice(None)]), model=model
+    )
     assert stats.samples == SAMPLES
     loads = [os.path.basename(name).split("-")[1] for name in glob.glob(f"{tmp_path}/load-*")]
     assert loads.count(str(os.getpid())) == 1  # To learn of the levels.
@@ -338,7 +346,9 @@ def test_a_bundle_that_is_tried_again_counts_once(method, run, saved, tmp_path, 
         assert set(calls) == {1, 2, 3}
         sizes, slices = [SAMPLES], [slice(None)]
     in_batches = networks.in_training(networks.plain, model, x, slices)
-    assert_stats(stats, model, [pooled(sizes, f) for f in zip(*in_batches, strict=True)])
+    networks.assert_statistics(
+        stats, [networks.pooled(sizes, f) for f in zip(*in_batches, strict=True)], model=model
+    )
 
 
 # What goes wrong.

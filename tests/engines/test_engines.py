@@ -59,16 +59,6 @@ def saved(tmp_path):
     return model, tmp_path / "model.keras", x, [(str(tmp_path / "x.npy"), *b) for b in bounds]
 
 
-def assert_same(stats, expected, tolerance):
-    """Compare two statistics, the mean in units of the standard deviation."""
-    assert stats.samples == expected.samples == SAMPLES
-    for path, known in expected.items():
-        found, std = stats[path], np.sqrt(known.variance)
-        np.testing.assert_array_equal(found.count, known.count)
-        np.testing.assert_allclose(found.mean / std, known.mean / std, rtol=0, atol=tolerance)
-        np.testing.assert_allclose(found.variance, known.variance, rtol=tolerance)
-
-
 @pytest.mark.parametrize("method", ["exact", "pooled"])
 def test_the_same_as_in_one_process(method, any_map, saved):
     model, path, x, shards = saved
@@ -82,10 +72,12 @@ def test_the_same_as_in_one_process(method, any_map, saved):
         verbose=0,
     )
     if method == "exact":
-        assert_same(stats, tfbn.collect(model, x, verbose=0), 1e-6)
+        networks.assert_statistics(stats, tfbn.collect(model, x, verbose=0), 1e-6)
     else:
         batches = (x[start:end] for _, start, end in shards if start < end)
-        assert_same(stats, tfbn.collect(model, batches, method=method, verbose=0), 1e-12)
+        networks.assert_statistics(
+            stats, tfbn.collect(model, batches, method=method, verbose=0), 1e-12
+        )
     assert stats.batches == 3
 
 
@@ -116,7 +108,7 @@ def test_a_worker_that_is_killed_while_it_sweeps(any_map, saved, tmp_path):
     deadly = work.Deadly(tmp_path / "log", 4, shards[-1])
     stats = tfbn.collect_shards(path, shards, map=any_map, load=deadly, verbose=0)
     assert len(deadly.log.read_text().split()) == 4  # Of three levels, the second twice.
-    assert_same(stats, tfbn.collect(model, x, verbose=0), 1e-6)
+    networks.assert_statistics(stats, tfbn.collect(model, x, verbose=0), 1e-6)
 
 
 def test_the_example(engine, monkeypatch, tmp_path, capsys):

@@ -3,15 +3,23 @@
 `fit` is the oracle: a layer notes what enters the network, in a model that runs eagerly.
 """
 
+import itertools
+
 import keras
+import networks
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras import layers
 
 import tfbn
 
 ROWS, SIZE = 10, 4
+
+
 X = np.random.default_rng(0).normal(3, 2, (ROWS, 3)).astype("float32")
+
+
 Y = np.zeros((ROWS, 1), "float32")
 
 
@@ -211,3 +219,234 @@ def test_the_callback_reads_what_fit_reads():
     [stats] = callback.stats.values()
     expected = np.column_stack([X[:, 0], X[:, 1].astype("int64")])
     np.testing.assert_allclose(stats.mean, expected.mean(0), rtol=1e-5)
+
+
+class Pairs(keras.utils.PyDataset):
+    """Batches of six, with targets."""
+
+    def __init__(self, x, endless=False):
+        super().__init__()
+        self.x, self.endless, self.epochs = x, endless, 0
+
+    @property
+    def num_batches(self):
+        """Six a batch."""
+        return None if self.endless else -(-len(self.x) // 6)
+
+    def __getitem__(self, i):
+        """Batch `i`."""
+        i %= -(-len(self.x) // 6)
+        return self.x[6 * i : 6 * i + 6], np.zeros(6)
+
+    def on_epoch_end(self):
+        """Count."""
+        self.epochs += 1
+
+
+def kinds_of_pairs(x):
+    """The same data in batches of six, as everything that `fit` takes."""
+    y, w = np.zeros(len(x)), np.ones(len(x))
+    pieces = [x[i : i + 6] for i in range(0, len(x), 6)]
+    dataset = tf.data.Dataset.from_tensor_slices
+    return {
+        "numpy": (x, {"batch_size": 6}),
+        "tensor": (tf.constant(x), {"batch_size": 6}),
+        "float64": (x.astype("float64"), {"batch_size": 6}),
+        "dataset": (dataset(x).batch(6), {}),
+        "dataset xy": (dataset((x, y)).batch(6), {}),
+        "dataset xyw": (dataset((x, y, w)).batch(6), {}),
+        "endless dataset": (dataset((x, y)).batch(6).repeat(), {"steps": len(pieces)}),
+        "unknown length": (dataset(x).batch(6).filter(lambda _: True), {}),
+        "pydataset": (Pairs(x), {}),
+        "endless pydataset": (Pairs(x, endless=True), {"steps": len(pieces)}),
+        "generator": ((piece for piece in pieces), {}),
+        "generator xy": (((piece, np.zeros(len(piece))) for piece in pieces), {}),
+        "endless generator": (itertools.cycle(pieces), {"steps": len(pieces)}),
+    }
+
+
+@pytest.mark.quick(2)
+@pytest.mark.filterwarnings("ignore:A one-pass sweep")
+@pytest.mark.parametrize("method", ["pooled", "exact"])
+@pytest.mark.parametrize("kind", kinds_of_pairs(np.zeros((12, 2))))
+def test_any_data_that_fit_takes(kind, method):
+    model = keras.Sequential(
+        [keras.Input((3,)), layers.BatchNormalization(), layers.ReLU(), layers.BatchNormalization()]
+    )
+    x = networks.data(model, 40)  # The last of seven batches has four samples.
+    source, options = kinds_of_pairs(x)[kind]
+    stats = tfbn.collect(model, source, method=method, verbose=0, **options)
+    first, _ = stats.values()
+    assert (stats.samples, stats.batches, stats.batch_size) == (40, 7, 6)
+    assert first.count == 40
+    np.testing.assert_allclose(first.mean, x.astype("d").mean(0), rtol=1e-5)
+    np.testing.assert_allclose(first.variance, x.astype("d").var(0), rtol=1e-5)
+
+
+class OfRagged(keras.Model):
+    """Batch norm over the values of a ragged tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = layers.BatchNormalization()
+        self.bn.build((None, 1))
+
+    def call(self, inputs, training=None):
+        """Normalised values."""
+        return self.bn(tf.cast(inputs.flat_values, tf.float32)[:, None], training=training)
+
+
+@pytest.mark.parametrize("method", ["exact", "pooled"])
+def test_a_ragged_last_batch(method):
+    rows = [list(range(i % 5 + 1)) for i in range(23)]
+    dataset = tf.data.Dataset.from_tensor_slices(tf.ragged.constant(rows, dtype=tf.float32))
+    model = OfRagged()
+    model(tf.ragged.constant(rows, dtype=tf.float32))
+    [found] = tfbn.collect(model, dataset.batch(5), method=method, verbose=0).values()
+    values = np.concatenate(rows).astype("d")
+    assert found.count == len(values)
+    networks.assert_layer(found, values.mean(), values.var())
+
+
+@pytest.mark.parametrize("memory_limit", [0, 100])
+@pytest.mark.parametrize("kind", ["ragged", "sparse"])
+def test_ragged_and_sparse_data_may_shuffle_too(kind, memory_limit):
+    if kind == "ragged":
+        rows = [list(range(i % 5 + 1)) for i in range(23)]
+        x, model = tf.ragged.constant(rows, dtype=tf.float32), OfRagged()
+        values = np.concatenate(rows)[:, None].astype("d")
+    else:
+        dense = networks.normal(23, 6) * (np.random.default_rng(1).uniform(size=(23, 6)) < 0.4)
+        x, model = tf.sparse.from_dense(dense), OfSparse()
+        values = dense.astype("d") @ model.kernel.numpy()
+    deep = Deep(model)
+    deep(x)
+    dataset = tf.data.Dataset.from_tensor_slices(x).shuffle(23).batch(5)
+    first, second = tfbn.collect(deep, dataset, memory_limit=memory_limit, verbose=0).values()
+    assert first.count == second.count == len(values)
+    networks.assert_layer(first, values.mean(0), values.var(0))
+    np.testing.assert_allclose(second.variance, values.var(0) / (values.var(0) + 1e-3), rtol=1e-4)
+
+
+class Deep(keras.Model):
+    """Batch norm over what another model gives."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.bn = model, layers.BatchNormalization()
+
+    def call(self, x, training=None):
+        """Normalised twice."""
+        return self.bn(self.model(x, training=training), training=training)
+
+
+class OfSparse(keras.Model):
+    """Batch norm over a product with a sparse tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = layers.BatchNormalization()
+        self.bn.build((None, 2))
+        self.kernel = tf.constant(networks.normal(6, 2))
+
+    def call(self, inputs, training=None):
+        """Normalised products."""
+        return self.bn(tf.sparse.sparse_dense_matmul(inputs, self.kernel), training=training)
+
+
+@pytest.mark.parametrize("method", ["exact", "pooled"])
+def test_a_sparse_last_batch(method):
+    x = networks.normal(23, 6) * (np.random.default_rng(1).uniform(size=(23, 6)) < 0.4)
+    dataset = tf.data.Dataset.from_tensor_slices(tf.sparse.from_dense(x)).batch(5)
+    model = OfSparse()
+    model(tf.sparse.from_dense(x))
+    stats = tfbn.collect(model, dataset, method=method, verbose=0)
+    [found] = stats.values()
+    values = x.astype("d") @ model.kernel.numpy()
+    assert (found.count, stats.samples) == (23, 23)
+    networks.assert_layer(found, values.mean(0), values.var(0))
+
+
+class OfGraphs(keras.Model):
+    """One step of message passing, with batch norm over nodes and over edges."""
+
+    def __init__(self):
+        super().__init__()
+        self.nodes, self.edges = layers.BatchNormalization(), layers.BatchNormalization()
+        self.message = layers.Dense(3)
+
+    def call(self, inputs, training=None):
+        """Sums of messages, scaled."""
+        nodes = self.nodes(inputs["nodes"], training=training)
+        sent = self.message(tf.gather(nodes, inputs["edges"][:, 0]))
+        sent = self.edges(sent * inputs["scale"], training=training)
+        return tf.math.unsorted_segment_sum(sent, inputs["edges"][:, 1], tf.shape(nodes)[0])
+
+
+def graph_batches(count=6):
+    """Graphs of about ten nodes and 25 edges, and a scalar."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        edges = rng.integers(0, 10 + i, (25 - i, 2)).astype("int32")
+        nodes = rng.normal(i, 1, (10 + i, 3)).astype("f")
+        yield {"nodes": nodes, "edges": edges, "scale": np.float32(1 + i / 10)}
+
+
+@pytest.mark.parametrize("memory_limit", [0, 10**9])
+def test_graphs_with_other_numbers_of_nodes_and_edges_and_a_scalar(memory_limit):
+    model = OfGraphs()
+    parts = list(graph_batches())
+    model(parts[0])
+
+    class Repeatable:
+        def __iter__(self):
+            return iter(parts)
+
+    stats = tfbn.collect(model, Repeatable(), memory_limit=memory_limit, verbose=0)
+    nodes = np.concatenate([part["nodes"] for part in parts]).astype("d")
+    found = stats[model.nodes.name]
+    networks.assert_layer(found, nodes.mean(0), nodes.var(0))
+    kernel, bias = (w.numpy().astype("d") for w in model.message.weights)
+    sent = []
+    for part in parts:
+        normed = (part["nodes"] - nodes.mean(0)) / np.sqrt(nodes.var(0) + 1e-3)
+        sent.append((normed[part["edges"][:, 0]] @ kernel + bias) * part["scale"])
+    sent = np.concatenate(sent)
+    assert stats[model.edges.name].count == len(sent)
+    networks.assert_layer(stats[model.edges.name], sent.mean(0), sent.var(0))
+
+
+def test_pandas_frames():
+    pandas = pytest.importorskip("pandas")
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
+    x = networks.normal(23, 3, loc=4)
+    [found] = tfbn.collect(model, pandas.DataFrame(x), verbose=0).values()
+    networks.assert_layer(found, x.astype("d").mean(0), x.astype("d").var(0))
+
+
+def test_jax_arrays():
+    jax = pytest.importorskip("jax")
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
+    x = networks.normal(23, 3, loc=4)
+    [found] = tfbn.collect(model, jax.numpy.asarray(x), verbose=0).values()
+    networks.assert_layer(found, x.astype("d").mean(0), x.astype("d").var(0))
+
+
+def test_torch_loaders():
+    torch = pytest.importorskip("torch")
+    model = networks.three_levels()
+    x = networks.varied(50)
+    loader = torch.utils.data.DataLoader(torch.tensor(x), batch_size=8, shuffle=True)
+    stats = tfbn.collect(model, loader, memory_limit=0, verbose=0)
+    networks.assert_exact(stats, networks.three_levels, model, x, rtol=1e-5)
+
+
+@pytest.mark.parametrize("memory_limit", [0, 10**9])
+def test_grain_loaders(memory_limit):
+    grain = pytest.importorskip("grain")
+    model = networks.three_levels()
+    x = networks.varied(50)
+    loader = grain.MapDataset.source(list(x)).shuffle(seed=1).batch(8)
+    for source in (loader, loader.to_iter_dataset()):
+        stats = tfbn.collect(model, source, memory_limit=memory_limit, verbose=0)
+        networks.assert_exact(stats, networks.three_levels, model, x, rtol=1e-5)

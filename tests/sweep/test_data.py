@@ -1,10 +1,16 @@
 """Tests of `tfbn.sweep.data` beyond what the sweep's tests cover with whole sweeps."""
 
+import itertools
+import sys
+
 import keras
+import networks
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras import layers
 
+import tfbn
 from tfbn.sweep import data
 from tfbn.sweep.options import SweepOptions
 
@@ -180,3 +186,77 @@ def test_what_can_be_read_again():
 
     for x, repeatable in ((Held(), False), (Made(), True), (iter([]), False), ([[1.0]], True)):
         assert data.batches(x, SweepOptions(), may_be_empty=True).repeatable is repeatable
+
+
+class Endless:
+    """It says that it repeats, as Grain does."""
+
+    def __len__(self):
+        return sys.maxsize
+
+    def __iter__(self):
+        return itertools.repeat(np.ones((4, 3), "float32"))
+
+
+def test_complex_numbers_are_an_error():
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
+    with pytest.raises(RuntimeError, match=r"Expected real numbers. Received: .* complex64"):
+        tfbn.collect(model, np.ones((8, 3), "complex64"), verbose=0)
+
+
+def test_endless_data_with_steps():
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
+    [stats] = tfbn.collect(model, Endless(), steps=5, verbose=0).values()
+    assert stats.count == 20
+
+
+@pytest.mark.parametrize("method", ["exact", "pooled"])
+def test_data_without_a_batch_axis_is_refused(method):
+    images = networks.normal(12, 8, 8, 3)
+    model = networks.plain(layers.BatchNormalization)
+    unbatched = tf.data.Dataset.from_tensor_slices(images)
+    for x in (unbatched, iter(images), tf.data.Dataset.from_tensor_slices((images, np.zeros(12)))):
+        with pytest.raises(ValueError, match=r"no batch axis|batch 0"):
+            tfbn.collect(model, x, method=method, verbose=0)
+    gray = keras.Sequential([keras.Input((8, 8, 1)), layers.BatchNormalization()])
+    with pytest.raises(ValueError, match=r"no batch axis|batch 0"):
+        tfbn.collect(gray, unbatched.map(lambda v: v[..., 0]), method=method, verbose=0)
+    vectors = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
+    with pytest.raises(ValueError, match=r"no batch axis|batch 0"):
+        tfbn.collect(
+            vectors,
+            tf.data.Dataset.from_tensor_slices(networks.normal(9, 3)),
+            method=method,
+            verbose=0,
+        )
+    two = networks.branching(layers.BatchNormalization)
+    single = tf.data.Dataset.from_tensor_slices(
+        {"a": networks.normal(9, 5), "b": networks.normal(9, 3)}
+    )
+    with pytest.raises(ValueError, match=r"no batch axis|batch 0"):
+        tfbn.collect(two, single, method=method, verbose=0)
+
+
+def test_inputs_that_lack_the_last_axis_of_one_are_taken_as_fit_takes_them():
+    model = keras.Sequential([keras.Input((1,)), layers.BatchNormalization()])
+    x = networks.normal(20, loc=3)
+    [found] = tfbn.collect(
+        model, tf.data.Dataset.from_tensor_slices(x).batch(6), verbose=0
+    ).values()
+    assert found.count == 20
+    networks.assert_layer(found, x.astype("d").mean(), x.astype("d").var())
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_list_of_batches_is_told_from_several_inputs(kind):
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
+    with pytest.raises(ValueError, match="one array, for a model with one input"):
+        tfbn.collect(model, kind([networks.normal(6, 3), networks.normal(6, 3)]), verbose=0)
+    a, b = keras.Input((3,)), keras.Input((3,))
+    bn = layers.BatchNormalization()
+    two = keras.Model([a, b], bn(layers.Add()([a, b])))
+    x = [networks.normal(6, 3), networks.normal(6, 3, seed=1)]
+    [found] = tfbn.collect(two, kind(x), verbose=0).values()
+    networks.assert_layer(
+        found, (x[0].astype("d") + x[1]).mean(0), (x[0].astype("d") + x[1]).var(0)
+    )

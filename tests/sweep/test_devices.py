@@ -34,14 +34,6 @@ def on_devices(strategy, build):
     return model, alone
 
 
-def assert_equal(a, b, rtol=1e-6):
-    """The same statistics, the means in units of the standard deviation."""
-    for ours, theirs in zip(a.values(), b.values(), strict=True):
-        assert ours.count == theirs.count
-        assert np.all(np.abs(ours.mean - theirs.mean) <= rtol * np.sqrt(theirs.variance))
-        np.testing.assert_allclose(ours.variance, theirs.variance, rtol=rtol)
-
-
 # Several devices.
 
 
@@ -57,7 +49,7 @@ def test_two_devices_give_what_one_gives(build, method, two_devices):
     for batch_size in (16, 37):  # A remainder of 5; a single batch, so one device has nothing.
         options = {"method": method, "batch_size": batch_size, "verbose": 0}
         found = tfbn.collect(model, x, **options)
-        assert_equal(found, tfbn.collect(alone, x, **options))
+        networks.assert_statistics(found, tfbn.collect(alone, x, **options), 1e-6)
         assert found.samples == 37
     if method == "exact":
         [expected] = networks.in_training(build, alone, x, [slice(None)])
@@ -105,7 +97,8 @@ def test_a_distributed_dataset_comes_in_the_batches_of_the_replicas(method, two_
     found = tfbn.collect(
         model, two_devices.experimental_distribute_dataset(dataset), method=method, verbose=0
     )
-    assert_equal(found, tfbn.collect(alone, iter(parts), method=method, verbose=0))
+    expected = tfbn.collect(alone, iter(parts), method=method, verbose=0)
+    networks.assert_statistics(found, expected, 1e-6)
     assert found.batches == len(parts) and found.samples == sum(map(len, parts))
 
 
@@ -121,10 +114,8 @@ def test_a_distributed_dataset_that_does_not_end(two_devices):
 
 @pytest.mark.parametrize("eager", [False, True])
 def test_two_devices_where_the_graph_cannot_be_cut(eager, two_devices):
-    from test_run import Looped
-
     with two_devices.scope():
-        model = Looped()
+        model = networks.Looped()
         model(np.zeros((2, 3, 4)))
     model.run_eagerly = eager
     x = np.random.default_rng(0).normal(3, 2, size=(20, 3, 4)).astype("f")
@@ -278,7 +269,8 @@ def test_two_workers_agree_on_what_one_process_finds(tmp_path):
             def batches(parts=parts):
                 yield from parts
 
-            assert_equal(a, tfbn.collect(model, batches(), method=method, verbose=0))
+            alone = tfbn.collect(model, batches(), method=method, verbose=0)
+            networks.assert_statistics(a, alone, 1e-6)
             assert (a.samples, a.batches, a.batch_size) == (50, len(parts), 16)
             np.testing.assert_allclose(
                 one,

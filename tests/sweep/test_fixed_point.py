@@ -1,9 +1,16 @@
 """Tests of the passes over networks that cannot be cut at levels."""
 
+import warnings
+
+import keras
+import networks
 import numpy as np
 import pytest
+import tensorflow as tf
+from keras import layers, ops
 from states import FIRST, SECOND, begun, swept, values
 
+import tfbn
 from tfbn.sweep.fixed_point import FixedPoint
 
 
@@ -39,3 +46,122 @@ def test_a_constant_channel_settles_but_for_rounding():
     state = swept(begun(fixed_point=FixedPoint()), [(FIRST, x)]).next_level()
     assert swept(state, [(FIRST, x * (1 + 1e-9))]).next_level().complete
     assert not swept(state, [(FIRST, x + 0.1)]).next_level().complete
+
+
+def test_exact_for_a_layer_that_is_called_on_its_own_output():
+    shared = layers.BatchNormalization()
+    inputs = keras.Input((3,))
+    x = shared(inputs)
+    model = keras.Model(inputs, shared(x * x))
+    values = np.random.default_rng(0).normal(1, 2, size=(21, 3)).astype("f")
+    stats = tfbn.collect(model, values, method="exact", batch_size=4, verbose=0)
+    first = values.astype(np.float64)
+    second = ((first - first.mean(0)) / np.sqrt(first.var(0) + 1e-3)) ** 2
+    both = np.concatenate([first, second])
+    np.testing.assert_allclose(stats[shared.name].mean, both.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(stats[shared.name].variance, both.var(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_exact_where_the_graph_cannot_be_cut(eager):
+    model = networks.Looped()
+    x = np.random.default_rng(0).normal(3, 2, size=(20, 3, 4)).astype("f")
+    model(x)
+    model.compile(run_eagerly=eager)
+    stats = tfbn.collect(model, x, method="exact", batch_size=3, verbose=0)
+    first = x.astype(np.float64)
+    mean, variance = first.mean((0, 1)), first.var((0, 1))
+    np.testing.assert_allclose(stats[model.first.name].mean, mean, rtol=1e-5)
+    np.testing.assert_allclose(stats[model.first.name].variance, variance, rtol=1e-5)
+    second = (first - mean) / np.sqrt(variance + 1e-3)
+    assert stats[model.bn.name].count == 60
+    np.testing.assert_allclose(stats[model.bn.name].mean, second.mean((0, 1)), atol=1e-5)
+    np.testing.assert_allclose(stats[model.bn.name].variance, second.var((0, 1)), rtol=1e-5)
+
+
+class Recurrent(keras.Model):
+    """Batch norm in a while loop, whose output goes into its next input."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = layers.BatchNormalization()
+
+    def call(self, inputs, training=None):
+        """h = bn(relu(h) + part) over three parts."""
+
+        def body(i, h):
+            return i + 1, self.bn(tf.nn.relu(h) + inputs[:, i], training=training)
+
+        return tf.while_loop(lambda i, _: i < 3, body, [0, tf.zeros_like(inputs[:, 0])])[1]
+
+
+def test_a_loop_that_feeds_a_layers_output_back_to_it_has_no_exact_statistics():
+    model = Recurrent()
+    x = np.random.default_rng(0).normal(3, 2, size=(20, 3, 4)).astype("f")
+    model(x)
+    with pytest.raises(ValueError, match=rf"{model.bn.name}'.*loop that feeds.*method='pooled'"):
+        tfbn.collect(model, x, method="exact", verbose=0)
+    h, seen = np.zeros((20, 4)), []
+    for i in range(3):
+        seen.append(np.maximum(h, 0) + x[:, i])
+        h = (seen[-1] - seen[-1].mean(0)) / np.sqrt(seen[-1].var(0) + 1e-3)
+    [stats] = tfbn.collect(model, x, method="pooled", verbose=0).values()
+    np.testing.assert_allclose(stats.mean, np.mean(seen, (0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(stats.variance, np.concatenate(seen).var(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["pooled", "exact"])
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_loop_keeps_precision_far_from_zero(method, eager):
+    model = networks.Looped()
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(200, 3, 4)) + 1e4).astype("f")
+    model(x)
+    model.run_eagerly = eager
+    model.first.trainable = False  # Passes on what enters, less 1/2000.
+    [stats] = tfbn.collect(model, x, method=method, batch_size=50, verbose=0).values()
+    entered = x.astype("d") / np.sqrt(1 + 1e-3)
+    np.testing.assert_allclose(stats.mean, entered.mean((0, 1)), rtol=1e-6)
+    # The values themselves are float32, and 1e4 away from zero.
+    np.testing.assert_allclose(stats.variance, entered.var((0, 1)), rtol=1e-3)
+
+
+class Cell(layers.Layer):
+    """A recurrent cell with batch norm over its input and its state."""
+
+    def __init__(self, bn=layers.BatchNormalization, **options):
+        super().__init__(**options)
+        self.state_size = 3
+        self.kernel, self.bn = layers.Dense(3), bn()
+
+    def build(self, shape):
+        """Both parts."""
+        self.kernel.build(shape)
+        self.bn.build((None, 3))
+
+    def call(self, x, states, training=None):
+        """tanh(bn(W x + h))."""
+        h = ops.tanh(self.bn(self.kernel(x) + states[0], training=training))
+        return h, [h]
+
+
+@pytest.mark.parametrize("unroll", [True, False])
+def test_batch_norm_in_a_recurrent_cell(unroll):
+    model = keras.Sequential([keras.Input((3, 4)), layers.RNN(Cell(), unroll=unroll)])
+    x = networks.normal(50, 3, 4, loc=1)
+    if not unroll:
+        with pytest.raises(ValueError, match="loop that feeds its output back"):
+            tfbn.collect(model, x, verbose=0)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # The calls differ.
+        [found] = tfbn.collect(model, x, batch_size=7, verbose=0).values()
+    cell = model.layers[0].cell
+    kernel, bias = (w.numpy().astype("d") for w in cell.kernel.weights)
+    h, seen = np.zeros((50, 3)), []
+    for i in range(3):
+        seen.append(x[:, i].astype("d") @ kernel + bias + h)
+        h = np.tanh((seen[-1] - seen[-1].mean(0)) / np.sqrt(seen[-1].var(0) + 1e-3))
+    values = np.concatenate(seen)
+    assert found.count == 150
+    networks.assert_layer(found, values.mean(0), values.var(0), rtol=1e-4)

@@ -11,6 +11,8 @@ from keras import layers
 from tensorflow.python.framework import random_seed
 from tensorflow.python.ops import custom_gradient, gen_random_ops
 
+import tfbn
+from tfbn.sweep import network
 from tfbn.sweep.inference import Draws, inference
 
 
@@ -186,3 +188,171 @@ def test_variables_and_losses_keep_their_values():
         np.testing.assert_array_equal(layer(tf.ones([2])), [2, 2])
         assert scope.get_current_value(layer.calls) == 2
     assert layer.calls == 1 and layer.losses == losses and float(losses[0]) == 2
+
+
+def test_dropout_is_inactive():
+    bn = layers.BatchNormalization()
+    model = keras.Sequential(
+        [
+            keras.Input((3,)),
+            layers.Dropout(0.9),
+            layers.GaussianNoise(1.0),
+            bn,
+        ]
+    )
+    x = networks.data(model, 40)
+    [stats] = tfbn.collect(model, x, verbose=0).values()
+    np.testing.assert_allclose(stats.variance, x.astype("d").var(0), rtol=1e-5)
+
+
+def test_global_seed_sequence_is_not_consumed():
+    model = networks.plain(layers.BatchNormalization)
+    x = networks.data(model, 20)
+    draws = []
+    for sweep in (False, True):
+        tf.random.set_seed(7)
+        if sweep:
+            tfbn.collect(model, x, batch_size=20, verbose=0)
+        draws.append(tf.random.normal([3]).numpy())
+    np.testing.assert_array_equal(*draws)
+
+
+DRAWS = ["generator", "global", "tensorflow", "uniform", "truncated", "tf generator"]
+
+
+@pytest.mark.quick(2)
+@pytest.mark.parametrize("memory_limit", [0, 10**9])
+@pytest.mark.parametrize("how", DRAWS)
+def test_every_batch_draws_anew_and_two_sweeps_agree(how, memory_limit):
+    drawing = networks.Drawing(how)
+    model = keras.Sequential(
+        [keras.Input((8,)), drawing, layers.BatchNormalization(), layers.BatchNormalization()]
+    )
+    x = np.zeros((4000, 8), "f")  # All batches are equal but for their noise.
+    options = {"batch_size": 100, "memory_limit": memory_limit, "verbose": 0}
+    seeds = drawing.seeds.state.numpy(), drawing.generator.state.numpy()
+    one = tfbn.collect(model, x, **options)
+    two = tfbn.collect(model, x, **options)
+    pooled = tfbn.collect(model, x, method="pooled", batch_size=100, verbose=0)
+    assert one == two
+    first, second = one.values()
+    np.testing.assert_allclose(first.mean, 0, atol=0.08)
+    np.testing.assert_allclose(first.variance, 1, atol=0.12)
+    # The second layer sees the draws that the first one saw.
+    np.testing.assert_allclose(second.mean, 0, atol=1e-5)
+    np.testing.assert_allclose(second.variance, first.variance / (first.variance + 1e-3), rtol=1e-5)
+    np.testing.assert_allclose(next(iter(pooled.values())).variance, first.variance, rtol=1e-5)
+    np.testing.assert_array_equal(drawing.seeds.state, seeds[0])
+    np.testing.assert_array_equal(drawing.generator.state, seeds[1])
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_global_seeds_are_left_alone(eager):
+    draws = []
+    for sweep in (False, True):
+        model = keras.Sequential(
+            [
+                keras.Input((3,)),
+                networks.Drawing("global"),
+                networks.Drawing("tensorflow"),
+                tfbn.BatchNormalization(),
+            ]
+        )
+        model.run_eagerly = eager
+        keras.utils.clear_session()  # Before Keras 3.13 the seed alone leaves its generator be.
+        keras.utils.set_random_seed(5)
+        if sweep:
+            tfbn.collect(model, np.zeros((20, 3), "f"), verbose=0)
+        draws.append([keras.random.normal([3]).numpy(), tf.random.normal([3]).numpy()])
+    np.testing.assert_array_equal(*draws)
+
+
+class Dropping(keras.Model):
+    """Dropout that is active in inference too, Monte Carlo dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = layers.Dropout(0.5, seed=1)
+        self.bn = layers.BatchNormalization()
+
+    def call(self, x, training=None):
+        """Dropout, then batch norm."""
+        return self.bn(self.drop(x, training=True), training=training)
+
+
+def test_dropout_called_with_training_true():
+    model = Dropping()
+    x = np.ones((4000, 4), "f")
+    model(x[:1])
+    seed = model.drop.seed_generator.state.numpy()
+    options = {"batch_size": 100, "memory_limit": 0, "verbose": 0}
+    [found] = tfbn.collect(model, x, **options).values()
+    np.testing.assert_allclose(found.mean, 1, atol=0.1)  # 0 and 2, each half of the time.
+    np.testing.assert_allclose(found.variance, 1, atol=0.02)
+    [again] = tfbn.collect(model, x, **options).values()
+    np.testing.assert_array_equal(found.mean, again.mean)
+    np.testing.assert_array_equal(model.drop.seed_generator.state, seed)
+
+
+def traced_paths(model):
+    """The paths of the layers of the traces that a model keeps."""
+    _, traces = network._traces[model]
+    return {call.site.path for kept in traces.values() for trace in kept for call in trace.calls}
+
+
+@pytest.mark.slow
+def test_another_thread_keeps_its_numbers_and_the_sweep_its_own():
+    def build(bn=layers.BatchNormalization):
+        return keras.Sequential(
+            [keras.Input((6, 4)), layers.GRU(5, return_sequences=True), bn(), layers.Dense(3), bn()]
+        )
+
+    model = build()
+    x = networks.normal(30, 6, 4, loc=2, scale=3)
+    expected = tfbn.collect(model, x, verbose=0)
+    alone = model.predict(x, verbose=0), model(x).numpy(), tf.function(model)(x).numpy()
+    wrong, rounds, done = [], [], threading.Event()
+
+    def work():
+        try:
+            while not done.is_set():
+                found = model.predict(x, verbose=0), model(x).numpy(), tf.function(model)(x).numpy()
+                wrong.extend(i for i in range(3) if not np.allclose(found[i], alone[i], 1e-4, 1e-5))
+                rounds.append(1)
+        except Exception as error:
+            wrong.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for number in range(4):
+            model.layers[-1].name = f"last_{number}"  # Another path: the sweep traces anew.
+            assert not any(f"last_{number}" in path for path in traced_paths(model))
+            stats = tfbn.collect(model, x, verbose=0)
+            for one, two in zip(stats.values(), expected.values(), strict=True):
+                np.testing.assert_allclose(one.mean, two.mean, rtol=1e-5, atol=1e-6)
+                np.testing.assert_allclose(one.variance, two.variance, rtol=1e-5)
+    finally:
+        done.set()
+        thread.join(120)
+    assert not wrong
+    assert rounds and not tf.config.functions_run_eagerly()
+
+
+@pytest.mark.parametrize("method", ["exact", "pooled"])
+@pytest.mark.parametrize("eager", [False, True])
+def test_losses_of_the_last_call_are_kept(method, eager):
+    model = keras.Sequential(
+        [
+            keras.Input((3,)),
+            layers.Dense(3, kernel_regularizer="l2"),
+            layers.ActivityRegularization(l1=0.1),
+            layers.BatchNormalization(),
+        ]
+    )
+    model.run_eagerly = eager
+    x = networks.normal(20, 3)
+    model(x, training=True)
+    before = [float(loss) for loss in model.losses]
+    tfbn.collect(model, x, method=method, verbose=0)
+    assert [float(loss) for loss in model.losses] == before and len(before) == 2

@@ -3,6 +3,7 @@
 import warnings
 
 import keras
+import networks
 import numpy as np
 import pytest
 from keras import layers
@@ -126,3 +127,64 @@ def test_warnings_are_about_the_line_that_sweeps(sweep):
     with pytest.warns(UserWarning, match="one-pass sweep over batches of 4") as caught:
         sweep(model, values(8, 0), method="pooled", batch_size=4, verbose=0)
     assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_renorm_sets_all_statistics():
+    if "renorm" not in layers.BatchNormalization().get_config():
+        pytest.skip("this Keras has no renorm")
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization(renorm=True)])
+    x = networks.data(model, 40)
+    before = model.get_weights()
+    stats = tfbn.update_population_stats(model, x, verbose=0)
+    v = x.astype(np.float64)
+    bn = model.layers[-1]
+    np.testing.assert_allclose(bn.moving_mean, v.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(bn.moving_variance, v.var(0), rtol=1e-5)
+    np.testing.assert_allclose(bn.moving_stddev, np.sqrt(v.var(0) + 1e-3), rtol=1e-5)
+    np.testing.assert_allclose(bn.renorm_mean, v.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(bn.renorm_stddev, np.sqrt(v.var(0) + 1e-3), rtol=1e-5)
+    stats.previous.assign(model)
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_small_batches_are_warned_of_only_where_they_matter():
+    deep = networks.plain(layers.BatchNormalization)
+    x = networks.data(deep, 20)
+    with pytest.warns(UserWarning, match="exact"):
+        tfbn.collect(deep, x, method="pooled", batch_size=8, verbose=0)
+    flat = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        tfbn.collect(deep, x, method="pooled", batch_size=16, verbose=0)
+        tfbn.collect(deep, x, method="exact", batch_size=2, verbose=0)
+        tfbn.collect(flat, networks.data(flat, 20), method="pooled", batch_size=2, verbose=0)
+
+
+def assert_same(before, after):
+    """To the bit."""
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_statistics_that_do_not_fit_the_variable():
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization(dtype="float32")])
+    x = networks.data(model, 40) * np.float32(1e25)  # The variance is beyond float32.
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=r"finite|Received"):
+        tfbn.update_population_stats(model, x, verbose=0)
+    assert_same(before, model.get_weights())
+
+
+def test_renorm_survives_save_load_and_assign(tmp_path):
+    if "renorm" not in layers.BatchNormalization().get_config():
+        pytest.skip("this Keras has no renorm")
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization(renorm=True)])
+    model.compile("sgd", "mse")
+    model.fit(networks.normal(64, 3, loc=2), networks.normal(64, 3), epochs=2, verbose=0)
+    before = model.get_weights()
+    stats = tfbn.update_population_stats(model, networks.normal(64, 3, loc=-5, scale=3), verbose=0)
+    stats.previous.save(tmp_path / "before.npz")
+    tfbn.PopulationStats.load(tmp_path / "before.npz").assign(model)
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -6,6 +6,7 @@ import gc
 import itertools
 import multiprocessing
 import operator
+import os
 import pathlib
 import pickle
 import random
@@ -26,6 +27,8 @@ import tfbn
 from tfbn.models.keras_models import batch_norm_layers
 
 SPAWN = multiprocessing.get_context("spawn")
+
+
 SAMPLES = 24
 
 
@@ -50,19 +53,6 @@ def in_file(tmp_path, x, *ends):
     return [(str(tmp_path / "x.npy"), start, end) for start, end in itertools.pairwise(bounds)]
 
 
-def assert_same(stats, expected, tolerance):
-    """Compare two statistics, the mean in units of the standard deviation."""
-    assert len(stats) == len(expected)
-    for found, known in zip(stats.values(), expected.values(), strict=True):
-        np.testing.assert_array_equal(found.count, known.count)
-        std = np.sqrt(known.variance) + 1e-30
-        np.testing.assert_allclose(found.mean / std, known.mean / std, rtol=0, atol=tolerance)
-        np.testing.assert_allclose(found.variance, known.variance, rtol=tolerance)
-
-
-# What comes out.
-
-
 @pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "build",
@@ -72,7 +62,7 @@ def test_exact_is_that_of_all_data_whatever_the_shards(build):
     model = build(layers.BatchNormalization)
     x = networks.data(model, SAMPLES)
     stats = tfbn.collect_shards(model, cut(x, 0, 1, 9, 9), batch_size=4, verbose=0)
-    assert_same(stats, tfbn.collect(model, x, batch_size=8, verbose=0), 1e-6)
+    networks.assert_statistics(stats, tfbn.collect(model, x, batch_size=8, verbose=0), 1e-6)
     assert (stats.samples, stats.batches, stats.batch_size) == (SAMPLES, 7, 4)
     paths = {id(layer): path for path, layer in batch_norm_layers(model).items()}
     order = [paths[id(layer)] for layer in networks.batch_norms(model)]
@@ -89,6 +79,8 @@ def test_exact_is_that_of_all_data_whatever_the_shards(build):
 
 
 _small = networks.plain(layers.BatchNormalization)
+
+
 _x = networks.data(_small, SAMPLES)
 
 
@@ -96,7 +88,7 @@ _x = networks.data(_small, SAMPLES)
 @given(ends=st.lists(st.integers(0, SAMPLES), max_size=5), size=st.integers(2, 9))
 def test_any_cut_gives_the_same(ends, size):
     stats = tfbn.collect_shards(_small, cut(_x, *sorted(ends)), batch_size=size, verbose=0)
-    assert_same(stats, tfbn.collect(_small, _x, verbose=0), 1e-6)
+    networks.assert_statistics(stats, tfbn.collect(_small, _x, verbose=0), 1e-6)
     assert stats.samples == SAMPLES
 
 
@@ -127,7 +119,7 @@ def test_three_numbers_a_channel_go_to_a_shard_and_ten_come_back(tmp_path):
 def test_one_pass_methods_for_the_same_batches(method):
     stats = tfbn.collect_shards(_small, cut(_x, 8, 8, 20), method=method, batch_size=4, verbose=0)
     expected = tfbn.collect(_small, _x, method=method, batch_size=4, verbose=0)
-    assert_same(stats, expected, 1e-12)
+    networks.assert_statistics(stats, expected, 1e-12)
     assert (stats.samples, stats.batches) == (expected.samples, expected.batches)
 
 
@@ -159,7 +151,7 @@ def test_networks_that_need_whole_passes(kind, eager):
     expected = tfbn.collect(model, x, verbose=0)
     # The first shard is empty, and does not show that the network cannot be cut.
     stats = tfbn.collect_shards(model, cut(x, 0, 10, 17), batch_size=5, verbose=0)
-    assert_same(stats, expected, 1e-5 if kind is Cell else 1e-6)
+    networks.assert_statistics(stats, expected, 1e-5 if kind is Cell else 1e-6)
     if kind is networks.Looped:
         np.testing.assert_allclose(stats[model.first.name].mean, x.mean((0, 1)), rtol=1e-5)
 
@@ -186,7 +178,7 @@ def test_layers_that_are_frozen_by_call_are_left_alone(eager):
     model.compile(run_eagerly=eager)
     stats = tfbn.collect_shards(model, cut(x, 0, 10), verbose=0)
     assert list(stats) == [model.one.name, model.three.name]
-    assert_same(stats, tfbn.collect(model, x, verbose=0), 1e-6)
+    networks.assert_statistics(stats, tfbn.collect(model, x, verbose=0), 1e-6)
     every = tfbn.collect_shards(model, cut(x, 0, 10), include_frozen=True, verbose=0)
     assert len(every) == 3
 
@@ -199,7 +191,7 @@ def test_load_may_give_whatever_fit_takes(kind):
         "pairs": lambda x: tf.data.Dataset.from_tensor_slices((x, range(len(x)))).batch(5),
     }
     stats = tfbn.collect_shards(_small, cut(_x, 10, 10), load=kinds[kind], verbose=0)
-    assert_same(stats, tfbn.collect(_small, _x, verbose=0), 1e-6)
+    networks.assert_statistics(stats, tfbn.collect(_small, _x, verbose=0), 1e-6)
 
 
 def test_steps_are_those_of_every_shard():
@@ -212,9 +204,6 @@ def test_steps_are_those_of_every_shard():
         verbose=0,
     )
     assert (stats.samples, stats.batches) == (12, 4)
-
-
-# Random numbers and empty shards.
 
 
 def two_layers_behind_noise(how):
@@ -257,10 +246,7 @@ def test_empty_shards_in_any_place(order):
     ends = list(itertools.accumulate(order))[:-1]
     stats = tfbn.collect_shards(model, cut(x, *ends), verbose=0)
     assert list(stats) == [model.one.name, model.three.name]
-    assert_same(stats, tfbn.collect(model, x, verbose=0), 1e-6)
-
-
-# Where it runs.
+    networks.assert_statistics(stats, tfbn.collect(model, x, verbose=0), 1e-6)
 
 
 def shuffled(function, items):
@@ -287,7 +273,7 @@ def test_any_order_any_repetition_to_the_bit(any_map, method):
     options = {"method": method, "batch_size": 4, "verbose": 0}
     expected = tfbn.collect_shards(_small, cut(_x, 7, 13, 20), **options)
     stats = tfbn.collect_shards(_small, cut(_x, 7, 13, 20), map=any_map, **options)
-    assert_same(stats, expected, 0)
+    networks.assert_statistics(stats, expected, 0)
     assert (stats.samples, stats.batches) == (SAMPLES, expected.batches)
 
 
@@ -299,7 +285,7 @@ def test_in_other_processes_layers_go_by_the_names_they_have_here(pool, tmp_path
     stats = tfbn.collect_shards(
         source, in_file(tmp_path, x, 7, 7, 15), map=pool.map, load=work.slice_of, verbose=0
     )
-    assert_same(stats, tfbn.collect(model, x, verbose=0), 1e-6)
+    networks.assert_statistics(stats, tfbn.collect(model, x, verbose=0), 1e-6)
 
 
 def loads_and_traces(pool, tmp_path, shards, by_value):
@@ -311,7 +297,6 @@ def loads_and_traces(pool, tmp_path, shards, by_value):
     log.unlink()
 
     def load():
-        import os
 
         with open(loads, "a") as file:
             file.write(f"{os.getpid()}\n")
@@ -392,9 +377,6 @@ def test_one_progress_bar(capsys):
     out = capsys.readouterr().out
     assert out.count("Population statistics, exact") == 1
     assert out.count("\n") == 2 and "9/9" in out
-
-
-# What goes wrong.
 
 
 @pytest.fixture(autouse=True)
@@ -537,7 +519,71 @@ def test_a_worker_that_is_killed_while_it_sweeps(pool, tmp_path):  # The last, f
         options = {"load": deadly, "verbose": 0}
         stats = tfbn.collect_shards(tmp_path / "model.keras", shards, map=again, **options)
         assert len(deaths) >= 1
-        assert_same(stats, tfbn.collect(_small, _x, verbose=0), 1e-6)
+        networks.assert_statistics(stats, tfbn.collect(_small, _x, verbose=0), 1e-6)
         assert stats.samples == SAMPLES
         with pytest.raises(concurrent.futures.process.BrokenProcessPool):
             tfbn.collect_shards(tmp_path / "model.keras", shards, map=pool.map, **options)
+
+
+def shards_of(x, count=4):
+    """Parts of different sizes, the last of them empty."""
+    ends = np.linspace(0, 1, count) ** 2 * len(x)
+    return [x[int(a) : int(b)] for a, b in itertools.pairwise(ends)] + [x[:0]]
+
+
+def test_shards_give_what_one_batch_gives():
+    model, x = networks.three_levels(), networks.varied(90)
+    generators = [lambda part=part: iter([part]) for part in shards_of(x)[:-1]]
+    stats = tfbn.collect_shards(model, generators, load=lambda make: make(), verbose=0)
+    networks.assert_exact(stats, networks.three_levels, model, x, rtol=1e-5)
+    stats = tfbn.collect_shards(model, shards_of(x), verbose=0)
+    assert stats.samples == 90
+    networks.assert_exact(stats, networks.three_levels, model, x, rtol=1e-5)
+
+
+def losing_at(level):
+    """A `map` that loses the second shard's result at one level."""
+    calls = []
+
+    def lossy(function, items):
+        calls.append(1)
+        found = list(map(function, items))
+        return found[:1] + found[2:] if len(calls) == level else found
+
+    return lossy
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_a_shard_that_is_lost_at_any_level_is_an_error(level):
+    model, x = networks.three_levels(), networks.varied(90)
+    with pytest.raises(ValueError, match=r"result for every shard.*shard 1 "):
+        tfbn.collect_shards(model, shards_of(x), map=losing_at(level), verbose=0)
+
+
+@pytest.mark.quick(2)
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_a_shard_that_is_other_data_at_any_level_is_an_error(level):
+    model, x = networks.three_levels(), networks.varied(90)
+    loads = []
+
+    def load(number):
+        loads.append(number)
+        part = shards_of(x)[number]
+        return part[:-1] if number == 1 and loads.count(1) == level else part
+
+    with pytest.raises(ValueError, match=r"same data at every level.*shard 1 "):
+        if level == 1:  # The others then differ from the first.
+            tfbn.collect_shards(model, [0, 1, 2], load=load, verbose=0)
+        tfbn.collect_shards(model, [0, 1, 2], load=load, verbose=0)
+
+
+def test_a_result_that_comes_twice_counts_once():
+    model, x = networks.three_levels(), networks.varied(90)
+
+    def twice(function, items):
+        found = list(map(function, items))
+        return found + found[::-1]
+
+    stats = tfbn.collect_shards(model, shards_of(x), map=twice, verbose=0)
+    assert stats.samples == 90
+    networks.assert_exact(stats, networks.three_levels, model, x, rtol=1e-5)

@@ -4,12 +4,17 @@ import dataclasses
 import functools
 import itertools
 
+import keras
+import networks
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from keras import layers
 from states import AGAIN, FIRST, LEVELS, SECOND, batch, begun, of, swept, values
 
+import tfbn
 from tfbn.stats import moments
 from tfbn.sweep.state import NetworkFacts, SweepState
 
@@ -107,3 +112,174 @@ def test_shards_of_other_sweeps_do_not_merge(name):
 def test_every_field_says_how_it_merges():
     for field in dataclasses.fields(SweepState):
         assert callable(field.metadata["merge"]), field.name
+
+
+BN = [tfbn.BatchNormalization, layers.BatchNormalization]
+
+
+def test_other_data_in_the_second_pass_is_an_error():
+    model = keras.Sequential([keras.Input((3,)), BN[0](), layers.ReLU(), BN[0]()])
+    x = networks.data(model, 40)
+    lengths = itertools.count(40, -1)
+
+    class Shrinking:
+        def __iter__(self):
+            return iter([x[: next(lengths)]])
+
+    with pytest.raises(ValueError, match=r"same data in every pass.*\(39 samples then, 38 now\)"):
+        tfbn.collect(model, Shrinking(), method="exact", memory_limit=0, verbose=0)
+
+
+def padded(**options):
+    """Sequences of 1 to 9 steps in shuffled batches, each padded to its longest."""
+
+    def sequences():
+        for i in range(40):
+            yield np.random.default_rng(i).normal(3, 2, (1 + i % 9, 2)).astype("float32")
+
+    spec = tf.TensorSpec((None, 2), tf.float32)
+    dataset = tf.data.Dataset.from_generator(sequences, output_signature=spec)
+    return dataset.shuffle(40, **options).padded_batch(8)
+
+
+def test_padding_that_differs_in_every_pass_is_refused_with_advice_that_works():
+    model = keras.Sequential(
+        [
+            keras.Input((None, 2)),
+            keras.layers.Masking(),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dense(3, activation="relu"),
+            keras.layers.BatchNormalization(),
+        ]
+    )
+    with pytest.raises(ValueError, match=r"padding to the longest.*reshuffle_each_iteration=False"):
+        tfbn.collect(model, padded(), memory_limit=0, verbose=0)
+    x = np.concatenate([np.concatenate(list(batch)) for batch in padded(seed=1)])
+    x = x[x.any(-1)].astype("d")
+    advice = [
+        (padded(reshuffle_each_iteration=False), {"memory_limit": 0}),
+        (padded(), {}),
+    ]
+    for dataset, options in advice:
+        first, second = tfbn.collect(model, dataset, verbose=0, **options).values()
+        np.testing.assert_allclose(first.mean, x.mean(0), rtol=1e-5)
+        assert first.count == second.count == len(x)
+
+
+@pytest.mark.quick(2)
+@pytest.mark.parametrize("memory_limit", [0, 2_000, 6_000, 10**9])
+def test_a_dataset_that_shuffles_anew_in_every_pass(memory_limit):
+    model, x = networks.three_levels(), networks.varied()
+    dataset = tf.data.Dataset.from_tensor_slices(x).shuffle(400).batch(10)
+    stats = tfbn.collect(model, dataset, memory_limit=memory_limit, verbose=0)
+    assert [layer.count for layer in stats.values()] == [400] * 3
+    networks.assert_exact(stats, networks.three_levels, model, x, rtol=1e-5)
+
+
+@pytest.mark.quick(2)
+@pytest.mark.parametrize("memory_limit", [0, 2_000, 6_000])
+def test_whole_batches_in_another_order(memory_limit):
+    model, x = networks.three_levels(), networks.varied()
+    dataset = tf.data.Dataset.from_tensor_slices(x).batch(10).shuffle(40)
+    stats = tfbn.collect(model, dataset, memory_limit=memory_limit, verbose=0)
+    networks.assert_exact(stats, networks.three_levels, model, x, rtol=1e-5)
+
+
+class Changing(keras.utils.PyDataset):
+    """Batches of ten, of which one sample differs in every pass."""
+
+    def __init__(self, x, change):
+        super().__init__()
+        self.x, self.change, self.passes = x, change, 0
+
+    def __len__(self):
+        return len(self.x) // 10
+
+    def __getitem__(self, i):
+        x = self.x
+        if i == 0:
+            self.passes += 1
+            x = self.change(x.copy(), self.passes)
+        return x[10 * i : 10 * i + 10], np.zeros(10)
+
+
+def swap_columns(x, number):
+    """Two features of one sample change places."""
+    return x[:, ::-1] if number % 2 else x
+
+
+def repeat_a_sample(x, number):
+    """One sample comes twice, another never."""
+    x[number] = x[0]
+    return x
+
+
+def last_bit(x, number):
+    """The last bit of one value changes."""
+    for _ in range(number):
+        x[3, 2] = np.nextafter(x[3, 2], np.float32(1000))
+    return x
+
+
+@pytest.mark.quick(2)
+@pytest.mark.parametrize("change", [swap_columns, repeat_a_sample, last_bit])
+@pytest.mark.parametrize("memory_limit", [0, 1_000])
+def test_other_data_in_a_later_pass_is_an_error_that_names_the_ways_out(change, memory_limit):
+    model, x = networks.three_levels(), networks.varied(100)
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="same data in every pass") as caught:
+        tfbn.update_population_stats(
+            model, Changing(x, change), memory_limit=memory_limit, verbose=0
+        )
+    for way in ("memory_limit", "seed", "pooled"):
+        assert way in str(caught.value)
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_random_augmentation_is_read_once_where_it_fits():
+    x = networks.varied()
+    reads = []
+
+    def augment(value):
+        reads.append(1)
+        return value * np.random.default_rng(len(reads)).uniform(0.5, 2, 4).astype("f")
+
+    def augmented():
+        dataset = tf.data.Dataset.from_tensor_slices(x).shuffle(400)
+        return dataset.map(lambda v: tf.ensure_shape(tf.numpy_function(augment, [v], "float32"), 4))
+
+    model = networks.three_levels()
+    tfbn.collect(model, augmented().batch(10), verbose=0)
+    assert len(reads) == 400
+    with pytest.raises(ValueError, match="same data in every pass"):
+        tfbn.collect(model, augmented().batch(10), memory_limit=6_000, verbose=0)
+    seen = []
+
+    def remembered(value):
+        seen.append(value)
+        return value
+
+    dataset = augmented().map(
+        lambda v: tf.ensure_shape(tf.numpy_function(remembered, [v], "float32"), 4)
+    )
+    stats = tfbn.collect(model, dataset.batch(10), verbose=0)
+    networks.assert_exact(stats, networks.three_levels, model, np.stack(seen), rtol=1e-5)
+
+
+def test_random_draws_in_other_batches_of_the_same_data_are_an_error():
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            networks.Drawing("generator"),
+            layers.BatchNormalization(),
+            layers.Dense(4),
+        ]
+    )
+    deep = keras.Sequential([model, layers.BatchNormalization()])
+    x = networks.varied(100)
+    deep(x[:1])
+    shuffled = tf.data.Dataset.from_tensor_slices(x).shuffle(100).batch(10)
+    with pytest.raises(ValueError, match="same batches in every pass"):
+        tfbn.collect(deep, shuffled, memory_limit=0, verbose=0)
+    tfbn.collect(deep, shuffled, verbose=0)

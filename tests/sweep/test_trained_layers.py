@@ -3,6 +3,7 @@
 import warnings
 
 import keras
+import networks
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -310,3 +311,122 @@ def test_a_call_in_a_loop_over_the_batch_feeds_nothing():
         warnings.simplefilter("error")
         [stats] = tfbn.collect(model, SEQUENCES, verbose=0).values()
     np.testing.assert_allclose(stats.mean, SEQUENCES.astype("d").mean((0, 1)), rtol=1e-4)
+
+
+SAMPLES = 37
+
+
+def test_frozen_layers_are_left_alone_unless_included():
+    model = networks.plain(layers.BatchNormalization)
+    x = networks.data(model, SAMPLES)
+    frozen = networks.batch_norms(model)[0]
+    frozen.trainable = False
+    frozen.moving_mean.assign([3.0, -1.0, 0.5, 7.0])
+    stats = tfbn.collect(model, x, method="exact", batch_size=16, verbose=0)
+    assert frozen.name not in stats
+    assert len(stats) == 2
+    # What comes after it sees it infer.
+    inference = keras.Model(model.inputs, model.layers[4].output)(x)
+    values = np.asarray(inference, np.float64)
+    found = stats[networks.batch_norms(model)[1].name]
+    convolved = np.asarray(model.layers[3](model.layers[2](frozen(model.layers[0](x)))), np.float64)
+    assert values.shape == convolved.shape
+    np.testing.assert_allclose(found.mean, convolved.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.variance, convolved.var((0, 1, 2)), rtol=1e-4)
+    both = tfbn.collect(model, x, include_frozen=True, batch_size=16, verbose=0)
+    assert frozen.name in both
+
+
+class Pretrained(keras.Model):
+    """A base that always infers, and a head that trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = keras.Sequential([keras.Input((4,)), layers.Dense(4), bn_of(3.0)])
+        self.head = keras.Sequential([keras.Input((4,)), layers.Dense(3), bn_of(0.0)])
+
+    def call(self, x, training=None):
+        """The head over the frozen base."""
+        return self.head(self.base(x, training=False), training=training)
+
+
+def bn_of(mean):
+    """A layer whose moving mean tells whether it is used."""
+    return layers.BatchNormalization(moving_mean_initializer=keras.initializers.Constant(mean))
+
+
+@pytest.mark.quick(2)
+@pytest.mark.parametrize("method", ["exact", "pooled"])
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_layer_that_fit_does_not_train_is_left_alone(method, shards, eager):
+    model = Pretrained()
+    x = networks.normal(40, 4, loc=1, scale=2)
+    model(x)
+    model.run_eagerly = eager
+    collect = tfbn.collect_shards if shards else tfbn.collect
+    stats = collect(model, [x] if shards else x, method=method, batch_size=40, verbose=0)
+    base, head = model.base.layers[-1], model.head.layers[-1]
+    assert [path.split("/")[-1] for path in stats] == [head.name]
+    # As fit: the base's moving averages do not move.
+    model.compile("sgd", "mse")
+    model.fit(x, networks.normal(40, 3), verbose=0)
+    np.testing.assert_array_equal(base.moving_mean, 3.0)
+    model2 = Pretrained()
+    model2(x)
+    model2.set_weights(model.get_weights())
+    [found] = collect(
+        model2, [x] if shards else x, method=method, batch_size=40, verbose=0
+    ).values()
+    entered = np.asarray(model2.head.layers[0](model2.base(x, training=False)), np.float64)
+    networks.assert_layer(found, entered.mean(0), entered.var(0), rtol=1e-4)
+    # And the frozen layer, where it is asked for.
+    both = collect(model, [x] if shards else x, method=method, include_frozen=True, verbose=0)
+    assert len(both) == 2
+
+
+def test_a_functional_model_that_fixes_training_is_swept_as_fit_trains_it():
+    inputs = keras.Input((4,))
+    fixed = bn_of(3.0)
+    x = layers.Dense(4)(inputs)
+    model = keras.Model(inputs, bn_of(0.0)(fixed(x, training=False)))
+    data = networks.normal(40, 4)
+    stats = tfbn.collect(model, data, verbose=0)
+    model.compile("sgd", "mse")
+    model.fit(data, data, verbose=0)
+    # Keras 3 has `fit` train it all the same.
+    trains = not np.array_equal(fixed.moving_mean, [3.0] * 4)
+    assert (fixed.name in stats) == trains and len(stats) == 1 + trains
+
+
+class OwnStep(keras.Model):
+    """A model with its own training step."""
+
+    def __init__(self, bn=layers.BatchNormalization):
+        super().__init__()
+        self.dense, self.bn = layers.Dense(3), bn()
+
+    def call(self, x, training=None):
+        """Dense and batch norm."""
+        return self.bn(self.dense(x), training=training)
+
+    def train_step(self, data):
+        """One step."""
+        x, _ = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(self(x, training=True) ** 2)
+        self.optimizer.apply(
+            tape.gradient(loss, self.trainable_variables), self.trainable_variables
+        )
+        return {"loss": loss}
+
+
+def test_a_model_with_its_own_training_step():
+    model = OwnStep()
+    x = networks.normal(40, 4, loc=2)
+    model(x)
+    model.compile("sgd")
+    model.fit(x, np.zeros(40), verbose=0)
+    [found] = tfbn.collect(model, x, verbose=0).values()
+    entered = np.asarray(model.dense(x), "d")
+    networks.assert_layer(found, entered.mean(0), entered.var(0), rtol=1e-4)
