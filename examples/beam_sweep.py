@@ -2,7 +2,7 @@
 
     python examples/beam_sweep.py --demo beam-out
     python examples/beam_sweep.py --model model.keras --records "train-*.tfrecord" \\
-        --features features.json --method exact --out stats.npz
+        --features features.json --method exact --out stats.safetensors
 
 The first needs nothing: it writes records of handwritten digits and a small model trained on them,
 sweeps, and compares. The second is for your own files. Both run in two processes on this machine.
@@ -62,7 +62,7 @@ def parse_arguments():
     )
     parser.add_argument("--method", choices=["pooled", "algorithm2", "exact"], default="exact")
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--out", help="the file for the statistics (default: stats.npz)")
+    parser.add_argument("--out", help="the file for the statistics (default: stats.safetensors)")
     args, beam_options = parser.parse_known_args()
     if args.demo:
         args.model = str(args.demo / "model.keras")
@@ -70,7 +70,7 @@ def parse_arguments():
         args.features = str(args.demo / "features.json")
     elif not (args.model and args.records and args.features):
         parser.error("give --model, --records and --features, or --demo")
-    args.out = args.out or str((args.demo or pathlib.Path()) / "stats.npz")
+    args.out = args.out or str((args.demo or pathlib.Path()) / "stats.safetensors")
     return args, beam_options
 
 

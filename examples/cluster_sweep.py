@@ -84,7 +84,7 @@ def main():
     model, shards, validation = prepare(args.out)
     with ENGINES[args.engine]() as any_map:
         stats = tfbn.collect_shards(args.out / "model.keras", shards, map=any_map, load=np.load)
-    stats.save(args.out / "stats.npz")
+    stats.save(args.out / "stats.safetensors")
     stats.summary()
     print(f"\n{'validation with':24}{'loss':>8}{'accuracy':>12}")
     report("moving averages", model, validation)

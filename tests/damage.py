@@ -7,14 +7,14 @@ def damaged(content, random):
     """Content with a stretch of it changed, mostly where an archive or an array has its header.
 
     Args:
-        content: The bytes of a ZIP archive, of NumPy arrays perhaps.
+        content: The bytes of a ZIP archive, of NumPy arrays perhaps, or of a safetensors file.
         random: A `random.Random`.
     """
     content = bytearray(content)
     at, n = random.randrange(len(content)), random.randrange(1, 40)
-    mark = random.choice([b"PK", b"NUMPY", None])
-    if mark is not None:
-        starts = [found.start() for found in re.finditer(mark, content)]
+    mark = random.choice([b"PK", b"NUMPY", b"data_offsets", b"sha256", None])
+    starts = [found.start() for found in re.finditer(mark or b"^$", content)]
+    if starts:
         at = min(random.choice(starts) + random.randrange(80), len(content) - 1)
     kind = random.choice(["bit"] * 6 + ["byte", "cut", "drop", "zero", "copy", "append"])
     if kind == "bit":

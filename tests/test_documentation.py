@@ -110,7 +110,7 @@ def test_examples_of_a_sweep(names, name):
     entered = model.layers[0](names["x"]).numpy().astype("float64")
     np.testing.assert_allclose(names["stats"]["norm"].mean, entered.mean(0), rtol=1e-4, atol=1e-6)
     if name == "collect":
-        assert tfbn.PopulationStats.load("population.npz") == names["stats"]
+        assert tfbn.PopulationStats.load("population.safetensors") == names["stats"]
         names["previous"].assign(model)
     assert dict(tfbn.PopulationStats.read(model)) == dict(before)  # The last line undoes it.
 

@@ -149,7 +149,7 @@ def test_beam_sweep(tmp_path):
     # As for files of one's own, with options for Beam.
     files = ["--model", "demo/model.keras", "--features", "demo/features.json"]
     sweep(*files, "--records", "demo/*.tfrecord", "--out", "own.npz", "--direct_num_workers=1")
-    for path in ("demo/stats.npz", "own.npz"):
+    for path in ("demo/stats.safetensors", "own.npz"):
         stats = tfbn.PopulationStats.load(tmp_path / path)
         assert stats.samples == len(x) and stats.method == "exact"
         for name, found in stats.items():

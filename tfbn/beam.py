@@ -48,9 +48,9 @@ class Collect(beam.PTransform):
             | beam.io.ReadFromTFRecord("gs://bucket/train-*.tfrecord")
             | beam.Map(parse)  # to x as the model takes it, without a batch axis
             | tfbn.beam.Collect("gs://bucket/model.keras", method="exact", batch_size=256)
-            | beam.Map(lambda stats: stats.save("/shared/stats.npz"))
+            | beam.Map(lambda stats: stats.save("/shared/stats.safetensors"))
         )
-    tfbn.PopulationStats.load("/shared/stats.npz").assign(model)
+    tfbn.PopulationStats.load("/shared/stats.safetensors").assign(model)
     ```
 
     The one-pass methods are one stage. `"exact"` is one for every level of batch norm layers, in

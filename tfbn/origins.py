@@ -22,7 +22,7 @@ from tfbn.files import sealed
 if TYPE_CHECKING:
     from tfbn.population import PopulationStats
 
-ASSET = "tfbn_sweep.npz"
+ASSET = "tfbn_sweep.safetensors"
 
 _FORMAT = 1
 _LONGEST = 64 << 20  # Bytes of an asset. A layer of 100,000 channels has 5 MiB.

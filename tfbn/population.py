@@ -341,14 +341,14 @@ class PopulationStats(collections.abc.Mapping):
             print_fn(line)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one file (a NumPy `.npz` archive), whole or not at all.
+        """Write one file (safetensors), whole or not at all.
 
         The file is written beside its final name, flushed to disk and renamed over it, so
         that a crash or a full disk leaves either the old file or the new one. A checksum is
-        over all of it. `load` of every later version reads it.
+        over all of it.
 
         Args:
-            path: File name. It is used as it is; `.npz` is customary.
+            path: File name. It is used as it is; `.safetensors` is customary.
 
         Raises:
             OSError: If it cannot be written.
@@ -360,9 +360,8 @@ class PopulationStats(collections.abc.Mapping):
     def load(cls, path: str | os.PathLike) -> "PopulationStats":
         """Read a file written by `save`.
 
-        Nothing in it is executed, and it takes no more memory than the file has bytes, and
-        at most 100 MiB. The formats 2 and 3 are read: those of all versions from 0.1.0 on. Parts
-        of a sweep, which format 2 could hold, are refused.
+        Nothing in it is executed, and it takes no more memory than twice the bytes of the file,
+        and at most 100 MiB.
 
         Raises:
             OSError: If there is no such file.

@@ -133,7 +133,7 @@ def assert_example(printed, out):
     assert re.search(r"moving averages .*\npopulation statistics ", printed)
     model = keras.models.load_model(out / "model.keras")
     x = np.concatenate([np.load(shard) for shard in sorted(out.glob("train-*.npy"))])
-    stats = tfbn.PopulationStats.load(out / "stats.npz")
+    stats = tfbn.PopulationStats.load(out / "stats.safetensors")
     expected = tfbn.collect(model, x, verbose=0)
     assert stats.samples == expected.samples == len(x)
     for drift in stats.compare(expected).values():

@@ -1,15 +1,15 @@
 """Tests of `tfbn.files.sealed`: a header and arrays as bytes."""
 
 import hashlib
-import io
-import struct
+import json
+import re
 import time
 import tracemalloc
-import zipfile
 from random import Random
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from damage import damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +26,9 @@ def same(a, b):
         a[0] == b[0]
         and a[1].keys() == b[1].keys()
         and all(
-            (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
+            (x.dtype.newbyteorder("="), x.shape) == (y.dtype.newbyteorder("="), y.shape)
+            and x.astype(x.dtype.newbyteorder("<")).tobytes()
+            == y.astype(y.dtype.newbyteorder("<")).tobytes()
             for x, y in ((a[1][name], b[1][name]) for name in a[1])
         )
     )
@@ -45,10 +47,8 @@ def test_what_is_packed_is_unpacked(header, held):
     content = sealed.pack(header, held)
     assert same(sealed.unpack(content), (header, held))
     assert sealed.pack(header, held) == content
-    with np.load(io.BytesIO(content)) as archive:
-        assert set(archive.files) == {"header", *held}
-    digest = hashlib.sha256(content[:-64]).hexdigest().encode()
-    assert content.endswith(b"SHA-256 of all bytes before: " + digest)
+    assert set(safetensors.numpy.load(content)) == {"header", *held}
+    assert seal(content) == content
 
 
 def test_an_array_in_another_order_is_unpacked():
@@ -58,7 +58,16 @@ def test_an_array_in_another_order_is_unpacked():
 
 
 @pytest.mark.parametrize(
-    "array", [np.array([{}]), np.array(["a"]), np.zeros(2, "V3"), np.zeros(2, "c8, i4"), 1j, None]
+    "array",
+    [
+        np.array([{}]),
+        np.array(["a"]),
+        np.zeros(2, "V3"),
+        np.zeros(2, "c8, i4"),
+        1j,
+        None,
+        np.longdouble(1),
+    ],
 )
 def test_only_numbers_are_packed(array):
     with pytest.raises(ValueError, match=r"Expected arrays of numbers\. Received: 'x' of dtype"):
@@ -71,67 +80,71 @@ def test_a_header_without_end_is_refused():
         sealed.pack({"names": "x" * limit}, {})
 
 
-def archive(members, compression=zipfile.ZIP_STORED):
-    """An archive that `pack` did not write, with a right checksum."""
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", compression) as file:
-        for name, member in members.items():
-            file.writestr(name, member)
-        file.comment = b"SHA-256 of all bytes before: " + bytes(64)
-    return seal(content.getvalue())
-
-
 def seal(content):
-    """Content whose last bytes are the checksum of the rest."""
-    return content[:-64] + hashlib.sha256(content[:-64]).hexdigest().encode()
+    """A file with its right checksum, whatever else is in it."""
+    found = re.search(rb'"sha256":"(.{64})"', content)
+    if found is None:
+        return content
+    start, end = found.span(1)
+    digest = hashlib.sha256(content[:start] + b"0" * 64 + content[end:]).hexdigest()
+    return content[:start] + digest.encode() + content[end:]
 
 
-def npy(header, data=b"", version=b"\1\0"):
-    """A NumPy array file of any header, which need not be true."""
-    header = header.encode()
-    return b"\x93NUMPY" + version + len(header).to_bytes(2, "little") + header + data
+def made(tensors, data=b"{}"):
+    """A file that `pack` did not write, with a right checksum."""
+    text = json.dumps({"__metadata__": {"sha256": "0" * 64}, **tensors}, separators=(",", ":"))
+    return seal(len(text).to_bytes(8, "little") + text.encode() + data)
 
 
-HEADER = npy("{'descr': '|u1', 'fortran_order': False, 'shape': (2,), }", b"{}")
+def tensor(begin, end, shape=None, dtype="U8"):
+    shape = [end - begin] if shape is None else shape
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+HEADER = {"header": tensor(0, 2)}
 HUGE = 1 << 40
 
 
+def test_a_file_of_another_maker_is_read():
+    assert sealed.unpack(made(HEADER)) == ({}, {})  # The cases below are refused for their content.
+
+
 @pytest.mark.parametrize(
-    "members",
+    ("tensors", "data"),
     [
-        {},
-        {"x.npy": HEADER},
-        {"header.npy": b""},
-        {"header.npy": b"PK"},
-        {"header.npy": npy("{'descr': '|u1', 'fortran_order': False, 'shape': (2,), }", b"[]")},
-        {"header.npy": npy("{'descr': '|u1', 'fortran_order': False, 'shape': (2,), }", b"{]")},
-        {"header.npy": npy("{'descr': '|u1', 'fortran_order': False, 'shape': (1,), }", b"\xff")},
-        {"header.npy": npy("{'descr': '|u1', 'fortran_order': False, 'shape': (3,), }", b"{}")},
-        {"header.npy": npy("{'descr': '|u1', 'fortran_order': False, 'shape': (1,), }", b"{}")},
-        {"header.npy": npy("{'descr': '|u1', 'fortran_order': False, 'shape': (-1, -2), }", b"{}")},
-        {"header.npy": npy("{'descr': '|O', 'fortran_order': False, 'shape': (2,), }", b"{}")},
-        {"header.npy": npy(f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({HUGE},), }}")},
-        {"header.npy": npy(f"{{'descr': '|V0', 'fortran_order': False, 'shape': ({HUGE},), }}")},
-        {"header.npy": npy("(" * 9000)},
-        {"header.npy": npy("__import__('os').getpid()")},
-        {"header.npy": HEADER[:6] + b"\2\0\0\0" + HEADER[8:]},
-        {"header.npy": HEADER, "header": HEADER, "x.npy": HEADER[:-1]},
-        {
-            "header.npy": npy(
-                "{'descr': '|u1', 'fortran_order': False, 'shape': (50000,), }", b"[" * 50000
-            )
-        },
+        ({}, b""),
+        ({"x": tensor(0, 2)}, b"{}"),
+        ({"header": tensor(0, 0)}, b""),
+        (HEADER, b"[]"),
+        (HEADER, b"{]"),
+        (HEADER, b"\xff\xff"),
+        (HEADER, b"{"),
+        (HEADER, b"{}}"),
+        ({"header": tensor(0, 2, [3])}, b"{}"),
+        ({"header": tensor(0, 2, [-1, -2])}, b"{}"),
+        ({"header": tensor(0, 2, [HUGE])}, b"{}"),
+        ({"header": tensor(0, 2, [HUGE, HUGE])}, b"{}"),
+        ({"header": tensor(0, HUGE)}, b"{}"),
+        ({"header": tensor(0, 2, dtype="O")}, b"{}"),
+        ({"header": tensor(2, 0, [2])}, b"{}"),
+        ({**HEADER, "x": tensor(0, 2)}, b"{}"),
+        ({**HEADER, "x": tensor(3, 5)}, b"{}   "),
+        ({"header": tensor(0, 50_000)}, b"[" * 50_000),
+        ({"header": 3}, b"{}"),
     ],
 )
-@pytest.mark.filterwarnings("ignore")
-def test_archives_of_other_things_are_refused(members):
+def test_files_of_other_things_are_refused(tensors, data):
     with pytest.raises(ValueError):
-        sealed.unpack(archive(members))
+        sealed.unpack(made(tensors, data))
 
 
-def test_an_archive_of_another_maker_is_read():
-    # The cases above are refused for what is in them.
-    assert sealed.unpack(archive({"header.npy": HEADER})) == ({}, {})
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK\3\4", b"\xff" * 100, bytes(8), (2).to_bytes(8, "little") + b"{}", b"x" * 200],
+)
+def test_other_bytes_are_refused(content):
+    with pytest.raises(ValueError):
+        sealed.unpack(content)
 
 
 def peak(function):
@@ -150,60 +163,10 @@ def peak(function):
 SLACK = 1 << 20  # Bytes.
 
 
-def zeros(megabytes):
-    """A member that compresses to a thousandth."""
-    size = megabytes << 20
-    return npy(f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({size},), }}") + bytes(size)
-
-
-@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_compressed_members_are_refused_unread(compression):
-    content = archive({"header.npy": HEADER, "x.npy": zeros(16)}, compression)
-    assert len(content) < 1 << 15
-    most, error = peak(lambda: sealed.unpack(content))
-    assert isinstance(error, ValueError) and "compressed" in str(error)
-    assert most < len(content) + SLACK
-
-
-@pytest.mark.parametrize("name", [b"%05d", b"x.npy"])
-def test_members_that_share_their_bytes_are_refused(name):
-    # A directory with 1,000 entries for the one member of 1 MiB.
-    content = archive({"header.npy": HEADER, "x.npy": zeros(1)})
-    end = len(content) - 22 - 29 - 64
-    first, at = content.index(b"PK\1\2"), content.rindex(b"PK\1\2", 0, end)
-    entry = content[at:end]
-    entries = content[first:at] + b"".join(
-        entry.replace(b"x.npy", name % i if b"%" in name else name) for i in range(1000)
-    )
-    numbers = (1001).to_bytes(2, "little") * 2 + len(entries).to_bytes(4, "little")
-    bomb = seal(content[:first] + entries + content[end : end + 8] + numbers + content[end + 16 :])
-    with zipfile.ZipFile(io.BytesIO(bomb)) as file:
-        assert sum(member.file_size for member in file.infolist()) > 1000 << 20
-    most, error = peak(lambda: sealed.unpack(bomb))
-    assert isinstance(error, ValueError)
-    assert most < len(bomb) + 3 * SLACK
-
-
-def test_a_directory_of_many_members_is_refused_unread():
-    many = archive({"header.npy": HEADER, **{f"{i:0500}": b"" for i in range(8000)}})
+def test_many_arrays_are_refused_unread():
+    many = made(HEADER | {f"{i:0500}": tensor(2, 2) for i in range(8000)})
     most, error = peak(lambda: sealed.unpack(many))
-    assert isinstance(error, ValueError) and "too many members" in str(error)
-    assert most < SLACK
-
-
-def test_a_second_directory_is_refused_unread():
-    # The last record of the archive says that the directory is short, one before it says more.
-    many = archive({"header.npy": HEADER, **{f"{i:0500}": b"" for i in range(8000)}})
-    end, start = len(many) - 22 - 29 - 64, many.index(b"PK\1\2")
-    numbers = (44, 45, 45, 0, 0, 8001, 8001, end - start, start)
-    record = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", *numbers)
-    locator = struct.pack("<4sIQI", b"PK\6\7", 0, end, 1)
-    short = many[end : end + 12] + (100).to_bytes(4, "little") + many[end + 16 :]
-    content = seal(many[:end] + record + locator + short)
-    with zipfile.ZipFile(io.BytesIO(content)) as file:
-        assert len(file.infolist()) == 8001
-    most, error = peak(lambda: sealed.unpack(content))
-    assert isinstance(error, ValueError) and "too many members" in str(error)
+    assert isinstance(error, ValueError) and "too many arrays" in str(error)
     assert most < SLACK
 
 
@@ -211,8 +174,7 @@ def test_a_second_directory_is_refused_unread():
 def test_the_costliest_header_takes_25_times_its_bytes():
     # Brackets cost most: JSON of 3 bytes becomes an object of 56, and 8 in the list.
     text = b'{"a":[' + b"[]," * 50_000 + b"[]]}"
-    shape = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({len(text)},), }}"
-    content = archive({"header.npy": npy(shape, text)})
+    content = made({"header": tensor(0, len(text))}, text)
     most, found = peak(lambda: sealed.unpack(content))
     assert len(found[0]["a"]) == 50_001
     assert most < 25 * len(text) + SLACK
@@ -253,24 +215,9 @@ def test_damage_is_noticed():
         check_damage(CONTENT, Random(seed))
 
 
-@pytest.mark.parametrize("seal", [True, False])
-def test_every_bit_of_the_header_of_a_large_array_counts(seal):
-    # NumPy stops reading where this header says, and may never come to the member's checksum.
-    content = CONTENT
-    if not seal:
-        content = content[: -64 - 29 - 2] + bytes(2)
-    assert same(sealed.unpack(content, unsealed=(7,)), sealed.unpack(CONTENT))
-    start = content.index(b"\x93NUMPY", content.index(b"a.npy"))
-    for bit in range(8 * 128):
-        bad = bytearray(content)
-        bad[start + bit // 8] ^= 1 << bit % 8
-        with pytest.raises(ValueError):
-            sealed.unpack(bytes(bad), unsealed=(7,))
-
-
 @pytest.mark.slow
 def test_damage_is_noticed_at_length():
-    for seed in range(100_000, 200_000):
+    for seed in range(1000, 11_000):
         check_damage(CONTENT, Random(seed))
 
 
@@ -286,13 +233,9 @@ def test_every_single_bit_counts():
 def test_what_is_too_large_to_be_a_header_is_refused():
     with pytest.raises(ValueError, match="at most 4194304 bytes"):
         sealed.pack({"a": "x" * (4 << 20)}, {})
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        header = io.BytesIO()
-        np.save(header, np.zeros((4 << 20) + 1, np.uint8))
-        archive.writestr("header.npy", header.getvalue())
+    long = made({"header": tensor(0, (4 << 20) + 1)}, bytes((4 << 20) + 1))
     with pytest.raises(ValueError, match="too long a header"):
-        sealed.unpack(content.getvalue())
+        sealed.unpack(long)
 
 
 def test_memory_that_ends_is_no_damage(monkeypatch):
@@ -300,6 +243,6 @@ def test_memory_that_ends_is_no_damage(monkeypatch):
         raise MemoryError
 
     content = sealed.pack({}, {"a": np.ones(3)})
-    monkeypatch.setattr(sealed, "_arrays", full)
+    monkeypatch.setattr(safetensors.numpy, "load", full)
     with pytest.raises(MemoryError):
         sealed.unpack(content)

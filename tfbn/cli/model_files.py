@@ -18,7 +18,7 @@ from tfbn.serving import provenance
 
 # The member of a .keras file in which `recalibrate` writes down its sweep, also of Keras's layers.
 # Keras ignores it, and leaves it out when it saves the model again after more training.
-RECORD = "tfbn_population_stats.npz"
+RECORD = "tfbn_population_stats.safetensors"
 
 # How Keras names a class that it does not know, in both formats.
 _UNKNOWN = re.compile(r"(?:Could not locate \w+|Unknown \w+:) '([^']+)'")

@@ -1,24 +1,21 @@
 """A header and named arrays as bytes with a checksum.
 
-The bytes are a NumPy `.npz` archive whose members are stored and never compressed, so `numpy.load`
-reads it too. Its member `header` is JSON; every other one is an array. The archive's comment, its
-last bytes, is the SHA-256 of all bytes before, so damage anywhere in the file is noticed.
+The bytes are a safetensors file. Its tensor `header` holds JSON in UTF-8; every other tensor is an
+array. Its metadata has `sha256`, the SHA-256 of all bytes with zeros in place of the digest, so
+damage anywhere in the file is noticed.
 """
 
 import hashlib
-import io
 import json
-import math
-import struct
-import zipfile
-from collections.abc import Container, Mapping
+import re
+from collections.abc import Mapping
 
 import numpy as np
+import safetensors.numpy
 
-_SEAL = b"SHA-256 of all bytes before: "
-_DIGITS = 64
-_END = struct.Struct("<4s8xI6x")  # Of a ZIP archive: a signature, the length of its directory.
-# JSON and a ZIP directory take up to 25 times their bytes when they are read.
+_DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+_ZEROS = b"0" * 64
+# JSON takes up to 25 times its bytes when it is read.
 _LIMIT = 4 << 20
 
 
@@ -27,7 +24,7 @@ def pack(header: dict, arrays: Mapping[str, np.ndarray]) -> bytes:
 
     Args:
         header: Of values that `json.dumps` takes, at most 4 MiB of JSON.
-        arrays: By name; of booleans, integers or floating-point numbers that NumPy knows.
+        arrays: By name; of booleans, integers or floating-point numbers of at most 64 bits.
 
     Raises:
         ValueError: If the header is too long, or an array is of another dtype.
@@ -37,84 +34,56 @@ def pack(header: dict, arrays: Mapping[str, np.ndarray]) -> bytes:
         raise ValueError(
             f"Expected a header of at most {_LIMIT} bytes. Received: {len(encoded)} bytes."
         )
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED, allowZip64=False) as archive:
-        for name, array in {"header": encoded, **arrays}.items():
-            array = np.asarray(array)
-            if array.dtype.kind not in "biuf":
-                raise ValueError(
-                    f"Expected arrays of numbers. Received: {name!r} of dtype {array.dtype}."
-                )
-            member = io.BytesIO()
-            np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
-            # Of fixed date, so that equal data makes equal bytes.
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), member.getbuffer())
-        archive.comment = _SEAL + bytes(_DIGITS)
-    sealed = memoryview(content.getbuffer())[:-_DIGITS]
-    return b"".join([sealed, hashlib.sha256(sealed).hexdigest().encode()])
+    tensors = {"header": encoded}
+    for name, array in arrays.items():
+        array = np.asarray(array)
+        if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+            raise ValueError(
+                f"Expected arrays of numbers. Received: {name!r} of dtype {array.dtype}."
+            )
+        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        # `ascontiguousarray` makes a scalar an array of one element.
+        tensors[name] = np.ascontiguousarray(little).reshape(array.shape)
+    content = safetensors.numpy.save(tensors, {"sha256": _ZEROS.decode()})
+    start, digest = _sealed(content)
+    return b"".join([content[:start], digest, memoryview(content)[start + 64 :]])
 
 
-def unpack(content: bytes, unsealed: Container[int] = ()) -> tuple[dict, dict[str, np.ndarray]]:
+def unpack(content: bytes) -> tuple[dict, dict[str, np.ndarray]]:
     """The header and the arrays that `pack` was given.
 
-    Nothing in the file is executed, and no more memory is taken than the file has bytes, and at
-    most 100 MiB for the header.
-
-    Args:
-        content: The bytes of the file.
-        unsealed: The values of `header["format"]` that need no checksum, because they were
-            written when there was none.
+    Nothing in the file is executed, and no more memory is taken than twice the bytes of the file,
+    and at most 100 MiB for the header.
 
     Raises:
         ValueError: If it is damaged anywhere, or is nothing that `pack` gave.
     """
-    sealed = content[-_DIGITS - len(_SEAL) : -_DIGITS] == _SEAL
-    if sealed:
-        digest = hashlib.sha256(memoryview(content)[:-_DIGITS]).hexdigest()
-        if content[-_DIGITS:] != digest.encode():
-            raise ValueError("its checksum is another")
+    start, digest = _sealed(content)
+    if content[start : start + 64] != digest:
+        raise ValueError("its checksum is another")
     try:
-        arrays = _arrays(content, len(_SEAL) + _DIGITS if sealed else 0)
+        arrays = safetensors.numpy.load(content)
         header = _header(arrays.pop("header"))
     except MemoryError:
         raise
-    except Exception as error:  # The errors of a damaged archive are not documented.
+    except Exception as error:  # Those of a hostile file are not documented.
         raise ValueError(f"{type(error).__name__}: {error}") from error
-    if not sealed and header.get("format") not in unsealed:
-        raise ValueError("it has no checksum")
     return header, arrays
 
 
-def _arrays(content: bytes, comment: int) -> dict[str, np.ndarray]:
-    """The members of an archive whose comment has that many bytes."""
-    end = len(content) - comment - _END.size
-    signature, length = _END.unpack_from(content, end)
-    if signature != b"PK\5\6":
-        raise ValueError("not the end of a ZIP archive")
-    # The directory is read as a whole. A ZIP64 archive would have its length in another place.
-    if length > _LIMIT or content[end - 20 : end - 16] == b"PK\6\7":
-        raise ValueError("too many members")
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        members = archive.infolist()
-        # A name stands beside the bytes of a member too, so no two can share their bytes.
-        if len({m.filename for m in members}) < len(members):
-            raise ValueError("two members of one name")
-        if any(m.compress_type != zipfile.ZIP_STORED for m in members):
-            raise ValueError("compressed members")
-        # Each is read to its end, for only there its own checksum is compared.
-        return {m.filename.removesuffix(".npy"): _array(archive.read(m)) for m in members}
-
-
-def _array(member: bytes) -> np.ndarray:
-    """The array in a member, without a copy; all of the member must be it."""
-    file = io.BytesIO(member)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("an array of another version")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    start = file.tell()
-    if dtype.kind not in "biuf" or math.prod(shape) * dtype.itemsize != len(member) - start:
-        raise ValueError("an array of another shape or dtype")
-    return np.ndarray(shape, dtype, member, start, order="F" if fortran else "C")
+def _sealed(content: bytes) -> tuple[int, bytes]:
+    """The place of the digest in a file, and the digest that it must have there."""
+    length = int.from_bytes(content[:8], "little")
+    if length > min(_LIMIT, len(content) - 8):
+        raise ValueError("not a safetensors file, or too many arrays")
+    found = _DIGEST.search(content, 8, 8 + length)
+    if found is None:
+        raise ValueError("it has no checksum")
+    whole = memoryview(content)
+    digest = hashlib.sha256(whole[: found.start(1)])
+    digest.update(_ZEROS)
+    digest.update(whole[found.end(1) :])
+    return found.start(1), digest.hexdigest().encode()
 
 
 def _header(encoded: np.ndarray) -> dict:

@@ -1,12 +1,9 @@
 """Convert `PopulationStats` to the bytes of a file and back.
 
-Format 3 is written. Its header stores the attributes of the statistics, the paths of their layers
+The header stores the attributes of the statistics, the paths of their layers
 and, under `previous`, the same for the statistics that the model held before the sweep. Layer `i`
 has the arrays `count_i`, `mean_i`, `variance_i`, the two standard errors where they are known, and
 three more with `renorm=True`. The arrays of `previous` have the prefix `previous_`.
-
-Format 2 (tfbn 0.1.0) is read too. It has no checksum, two more attributes, and only a list of paths
-as `previous`. Its files with part of a sweep are refused.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -21,8 +18,7 @@ from tfbn.stats.layer_stats import ERRORS, RENORM, LayerStats
 if TYPE_CHECKING:
     from tfbn.population import PopulationStats
 
-_FORMAT = 3
-_OLD = 2
+_FORMAT = 4
 ATTRIBUTES = (
     "method",
     "samples",
@@ -53,11 +49,9 @@ def unpack(content: bytes) -> tuple[dict[str, Any], dict[str, Any] | None]:
     Raises:
         ValueError: If the file is damaged, of a later format or of another kind.
     """
-    header, arrays = sealed.unpack(content, unsealed=(_OLD,))
+    header, arrays = sealed.unpack(content)
     try:
-        if header["format"] == _OLD:
-            _convert_format_2(header, arrays)
-        elif header["format"] != _FORMAT:
+        if header["format"] != _FORMAT:
             writer = f"tfbn {header['tfbn']!r}, this is {__version__}"
             raise ValueError(f"format {header['format']!r}, written by {writer}")
         arguments = _unpack_stats(header, arrays, "")
@@ -102,17 +96,3 @@ def _unpack_stats(
         renorm = {name: of_layer.pop(name) for name in RENORM if name in of_layer}
         layers[path] = LayerStats(**of_layer, renorm=renorm or None)
     return {"layers": layers, **{name: header[name] for name in ATTRIBUTES}}
-
-
-def _convert_format_2(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    """Convert the header and arrays of format 2 to format 3, in place."""
-    if header["calls"] is not None or header["level"] != header["levels"]:
-        raise ValueError("part of a sweep, only supported by tfbn 0.1.0")
-    header |= {"population_size": 0, "tolerance": None, "source_weight": 0}
-    paths = header["previous"]
-    if paths is not None:
-        values = {"method": "assigned", "fingerprint": "", "levels": 1, "tolerance": None}
-        header["previous"] = {"layers": paths, **dict.fromkeys(ATTRIBUTES, 0), **values}
-        for name in list(arrays):
-            if name.startswith("previous_mean_"):
-                arrays[name.replace("mean", "count")] = np.zeros((), np.int64)

@@ -75,7 +75,7 @@ def collect(
 
     ```python
     stats = tfbn.collect(model, x_train, batch_size=256)
-    stats.save("population.npz")
+    stats.save("population.safetensors")
     previous = stats.assign(model)  # previous.assign(model) takes it back
     ```
 

@@ -20,7 +20,7 @@ from tfbn.serving.monitor import per_sample
 from tfbn.serving.monitor.per_sample import Moments
 
 # Beside the provenance: the population to compare the answers of the endpoint with.
-FILE = "assets.extra/population.npz"
+FILE = "assets.extra/population.safetensors"
 
 # The answer that tells by which statistics the network normalised.
 IDENTITY = "monitor/population"
