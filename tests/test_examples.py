@@ -339,7 +339,12 @@ def test_the_quickstart_does_today_what_its_outputs_show(tmp_path):
     )
     np.testing.assert_allclose(printed, committed, atol=0.05)
     assert printed[1] > 0.9 > printed[0]
-    assert "largest difference" in done.stdout and (tmp_path / "models/digits/1").is_dir()
+    assert "largest difference" in done.stdout and (tmp_path / "models/digits/2").is_dir()
+    # The alarm, and the next version on the images that raised it.
+    assert "as before: <ServedDrift: 20 samples cannot be told from" in done.stdout
+    assert "darker: <ServedDrift: 20 samples have moved from" in done.stdout
+    before, after = map(float, re.findall(r"version \d: accuracy (\S+) on dark", done.stdout))
+    assert after > 0.9 > 0.5 > before
 
 
 @pytest.fixture(scope="module")
