@@ -53,6 +53,15 @@ def test_layer_gpu_compile():
 
 
 @pytest.mark.gpu_compile
+def test_sweep_gpu():
+    lines = run("sweep_gpu.py", "--size", 32, "--batch-size", 2, "--images", 5)
+    assert matching(lines, "H200, (float32|mixed_bfloat16), ms for a batch of 2:") == 2
+    assert matching(lines, f"  sweep, frontiers on the GPU {NUMBER}$") == 2
+    assert matching(lines, f"  sweep, 49 levels computed again {NUMBER}$") == 2
+    assert matching(lines, f"  5 images, 100 % of the frontiers on the GPU: sweep {NUMBER} s") == 2
+
+
+@pytest.mark.gpu_compile
 def test_layer_gpu_export_and_run(tmp_path):
     """On a CPU, whose plug-in takes the same programs."""
     lines = run("layer_gpu.py", "export", tmp_path / "hlo", "--shapes", "4x4x4x8", "32x8")

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import tfbn
-from tfbn.sweep import memory, trace
+from tfbn.sweep import frontiers, memory, trace
 from tfbn.sweep.batches import Batch
 from tfbn.sweep.frontiers import Frontier, Frontiers
 
@@ -95,6 +95,26 @@ def test_a_frontier_stays_on_its_device_and_takes_room_there_alone():
     assert kept.get(batch(2, 3)) is None
 
 
+def test_a_small_frontier_of_a_full_accelerator_moves_to_main_memory():
+    kept = Frontiers(1000, second_cpu(0))
+    kept.put(batch(0, 1), frontier(400, device="CPU:1"))
+    assert kept.get(batch(0, 1)) is None
+    for size, moves in ((12, False), (8, True)):  # 412 / 12 < 40 <= 408 / 8
+        kept.put(batch(0, 1), frontier(size, level=2, value=3.0, device="CPU:1"))
+        assert (kept.get(batch(0, 1)) is not None) == moves
+    [value] = kept.get(batch(0, 1)).values
+    assert value.device.endswith("CPU:0")
+    np.testing.assert_array_equal(value, [3, 3])
+
+
+def test_main_memory_takes_no_more_than_the_limit_from_an_accelerator():
+    kept = Frontiers(400, second_cpu(0))
+    kept.put(batch(0, 1), frontier(396))
+    kept.put(batch(1, 2), frontier(400, device="CPU:1"))
+    kept.put(batch(1, 2), frontier(8, level=2, device="CPU:1"))
+    assert len(kept) == 1
+
+
 def test_logical_cpus_share_main_memory():
     kept = Frontiers(1000)
     kept.put(batch(0, 1), frontier(800, device="CPU:1"))
@@ -160,6 +180,7 @@ def test_where_an_accelerator_is_full_its_batches_are_computed_again(
     expected = tfbn.collect(model, x, batch_size=8, verbose=0)
     runs.clear()
     monkeypatch.setattr(memory, "accelerator_limit", second_cpu(0))
+    monkeypatch.setattr(frontiers, "_MOVED_AND_BACK", np.inf)
     found = tfbn.collect(model, x, batch_size=8, verbose=0)
     levels = found.levels
     by_device = collections.Counter(

@@ -26,15 +26,18 @@ class Frontier(NamedTuple):
 
 
 _MAIN = "main memory"
+_MOVED_AND_BACK = 40
 
 
 class Frontiers:
     """Cache: batch key -> the frontier that the batch has reached.
 
-    A frontier stays in the memory of the device that computed it, if there is room. Where there is
-    none, the next pass computes it again. It never moves from an accelerator to main memory: on the
-    way there and back it takes longer than the levels below take to compute (an estimate for
-    ResNet-50 is in `tests/benchmarks/README.md`).
+    A frontier stays on the device that computed it while there is room. On an accelerator without
+    room it moves to main memory if that is faster than to compute it again: if the frontiers up to
+    its level have 40 times its bytes. Otherwise the next pass starts from the last frontier that
+    was kept, or from the batch. The factor is an estimate, not measured: passing over memory, with
+    the computation, an H200 takes 1 ms for 1 GB of frontiers of ResNet-50, and to main memory and
+    back they take 40 ms (`tests/benchmarks/sweep_gpu.py`).
 
     A batch that comes again finds its frontier, even in another order of the batches.
 
@@ -58,6 +61,7 @@ class Frontiers:
         # Key -> the batch without its inputs, its frontier, and the bytes it takes in each memory.
         self._kept: dict[int, tuple[Batch, Frontier, dict[str, int]]] = {}
         self._used: set[int] = set()
+        self._level_bytes: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -76,18 +80,14 @@ class Frontiers:
         """Keep a frontier in place of the batch's last one, if there is room for it."""
         if frontier is None or not frontier.level or not _has_size(frontier):
             return
-        _, _, before = self._kept.get(batch.key, (None, None, {}))
         sizes = self._sizes(frontier)
-        left = {
-            name: self._room[name] + before.get(name, 0) - sizes.get(name, 0)
-            for name in {*before, *sizes}
-        }
-        if min(left.values(), default=0) < 0:
+        self._level_bytes[frontier.level] = sum(sizes.values())
+        if self._keep(batch, frontier, sizes) or sizes.keys() == {_MAIN}:
             return
-        self._room |= left
-        # The inputs themselves need not be kept: they are in the frontier where they matter.
-        self._kept[batch.key] = batch._replace(inputs=None), frontier, sizes
-        self._used.add(batch.key)
+        if self._moving_pays(frontier.level):
+            with tf.device("CPU"):
+                moved = frontier._replace(values=list(map(tf.identity, frontier.values)))
+            self._keep(batch, moved, self._sizes(moved))
 
     def end_pass(self) -> None:
         """Drop the frontiers of batches that the pass did not meet: they are of other data."""
@@ -95,6 +95,25 @@ class Frontiers:
             _, _, sizes = self._kept.pop(key)
             self._room |= {name: self._room[name] + size for name, size in sizes.items()}
         self._used.clear()
+
+    def _keep(self, batch: Batch, frontier: Frontier, sizes: dict[str, int]) -> bool:
+        """Keep a frontier if there is room; return whether there was."""
+        _, _, before = self._kept.get(batch.key, (None, None, {}))
+        left = {
+            name: self._room[name] + before.get(name, 0) - sizes.get(name, 0)
+            for name in {*before, *sizes}
+        }
+        if min(left.values(), default=0) < 0:
+            return False
+        self._room |= left
+        # The inputs themselves need not be kept: they are in the frontier where they matter.
+        self._kept[batch.key] = batch._replace(inputs=None), frontier, sizes
+        self._used.add(batch.key)
+        return True
+
+    def _moving_pays(self, level: int) -> bool:
+        below = sum(size for other, size in self._level_bytes.items() if other <= level)
+        return below >= _MOVED_AND_BACK * self._level_bytes[level]
 
     def _sizes(self, frontier: Frontier) -> dict[str, int]:
         """Memory -> bytes of the tensors in it."""

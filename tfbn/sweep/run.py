@@ -104,7 +104,8 @@ def collect(
             `tfbn.sweep.sampling` says what the errors assume, when they are NaN, and when they
             are too small.
         memory_limit: For `"exact"`: bytes of main memory for the tensors that one level hands
-            to the next; by default a quarter of the free memory of the host or container. Those
+            to the next; by default a quarter of the free memory of the host or container. An
+            accelerator keeps its own, in as many bytes and at most half of its free memory. Those
             that do not fit are computed again, for which the data is read again: in any order,
             but it must be the same data.
         checkpoint: Name of a file in which a long sweep saves its state, so often that it takes
