@@ -266,16 +266,14 @@ def kinds_of_pairs(x):
 
 
 @pytest.mark.quick(2)
-@pytest.mark.filterwarnings("ignore:A one-pass sweep")
-@pytest.mark.parametrize("method", ["pooled", "exact"])
 @pytest.mark.parametrize("kind", kinds_of_pairs(np.zeros((12, 2))))
-def test_any_data_that_fit_takes(kind, method):
+def test_any_data_that_fit_takes(kind):
     model = keras.Sequential(
         [keras.Input((3,)), layers.BatchNormalization(), layers.ReLU(), layers.BatchNormalization()]
     )
     x = networks.data(model, 40)  # The last of seven batches has four samples.
     source, options = kinds_of_pairs(x)[kind]
-    stats = tfbn.collect(model, source, method=method, verbose=0, **options)
+    stats = tfbn.collect(model, source, verbose=0, **options)
     first, _ = stats.values()
     assert (stats.samples, stats.batches, stats.batch_size) == (40, 7, 6)
     assert first.count == 40

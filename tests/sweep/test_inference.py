@@ -221,8 +221,9 @@ DRAWS = ["generator", "global", "tensorflow", "uniform", "truncated", "tf genera
 
 
 @pytest.mark.quick(2)
-@pytest.mark.parametrize("memory_limit", [0, 10**9])
-@pytest.mark.parametrize("how", DRAWS)
+@pytest.mark.parametrize(
+    ("how", "memory_limit"), [("generator", 10**9), *((how, 0) for how in DRAWS)]
+)
 def test_every_batch_draws_anew_and_two_sweeps_agree(how, memory_limit):
     drawing = networks.Drawing(how)
     model = keras.Sequential(
