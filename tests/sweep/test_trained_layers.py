@@ -358,8 +358,12 @@ def bn_of(mean):
 @pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("method", "shards", "eager"),
-    [("exact", False, False), ("pooled", True, False), ("exact", True, False)]
-    + [("exact", False, True)],
+    [
+        ("exact", False, False),
+        ("pooled", True, False),
+        ("exact", True, False),
+        ("exact", False, True),
+    ],
 )
 def test_a_layer_that_fit_does_not_train_is_left_alone(method, shards, eager):
     model = Pretrained()
