@@ -1,4 +1,4 @@
-"""Tests of the warning about a sweep of far less data than an epoch has."""
+"""Tests of the warning about a sweep of less data than an epoch."""
 
 import contextlib
 import warnings
@@ -16,7 +16,7 @@ X = np.random.default_rng(0).normal(3, 2, (640, 6)).astype("float32")
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("swept", [16, 640])
 def test_samples_are_counted_on_all_devices(swept, mirrored, two_devices):
-    """Each device counts its part of a batch."""
+    """Every device counts its part of a batch."""
     with two_devices.scope() if mirrored else contextlib.nullcontext():
         model = keras.Sequential([keras.Input((6,)), layers.BatchNormalization(), layers.Dense(1)])
         model.compile("sgd", "mse")

@@ -1,4 +1,4 @@
-"""Tests of the comparison of a sweep with what `fit` fed the network."""
+"""Compare the data of a sweep with the data of `fit`."""
 
 import warnings
 
@@ -12,31 +12,31 @@ from keras import layers
 
 import tfbn
 from tfbn.callbacks import fed_data
-from tfbn.callbacks.fed_data import Moments
+from tfbn.callbacks.fed_data import MeanVariance
 from tfbn.stats.layer_stats import LayerStats
 
 X = np.random.default_rng(0).normal(3, 2, (640, 6)).astype("float32")
 
 
 class Scaling(keras.Model):
-    """Scales the data in its steps, before the network gets it."""
+    """A model that scales the data in its `train_step`."""
 
     def __init__(self, network):
         super().__init__()
         self.network = network
 
     def call(self, x, training=None):
-        """The network alone."""
+        """Apply the network."""
         return self.network(x, training=training)
 
     def train_step(self, data):
-        """A step on scaled data."""
+        """Train on scaled data."""
         x, y = data
         return super().train_step((x / 16, y))
 
 
 def build(bn=layers.BatchNormalization, model=lambda network: network, **options):
-    """Two batch norm layers, the first of them behind a dense layer."""
+    """Build a network with batch norm after a dense layer, and another one."""
     keras.utils.set_random_seed(0)
     network = keras.Sequential([keras.Input((6,)), layers.Dense(8), bn(name="first")])
     for layer in [layers.Dense(8), layers.BatchNormalization(), layers.Dense(1)]:
@@ -48,7 +48,7 @@ def build(bn=layers.BatchNormalization, model=lambda network: network, **options
 
 
 def messages(model, swept, options=None, callbacks=(), data=(X, X[:, :1]), **fit):
-    """The warnings of a `fit` about its data."""
+    """Return the warnings of a `fit` about its data."""
     callback = tfbn.PopulationStatsCallback(swept, verbose=0, **(options or {}))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -63,17 +63,17 @@ def messages(model, swept, options=None, callbacks=(), data=(X, X[:, :1]), **fit
     start=st.floats(-10, 10),
     seed=st.integers(0, 99),
 )
-def test_the_average_is_that_of_the_batches_whatever_came_before(momentum, steps, start, seed):
+def test_average_of_recent_batches_is_independent_of_the_start(momentum, steps, start, seed):
     batches = np.random.default_rng(seed).normal(1, 2, (steps, 2, 3)) ** 2
     moving = np.full((2, 3), start)
     for batch in batches:
         moving = momentum * moving + (1 - momentum) * batch
-    found = fed_data.recent_moments(
-        Moments(*np.full((2, 3), start)), Moments(*moving), momentum**steps
+    actual = fed_data.recent_moments(
+        MeanVariance(*np.full((2, 3), start)), MeanVariance(*moving), momentum**steps
     )
     weights = momentum ** np.arange(steps)[::-1].astype(float)
     expected = np.tensordot(weights / weights.sum(), batches, 1)
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,8 @@ def test_the_average_is_that_of_the_batches_whatever_came_before(momentum, steps
     ],
     ids=["momentum 1", "not trained", "single values", "rounding"],
 )
-def test_there_is_no_average_where_nothing_can_be_known(start, end, kept):
-    start, end = (Moments(*np.reshape(pair, (2, 1))) for pair in (start, end))
+def test_undefined_averages_are_none(start, end, kept):
+    start, end = (MeanVariance(*np.reshape(pair, (2, 1))) for pair in (start, end))
     assert fed_data.recent_moments(start, end, kept) is None
 
 
@@ -104,27 +104,27 @@ def test_there_is_no_average_where_nothing_can_be_known(start, end, kept):
         ((1.0, 16.0), 0.0, 3.0, (0.0, 0.0)),
     ],
 )
-def test_the_distance_is_in_standard_deviations(fed, between, noise, expected):
-    # The second channel never varies, and does not count.
+def test_distance_is_in_standard_deviations(fed, between, noise, expected):
+    # The second channel is constant and does not count.
     stats = LayerStats(100, np.array([1.0, 0.0]), np.array([4.0, 0.0]))
-    fed = Moments(np.array([fed[0], 9.0]), np.array([fed[1], 9.0]))
-    found = fed_data.distance_of(fed, stats, np.array([between, 0.0]), noise)
-    np.testing.assert_allclose(found, expected, atol=1e-12)
+    fed = MeanVariance(np.array([fed[0], 9.0]), np.array([fed[1], 9.0]))
+    actual = fed_data.distance_of(fed, stats, np.array([between, 0.0]), noise)
+    np.testing.assert_allclose(actual, expected, atol=1e-12)
 
 
-def test_batches_in_random_order_are_not_ordered_and_sorted_ones_are():
+def test_variance_between_batches_is_zero_for_random_order():
     x = np.random.default_rng(0).normal(size=(640, 4))
     for ordered, expected in [(False, 0.0), (True, 1.0)]:
         means = np.sort(x, axis=0).reshape(20, 32, 4) if ordered else x.reshape(20, 32, 4)
         error = means.mean(1).std(0) / np.sqrt(20)
         stats = LayerStats(640, x.mean(0), x.var(0), None, error, error)
-        found = fed_data.between_batches(stats, batches=20, batch_size=32)
-        np.testing.assert_allclose(found, expected, atol=0.2)
+        actual = fed_data.between_batches(stats, batches=20, batch_size=32)
+        np.testing.assert_allclose(actual, expected, atol=0.2)
 
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("swept", [X * 255, X * 16, X / 2, X - 3], ids=["255", "16", "2", "mean"])
-def test_other_data_than_fit_has_is_reported_before_it_goes_in(swept):
+def test_other_data_than_in_fit_is_reported(swept):
     [message] = messages(build(), swept)
     assert "'first'" in message
     assert "x=dataset.map(preprocess)" in message
@@ -132,8 +132,8 @@ def test_other_data_than_fit_has_is_reported_before_it_goes_in(swept):
 
 @pytest.mark.parametrize("epochs, at_once", [(1, 1), (2, 1), (2, 12)])
 @pytest.mark.parametrize("scale", [1.0, 1 / 16])
-def test_a_model_that_the_first_step_builds_is_compared_too(scale, epochs, at_once):
-    """There is no trace before that step."""
+def test_model_built_by_the_first_step_is_compared(scale, epochs, at_once):
+    """It cannot be traced before that step."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential([layers.Dense(8), layers.BatchNormalization(), layers.Dense(1)])
     model.compile("adam", "mse", steps_per_execution=at_once)
@@ -141,45 +141,45 @@ def test_a_model_that_the_first_step_builds_is_compared_too(scale, epochs, at_on
     assert bool(messages(model, X, data=data, epochs=epochs)) == (scale != 1)
 
 
-def test_the_data_of_fit_is_not_reported():
+def test_data_of_fit_is_not_reported():
     model = build()
     for _ in range(2):  # The second goes on from the first.
         assert messages(model, X) == []
 
 
-def test_a_step_that_scales_its_data_is_reported_and_the_advice_helps():
+def test_scaling_in_train_step_is_reported_and_the_advice_works():
     assert messages(build(model=Scaling), X)
     dataset = tf.data.Dataset.from_tensor_slices(X).batch(32)
     assert messages(build(model=Scaling), dataset.map(lambda x: x / 16)) == []
 
 
 class Doubling(layers.BatchNormalization):
-    """Has its own rule of training."""
+    """A layer with custom updates of the statistics."""
 
     def call(self, inputs, training=None, mask=None):
-        """Twice the moments."""
+        """Return twice the moments."""
         return super().call(2 * inputs, training=training, mask=mask)
 
 
 def renormed(**options):
-    """Batch renormalization, of which the averages are others."""
+    """A layer whose moving averages follow batch renormalization."""
     return tfbn.BatchNormalization(renorm=True, **options)
 
 
 def constant(**options):
-    """A layer whose statistics stay as they are."""
+    """A layer whose statistics do not change."""
     return layers.BatchNormalization(momentum=1.0, **options)
 
 
 def restored(monitor="loss"):
-    """`EarlyStopping` that goes back to the first epoch."""
+    """`EarlyStopping` that restores the first epoch."""
     return keras.callbacks.EarlyStopping(
         monitor, patience=1, restore_best_weights=True, mode="max", min_delta=1e9
     )
 
 
 def resetting():
-    """A callback that begins with new moving averages in the middle of `fit`."""
+    """A callback that resets the moving averages during `fit`."""
 
     def reset(epoch, logs):
         layer = callback.model.get_layer("first")
@@ -211,12 +211,12 @@ def resetting():
         *("restored", "reset", "batches of 1", "one step", "class weight"),
     ],
 )
-def test_what_cannot_be_compared_is_not_reported(model, fit):
+def test_incomparable_data_is_not_reported(model, fit):
     assert messages(build(**model), X, **fit) == []
 
 
 @pytest.mark.slow
-def test_the_epoch_that_is_restored_is_compared():
+def test_restored_epoch_is_compared():
     assert messages(build(), X * 16, callbacks=[restored()], epochs=5)
 
 
@@ -236,7 +236,7 @@ def test_dropout_before_a_layer_is_not_reported():
     assert messages(model, X) == []
 
 
-def test_too_few_samples_are_reported_and_the_advice_helps():
+def test_too_few_samples_are_reported_and_the_advice_works():
     [message] = messages(build(), X[:16])
     assert "16 samples" in message
     assert "640" in message
@@ -249,7 +249,7 @@ def test_too_few_samples_are_reported_and_the_advice_helps():
     [({"tolerance": 0.5}, {}), ({"batch_size": 16, "steps": 1}, {}), ({}, {"steps_per_epoch": 20})],
     ids=["tolerance", "steps", "steps per epoch"],
 )
-def test_a_sample_that_was_asked_for_is_not_reported(options, fit):
+def test_requested_samples_are_not_reported(options, fit):
     swept = X if options else X[:64]
     repeated = tf.data.Dataset.from_tensor_slices((X[:64], X[:64, :1])).repeat().batch(32)
     data = (repeated,) if fit else (X, X[:, :1])

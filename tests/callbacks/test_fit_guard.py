@@ -1,4 +1,4 @@
-"""What callbacks leave in a model, against training without them."""
+"""Compare the model after callbacks with training without them."""
 
 import contextlib
 import copy
@@ -21,7 +21,7 @@ Y = X[:, :1] - X[:, 1:2]
 
 
 def build(bn=layers.BatchNormalization, **options):
-    """A small network with two levels, compiled."""
+    """Build and compile a small network with two levels."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
@@ -38,31 +38,31 @@ def build(bn=layers.BatchNormalization, **options):
 
 
 def fit(model, callbacks=(), **options):
-    """A short training with validation."""
+    """Train briefly, with validation."""
     keras.utils.set_random_seed(1)
     options = {"epochs": 2, "validation_data": (X[:8], Y[:8]), "verbose": 0, **options}
     return model.fit(X, Y, batch_size=8, callbacks=list(callbacks), **options).history
 
 
 def sweep(**options):
-    """The callback under test."""
+    """Return the callback under test."""
     return tfbn.PopulationStatsCallback(X, **options)
 
 
 def state(model):
-    """All that training goes on from."""
+    """Return the whole state of training."""
     return [v.numpy() for v in [*model.variables, *model.optimizer.variables]]
 
 
 def assert_same(a, b):
-    """To the bit."""
+    """Compare to the bit."""
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
         np.testing.assert_array_equal(x, y)
 
 
 def assert_population(model):
-    """The model infers with the statistics of one batch of everything, by NumPy in float64."""
+    """Compare with the statistics of all data as one batch, by NumPy in float64."""
     x = X.astype("float64")
     for layer in model.layers:
         weights = [w.numpy().astype("float64") for w in layer.weights]
@@ -77,14 +77,14 @@ def assert_population(model):
 
 
 def previous_of(callbacks, model):
-    """The state with the moving averages back, after the last of some callbacks."""
+    """Return the state with the moving averages restored by the last of some callbacks."""
     callbacks[-1].unfreeze()
     callbacks[-1].stats.previous.assign(model)
     return state(model)
 
 
 class Stop(keras.callbacks.Callback):
-    """Raises at a given moment of the second epoch."""
+    """A callback that raises at a given moment of the second epoch."""
 
     def __init__(self, moment, error=KeyboardInterrupt):
         super().__init__()
@@ -93,29 +93,29 @@ class Stop(keras.callbacks.Callback):
         self.begun = 0
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Count."""
+        """Count a call."""
         self.begun = epoch
 
     def stop(self, *args, **kwargs):
-        """Raise."""
+        """Raise an error."""
         if self.begun:
             raise self.error
 
 
 class Forwards(keras.callbacks.Callback):
-    """A composite of the user's: hands every hook on to a list of its own."""
+    """A user's callback that forwards every hook to a list."""
 
     def __init__(self, *callbacks):
         super().__init__()
         self.inner = keras.callbacks.CallbackList(list(callbacks))
 
     def set_model(self, model):
-        """Hand on."""
+        """Forward."""
         super().set_model(model)
         self.inner.set_model(model)
 
     def set_params(self, params):
-        """Hand on."""
+        """Forward."""
         super().set_params(params)
         self.inner.set_params(params)
 
@@ -129,7 +129,7 @@ for _name in [name for name in dir(keras.callbacks.Callback) if name.startswith(
 
 
 def several():
-    """Callbacks that sweep, in one list."""
+    """Return callbacks that sweep, in one list."""
     return [
         sweep(every_epoch=True, method="pooled", batch_size=24),
         tfbn.StatsTracker(X, validation_data=(X, Y)),
@@ -139,7 +139,7 @@ def several():
 
 
 @pytest.mark.slow
-def test_several_that_sweep_leave_training_as_it_is():
+def test_several_sweeping_callbacks_do_not_change_training():
     plain, model, callbacks = build(), build(), several()
     alone = fit(plain)
     together = fit(model, callbacks)
@@ -165,7 +165,7 @@ MOMENTS = [
 @pytest.mark.parametrize(
     ("moment", "forwarded"), [*((moment, False) for moment in MOMENTS), (MOMENTS[0], True)]
 )
-def test_another_callback_that_raises_leaves_the_moving_averages(moment, forwarded):
+def test_moving_averages_after_an_error_in_another_callback(moment, forwarded):
     plain, model = build(), build()
     with pytest.raises(KeyboardInterrupt):
         fit(plain, [Stop(moment)])
@@ -181,7 +181,7 @@ def test_another_callback_that_raises_leaves_the_moving_averages(moment, forward
 
 
 @pytest.mark.slow
-def test_an_error_in_the_validation_itself_leaves_the_moving_averages():
+def test_moving_averages_after_an_error_in_validation():
     plain, model = build(), build()
     for trained, callbacks in ((plain, []), (model, [sweep(every_epoch=True)])):
         failing = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8)
@@ -192,10 +192,10 @@ def test_an_error_in_the_validation_itself_leaves_the_moving_averages():
 
 
 class Interrupted(keras.Sequential):
-    """Ctrl-C comes in a step of the second epoch."""
+    """A model with Ctrl-C in a step of the second epoch."""
 
     def train_step(self, data):
-        """Count steps; the eager ones are those that run."""
+        """Count the steps, which run eagerly."""
         self.steps = getattr(self, "steps", 0) + 1
         if self.steps == 5:
             raise KeyboardInterrupt
@@ -204,7 +204,7 @@ class Interrupted(keras.Sequential):
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("forwarded", [False, True])
-def test_control_c_in_a_step_leaves_nothing_behind(forwarded):
+def test_control_c_in_a_step_restores_everything(forwarded):
     models = []
     for callbacks in ([], several()):
         callbacks = [Forwards(*callbacks)] if forwarded and callbacks else callbacks
@@ -261,7 +261,7 @@ def test_stop_training_is_a_regular_end():
     ],
     ids=str,
 )
-def test_same_losses_however_the_model_is_compiled(options):
+def test_same_losses_for_every_way_to_compile(options):
     def compiled():
         optimizers = {
             "accumulating": lambda: keras.optimizers.SGD(0.01, gradient_accumulation_steps=2),
@@ -279,7 +279,7 @@ def test_same_losses_however_the_model_is_compiled(options):
 
 
 @pytest.mark.slow
-def test_a_clone_is_swept_by_a_copy_of_the_callback():
+def test_copied_callback_sweeps_a_cloned_model():
     model = build()
     data = tf.data.Dataset.from_tensor_slices(X).batch(5)
     callback = tfbn.PopulationStatsCallback(data, validation_data=(X, Y))
@@ -298,7 +298,7 @@ def test_a_clone_is_swept_by_a_copy_of_the_callback():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [sweep, lambda: tfbn.StatsTracker(X, validation_data=(X, Y))])
-def test_copies_share_the_data_and_pickles_have_it(make):
+def test_copies_share_the_data_and_pickles_contain_it(make):
     callback = make()
     assert copy.deepcopy(callback)._x is X
     fit(build(), [callback])
@@ -312,7 +312,7 @@ def test_copies_share_the_data_and_pickles_have_it(make):
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", [tfbn.PopulationStatsCallback, tfbn.StatsTracker])
 @pytest.mark.parametrize("where", ["x", "validation_data"])
-def test_what_cannot_be_pickled_is_told_and_copied(cls, where):
+def test_unpicklable_data_is_refused_and_can_be_copied(cls, where):
     dataset = tf.data.Dataset.from_tensor_slices((X, Y)).batch(4)
     callback = cls(**{"x": X, "validation_data": (X, Y), where: dataset})
     with pytest.raises(TypeError, match=rf"a {cls.__name__} with a tf.data.Dataset.*deepcopy"):
@@ -328,7 +328,7 @@ def test_what_cannot_be_pickled_is_told_and_copied(cls, where):
 
 
 def counted(monkeypatch, module, name):
-    """A list that grows with every call of a function."""
+    """Return a list that grows with every call of a function."""
     calls, function = [], getattr(module, name)
 
     def counting(*args, **options):
@@ -351,7 +351,7 @@ def test_weights_are_hashed_once_for_a_sweep_and_for_a_reuse(monkeypatch, option
     assert len(hashed) == sweeps + reuses
 
 
-def test_order_of_those_that_save(tmp_path):
+def test_order_of_callbacks_that_save(tmp_path):
     checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "model.keras", save_best_only=True)
     named = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}-{val_loss:.2f}.keras")
     backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
@@ -364,7 +364,7 @@ def test_order_of_those_that_save(tmp_path):
         [checkpoint, Forwards(sweep(every_epoch=True))],
         [sweep(every_epoch=True), backup],
     ):
-        with pytest.raises(ValueError, match=r"Expected .* Received: .* Swap"):
+        with pytest.raises(ValueError, match=r"PopulationStatsCallback .*\. Swap"):
             fit(model, wrong)
     training = keras.callbacks.ModelCheckpoint(tmp_path / "training.keras")
     fit(model, [backup, training, sweep(every_epoch=True), checkpoint])
@@ -375,7 +375,7 @@ def test_order_of_those_that_save(tmp_path):
 
 
 def resumed(path, callbacks=()):
-    """The state after two epochs more of a model in a file, with the moving averages back."""
+    """Return the state of a saved model after two more epochs, with moving averages."""
     model = keras.models.load_model(path)
     fit(model, callbacks, epochs=4, initial_epoch=2)
     return previous_of(callbacks, model) if callbacks else state(model)
@@ -404,7 +404,7 @@ def test_training_resumes_exactly_after_unfreezing(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_frozen_model_from_a_file_says_that_it_is(tmp_path):
+def test_training_a_loaded_frozen_model_is_an_error(tmp_path):
     model = build()
     fit(model, [sweep()])
     model.save(tmp_path / "model.keras")
@@ -418,14 +418,14 @@ def test_a_frozen_model_from_a_file_says_that_it_is(tmp_path):
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("bn", [layers.BatchNormalization, tfbn.BatchNormalization])
-def test_a_frozen_model_does_not_train_on_in_silence(bn):
+def test_training_a_frozen_model_is_an_error(bn):
     model = build(bn)
     callback = sweep()
     fit(model, [callback])
-    held = [w.numpy() for w in model.weights]
+    before = [w.numpy() for w in model.weights]
     with pytest.warns(UserWarning, match="not have any trainable"):
         fit(model)
-    assert_same(held[:6], [w.numpy() for w in model.weights][:6])
+    assert_same(before[:6], [w.numpy() for w in model.weights][:6])
     assert_population(model)
     callback.unfreeze()
     fit(model)
@@ -434,7 +434,7 @@ def test_a_frozen_model_does_not_train_on_in_silence(bn):
 
 
 @pytest.mark.slow
-def test_another_callback_unfreezes_and_says_so(capsys):
+def test_another_callback_unfreezes_with_a_message(capsys):
     model, plain = build(), build()
     first = sweep()
     fit(model, [first])
@@ -452,7 +452,7 @@ def test_another_callback_unfreezes_and_says_so(capsys):
 
 
 @pytest.mark.slow
-def test_flags_that_someone_set_after_the_freeze_stay():
+def test_flags_set_after_the_freeze_stay():
     model, callback = build(), sweep()
     fit(model, [callback])
     model.trainable = True
@@ -464,7 +464,7 @@ def test_flags_that_someone_set_after_the_freeze_stay():
 
 
 @pytest.mark.slow
-def test_loss_before_and_after_is_told(capsys):
+def test_loss_before_and_after_is_printed(capsys):
     plain, model = build(metrics=["mae"]), build(metrics=["mae"])
     fit(plain)
     before = plain.evaluate(X, Y, verbose=0, return_dict=True)
@@ -477,7 +477,7 @@ def test_loss_before_and_after_is_told(capsys):
 
 
 class Gan(keras.Model):
-    """A container: no `call`, a step of its own."""
+    """A container without `call`, with a custom step."""
 
     def __init__(self):
         super().__init__()
@@ -488,7 +488,7 @@ class Gan(keras.Model):
         self.built = True
 
     def train_step(self, data):
-        """Regression in the place of a game."""
+        """Train the generator by regression."""
         x, y = data
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean((self.generator(x, training=True) - y) ** 2)
@@ -497,10 +497,10 @@ class Gan(keras.Model):
         return {"loss": loss}
 
 
-def test_the_network_inside_a_container():
+def test_network_inside_a_container():
     model = Gan()
     model.compile("sgd")
-    with pytest.raises(ValueError, match=r"which only holds others.*model=gan.generator"):
+    with pytest.raises(ValueError, match=r"has no `call`.*model=gan.generator"):
         model.fit(X, Y, callbacks=[sweep()], verbose=0)
     callback = sweep(model=model.generator)
     model.fit(X, Y, callbacks=[callback], verbose=0)
@@ -512,18 +512,18 @@ def test_the_network_inside_a_container():
 
 
 class TwoViews(keras.Model):
-    """No weights before its first step, which calls it on something else than it is given."""
+    """A model built in its first step, which calls it on other inputs than its data."""
 
     def __init__(self):
         super().__init__()
         self.dense, self.bn = layers.Dense(3), layers.BatchNormalization(name="bn")
 
     def call(self, inputs, training=None):
-        """Dense, then batch norm."""
+        """Apply Dense and batch norm."""
         return self.bn(self.dense(inputs), training=training)
 
     def train_step(self, data):
-        """Two views of each sample are to agree."""
+        """Train two views of each sample to agree."""
         x, _ = data
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean((self(x + 0.1, training=True) - self(x, training=True)) ** 2)
@@ -533,13 +533,13 @@ class TwoViews(keras.Model):
 
 
 @pytest.mark.slow
-def test_a_model_that_its_first_step_builds():
+def test_model_built_by_its_first_step():
     model = TwoViews()
     model.compile("sgd")
     callback = sweep()
     model.fit(X, Y, batch_size=8, callbacks=[callback], verbose=0)
-    found = X.astype("float64") @ model.dense.kernel.numpy() + model.dense.bias.numpy()
-    np.testing.assert_allclose(callback.stats["bn"].mean, found.mean(0), rtol=1e-4, atol=1e-5)
+    inputs = X.astype("float64") @ model.dense.kernel.numpy() + model.dense.bias.numpy()
+    np.testing.assert_allclose(callback.stats["bn"].mean, inputs.mean(0), rtol=1e-4, atol=1e-5)
     model = TwoViews()
     model.compile("sgd")
     steps = []
@@ -552,7 +552,7 @@ def test_a_model_that_its_first_step_builds():
 
 @pytest.mark.quick(2)
 @pytest.mark.parametrize("kind", ["array", "dataset", "generator"])
-def test_what_cannot_be_swept_is_told_before_the_first_epoch(kind):
+def test_bad_data_is_refused_before_the_first_epoch(kind):
     def given(x):
         if kind == "dataset":
             return tf.data.Dataset.from_tensor_slices(x).batch(4)
@@ -569,13 +569,13 @@ def test_what_cannot_be_swept_is_told_before_the_first_epoch(kind):
     assert callback.stats.samples == 8  # The check has taken nothing away.
 
 
-def test_a_generator_is_no_data_for_several_sweeps():
+def test_generators_cannot_be_swept_repeatedly():
     for options in ({"every_epoch": True}, {"every_epoch": True}):
         with pytest.raises(ValueError, match="Received: a generator"):
             fit(build(), [tfbn.PopulationStatsCallback(iter([X]), **options)])
 
 
-def test_a_shuffled_dataset_comes_to_fit_as_without_the_callback():
+def test_order_of_a_shuffled_dataset_does_not_change():
     def losses(with_sweep):
         keras.utils.set_random_seed(2)
         data = tf.data.Dataset.from_tensor_slices((X, Y)).shuffle(24, seed=3).batch(8)
@@ -585,7 +585,7 @@ def test_a_shuffled_dataset_comes_to_fit_as_without_the_callback():
     assert losses(True) == losses(False)
 
 
-def test_a_loop_of_ones_own_has_no_list_to_guard():
+def test_custom_loop_without_callback_list():
     plain, model = build(), build()
     callback = sweep(every_epoch=True)
     callback.set_model(model)
@@ -605,7 +605,7 @@ def test_a_loop_of_ones_own_has_no_list_to_guard():
 
 
 class ControlC:
-    """Raises at a line of the modules below, the n-th that runs; counts them if that is 0."""
+    """A tracer that raises at the n-th executed line of some modules, or counts lines for n = 0."""
 
     files = tuple(module.__file__ for module in (fit_guard, freezing, swapping))
 
@@ -620,11 +620,11 @@ class ControlC:
         sys.settrace(None)
 
     def trace(self, frame, event, argument):
-        """Trace the functions of these modules alone."""
+        """Trace the functions of these modules only."""
         return self.line if frame.f_code.co_filename in self.files else None
 
     def line(self, frame, event, argument):
-        """Count a line, or raise there."""
+        """Count a line, or raise."""
         if event == "line":
             self.count += 1
             if self.count == self.at:
@@ -637,8 +637,8 @@ class ControlC:
     "every",
     [pytest.param(1, marks=pytest.mark.exhaustive), pytest.param(23, marks=pytest.mark.slow)],
 )
-def test_control_c_at_any_line_leaves_a_state_of_training(every):
-    """The model then holds the state of some moment of the training without callbacks."""
+def test_control_c_at_any_line_restores_training_state(every):
+    """The state equals a state of training without callbacks."""
     model = build()
     fit(model)  # Now the optimizer has its variables.
     moments = [state(model)]
@@ -668,7 +668,7 @@ def test_control_c_at_any_line_leaves_a_state_of_training(every):
             assert lines.count / 2 < control.count < at, at
             assert_population(model)
             continue
-        held = state(model)
-        if not any(all(map(np.array_equal, held, moment)) for moment in moments):
+        current = state(model)
+        if not any(all(map(np.array_equal, current, moment)) for moment in moments):
             assert at > 0.9 * lines.count, at
             assert_population(model)  # All callbacks have come to the end of training.

@@ -1,4 +1,4 @@
-"""Flags before, during and after a freeze."""
+"""Tests of flags before, during and after a freeze."""
 
 import keras
 import numpy as np
@@ -12,26 +12,26 @@ X = np.random.default_rng(0).normal(3, 2, (32, 6)).astype("float32")
 
 
 def encoder():
-    """Two layers with weights and a batch norm."""
+    """Build two layers with weights and a batch norm."""
     return keras.Sequential(
         [keras.Input((6,)), layers.Dense(8), layers.BatchNormalization()], name="encoder"
     )
 
 
 class Subclassed(keras.Model):
-    """An encoder and a head, called in Python."""
+    """A subclassed model with an encoder and a head."""
 
     def __init__(self, base):
         super().__init__()
         self.base, self.norm, self.head = base, layers.BatchNormalization(), layers.Dense(1)
 
     def call(self, inputs, training=None):
-        """Encoder, batch norm, head."""
+        """Apply encoder, batch norm, head."""
         return self.head(self.norm(self.base(inputs, training=training), training=training))
 
 
 def with_head(base, kind="functional"):
-    """A compiled model on an encoder."""
+    """Compile a model with an encoder."""
     if kind == "subclassed":
         model = Subclassed(base)
         model(X[:1])
@@ -46,20 +46,20 @@ def with_head(base, kind="functional"):
 
 
 def compiled(model, **options):
-    """The model, to be trained."""
+    """Compile the model."""
     model.compile("sgd", "mse", **options)
     return model
 
 
 def fit(model, verbose=0):
-    """One epoch with the callback, which is returned."""
+    """Train one epoch with the callback, and return it."""
     callback = tfbn.PopulationStatsCallback(X)
     model.fit(X, X[:, :1], callbacks=[callback], verbose=verbose)
     return callback
 
 
 def trained(model, before):
-    """How many of the weights that gradients change have changed."""
+    """Return how many trained weights have changed."""
     return sum(not np.array_equal(a, w.numpy()) for a, w in zip(before, model.weights, strict=True))
 
 
@@ -98,7 +98,7 @@ def test_stages_of_fine_tuning_on_two_devices(two_devices):
     assert len(callback.stats) == 2
 
 
-def test_an_encoder_in_a_new_model_trains_again(capsys):
+def test_encoder_in_a_new_model_trains_again(capsys):
     base = encoder()
     fit(compiled(keras.Sequential([base, layers.Dense(6), layers.Dense(1)])))
     assert not base.trainable
@@ -110,7 +110,7 @@ def test_an_encoder_in_a_new_model_trains_again(capsys):
 
 
 def small():
-    """A model whose layers freeze and unfreeze without `fit`."""
+    """Build a model to freeze and unfreeze without `fit`."""
     inner = keras.Sequential(
         [
             keras.Input((6,)),
@@ -124,7 +124,7 @@ def small():
 
 
 def flags(model):
-    """`trainable` by layer."""
+    """Return layer -> `trainable`."""
     inner = model.get_layer("inner")
     return {layer.name: bool(layer.trainable) for layer in [*model.layers, *inner.layers]}
 
@@ -149,7 +149,7 @@ def flags(model):
         ),
     ],
 )  # fmt: skip
-def test_a_flag_that_was_set_since_stays(change, expected):
+def test_flags_set_since_the_freeze_stay(change, expected):
     model = small()
     freezing.freeze(model)
     assert not any(flags(model).values()) and not model.trainable_variables
@@ -160,7 +160,7 @@ def test_a_flag_that_was_set_since_stays(change, expected):
     assert freezing.unfreeze(model) == 0
 
 
-def test_flags_from_before_the_freeze_come_back():
+def test_flags_before_the_freeze_are_restored():
     model = small()
     model.get_layer("inner").layers[0].trainable = False
     before = flags(model)

@@ -1,4 +1,4 @@
-"""The lists of callbacks that people write: what is saved, chosen, restored, deleted and said."""
+"""Common lists of callbacks: saved files, chosen epochs, restored weights and messages."""
 
 import os
 import warnings
@@ -16,7 +16,7 @@ VALIDATION = X[:20] + 0.1, Y[:20]
 
 
 def build(**options):
-    """A small network whose moving averages lag."""
+    """Build a small network whose moving averages lag."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [keras.Input((6,)), layers.Dense(5, "tanh"), layers.BatchNormalization(), layers.Dense(1)]
@@ -26,25 +26,25 @@ def build(**options):
 
 
 def fit(model, callbacks, epochs=4, **options):
-    """The history of a short training with validation."""
+    """Train briefly with validation, and return the history."""
     options = {"validation_data": VALIDATION, "verbose": 0, **options}
     return model.fit(X, Y, epochs=epochs, batch_size=8, callbacks=callbacks, **options).history
 
 
 def sweep(**options):
-    """The callback under test."""
+    """Return the callback under test."""
     return tfbn.PopulationStatsCallback(X, **options)
 
 
 def loss_of(model):
-    """The loss of the validation data, by NumPy in float64."""
+    """Compute the loss of the validation data with NumPy in float64."""
     predicted = np.asarray(model(VALIDATION[0], training=False), "float64")
     return np.mean((predicted - VALIDATION[1]) ** 2)
 
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("options", [{}, {"jit_compile": True}, {"run_eagerly": True}], ids=str)
-def test_the_usual_list(tmp_path, options):
+def test_usual_list(tmp_path, options):
     best = tmp_path / "best.keras"
     stop = keras.callbacks.EarlyStopping(patience=9, restore_best_weights=True)
     rates = []
@@ -61,11 +61,11 @@ def test_the_usual_list(tmp_path, options):
             keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: rates.append(logs)),
         ],
     )
-    wanted = min(history["val_loss"])
+    expected = min(history["val_loss"])
     assert len(rates) == 4
-    for found in (loss_of(keras.models.load_model(best)), loss_of(model)):
-        np.testing.assert_allclose(found, wanted, rtol=1e-4)
-    # The file for resuming has the moving averages, which give something else.
+    for actual in (loss_of(keras.models.load_model(best)), loss_of(model)):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4)
+    # The file for resuming has moving averages and another loss.
     training = keras.models.load_model(tmp_path / "train.keras")
     assert abs(loss_of(training) / history["val_loss"][-1] - 1) > 0.01
     assert not os.path.exists(tmp_path / "backup")
@@ -84,27 +84,27 @@ def test_the_usual_list(tmp_path, options):
         ),
     ],
 )
-def test_choosing_by_moving_averages_is_said(callback, name):
+def test_choosing_by_moving_averages_warns(callback, name):
     model = build()
     with pytest.warns(UserWarning, match=rf"{name}: choosing by val_loss.*every_epoch=True"):
         fit(model, [sweep(), Stops(), callback()], epochs=1)
 
 
 class Stops(keras.callbacks.Callback):
-    """Ends training before anything is saved."""
+    """A callback that ends training before anything is saved."""
 
     def on_train_batch_begin(self, batch, logs=None):
-        """End it."""
+        """Stop training."""
         self.model.stop_training = True
 
     def on_epoch_end(self, epoch, logs=None):
-        """Leave nothing to choose by."""
+        """Log no useful metric."""
         logs.clear()
         logs["val_loss"] = np.inf
 
 
 @pytest.mark.slow
-def test_nothing_is_said_where_nothing_is_wrong(tmp_path):
+def test_no_warning_for_correct_lists(tmp_path):
     monitors = {"monitor": "val_loss_population", "mode": "min"}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -123,22 +123,22 @@ def test_nothing_is_said_where_nothing_is_wrong(tmp_path):
     assert not [w for w in caught if "PopulationStatsCallback" in str(w.message)]
 
 
-def test_a_checkpoint_for_resuming_only_is_named(tmp_path):
+def test_checkpoint_for_resuming_only_warns(tmp_path):
     checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "train.keras")
     with pytest.warns(UserWarning, match="ModelCheckpoint before .* another one after it"):
         fit(build(), [checkpoint, sweep(every_epoch=True)], epochs=1)
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_the_backup_outlives_the_sweep(tmp_path, after, monkeypatch):
+def test_backup_is_kept_until_the_sweep_is_done(tmp_path, after, monkeypatch):
     folder = tmp_path / "backup"
-    found = []
+    kept = []
     callback = sweep()
     original = tfbn.callbacks.population_stats.run
 
     def collect(*args, **options):
-        found.append(os.path.exists(folder))
-        if len(found) == 1:
+        kept.append(os.path.exists(folder))
+        if len(kept) == 1:
             raise OSError("crash")
         return original(*args, **options)
 
@@ -150,11 +150,11 @@ def test_the_backup_outlives_the_sweep(tmp_path, after, monkeypatch):
         fit(model, callbacks, epochs=2)
     assert os.path.exists(folder)
     expected = [w.numpy() for w in model.weights]
-    again = build()
-    fit(again, callbacks, epochs=2)  # It only sweeps.
-    assert found == [True, True] and not os.path.exists(folder)
+    resumed = build()
+    fit(resumed, callbacks, epochs=2)  # It only sweeps.
+    assert kept == [True, True] and not os.path.exists(folder)
     assert "on_train_end" not in vars(backup)
-    for a, b in zip(expected[:2], again.weights, strict=False):
+    for a, b in zip(expected[:2], resumed.weights, strict=False):
         np.testing.assert_array_equal(a, b.numpy())
-    np.testing.assert_allclose(again.layers[1].moving_mean, np.asarray(again.layers[0](X)).mean(0),
-                               rtol=1e-4, atol=1e-5)  # fmt: skip
+    mean = np.asarray(resumed.layers[0](X)).mean(0)
+    np.testing.assert_allclose(resumed.layers[1].moving_mean, mean, rtol=1e-4, atol=1e-5)

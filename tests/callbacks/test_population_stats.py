@@ -15,7 +15,7 @@ EPOCHS = 3
 
 
 def build(bn=tfbn.BatchNormalization, **compile_options):
-    """A small network, built from a seed and compiled."""
+    """Build a small network from a seed, and compile it."""
     keras.utils.set_random_seed(0)
     model = networks.plain(bn)
     model.add(layers.Dense(3, "softmax"))
@@ -32,13 +32,13 @@ def fit(model, callbacks, **options):
 
 
 def training_data(model):
-    """Inputs and labels."""
+    """Return inputs and labels."""
     x = networks.data(model, 64)
     return x, np.arange(64) % 3
 
 
 def statistics(model):
-    """What the batch norm layers infer with."""
+    """Return the inference statistics of the batch norm layers."""
     return [
         np.array(v)
         for bn in networks.batch_norms(model)
@@ -47,7 +47,7 @@ def statistics(model):
 
 
 def population(model):
-    """The population statistics by Keras alone: one batch of everything, in training mode."""
+    """Compute population statistics with Keras alone: all data as one batch, in training mode."""
     x, _ = training_data(model)
 
     def build_twin(bn):
@@ -55,38 +55,38 @@ def population(model):
         twin.add(layers.Dense(3, "softmax"))
         return twin
 
-    [found] = networks.in_training(build_twin, model, x, [slice(None)])
-    return [value for pair in found for value in pair]
+    [actual] = networks.in_training(build_twin, model, x, [slice(None)])
+    return [value for pair in actual for value in pair]
 
 
-def assert_close(found, expected, rtol=2e-4):
-    """Within float32."""
-    for a, b in zip(found, expected, strict=True):
+def assert_close(actual, expected, rtol=2e-4):
+    """Compare within the rounding of float32."""
+    for a, b in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-4)
 
 
 def assert_same(a, b):
-    """To the bit."""
+    """Compare to the bit."""
     for x, y in zip(a, b, strict=True):
         np.testing.assert_array_equal(x, y)
 
 
 def sweep(model, **options):
-    """The callback under test, over the training data as one batch."""
+    """Return the callback under test, over the training data as one batch."""
     options = {"batch_size": 64, **options}
     return tfbn.PopulationStatsCallback(training_data(model)[0], **options)
 
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("bn", [tfbn.BatchNormalization, layers.BatchNormalization])
-def test_after_fit_the_model_infers_with_its_population(bn):
+def test_model_has_population_statistics_after_fit(bn):
     model = build(bn)
     callback = sweep(model)
     fit(model, [callback])
     assert_close(statistics(model), population(model))
     assert callback.stats.samples == 64
     assert not model.trainable_weights
-    # Frozen: training mode no longer changes what it infers with.
+    # The model is frozen, so training mode does not change the statistics.
     before = statistics(model)
     model(training_data(model)[0], training=True)
     assert_same(before, statistics(model))
@@ -103,7 +103,7 @@ def test_after_fit_the_model_infers_with_its_population(bn):
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_however_the_model_is_compiled(options):
+def test_every_way_to_compile(options):
     options = {k: v() if isinstance(v, type) else v for k, v in options.items()}
     model = build(**options)
     fit(model, [sweep(model)])
@@ -111,7 +111,7 @@ def test_however_the_model_is_compiled(options):
 
 
 @pytest.mark.slow
-def test_the_optimizers_averaged_weights_are_swept():
+def test_ema_weights_are_swept():
     model = build(optimizer=keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.9))
     fit(model, [sweep(model)])
     for weight, average in zip(
@@ -122,7 +122,7 @@ def test_the_optimizers_averaged_weights_are_swept():
 
 
 def on_devices(strategy):
-    """The network with a replica on each device, and what tells the statistics of each."""
+    """Build the network on two devices, and a function that returns the statistics of each."""
     with strategy.scope():
         model = build()
 
@@ -153,24 +153,24 @@ def test_under_a_strategy_of_two_devices(method, batch_size, two_devices):
     x, _ = training_data(model)
     expected = tfbn.collect(alone, x, method=method, batch_size=batch_size, verbose=0)
     values = [v for stats in expected.values() for v in (stats.mean, stats.variance)]
-    for found in on_each():
-        for a, b in zip(found, values, strict=True):
+    for actual in on_each():
+        for a, b in zip(actual, values, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
         if method == "exact":
-            assert_close(found, population(model))
+            assert_close(actual, population(model))
 
 
 @pytest.mark.slow
-def test_each_device_goes_on_from_its_own_moving_averages(two_devices):
+def test_every_device_continues_from_its_moving_averages(two_devices):
     results = []
     for options in [{}, {"every_epoch": True}]:
         model, on_each = on_devices(two_devices)
-        callback, held = sweep(model, **options), []
+        callback, values = sweep(model, **options), []
         log = keras.callbacks.LambdaCallback(
-            on_epoch_begin=lambda epoch, logs, on_each=on_each, held=held: held.append(on_each())
+            on_epoch_begin=lambda epoch, logs, f=on_each, values=values: values.append(f())
         )
         fit(model, [callback, log])
-        results.append(held)
+        results.append(values)
     assert not np.array_equal(results[0][1][0][0], results[0][1][1][0])  # They do differ.
     for without, with_sweeps in zip(*results, strict=True):
         for a, b in zip(without, with_sweeps, strict=True):
@@ -185,10 +185,10 @@ def test_freeze_and_unfreeze():
     callback = sweep(model)
     fit(model, [callback])
     assert not any(layer.trainable for layer in model._flatten_layers())
-    held = statistics(model)
+    before = statistics(model)
     callback.unfreeze()
     assert [layer.trainable for layer in model._flatten_layers()] == flags
-    assert_same(held, statistics(model))
+    assert_same(before, statistics(model))
     callback.unfreeze()
     assert [layer.trainable for layer in model._flatten_layers()] == flags
 
@@ -201,7 +201,7 @@ def test_freeze_false_leaves_the_model_trainable():
 
 
 @pytest.mark.slow
-def test_a_frozen_model_is_frozen_after_saving_and_loading(tmp_path):
+def test_frozen_model_is_frozen_after_saving_and_loading(tmp_path):
     model = build()
     fit(model, [sweep(model)])
     model.save(tmp_path / "model.keras")
@@ -233,7 +233,7 @@ def test_fit_again_with_the_same_callback():
     [{}, {"every_epoch": True}, {"method": "pooled", "every_epoch": True}],
     ids=str,
 )
-def test_training_is_not_disturbed(options):
+def test_sweeps_do_not_change_training(options):
     plain, swept = build(), build()
     alone = fit(plain, [])
     callback = sweep(swept, **options)
@@ -243,7 +243,7 @@ def test_training_is_not_disturbed(options):
         assert alone["val_loss"] != with_sweeps["val_loss"]
     else:
         assert alone["val_loss"] == with_sweeps["val_loss"]
-    # What the sweep at the end replaced are the moving averages of a training without sweeps.
+    # The last sweep replaced the moving averages of a training without sweeps.
     callback.unfreeze()
     callback.stats.previous.assign(swept)
     assert_same(plain.get_weights(), swept.get_weights())
@@ -266,26 +266,26 @@ def test_validation_with_population_statistics():
 
     fit(model, [sweep(model, every_epoch=True), Look()])
     assert len(seen) == 3 * EPOCHS  # 40 samples in batches of 16
-    for held, expected in seen:
-        assert_close(held, expected)
+    for actual, expected in seen:
+        assert_close(actual, expected)
 
 
 @pytest.mark.slow
-def test_evaluate_outside_fit_is_left_alone():
+def test_evaluate_outside_fit_does_not_sweep():
     model = build()
     callback = sweep(model, every_epoch=True)
     fit(model, [callback])
     callback.unfreeze()
     callback.stats.previous.assign(model)
-    held = statistics(model)
+    before = statistics(model)
     x, y = training_data(model)
     model.evaluate(x, y, callbacks=[callback], verbose=0)
-    assert_same(held, statistics(model))
+    assert_same(before, statistics(model))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("validation_freq", [1, 2])
-def test_checkpoints_listed_after_hold_the_population(tmp_path, validation_freq):
+def test_checkpoints_listed_after_have_population_statistics(tmp_path, validation_freq):
     model = build()
     path = str(tmp_path / "{epoch}.keras")
     callbacks = [sweep(model, every_epoch=True), keras.callbacks.ModelCheckpoint(path)]
@@ -297,7 +297,7 @@ def test_checkpoints_listed_after_hold_the_population(tmp_path, validation_freq)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("on_epoch", [False, True])
-def test_swapped_in_averages_are_what_is_swept(on_epoch):
+def test_averaged_weights_are_swept(on_epoch):
     model = build(optimizer=keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.9))
     seen = []
 
@@ -313,8 +313,8 @@ def test_swapped_in_averages_are_what_is_swept(on_epoch):
     swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=on_epoch)
     fit(model, [swap, sweep(model, every_epoch=True), Look()])
     assert len(seen) == EPOCHS
-    for held, expected in seen:
-        assert_close(held, expected)
+    for actual, expected in seen:
+        assert_close(actual, expected)
     assert_close(statistics(model), population(model))
 
 
@@ -332,23 +332,23 @@ def test_early_stopping_listed_after_is_an_error_at_the_beginning():
     model = build()
     before = model.get_weights()
     stop = keras.callbacks.EarlyStopping(restore_best_weights=True)
-    with pytest.raises(ValueError, match=r"after EarlyStopping.*Received.*Swap"):
+    with pytest.raises(ValueError, match=r"EarlyStopping after .*Swap"):
         fit(model, [sweep(model), stop])
     assert_same(before, model.get_weights())
     fit(model, [sweep(model), keras.callbacks.EarlyStopping()])
 
 
 @pytest.mark.slow
-def test_swap_listed_after_is_an_error_where_it_matters():
+def test_swap_ema_weights_listed_after_is_an_error_with_every_epoch():
     model = build(optimizer=keras.optimizers.SGD(use_ema=True))
-    with pytest.raises(ValueError, match=r"after SwapEMAWeights.*Received.*Swap"):
+    with pytest.raises(ValueError, match=r"SwapEMAWeights after .*Swap"):
         fit(model, [sweep(model, every_epoch=True), keras.callbacks.SwapEMAWeights()])
     fit(model, [sweep(model), keras.callbacks.SwapEMAWeights()])
     assert_close(statistics(model), population(model))
 
 
 class Stop(keras.callbacks.Callback):
-    """Raises at a given moment."""
+    """A callback that raises at a given moment."""
 
     def __init__(self, moment, error):
         super().__init__()
@@ -356,7 +356,7 @@ class Stop(keras.callbacks.Callback):
         setattr(self, moment, self.stop)
 
     def stop(self, *args, **kwargs):
-        """Raise."""
+        """Raise an error."""
         raise self.error
 
 
@@ -370,7 +370,7 @@ class Stop(keras.callbacks.Callback):
     ],
     ids=repr,
 )
-def test_an_interrupted_fit_can_go_on(moment, error):
+def test_interrupted_fit_can_continue(moment, error):
     plain, model = build(), build()
     callback = sweep(model, every_epoch=True)
     for trained, callbacks in ((plain, []), (model, [callback])):
@@ -400,7 +400,7 @@ def test_data_that_fails_at_the_end_leaves_the_moving_averages():
     assert model.trainable
 
 
-def test_what_can_be_checked_is_checked_before_the_first_epoch():
+def test_bad_input_is_refused_before_the_first_epoch():
     model = build()
     before = model.get_weights()
     x, _ = training_data(model)
@@ -437,7 +437,7 @@ def test_data_with_its_own_batches(kind):
 
 
 @pytest.mark.slow
-def test_it_says_how_far_it_is(capsys):
+def test_report_at_the_end(capsys):
     model = build()
     x, y = training_data(model)
     model.fit(x, y, verbose=2, callbacks=[sweep(model, freeze=False)])
@@ -447,13 +447,13 @@ def test_it_says_how_far_it_is(capsys):
 
 
 class Nothing:
-    """Data without a batch, which nobody knows before it is read."""
+    """Data without a batch and of unknown length."""
 
     def __iter__(self):
         return iter(())
 
 
-def test_a_fit_that_is_refused_leaves_the_frozen_model_frozen():
+def test_refused_fit_leaves_the_model_frozen():
     model = build()
     x, _ = training_data(model)
     fit(model, [tfbn.PopulationStatsCallback(x, verbose=0)])
@@ -466,7 +466,7 @@ def test_a_fit_that_is_refused_leaves_the_frozen_model_frozen():
 
 
 @pytest.mark.slow
-def test_a_callback_that_another_one_calls():
+def test_callback_inside_another_callback():
     model = build()
     x, _ = training_data(model)
     inner = tfbn.PopulationStatsCallback(x, verbose=0)
@@ -476,13 +476,13 @@ def test_a_callback_that_another_one_calls():
     for hook in hooks[1:]:
         setattr(outer, hook, getattr(inner, hook))
     fit(model, [outer])
-    for found, expected in zip(statistics(model), population(model), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    for actual, expected in zip(statistics(model), population(model), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("eager", [False, True])
-def test_a_dataset_whose_shapes_only_the_data_tells(eager):
+def test_dataset_of_unknown_shapes(eager):
     model = build(run_eagerly=eager)
     x, _ = training_data(model)
     batches = [x[:16], x[16:]]
@@ -490,12 +490,12 @@ def test_a_dataset_whose_shapes_only_the_data_tells(eager):
         signature = tf.TensorSpec([None, *x.shape[1:]] if known else None, tf.float32)
         dataset = tf.data.Dataset.from_generator(lambda: batches, output_signature=signature)
         fit(model, [tfbn.PopulationStatsCallback(dataset, verbose=0)])
-        for found, expected in zip(statistics(model), population(model), strict=True):
-            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+        for actual, expected in zip(statistics(model), population(model), strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_an_evaluate_of_the_users_own_is_back_after_fit():
+def test_custom_evaluate_is_restored_after_fit():
     model = build()
     x, _ = training_data(model)
     calls, original = [], model.evaluate
@@ -509,7 +509,7 @@ def test_an_evaluate_of_the_users_own_is_back_after_fit():
     assert len(calls) == EPOCHS and model.evaluate is evaluate
 
 
-def test_the_callback_has_a_memory_limit():
+def test_memory_limit():
     bns = [layers.BatchNormalization(), layers.Dense(3), layers.BatchNormalization()]
     model = keras.Sequential([keras.Input((None, 2)), layers.Masking(), *bns])
     model.compile("sgd", "mse")

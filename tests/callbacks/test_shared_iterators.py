@@ -1,4 +1,4 @@
-"""Tests of `tfbn.callbacks.shared_iterators`: one iterator is not read by `fit` and a callback."""
+"""Tests of `tfbn.callbacks.shared_iterators`."""
 
 import itertools
 import warnings
@@ -34,7 +34,7 @@ def endless():
 
 
 class Batches:
-    """An iterator that is a class."""
+    """An iterator class."""
 
     def __init__(self, source):
         self.source = source
@@ -50,7 +50,7 @@ def dataset(generator):
     return tf.data.Dataset.from_generator(lambda: generator, output_signature=SPEC).prefetch(1)
 
 
-# What is read besides the iterator that `fit` reads.
+# Ways to read the iterator of `fit`.
 SHARED = {
     "the same": lambda one: one,
     "an expression": lambda one: (batch for batch in one),
@@ -68,7 +68,7 @@ SHARED = {
 
 @pytest.mark.parametrize("name", SHARED)
 @pytest.mark.parametrize("make", [batches, endless])
-def test_an_iterator_that_fit_reads_too_is_refused(name, make):
+def test_iterators_shared_with_fit_are_refused(name, make):
     one = make()
     model = network()
     callback = tfbn.PopulationStatsCallback(SHARED[name](one), steps=8)
@@ -77,7 +77,7 @@ def test_an_iterator_that_fit_reads_too_is_refused(name, make):
     assert model.optimizer.iterations == 0
 
 
-def test_validation_data_of_fit_counts():
+def test_iterators_shared_with_validation_are_refused():
     one = batches()
     with pytest.raises(ValueError, match="does not read too"):
         network().fit(
@@ -89,7 +89,7 @@ def test_validation_data_of_fit_counts():
         )
 
 
-def test_a_dataset_of_a_used_iterator_is_refused_by_the_tracker():
+def test_tracker_refuses_a_dataset_of_a_shared_iterator():
     shared = dataset(endless())
     tracker = tfbn.StatsTracker(shared, validation_data=(X, X[:, :1]), steps=8)
     with pytest.raises(ValueError, match="does not read too"):
@@ -123,7 +123,7 @@ def twice():
     ],
     ids=["generators", "endless", "PyDataset", "tf.data", "from_generator", "tee"],
 )
-def test_data_of_their_own_is_swept(pair):
+def test_separate_data_is_swept(pair):
     trained, swept = pair()
     callback = tfbn.PopulationStatsCallback(swept, steps=8)
     network().fit(trained, steps_per_epoch=8, callbacks=[callback], verbose=0)
@@ -131,7 +131,7 @@ def test_data_of_their_own_is_swept(pair):
     np.testing.assert_allclose(stats.mean, X.mean(0), rtol=1e-5)
 
 
-def test_a_generator_shorter_than_an_epoch_is_reported():
+def test_generator_shorter_than_an_epoch_is_reported():
     for validation in (None, (X, X[:, :1])):
         callback = tfbn.PopulationStatsCallback(batches(length=24))
         with pytest.warns(UserWarning, match="24 samples in 3 batches, but an epoch .* 64 samples"):
@@ -145,7 +145,7 @@ def test_a_generator_shorter_than_an_epoch_is_reported():
             )
 
 
-def test_a_generator_of_other_batches_is_no_shorter(recwarn):
+def test_generator_with_another_batch_size_is_not_reported(recwarn):
     callback = tfbn.PopulationStatsCallback(batches(size=32))
     network().fit(X, X[:, :1], batch_size=4, callbacks=[callback], verbose=0)
     assert not [warning for warning in recwarn if "an epoch of training" in str(warning.message)]
@@ -189,7 +189,7 @@ ORDER = "the next epoch has another order"
 
 
 @pytest.mark.parametrize("callback", [every_epoch, tracker])
-def test_a_shuffle_that_fit_shares_is_reported_and_the_advice_helps(callback):
+def test_shuffle_shared_with_fit_is_reported_and_the_advice_works(callback):
     plain = losses()
     with pytest.warns(UserWarning, match=ORDER):
         assert losses(callbacks=[callback]) != plain
@@ -207,7 +207,7 @@ def test_a_shuffle_that_fit_shares_is_reported_and_the_advice_helps(callback):
         lambda data: data.take(2).concatenate(data.skip(2)),
     ],
 )
-def test_a_shared_shuffle_inside_a_pipeline_is_reported(ours):
+def test_shared_shuffle_inside_a_pipeline_is_reported(ours):
     with pytest.warns(UserWarning, match=ORDER):
         losses(callbacks=[lambda data: every_epoch(ours(data))])
 
@@ -218,7 +218,7 @@ def fixed_order():
 
 
 @pytest.mark.parametrize("callback", [every_epoch, tracker])
-def test_an_order_that_stays_is_not_reported(callback):
+def test_constant_order_is_not_reported(callback):
     plain = losses(data=fixed_order())
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*" + ORDER)
@@ -226,7 +226,7 @@ def test_an_order_that_stays_is_not_reported(callback):
 
 
 @pytest.mark.parametrize("ours", [lambda data: data, lambda data: data.map(lambda x, y: (x, y))])
-def test_readings_at_the_end_change_no_epoch(ours):
+def test_sweep_at_the_end_changes_no_order(ours):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*" + ORDER)
         assert losses(callbacks=[lambda data: tfbn.PopulationStatsCallback(ours(data))]) == losses()

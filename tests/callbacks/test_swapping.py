@@ -1,4 +1,4 @@
-"""Population statistics for the length of a block."""
+"""Tests of `tfbn.population_stats`."""
 
 import keras
 import numpy as np
@@ -12,32 +12,32 @@ X = np.random.default_rng(0).normal(3, 2, (24, 6)).astype("float32")
 
 
 def build():
-    """A network with one batch norm on its inputs."""
+    """Build a network with batch norm on its inputs."""
     model = keras.Sequential([keras.Input((6,)), layers.BatchNormalization(), layers.Dense(1)])
     model.compile("sgd", "mse")
     return model
 
 
-def held(model):
-    """All values, on every device."""
+def values_of(model):
+    """Return all values, on every device."""
     results = model.distribute_strategy.experimental_local_results
     return [v.numpy() for w in model.weights for v in results(w.value)]
 
 
 def assert_same(a, b):
-    """To the bit."""
+    """Compare to the bit."""
     for x, y in zip(a, b, strict=True):
         np.testing.assert_array_equal(x, y)
 
 
 def assert_population(model):
-    """By NumPy in float64."""
+    """Compute the loss with NumPy in float64."""
     np.testing.assert_allclose(model.layers[0].moving_mean, X.astype("float64").mean(0), rtol=1e-5)
     np.testing.assert_allclose(model.layers[0].moving_variance, X.astype("float64").var(0), 1e-5)
 
 
 @pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_custom_loop(devices, two_devices):
+def test_custom_loop(devices, two_devices):
     if devices == 2:
         with two_devices.scope():
             model = build()
@@ -45,40 +45,40 @@ def test_a_custom_loop(devices, two_devices):
         model = build()
     for _ in range(2):
         model.fit(X, X[:, :1], verbose=0)
-        before = held(model)
+        before = values_of(model)
         with tfbn.population_stats(model, X, verbose=0) as stats:
             assert_population(model)
             model.evaluate(X, X[:, :1], verbose=0)
             assert stats.samples == len(X)
             with swapping.swapped_out(model):
-                assert_same(before, held(model))
+                assert_same(before, values_of(model))
             assert_population(model)
-        assert_same(before, held(model))
+        assert_same(before, values_of(model))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_error_ends_it_likewise(error):
+def test_moving_averages_are_restored_after_an_error(error):
     model = build()
-    before = held(model)
+    before = values_of(model)
     with pytest.raises(error), tfbn.population_stats(model, X, method="pooled", verbose=0):
         assert_population(model)
         raise error
-    assert_same(before, held(model))
+    assert_same(before, values_of(model))
     with (
         pytest.raises(ValueError, match="NaN"),
         tfbn.population_stats(model, X * np.nan, verbose=0),
     ):
         raise AssertionError("the block must not run")
-    assert_same(before, held(model))
+    assert_same(before, values_of(model))
 
 
 def test_blocks_nest():
     model = build()
-    before = held(model)
+    before = values_of(model)
     with tfbn.population_stats(model, X, verbose=0):
         with tfbn.population_stats(model, X[:8], verbose=0) as stats:
             np.testing.assert_allclose(model.layers[0].moving_mean, X[:8].mean(0), rtol=1e-5)
             [moving] = stats.previous.values()
             np.testing.assert_array_equal(moving.mean, before[2])
         assert_population(model)
-    assert_same(before, held(model))
+    assert_same(before, values_of(model))

@@ -1,4 +1,4 @@
-"""Which layers a sweep inside `fit` covers, for steps of the user's own, against NumPy."""
+"""Compare the layers that are swept inside `fit` with NumPy, for custom steps."""
 
 import warnings
 
@@ -16,13 +16,13 @@ PRETRAINED = 3.0  # The moving means that no data has.
 
 
 def bn(name, **options):
-    """A layer whose moving mean shows whether anything has moved it."""
+    """Create a layer whose moving mean shows a change."""
     initial = keras.initializers.Constant(PRETRAINED)
     return layers.BatchNormalization(name=name, moving_mean_initializer=initial, **options)
 
 
 class Base(keras.Model):
-    """An encoder, a head, and a step that may train them in another way than `call`."""
+    """A model with an encoder, a head, and a custom step."""
 
     def __init__(self, **options):
         super().__init__()
@@ -30,19 +30,19 @@ class Base(keras.Model):
         self.encoder, self.head = bn("encoder", **options), bn("head")
 
     def encode(self, x, training):
-        """Batch norm behind a dense layer."""
+        """Create batch norm after a dense layer."""
         return self.encoder(self.dense(x), training=training)
 
     def call(self, x, training=None):
-        """Everything passes `training` on."""
+        """Pass `training` to all layers."""
         return self.out(self.head(ops.tanh(self.encode(x, training)), training=training))
 
     def loss_of(self, x, y):
-        """The loss of a step."""
+        """Return the loss of a step."""
         return tf.reduce_mean((self(x, training=True) - y) ** 2)
 
     def train_step(self, data):
-        """One step."""
+        """Run one step."""
         x, y = data
         with tf.GradientTape() as tape:
             loss = self.loss_of(x, y)
@@ -53,44 +53,44 @@ class Base(keras.Model):
 
 
 class FrozenByStep(Base):
-    """The step runs the encoder in inference mode, though `call` passes `training` on."""
+    """A model whose step runs the encoder in inference mode, but `call` trains it."""
 
     def loss_of(self, x, y):
-        """The head trains."""
+        """Train the head."""
         z = self.head(ops.tanh(self.encode(x, False)), training=True)
         return tf.reduce_mean((self.out(z) - y) ** 2)
 
 
 class TrainedByStep(Base):
-    """`call` is for prediction, and only the step trains the encoder."""
+    """A model whose `call` only predicts, and whose step trains the encoder."""
 
     def call(self, x, training=None):
-        """The encoder infers."""
+        """Run the encoder in inference mode."""
         return self.out(self.head(ops.tanh(self.encode(x, False)), training=training))
 
     def loss_of(self, x, y):
-        """Both train."""
+        """Train both."""
         z = self.head(ops.tanh(self.encode(x, True)), training=True)
         return tf.reduce_mean((self.out(z) - y) ** 2)
 
 
 class Predicts(TrainedByStep):
-    """`call` trains nothing at all."""
+    """A model whose `call` trains nothing."""
 
     def call(self, x, training=None):
-        """Both infer."""
+        """Run both in inference mode."""
         return self.out(self.head(ops.tanh(self.encode(x, False)), training=False))
 
 
 class Sometimes(Base):
-    """Trains the encoder in every third step."""
+    """A model that trains the encoder in every third step."""
 
     def __init__(self):
         super().__init__()
         self.steps = self.add_weight(shape=(), dtype="int32", trainable=False, initializer="zeros")
 
     def loss_of(self, x, y):
-        """Nothing trains in the first two steps."""
+        """Train in every third step."""
         self.steps.assign_add(1)
         return tf.cond(
             self.steps.value % 3 == 0,
@@ -100,7 +100,7 @@ class Sometimes(Base):
 
 
 def fit(model, *callbacks, x=X, y=Y, **options):
-    """A short training."""
+    """Train briefly."""
     keras.utils.set_random_seed(0)
     model(X[:2])
     kinds = ("steps_per_execution", "run_eagerly", "jit_compile")
@@ -110,19 +110,19 @@ def fit(model, *callbacks, x=X, y=Y, **options):
 
 
 def entering(model, x=X):
-    """What enters the encoder, float64."""
+    """Return the inputs of the encoder, float64."""
     kernel, bias = (np.asarray(w, "float64") for w in model.dense.weights)
     return x.astype("float64") @ kernel + bias
 
 
 def assert_swept(layer, values):
-    """The layer infers with the mean and variance of some values."""
+    """Compare the statistics of a layer with the mean and variance of some values."""
     np.testing.assert_allclose(layer.moving_mean, values.mean(0), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(layer.moving_variance, values.var(0), rtol=1e-3)
 
 
 def normalized(layer, values, mean, variance):
-    """Batch norm in float64."""
+    """Compute batch norm in float64."""
     gamma, beta = np.asarray(layer.gamma, "d"), np.asarray(layer.beta, "d")
     return (values - mean) / np.sqrt(variance + layer.epsilon) * gamma + beta
 
@@ -140,7 +140,7 @@ def normalized(layer, values, mean, variance):
     ids=str,
 )
 @pytest.mark.quick(2)
-def test_a_layer_that_only_the_step_freezes_is_left_alone(options):
+def test_layer_that_the_step_does_not_train_is_not_swept(options):
     model = FrozenByStep()
     callback = tfbn.PopulationStatsCallback(X, every_epoch="validation_data" in options)
     with warnings.catch_warnings():
@@ -153,7 +153,7 @@ def test_a_layer_that_only_the_step_freezes_is_left_alone(options):
 
 
 @pytest.mark.parametrize("kind", [TrainedByStep, Predicts])
-def test_a_layer_that_only_the_step_trains_is_swept(kind):
+def test_layer_that_only_the_step_trains_is_swept(kind):
     model = kind()
     callback = tfbn.PopulationStatsCallback(X)
     fit(model, callback)
@@ -172,7 +172,7 @@ def test_layers_that_train_in_later_steps_only():
     assert_swept(model.encoder, entering(model))
 
 
-def test_nothing_has_moved_yet_when_the_first_validation_comes():
+def test_first_validation_before_any_change():
     model = Sometimes()
     callback = tfbn.PopulationStatsCallback(X, every_epoch=True)
     with pytest.warns(UserWarning, match="first step"):
@@ -181,7 +181,7 @@ def test_nothing_has_moved_yet_when_the_first_validation_comes():
     np.testing.assert_array_equal(model.head.moving_mean, PRETRAINED)
 
 
-def test_layers_whose_statistics_cannot_move():
+def test_layers_with_momentum_1():
     model = Base(momentum=1.0)
     callback = tfbn.PopulationStatsCallback(X)
     fit(model, callback)
@@ -189,7 +189,7 @@ def test_layers_whose_statistics_cannot_move():
     assert_swept(model.encoder, entering(model))
 
 
-def test_data_that_has_the_moving_statistics_already():
+def test_data_with_the_moving_statistics():
     model = keras.Sequential([keras.Input((2,)), layers.BatchNormalization(name="bn")])
     x = np.array([[-1, 1], [1, -1]], "float32").repeat(8, 0)
     callback = tfbn.PopulationStatsCallback(x)
@@ -200,26 +200,26 @@ def test_data_that_has_the_moving_statistics_already():
     np.testing.assert_allclose(callback.stats["bn"].variance, 1, rtol=1e-6)
 
 
-def test_a_fit_without_steps_sweeps_what_call_trains():
+def test_fit_without_steps_sweeps_the_layers_that_call_trains():
     model = Base()
     callback = tfbn.PopulationStatsCallback(X)
     fit(model, callback, epochs=0)
     assert set(callback.stats) == {"encoder", "head"}
 
 
-def test_each_fit_is_observed_anew():
+def test_changes_are_detected_in_every_fit():
     model = Base()
     fit(model, tfbn.PopulationStatsCallback(X, freeze=False))
-    held = np.asarray(model.encoder.moving_mean)
+    before = np.asarray(model.encoder.moving_mean)
     model.loss_of = FrozenByStep.loss_of.__get__(model)
     callback = tfbn.PopulationStatsCallback(X + 1)
     fit(model, callback, x=X + 1)
     assert set(callback.stats) == {"head"}
-    np.testing.assert_array_equal(model.encoder.moving_mean, held)
+    np.testing.assert_array_equal(model.encoder.moving_mean, before)
 
 
-def test_flags_that_a_step_does_not_follow():
-    """Without another `compile`, Keras trains on as it did."""
+def test_flags_set_without_compile():
+    """Keras ignores flags until the next `compile`."""
     model = Base()
     fit(model)
     model.encoder.trainable = False
@@ -229,7 +229,7 @@ def test_flags_that_a_step_does_not_follow():
     assert ("encoder" in moved) and "head" in moved
 
 
-def test_weights_that_another_callback_loads_are_no_training():
+def test_weights_loaded_by_another_callback_are_not_training():
     model = FrozenByStep()
     other = FrozenByStep()
     other(X[:2])
@@ -255,7 +255,7 @@ def test_mirrored():
 
 
 class Gan(keras.Model):
-    """A container without weights of its own, which nothing builds."""
+    """A container that is never built."""
 
     def __init__(self):
         super().__init__()
@@ -263,7 +263,7 @@ class Gan(keras.Model):
         self.critic = keras.Sequential([keras.Input((6,)), layers.Dense(4), bn("c")])
 
     def train_step(self, data):
-        """Both train."""
+        """Train both."""
         x, _ = data
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean(self.critic(self.generator(x, training=True), training=True) ** 2)
@@ -273,35 +273,35 @@ class Gan(keras.Model):
 
 
 class Predicting(Gan):
-    """Its `call` is for prediction."""
+    """A container whose `call` predicts."""
 
     def call(self, x):
-        """The generator's images."""
+        """Return the generator's images."""
         return self.generator(x, training=False)
 
 
 class Lazy(Gan):
-    """Has a `call` that nothing calls, and that cannot be traced before."""
+    """A container with an uncalled `call` that cannot be traced."""
 
     def call(self, x):
-        """Not for these inputs."""
+        """Raise for these inputs."""
         raise NotImplementedError
 
 
 class Unbuilt(Gan):
-    """Its parts get their weights in the first step, and nothing calls the container."""
+    """A container that is never called, whose parts are built in the first step."""
 
     def __init__(self):
         super().__init__()
         self.generator = keras.Sequential([layers.Dense(6), bn("g")])
 
     def call(self, x):
-        """Of no use."""
+        """Raise: it must not be called."""
         raise NotImplementedError
 
 
 def steps_of(model, callback):
-    """Fit, and count the steps."""
+    """Fit, and return the number of steps."""
     steps = []
     count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: steps.append(1))
     model.compile("sgd")
@@ -312,7 +312,7 @@ def steps_of(model, callback):
 
 
 @pytest.mark.parametrize(("kind", "steps"), [(Gan, 0), (Lazy, 0), (Unbuilt, 1)])
-def test_a_container_is_refused_early_with_advice_that_works(kind, steps):
+def test_containers_are_refused_early_with_advice_that_works(kind, steps):
     model = kind()
     with pytest.raises(ValueError, match=r"model=gan.generator") as error:
         steps_of(model, tfbn.PopulationStatsCallback(X))
@@ -325,7 +325,7 @@ def test_a_container_is_refused_early_with_advice_that_works(kind, steps):
     assert_swept(model.generator.layers[1], X.astype("d") @ kernel + bias)
 
 
-def test_a_container_whose_call_predicts():
+def test_container_whose_call_predicts():
     model = Predicting()
     callback = tfbn.PopulationStatsCallback(X)
     with pytest.warns(UserWarning, match="never calls are left out: 'sequential.*/c'") as caught:
@@ -338,8 +338,8 @@ def test_a_container_whose_call_predicts():
     np.testing.assert_array_less(0.01, np.abs(model.critic.layers[1].moving_mean - PRETRAINED))
 
 
-def test_a_network_that_no_step_trains_but_the_user_names():
-    """An average of weights."""
+def test_named_network_that_no_step_trains():
+    """Sweep an average of weights."""
     model = Gan()
     average = keras.models.clone_model(model.generator)
     callback = tfbn.PopulationStatsCallback(X, model=average)
@@ -349,14 +349,14 @@ def test_a_network_that_no_step_trains_but_the_user_names():
 
 
 class Untrained(Base):
-    """Neither `call` nor the step trains a layer."""
+    """A model that trains no layer, neither in `call` nor in the step."""
 
     def call(self, x, training=None):
-        """All infer."""
+        """Run in inference mode."""
         return self.out(self.encode(x, False))
 
 
-def test_what_nothing_trains_is_refused_after_the_first_step():
+def test_untrained_network_is_refused_after_the_first_step():
     model = Untrained()
     model(X[:2])
     model.head.build((None, 5))
@@ -368,7 +368,7 @@ def test_what_nothing_trains_is_refused_after_the_first_step():
 
 
 class Ended(keras.callbacks.Callback):
-    """Notes that the end of training has come to it."""
+    """A callback that records the end of training."""
 
     seen = False
 
@@ -376,7 +376,7 @@ class Ended(keras.callbacks.Callback):
         self.seen = True
 
 
-def test_training_that_has_diverged_ends_with_its_history_and_moving_averages():
+def test_diverged_training_keeps_history_and_moving_averages():
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((6,)), layers.BatchNormalization(), layers.Dense(1)])
     model.compile(keras.optimizers.SGD(1e30), "mse")

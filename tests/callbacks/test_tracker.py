@@ -1,4 +1,4 @@
-"""`StatsTracker` against Keras and NumPy, and against training without it."""
+"""Compare `StatsTracker` with Keras, NumPy and training without it."""
 
 import csv
 
@@ -21,24 +21,24 @@ Y_VAL = (X_VAL.sum(1) > 10).astype("int32")
 
 
 class Sampled(layers.Layer):
-    """Adds noise and counts its calls, in inference too."""
+    """A layer that adds noise and counts its calls, in inference too."""
 
     def __init__(self):
         super().__init__()
         self.generator = keras.random.SeedGenerator(7)
 
     def build(self, shape):
-        """A counter."""
+        """Create a counter."""
         self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False)
 
     def call(self, x):
-        """Noise of another seed each time."""
+        """Add noise of a new seed."""
         self.calls.assign_add(1.0)
         return x + 0.1 * keras.random.normal(keras.ops.shape(x), seed=self.generator)
 
 
 def network(bn=layers.BatchNormalization, extra=(), **options):
-    """Two batch norm layers; `extra` are layers without weights for between them."""
+    """Build two batch norm layers with `extra`, layers without weights, between them."""
     keras.utils.set_random_seed(0)
     return keras.Sequential(
         [
@@ -55,14 +55,14 @@ def network(bn=layers.BatchNormalization, extra=(), **options):
 
 
 def compiled(model, **options):
-    """The model, to be trained."""
+    """Compile the model."""
     options = {"loss": "sparse_categorical_crossentropy", "metrics": ["accuracy"], **options}
     model.compile(keras.optimizers.SGD(0.3), **options)
     return model
 
 
 def fit(model, callbacks=(), epochs=EPOCHS, **options):
-    """The history of a short training, with Keras's own validation."""
+    """Train briefly with Keras's validation, and return the history."""
     keras.utils.set_random_seed(1)
     return model.fit(
         X,
@@ -78,53 +78,53 @@ def fit(model, callbacks=(), epochs=EPOCHS, **options):
 
 
 def tracker(**options):
-    """A tracker whose sweep takes all data as one batch."""
+    """Return a tracker whose sweep has all data as one batch."""
     options = {"batch_size": len(X), "validation_batch_size": BATCH, **options}
     return StatsTracker(X, validation_data=(X_VAL, Y_VAL), **options)
 
 
 class Weights(keras.callbacks.Callback):
-    """The weights at the end of every epoch."""
+    """A callback that stores the weights at the end of every epoch."""
 
     def on_train_begin(self, logs=None):
-        """A new list."""
-        self.found = []
+        """Create a list."""
+        self.stored = []
 
     def on_epoch_end(self, epoch, logs=None):
-        """Keep them."""
-        self.found.append(self.model.get_weights())
+        """Store the weights."""
+        self.stored.append(self.model.get_weights())
 
 
 def twin(weights):
-    """Keras's own layers with these weights, and statistics that are those of the last batch."""
+    """Build Keras's layers with these weights, and momentum 0."""
     model = network(momentum=0.0)
     model.set_weights(weights)
     return model
 
 
 def metrics(probabilities):
-    """Loss and accuracy of predictions for the validation data, by NumPy in float64."""
+    """Compute loss and accuracy of the validation data with NumPy in float64."""
     probabilities = np.asarray(probabilities, np.float64)
     right = probabilities[np.arange(len(Y_VAL)), Y_VAL]
     return -np.log(right).mean(), (probabilities.argmax(1) == Y_VAL).mean()
 
 
 def with_population(weights):
-    """Metrics after a step in training mode over all training data as one batch."""
+    """Compute metrics after a step in training mode over all training data as one batch."""
     model = twin(weights)
     model(X, training=True)
     return metrics(model(X_VAL, training=False))
 
 
 def with_mini_batches(weights, size=BATCH):
-    """Metrics in training mode, a batch at a time."""
+    """Compute metrics in training mode, batch by batch."""
     model = twin(weights)
     batches = [X_VAL[start : start + size] for start in range(0, len(X_VAL), size)]
     return metrics(np.concatenate([model(batch, training=True) for batch in batches]))
 
 
 def assert_logged(history, way, expected):
-    """Loss and accuracy of every epoch are those expected."""
+    """Compare loss and accuracy of every epoch."""
     for metric, values in zip(("loss", "accuracy"), zip(*expected, strict=True), strict=True):
         np.testing.assert_allclose(history[f"val_{metric}_{way}"], values, rtol=2e-5)
 
@@ -140,26 +140,26 @@ def assert_logged(history, way, expected):
     ],
 )
 def test_metrics_three_ways(bn, options):
-    """Dropout and noise are in the network but not in the oracle: they do not take part."""
+    """The network has dropout and noise, the oracle has not: both must be inactive."""
     model = network(bn, [layers.Dropout(0.5), layers.GaussianNoise(1.0)])
     weights = Weights()
     history = fit(compiled(model, **options), [weights, tracker()])
-    assert_logged(history, "population", map(with_population, weights.found))
-    assert_logged(history, "mini_batch", map(with_mini_batches, weights.found))
+    assert_logged(history, "population", map(with_population, weights.stored))
+    assert_logged(history, "mini_batch", map(with_mini_batches, weights.stored))
     for metric in ("loss", "accuracy"):
         assert history[f"val_{metric}_moving_average"] == history[f"val_{metric}"]
         assert len(history[f"val_{metric}"]) == EPOCHS
-    # The three are told apart by these data.
+    # The three differ for these data.
     assert len({history[f"val_loss_{way}"][-1] for way in WAYS}) == 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bn", [layers.BatchNormalization, tfbn.BatchNormalization])
-def test_training_goes_on_bit_for_bit(bn):
+def test_training_is_bit_for_bit_the_same(bn):
     def trained(*callbacks):
         keras.utils.set_random_seed(0)  # For the layers that draw.
         model = compiled(network(bn, [layers.Dropout(0.5), Sampled()]))
-        # A fit after a fit: state that is left behind may show only there.
+        # A second fit shows state that was not restored.
         histories = [fit(model, callbacks, epochs=2), fit(model, callbacks, epochs=1)]
         state = [v.numpy() for v in [*model.variables, *model.optimizer.variables]]
         return histories, state, model.get_metrics_result()
@@ -176,16 +176,16 @@ def test_training_goes_on_bit_for_bit(bn):
 
 
 @pytest.mark.slow
-def test_training_on_two_devices_goes_on_bit_for_bit(two_devices):
-    """Every replica has moving averages of its own, and validates with them."""
+def test_training_on_two_devices_is_bit_for_bit_the_same(two_devices):
+    """Replicas have different moving averages, and validate with them."""
 
     def trained(callbacks):
         keras.utils.set_random_seed(0)
         with two_devices.scope():
             model = compiled(network())
         history = fit(model, callbacks)
-        held = two_devices.experimental_local_results
-        return history, [v.numpy() for w in model.weights for v in held(w.value)]
+        local_values = two_devices.experimental_local_results
+        return history, [v.numpy() for w in model.weights for v in local_values(w.value)]
 
     history, weights = trained([])
     tracked, tracked_weights = trained([tracker()])
@@ -195,8 +195,8 @@ def test_training_on_two_devices_goes_on_bit_for_bit(two_devices):
 
 
 @pytest.mark.slow
-def test_predictions_after_training_are_those_of_inference():
-    """The function that evaluates with mini-batches is not left in the model."""
+def test_predictions_after_training_are_in_inference_mode():
+    """The test function with mini-batch statistics is removed from the model."""
     model = compiled(network())
     fit(model, [tracker()])
     assert "test_step" not in vars(model)
@@ -207,7 +207,7 @@ def test_predictions_after_training_are_those_of_inference():
 
 
 class Compiled(keras.Model):
-    """Its own code has a compiled function, and its own test step."""
+    """A model with a compiled function and a custom test step."""
 
     def __init__(self, inner):
         super().__init__()
@@ -215,26 +215,26 @@ class Compiled(keras.Model):
         self.function = tf.function(lambda x, training: self.inner(x, training=training))
 
     def call(self, inputs, training=None):
-        """Through the compiled function."""
+        """Call the compiled function."""
         return self.function(inputs, training=bool(training))
 
     def test_step(self, data):
-        """Only the loss, under a name of its own."""
+        """Return only the loss, under another name."""
         x, y = data
         loss = keras.losses.sparse_categorical_crossentropy(y, self(x, training=False))
         return {"mine": tf.reduce_mean(loss)}
 
 
 @pytest.mark.slow
-def test_models_with_compiled_functions_and_steps_of_their_own():
+def test_models_with_compiled_functions_and_custom_steps():
     model = Compiled(network())
     model(X[:1])
     weights = Weights()
     options = {"validation_batch_size": len(X_VAL)}
     history = fit(compiled(model), [weights, tracker(**options)])
-    expected = [with_mini_batches(found, len(X_VAL))[0] for found in weights.found]
+    expected = [with_mini_batches(values, len(X_VAL))[0] for values in weights.stored]
     np.testing.assert_allclose(history["val_mine_mini_batch"], expected, rtol=2e-5)
-    expected = [with_population(found)[0] for found in weights.found]
+    expected = [with_population(values)[0] for values in weights.stored]
     np.testing.assert_allclose(history["val_mine_population"], expected, rtol=2e-5)
     np.testing.assert_allclose(
         metrics(model(X_VAL)), metrics(model.inner(X_VAL, training=False)), rtol=1e-5
@@ -242,33 +242,33 @@ def test_models_with_compiled_functions_and_steps_of_their_own():
 
 
 @pytest.mark.slow
-def test_frozen_layers_infer_with_what_they_hold():
-    """As they do in training."""
+def test_frozen_layers_use_their_moving_averages():
+    """They do so in training too."""
     model = network()
     model.get_layer("first").trainable = False
     weights = Weights()
     history = fit(compiled(model), [weights, tracker()])
 
-    def expected(found):
+    def expected(values):
         model = network(momentum=0.0)
-        model.set_weights(found)  # Before the flag, which changes the order of weights.
+        model.set_weights(values)  # Before the flag, which changes the order of weights.
         model.get_layer("first").trainable = False
         return metrics(
             np.concatenate([model(X_VAL[i : i + BATCH], training=True) for i in (0, 8, 16)])
         )
 
-    found = []
-    for values in weights.found:
+    frozen_weights = []
+    for values in weights.stored:
         frozen = network()
         frozen.get_layer("first").trainable = False
         frozen.set_weights(values)
         frozen.get_layer("first").trainable = True
-        found.append(frozen.get_weights())
-    assert_logged(history, "mini_batch", map(expected, found))
+        frozen_weights.append(frozen.get_weights())
+    assert_logged(history, "mini_batch", map(expected, frozen_weights))
 
 
 @pytest.mark.slow
-def test_datasets_and_one_more_metric_after_compiling_anew():
+def test_datasets_and_another_metric_after_a_new_compile():
     training = tf.data.Dataset.from_tensor_slices((X, Y)).batch(len(X))
     validation = tf.data.Dataset.from_tensor_slices((X_VAL, Y_VAL)).batch(BATCH)
     watch = StatsTracker(training, validation_data=validation)
@@ -282,16 +282,16 @@ def test_datasets_and_one_more_metric_after_compiling_anew():
 
 
 @pytest.mark.slow
-def test_moving_averages_are_found_behind_population_statistics():
-    """A callback that is listed before has replaced them for the others."""
+def test_moving_averages_are_used_after_another_sweeping_callback():
+    """The earlier callback has swapped population statistics in."""
     alone = fit(compiled(network()), [tracker()])
     swept = tfbn.PopulationStatsCallback(X, batch_size=11, every_epoch=True, verbose=0)
     model = compiled(network())
 
     class Held(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
-            held = model.get_layer("second").moving_mean.numpy()
-            np.testing.assert_allclose(held, swept.stats["second"].mean, rtol=1e-6)
+            current = model.get_layer("second").moving_mean.numpy()
+            np.testing.assert_allclose(current, swept.stats["second"].mean, rtol=1e-6)
             assert swept.stats.mismatch(model) is None
 
     together = fit(model, [swept, tracker(), Held()])
@@ -309,23 +309,23 @@ def test_callbacks_after_it_see_the_metrics(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_latest_sweep_is_at_hand():
+def test_stats_of_the_latest_sweep():
     watch = tracker()
     weights = Weights()
     model = compiled(network())
     fit(model, [weights, watch])
-    oracle = twin(weights.found[-1])
+    oracle = twin(weights.stored[-1])
     oracle(X, training=True)
     for name in ("first", "second"):
-        found, right = watch.stats[name], oracle.get_layer(name)
-        np.testing.assert_allclose(found.mean, right.moving_mean.numpy(), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(found.variance, right.moving_variance.numpy(), rtol=1e-4)
-        held = model.get_layer(name).moving_mean.numpy()
-        np.testing.assert_array_equal(watch.stats.previous[name].mean, held)
+        actual, right = watch.stats[name], oracle.get_layer(name)
+        np.testing.assert_allclose(actual.mean, right.moving_mean.numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(actual.variance, right.moving_variance.numpy(), rtol=1e-4)
+        current = model.get_layer(name).moving_mean.numpy()
+        np.testing.assert_array_equal(watch.stats.previous[name].mean, current)
 
 
 @pytest.mark.slow
-def test_errors_come_before_training():
+def test_errors_are_raised_before_training():
     with pytest.raises(ValueError, match=r"Expected method .* Received: method='other'"):
         StatsTracker(X, validation_data=(X_VAL, Y_VAL), method="other")
     for validation_data in (None, iter([(X_VAL, Y_VAL)])):
@@ -338,22 +338,22 @@ def test_errors_come_before_training():
     with pytest.raises(ValueError, match="no `steps`"):
         endless = tf.data.Dataset.from_tensors(X).repeat()
         fit(model, [StatsTracker(endless, validation_data=(X_VAL, Y_VAL))])
-    for value, held in zip(before, model.get_weights(), strict=True):
-        np.testing.assert_array_equal(value, held)
+    for value, actual in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(value, actual)
 
 
-def test_a_sweep_that_fails_leaves_the_model_as_it_was():
+def test_failed_sweep_does_not_change_the_model():
     model = compiled(network())
     watch = StatsTracker(X * np.inf, validation_data=(X_VAL, Y_VAL))
     weights = Weights()
     with pytest.raises(ValueError, match="first"):
         fit(model, [weights, watch])
-    for value, held in zip(weights.found[0], model.get_weights(), strict=True):
-        np.testing.assert_array_equal(value, held)
+    for value, actual in zip(weights.stored[0], model.get_weights(), strict=True):
+        np.testing.assert_array_equal(value, actual)
 
 
 class Partly(keras.Model):
-    """Calls one layer with `training=False`, and another both ways."""
+    """A model that calls one layer with `training=False`, and another both ways."""
 
     def __init__(self):
         super().__init__()
@@ -362,12 +362,12 @@ class Partly(keras.Model):
         self.head = layers.Dense(2, "softmax")
 
     def call(self, inputs, training=None):
-        """The second call of `both` infers."""
+        """Run the second call of `both` in inference mode."""
         x = self.both(self.fixed(inputs, training=False), training=training)
         return self.head(self.both(x, training=False))
 
 
-def test_mini_batches_train_only_the_calls_that_fit_trains():
+def test_mini_batch_statistics_only_in_calls_that_fit_trains():
     keras.utils.set_random_seed(0)
     model = Partly()
     model(X[:1])
@@ -385,13 +385,13 @@ def test_mini_batches_train_only_the_calls_that_fit_trains():
         x = infer("both", x, w["both/moving_mean"], w["both/moving_variance"])
         return np.asarray(model.head(x))
 
-    found = [by_batch(X_VAL[i : i + BATCH].astype("float64")) for i in (0, 8, 16)]
-    loss, _ = metrics(np.concatenate(found))
+    predictions = [by_batch(X_VAL[i : i + BATCH].astype("float64")) for i in (0, 8, 16)]
+    loss, _ = metrics(np.concatenate(predictions))
     np.testing.assert_allclose(history["val_loss_mini_batch"][0], loss, rtol=2e-5)
 
 
 @pytest.mark.slow
-def test_no_switch_of_the_process_is_touched(monkeypatch):
+def test_no_global_setting_is_changed(monkeypatch):
     touched = []
     monkeypatch.setattr(tf.config, "run_functions_eagerly", touched.append)
     fit(compiled(network()), [tracker()], epochs=1)
@@ -399,7 +399,7 @@ def test_no_switch_of_the_process_is_touched(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_progress_bar_has_keras_metrics_and_the_populations(capsys):
+def test_progress_bar_shows_keras_and_population_metrics(capsys):
     keras.utils.set_random_seed(1)
     model = compiled(network())
     options = {"validation_data": (X_VAL, Y_VAL), "callbacks": [tracker()], "verbose": 2}
@@ -411,8 +411,8 @@ def test_the_progress_bar_has_keras_metrics_and_the_populations(capsys):
     assert len(history) == 10
 
 
-def test_training_that_diverges_ends_with_its_history():
-    """It is evaluated with the moving averages, and warned about once."""
+def test_diverged_training_keeps_its_history():
+    """It is evaluated with the moving averages, with one warning."""
     model = network()
     model.compile(keras.optimizers.SGD(1e30), "sparse_categorical_crossentropy")
     tracker = StatsTracker(X, validation_data=(X_VAL, Y_VAL))
@@ -424,7 +424,7 @@ def test_training_that_diverges_ends_with_its_history():
         assert len(history[f"val_loss_{way}"]) == 3
 
 
-def test_what_the_user_put_on_the_model_is_back_after_fit():
+def test_custom_attributes_are_restored_after_fit():
     model = compiled(network())
     own = {name: getattr(model, name) for name in ("test_step", "evaluate", "make_test_function")}
     for name, value in own.items():

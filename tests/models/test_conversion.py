@@ -199,8 +199,8 @@ def test_statistics_of_the_model_fit_the_copy():
     model(x)
     stats = tfbn.update_population_stats(model, x, verbose=0)
     converted = convert(model)
-    again = tfbn.collect(converted, x, verbose=0)
-    assert list(again) == list(stats)
+    swept = tfbn.collect(converted, x, verbose=0)
+    assert list(swept) == list(stats)
     stats.previous.assign(converted)
 
 
@@ -216,9 +216,9 @@ def test_saved_class_loads_with_the_layers_of_its_code(make, tmp_path):
     loaded = keras.models.load_model(tmp_path / "model.keras", custom_objects=objects)
     assert type(loaded) is make and OURS not in classes(loaded)
     np.testing.assert_allclose(loaded(x), model(x), rtol=1e-5)
-    again = convert(loaded)
-    assert KERAS not in classes(again) and OURS in classes(again)
-    np.testing.assert_allclose(again(x), model(x), rtol=1e-5)
+    reconverted = convert(loaded)
+    assert KERAS not in classes(reconverted) and OURS in classes(reconverted)
+    np.testing.assert_allclose(reconverted(x), model(x), rtol=1e-5)
 
 
 def test_our_layer_has_the_attributes_of_keras():

@@ -95,7 +95,7 @@ def test_previous_of_a_layer_with_renorm_undoes_from_a_file(tmp_path):
     model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization(renorm=True)])
     model.set_weights([np.full(3, i + 0.1, "float32") for i in range(7)])
     before = model.get_weights()
-    [(path, held)] = tfbn.PopulationStats.read(model).items()
+    [(path, current)] = tfbn.PopulationStats.read(model).items()
     swept = tfbn.PopulationStats(
         {path: tfbn.LayerStats(9, [1, 2, 3], [4, 5, 6])},
         method="exact",
@@ -104,7 +104,7 @@ def test_previous_of_a_layer_with_renorm_undoes_from_a_file(tmp_path):
     swept.save(tmp_path / "swept.npz")
     loaded = tfbn.PopulationStats.load(tmp_path / "swept.npz")
     previous = loaded.assign(model)
-    assert previous[path] == loaded.previous[path] == held
+    assert previous[path] == loaded.previous[path] == current
     previous.save(tmp_path / "previous.npz")
     stddev = np.sqrt(np.array([4, 5, 6]) + model.layers[0].epsilon)
     np.testing.assert_allclose(model.layers[0].renorm_stddev, stddev, rtol=1e-6)
@@ -316,12 +316,12 @@ def test_impossible_statistics_are_refused(tmp_path, changes):
 
 
 def test_statistics_of_a_broken_model_load(tmp_path):
-    held = tfbn.PopulationStats(
+    broken = tfbn.PopulationStats(
         {"bn": tfbn.LayerStats(0, [np.nan, 1], [-1, np.inf])}, method="assigned"
     )
-    assert_equal(tfbn.PopulationStats.from_bytes(held.to_bytes()), held)
+    assert_equal(tfbn.PopulationStats.from_bytes(broken.to_bytes()), broken)
     fixed = {"bn": tfbn.LayerStats(3, [0, 1], [1, 2])}
-    stats = tfbn.PopulationStats(fixed, method="exact", previous=held)
+    stats = tfbn.PopulationStats(fixed, method="exact", previous=broken)
     assert_equal(tfbn.PopulationStats.from_bytes(stats.to_bytes()), stats)
 
 

@@ -1,15 +1,15 @@
-"""Whether a sweep had the data that `fit` trained on, judged by the moving averages.
+"""Check by the moving averages whether a sweep had the data that `fit` trained on.
 
 A moving average with momentum m is, after k updates from a value `start`,
 
     end = m^k start + (1 - m^k) u,    so    u = (end - m^k start) / (1 - m^k)
 
-is a weighted average of the moments of the last k batches that really entered the layer, whatever
-`start` was. Where no other batch norm layer comes before, u and the swept statistics differ only by
-the noise of a few batches and by what the last k steps did to the weights, unless the data differs.
+is a weighted average of the moments of the last k batches that entered the layer. In a layer
+without batch norm before it, u and the swept statistics of the same data differ only by the noise
+of a few batches and the last k updates of the weights.
 
-The `Distance` of that layer, measured on an MLP and a CNN on digits (1 to 720 steps, batches of 2
-to 32, Adam 0.001 to 0.1, SGD 0.1 and 0.5) and a thin ResNet-20 on Fashion-MNIST (SGD, cosine; 200
+Measured `Distance` of that layer, for an MLP and a CNN on digits (1 to 720 steps, batches of 2 to
+32, Adam 0.001 to 0.1, SGD 0.1 and 0.5) and a thin ResNet-20 on Fashion-MNIST (SGD, cosine; 200
 steps):
 
 | the sweep has | after 1 or 2 steps | 10 | more |
@@ -20,7 +20,7 @@ steps):
 | -1..1 where `fit` has 0..1 | | | 1.1 to 3.1 |
 | x 255 | | | over 5 |
 
-Noise of 3 std as augmentation is as far as other data, 1.1 to 1.4, and is reported.
+Augmentation with noise of 3 std gives 1.1 to 1.4, like other data, and is reported.
 """
 
 import collections
@@ -36,18 +36,17 @@ from tfbn.population import PopulationStats
 from tfbn.stats.layer_stats import LayerStats
 from tfbn.sweep.network import first_level
 
-# The average is over the last 10 to 20 steps of an epoch: weights hardly change in so few.
+# The average is over the last 10 to 20 steps of an epoch, in which weights hardly change.
 _STEPS = 10
-# A layer may be updated more or less often than once a step and call, where a `train_step` or a
-# `call` of the user's own runs it.
+# Updates per step and call. A custom `train_step` or `call` may update a layer more or less often.
 _UPDATE_RATES = tuple(2.0**k for k in range(-4, 5))
-# Dropout of 0.5 before a Dense layer had the std up by a factor of 2.3 in training.
+# Dropout of 0.5 before a Dense layer increased the std by a factor of 2.3 in training.
 _NOISE = 4.0
-# Epochs to whose end `EarlyStopping` may return.
+# Epochs that `EarlyStopping` may restore.
 _KEPT_WINDOWS = 256
 
 
-class Moments(NamedTuple):
+class MeanVariance(NamedTuple):
     """Mean and variance per channel, float64."""
 
     mean: np.ndarray
@@ -55,7 +54,7 @@ class Moments(NamedTuple):
 
 
 class Distance(NamedTuple):
-    """How far the batches of `fit` are from the swept population, at one layer.
+    """Distance of the batches of `fit` from the swept population, at one layer.
 
     Attributes:
         shift: Root mean square over channels of the difference of the means, in units of the
@@ -68,7 +67,7 @@ class Distance(NamedTuple):
 
     @property
     def total(self) -> float:
-        """The two together."""
+        """The norm of (shift, log_ratio)."""
         return float(np.hypot(self.shift, self.log_ratio))
 
 
@@ -76,20 +75,20 @@ class Window(NamedTuple):
     """The last steps of an epoch.
 
     Attributes:
-        start: Path -> the moving `Moments` before these steps.
-        end: Path -> the moving `Moments` after them.
-        steps: How many steps.
-        trained: How many steps of this `fit` came before the end.
+        start: Path -> moving mean and variance before these steps.
+        end: Path -> moving mean and variance after them.
+        steps: Number of steps.
+        trained: Number of steps of this `fit` up to the end.
     """
 
-    start: Mapping[str, Moments]
-    end: Mapping[str, Moments]
+    start: Mapping[str, MeanVariance]
+    end: Mapping[str, MeanVariance]
     steps: int
     trained: int
 
 
 class FedData:
-    """Watches the moving averages of one `fit`, to compare the last sweep with them.
+    """Records the moving averages of one `fit`, and compares the last sweep with them.
 
     Args:
         trained: The model that `fit` trains.
@@ -101,21 +100,21 @@ class FedData:
         self._size = getattr(trained, "steps_per_execution", 1)
         self._noise = _NOISE if _draws_in_training(network) else 1.0
         self._exact_rate = trained is network and _calls_once_a_step(network)
-        # Path -> layer and its number of calls; empty before the first trace.
+        # Path -> layer and number of its calls; empty before the first trace.
         self._layers: dict[str, tuple[keras.layers.BatchNormalization, int]] = {}
-        self._recent: collections.deque[tuple[int, dict[str, Moments]]] = collections.deque()
+        self._recent: collections.deque[tuple[int, dict[str, MeanVariance]]] = collections.deque()
         self._trained = 0
         self._next = 0
-        self._last: dict[str, Moments] | None = None
+        self._last: dict[str, MeanVariance] | None = None
         self._windows: collections.deque[Window] = collections.deque(maxlen=_KEPT_WINDOWS)
 
     def begin_step(self, step: int) -> None:
-        """Note the moving averages before some of the steps.
+        """Record the moving averages before some of the steps.
 
         Args:
             step: The number of the step in its epoch.
         """
-        # A model that the first step builds is traced after this step.
+        # A model that the first step builds is traced before the second step.
         if not self._layers and self._trained + step <= self._size:
             self._layers = dict(_comparable_layers(self._network))
         if not self._layers:
@@ -127,15 +126,15 @@ class FedData:
         self._next = step + self._size
 
     def end_step(self, step: int, steps: int | None) -> None:
-        """Note the moving averages after the last step, before callbacks may reset them."""
+        """Record the moving averages after the last step, before callbacks may reset them."""
         if steps is not None and step + 1 >= steps:
             self._last = self._read()
 
     def end_epoch(self, steps: int | None) -> None:
-        """Note the moving averages after the last step of an epoch.
+        """Record the moving averages after the last step of an epoch.
 
         Args:
-            steps: The number of steps of an epoch, if it is known.
+            steps: The number of steps of an epoch, or `None` if it is unknown.
         """
         if not self._recent:
             return
@@ -145,16 +144,16 @@ class FedData:
             self._recent.clear()
             return  # The last execution may have ended early.
         enough = min(_STEPS, -(-end // 2))
-        # Between epochs anything may change the layers.
+        # No window spans two epochs: in between, callbacks may change the layers.
         recent, self._recent = self._recent, collections.deque()
         starts = [(step, moving) for step, moving in recent if end - step >= enough]
         moving_now, last, self._last = self._read(), self._last, None
-        if starts and (last is None or _same(last, moving_now)):
+        if starts and (last is None or _equal(last, moving_now)):
             step, moving = starts[-1]
             self._windows.append(Window(moving, moving_now, end - step, self._trained))
 
     def warn_of(self, stats: PopulationStats) -> None:
-        """Warn if the statistics of a sweep are of other data than `fit` was fed.
+        """Warn if a sweep had other data than `fit`.
 
         Args:
             stats: The statistics, with the moving averages of the same weights as `previous`.
@@ -170,16 +169,16 @@ class FedData:
             warnings.warn(
                 "The swept data is not what `fit` fed the network: at layer "
                 f"{path!r} the mean is off by {distance.shift:.2g} std, the std by a factor of "
-                f"{np.exp(abs(distance.log_ratio)):.2g}. Pass it as the layers get it in training, "
+                f"{np.exp(abs(distance.log_ratio)):.2g}. Pass it as the layers get it in training: "
                 "x=dataset.map(preprocess).",
                 stacklevel=3,
             )
 
     def _window_of(self, stats: PopulationStats) -> Window | None:
-        """The window that ended in the moving averages of the sweep.
+        """Return the window that ended in the moving averages before the sweep.
 
-        `EarlyStopping` may have restored them from an epoch before. There is none if anything else
-        has replaced them.
+        `EarlyStopping` may have restored them from an earlier epoch. Returns `None` if they were
+        replaced otherwise.
         """
         previous = stats.previous
         for window in reversed(self._windows):
@@ -202,7 +201,7 @@ class FedData:
                 continue
             rates = (1.0,) if self._exact_rate else _UPDATE_RATES
             between = between_batches(stats[path], stats.batches, stats.batch_size)
-            found = [
+            distances = [
                 distance_of(fed, stats[path], between, self._noise)
                 for fed in (
                     recent_moments(
@@ -214,12 +213,12 @@ class FedData:
                 )
                 if fed is not None
             ]
-            if len(found) == len(rates):
-                yield path, min(found, key=lambda distance: distance.total)
+            if len(distances) == len(rates):
+                yield path, min(distances, key=lambda distance: distance.total)
 
-    def _read(self) -> dict[str, Moments]:
+    def _read(self) -> dict[str, MeanVariance]:
         return {
-            path: Moments(
+            path: MeanVariance(
                 *(
                     assignment.value_of(variable).astype(np.float64)
                     for variable in (layer.moving_mean, layer.moving_variance)
@@ -229,26 +228,26 @@ class FedData:
         }
 
 
-def _same(a: Mapping[str, Moments], b: Mapping[str, Moments]) -> bool:
+def _equal(a: Mapping[str, MeanVariance], b: Mapping[str, MeanVariance]) -> bool:
     return all(np.array_equal(a[path], b[path]) for path in a)
 
 
 def threshold(trained: int) -> float:
-    """The distance from which on data differs, after some steps of training."""
+    """Return the distance above which data differs, after some steps of training."""
     return 0.5 + 1.5 / np.sqrt(trained)
 
 
-def recent_moments(start: Moments, end: Moments, kept: float) -> Moments | None:
-    """The average u of the moments of the batches between two values of a moving average.
+def recent_moments(start: MeanVariance, end: MeanVariance, kept: float) -> MeanVariance | None:
+    """Return the average u of the moments of the batches between two moving averages.
 
     Args:
         start: The moving mean and variance before.
-        end: The same after some updates.
-        kept: m^k, the weight that `start` has in `end`.
+        end: The moving mean and variance after some updates.
+        kept: m^k, the weight of `start` in `end`.
 
     Returns:
-        u, or `None` where it is not defined: nothing was updated, every batch was a single value,
-        or the rounding of float32 is in the order of the standard deviation.
+        u, or `None` where it is not defined: without an update, for batches of one value, or where
+        the rounding of float32 is as large as the standard deviation.
     """
     if kept >= 1 or all(map(np.array_equal, start, end)):
         return None
@@ -260,37 +259,37 @@ def recent_moments(start: Moments, end: Moments, kept: float) -> Moments | None:
     )
     if np.median(np.abs(variance)) <= noise:
         return None
-    return Moments(mean, variance)
+    return MeanVariance(mean, variance)
 
 
 def between_batches(stats: LayerStats, batches: int, batch_size: int) -> np.ndarray:
-    """Variance between the means of the swept batches, beyond the chance of random batches.
+    """Return the variance between the means of the swept batches beyond random batches.
 
-    It is 0 for data in random order, and large for data that is ordered by class, where the last
-    batches of an epoch are no sample of the whole. Of one batch it is not known.
+    It is 0 for data in random order, and large for data ordered by class, where the last batches of
+    an epoch do not represent all data. For a single batch it is unknown, and 0 is returned.
     """
     spread = np.nan_to_num(stats.mean_error) ** 2 * batches
     return np.maximum(spread - 2 * stats.variance / max(batch_size, 1), 0.0)
 
 
 def distance_of(
-    fed: Moments, stats: LayerStats, between: np.ndarray | float = 0.0, noise: float = 1.0
+    fed: MeanVariance, stats: LayerStats, between: np.ndarray | float = 0.0, noise: float = 1.0
 ) -> Distance:
-    """How far the moments of batches are from a population.
+    """Return the distance of the moments of batches from a population.
 
     Args:
         fed: The average of the moments of batches.
         stats: The population.
-        between: See `between_batches`: so much may the mean of few batches differ, and so much
-            of the population's variance may be missing within them.
-        noise: The factor by which dropout and the like may raise the standard deviation.
+        between: See `between_batches`: tolerated difference of the means, and part of the
+            population's variance that may be missing within few batches.
+        noise: The factor by which dropout and similar layers may increase the standard deviation.
     """
     tiny = np.finfo(np.float32).tiny
     varies = stats.variance > 1e-6 * np.max(stats.variance, initial=tiny)
     variance = np.maximum(stats.variance, tiny)
     fed_variance = np.maximum(fed.variance, 1e-12 * variance)
-    apart = np.maximum(np.abs(fed.mean - stats.mean) - 2 * np.sqrt(between), 0.0)
-    shift = np.square(apart) / np.sqrt(variance * fed_variance)
+    difference = np.maximum(np.abs(fed.mean - stats.mean) - 2 * np.sqrt(between), 0.0)
+    shift = np.square(difference) / np.sqrt(variance * fed_variance)
     nearest = np.clip(
         fed_variance, np.maximum(variance - between, 0.05 * variance), variance * noise**2
     )
@@ -303,7 +302,7 @@ def distance_of(
 def _comparable_layers(
     network: keras.Model,
 ) -> Iterator[tuple[str, tuple[keras.layers.BatchNormalization, int]]]:
-    """(path, (layer, number of calls)) of the layers of level 1 with plain moving averages."""
+    """Yield (path, (layer, number of calls)) for layers of level 1 with plain moving averages."""
     layers = keras_models.batch_norm_layers(network)
     for path, calls in first_level(network).items():
         layer = layers.get(path)
@@ -318,13 +317,13 @@ def _comparable_layers(
 
 
 def _calls_once_a_step(model: keras.Model) -> bool:
-    """Whether it is certain that a step of `fit` makes the calls of one inference."""
-    own_step = "train_step" in vars(model) or type(model).train_step is not keras.Model.train_step
-    return not own_step and keras_models.always_passes_training_on(model)
+    """Whether a step of `fit` certainly calls every layer as often as inference does."""
+    custom = "train_step" in vars(model) or type(model).train_step is not keras.Model.train_step
+    return not custom and keras_models.always_passes_training_on(model)
 
 
 def _draws_in_training(model: keras.Model) -> bool:
-    """Whether a model has layers like dropout, noise or augmentation."""
+    """Whether a model has random layers like dropout, noise or augmentation."""
     values = (
         value for layer in keras_models.layers(model).values() for value in vars(layer).values()
     )

@@ -1,4 +1,4 @@
-"""What must hold however a `fit` ends: its model trains on from the moving averages."""
+"""Restore the moving averages of a model at the end of every epoch, and if `fit` fails."""
 
 import contextlib
 import functools
@@ -11,22 +11,21 @@ import keras
 from tfbn.callbacks import freezing, swapping
 from tfbn.callbacks.callback_lists import members
 
-# The hooks of a `keras.callbacks.CallbackList` during which population statistics may be in the
-# model.
+# Hooks of a `keras.callbacks.CallbackList` in which the model may have population statistics.
 _HOOKS = ("on_epoch_end", "on_test_begin", "on_test_end", "on_train_end")
 _MISSING = object()
 
 
 @contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """A context in which an object has another attribute; its own value comes back after it."""
-    held = vars(owner).get(name, _MISSING)
+def temporary_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of an object within the context."""
+    original = vars(owner).get(name, _MISSING)
     try:
         setattr(owner, name, value)
         yield
     finally:
-        if held is not _MISSING:
-            setattr(owner, name, held)
+        if original is not _MISSING:
+            setattr(owner, name, original)
         elif name in vars(owner):
             delattr(owner, name)
 
@@ -34,12 +33,12 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 class FitGuard:
     """Swap population statistics out at the end of every epoch, and if `fit` ends with an error.
 
-    One guard serves all callbacks of a `fit`. It wraps hooks of the list that `fit` calls, until
-    training ends. The end of training is final when all callbacks have come to it.
+    All callbacks of a `fit` share one guard. It wraps hooks of the list that `fit` calls, until
+    every callback has finished `on_train_end`, which makes the statistics final.
 
     Args:
         callbacks: The list that `fit` calls.
-        trained: The model whose `fit` it is.
+        trained: The model that `fit` trains.
     """
 
     def __init__(self, callbacks: keras.callbacks.CallbackList, trained: keras.Model):
@@ -52,13 +51,13 @@ class FitGuard:
 
     @classmethod
     def install(cls, callbacks: keras.callbacks.CallbackList, trained: keras.Model) -> "FitGuard":
-        """The guard of a `fit`: a new one, or the one that another callback has installed."""
+        """Return the guard of a `fit`: a new one, or the guard of another callback."""
         for hook in (vars(callbacks).get(_HOOKS[0]), vars(trained).get("evaluate")):
             guard = getattr(getattr(hook, "func", None), "__self__", None)
             if isinstance(guard, cls):
                 if guard._callbacks is callbacks and guard._trained is trained:
                     return guard
-                guard.remove()  # Ctrl-C in a step of an earlier `fit` has left it.
+                guard.remove()  # Left over from a `fit` with Ctrl-C in a step.
         guard = cls(callbacks, trained)
         for name in _HOOKS:
             guard._wrap(name, functools.partial(guard._run, name))
@@ -68,8 +67,8 @@ class FitGuard:
         """Guard a network.
 
         Args:
-            network: The model into which population statistics may be swapped.
-            validation: Whether they may be in it while `fit` evaluates.
+            network: The model that gets population statistics.
+            validation: Whether it has them while `fit` evaluates.
         """
         self._networks.add(network)
         if validation and not self._guards_validation:
@@ -78,15 +77,15 @@ class FitGuard:
             self._wrap("on_train_batch_end", self._end_step)
 
     def remove(self) -> None:
-        """Restore all that was replaced."""
+        """Restore all wrapped hooks."""
         self._validation.close()
         self._hooks.close()
 
     def on_error(self, ended: bool) -> None:
-        """Leave the model as training left it.
+        """Restore the moving averages.
 
         Args:
-            ended: Whether training had ended, so that callbacks may have frozen the model.
+            ended: Whether training had ended, after which callbacks freeze the model.
         """
         self.remove()
         for network in self._networks:
@@ -95,7 +94,7 @@ class FitGuard:
 
     def _wrap(self, name: str, wrapper: Callable[..., None]) -> None:
         hook = functools.partial(wrapper, getattr(self._callbacks, name))
-        self._hooks.enter_context(replaced(self._callbacks, name, hook))
+        self._hooks.enter_context(temporary_attribute(self._callbacks, name, hook))
 
     def _run(self, name: str, hook: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         try:
@@ -115,8 +114,8 @@ class FitGuard:
             self.on_error(ended=name == "on_train_end")
             raise
 
-    # The wrapper of `evaluate` is away during training steps: after a Ctrl-C there, which is where
-    # most come, no hook would remove it.
+    # The wrapper of `evaluate` is removed during training steps: after a Ctrl-C there, no hook
+    # would remove it.
 
     def _begin_step(self, hook: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         self._validation.close()
@@ -126,7 +125,7 @@ class FitGuard:
         hook(*args, **kwargs)
         self._validation.close()
         evaluate = functools.partial(self._evaluate, self._trained.evaluate)
-        self._validation.enter_context(replaced(self._trained, "evaluate", evaluate))
+        self._validation.enter_context(temporary_attribute(self._trained, "evaluate", evaluate))
 
     def _evaluate(self, evaluate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
@@ -138,17 +137,18 @@ class FitGuard:
 
 @contextlib.contextmanager
 def _kept_backups(callbacks: keras.callbacks.CallbackList) -> Iterator[None]:
-    """A context in which `BackupAndRestore` deletes nothing; its files go after it.
+    """Defer the deletion of `BackupAndRestore` files to the end of the context.
 
-    It would delete them before the sweep at the end of training, and a crash there would then lose
-    the whole training.
+    Otherwise a crash in the sweep at the end of training would lose all of the training.
     """
     ends = []
     with contextlib.ExitStack() as stack:
         for callback in members(callbacks):
             if isinstance(callback, keras.callbacks.BackupAndRestore):
                 ends.append(callback.on_train_end)
-                stack.enter_context(replaced(callback, "on_train_end", lambda logs=None: None))
+                stack.enter_context(
+                    temporary_attribute(callback, "on_train_end", lambda logs=None: None)
+                )
         yield
     for end in ends:
         end()

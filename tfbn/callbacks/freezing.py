@@ -1,7 +1,6 @@
-"""Freeze a model after its sweep, and give every layer its flag back before it trains on.
+"""Freeze a model after its sweep, and restore the `trainable` flags before it trains again.
 
-The flags are remembered by layer and not by model: a layer that is reused in another model brings
-its flag along.
+Flags are stored by layer and not by model, because layers may be reused in another model.
 """
 
 import contextlib
@@ -17,12 +16,12 @@ _flags: weakref.WeakKeyDictionary[keras.Layer, bool] = weakref.WeakKeyDictionary
 
 
 def freeze(model: keras.Model, by_batch: Collection[str] = ()) -> None:
-    """Set `trainable=False` in all layers, and remember the flags.
+    """Store the flags of all layers, and set `trainable=False`.
 
     Args:
         model: The model.
-        by_batch: The paths of the layers that inference normalizes by the batch, which it would not
-            do if they were frozen. They stay as they are.
+        by_batch: The paths of the layers that normalize by the batch in inference. They stay
+            unfrozen, because a frozen layer would not.
     """
     layers = keras_models.layers(model)
     for layer in layers.values():
@@ -33,11 +32,10 @@ def freeze(model: keras.Model, by_batch: Collection[str] = ()) -> None:
 
 
 def unfreeze(model: keras.Model) -> int:
-    """Give the layers that are as `freeze` left them their flags back.
+    """Restore the flags of the layers that have not changed since `freeze`.
 
-    Where somebody has set a flag to `True` since, it stays, and so do the flags of all layers
-    inside, because setting a flag sets those too. (Keras does nothing where a flag is set to the
-    value that it has, so nobody can set `False` in a frozen layer.)
+    A flag that was set to `True` since stays, and so do the flags of inner layers, which Keras sets
+    with it. (Setting `False` in a frozen layer has no effect in Keras.)
 
     Returns:
         The number of layers whose flag has changed.
@@ -58,13 +56,13 @@ def unfreeze(model: keras.Model) -> int:
 
 @contextlib.contextmanager
 def unchanged_on_error(model: keras.Model) -> Iterator[None]:
-    """A context that restores all flags, and those remembered, if it ends with an error."""
+    """Restore current and stored flags if the context ends with an error."""
     layers = keras_models.layers(model).values()
-    held = [(layer, layer.trainable, _flags.get(layer)) for layer in layers]
+    saved = [(layer, layer.trainable, _flags.get(layer)) for layer in layers]
     try:
         yield
     except BaseException:
-        for layer, trainable, flag in held:
+        for layer, trainable, flag in saved:
             layer.trainable = trainable
             if flag is not None:
                 _flags[layer] = flag
@@ -74,21 +72,20 @@ def unchanged_on_error(model: keras.Model) -> Iterator[None]:
 def require_optimizer_for_all(model: keras.Model) -> None:
     """Raise `ValueError` if the optimizer was built while layers were frozen.
 
-    Under a strategy `fit` builds it before the first callback is called.
+    Under a strategy `fit` builds it before it calls the first callback.
     """
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-    # Private. Nothing public has the variables that an optimizer was built for.
-    known = set(map(id, getattr(optimizer, "_trainable_variables", ())))
+    # Private. No public attribute has the variables that an optimizer was built for.
+    variables = set(map(id, getattr(optimizer, "_trainable_variables", ())))
     built = getattr(optimizer, "built", False)
-    if built and not known.issuperset(map(id, model.trainable_variables)):
+    if built and not variables.issuperset(map(id, model.trainable_variables)):
         raise ValueError(
-            "Expected an optimizer for all layers that train. Received: a model that was compiled "
-            "while an earlier fit had left layers frozen. Call `unfreeze()` of the earlier "
-            "callback, compile the model, and fit again."
+            "Compiled with layers frozen by an earlier fit. Call `unfreeze()` of the earlier "
+            "callback and compile again."
         )
 
 
-def trace_anew(model: keras.Model) -> None:
-    """Have `fit` trace its step again: Keras keeps the trace whatever becomes trainable."""
+def retrace(model: keras.Model) -> None:
+    """Make `fit` trace its step again, which Keras does not do after a change of flags."""
     if model.train_function is not None:
         model.make_train_function(force=True)

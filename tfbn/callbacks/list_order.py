@@ -1,7 +1,7 @@
-"""The order of callbacks that works, and what is said about others before the first epoch.
+"""Check the order of callbacks before the first epoch.
 
-Before `PopulationStatsCallback` belong the callbacks that put other weights into the model or save
-the state of training; after it, with `every_epoch`, those that save the model for inference.
+Callbacks that replace weights or save the state of training come before `PopulationStatsCallback`;
+with `every_epoch`, callbacks that save the model for inference come after it.
 """
 
 from collections.abc import Iterator
@@ -10,50 +10,49 @@ from typing import Any
 import keras
 from keras import callbacks as kinds
 
-from tfbn.callbacks.callback_lists import Place, members
+from tfbn.callbacks.callback_lists import ListPosition, members
 
 _NAME = "PopulationStatsCallback"
 
 
-def check(place: Place, every_epoch: bool) -> None:
-    """Raise `ValueError` if files or restored weights would be other ones than those swept.
+def check(position: ListPosition, every_epoch: bool) -> None:
+    """Raise `ValueError` if a callback would replace swept weights or save wrong statistics.
 
     Args:
-        place: The list with `PopulationStatsCallback`.
+        position: The position of `PopulationStatsCallback`.
         every_epoch: Its option.
     """
     if every_epoch:
-        for callback in members(place.before):
-            if _saves_epochs(callback, kinds.ModelCheckpoint) and _is_about_validation(callback):
+        for callback in members(position.before):
+            if _saves_epochs(callback, kinds.ModelCheckpoint) and _uses_validation(callback):
                 raise ValueError(
-                    f"Expected ModelCheckpoint that monitors validation after {_NAME}, so that its "
-                    "files give the metrics they were saved for. Received: callbacks in the other "
-                    "order. Swap the two in the list."
+                    f"ModelCheckpoint before {_NAME} saves moving averages, not the population. "
+                    "Swap the two in the list."
                 )
-    for callback in members(place.after):
+    for callback in members(position.after):
         if isinstance(callback, kinds.EarlyStopping) and callback.restore_best_weights:
-            raise _swap(callback, "which puts other weights into the model than those swept")
+            raise _wrong_order(callback, "replaces the swept weights")
         if every_epoch and isinstance(callback, kinds.SwapEMAWeights):
-            raise _swap(callback, "which puts other weights into the model than those swept")
+            raise _wrong_order(callback, "replaces the swept weights")
         if every_epoch and _saves_epochs(callback, kinds.BackupAndRestore):
-            raise _swap(callback, "which would save the population statistics to resume from")
+            raise _wrong_order(callback, "saves population statistics to resume from")
 
 
-def warnings(place: Place, every_epoch: bool) -> Iterator[str]:
-    """A sentence for each thing that works, but probably not as meant."""
-    callbacks = members([*place.before, *place.after])
+def warnings(position: ListPosition, every_epoch: bool) -> Iterator[str]:
+    """Yield a sentence for each order that works, but probably not as intended."""
+    callbacks = members([*position.before, *position.after])
     choosing = [callback for callback in callbacks if _chooses_by_moving_averages(callback)]
     if choosing and not every_epoch:
         names = ", ".join(dict.fromkeys(type(callback).__name__ for callback in choosing))
         yield (
-            f"{names}: choosing by {choosing[0].monitor}, which is validated with moving averages. "
-            f"Pass {_NAME}(..., every_epoch=True) to validate with population statistics."
+            f"{names}: choosing by {choosing[0].monitor}, computed with moving averages. Pass "
+            f"{_NAME}(..., every_epoch=True) to validate with population statistics."
         )
     saves = [_saves_epochs(callback, kinds.ModelCheckpoint) for callback in callbacks]
-    if every_epoch and any(saves) and not any(saves[len(members(place.before)) :]):
+    if every_epoch and any(saves) and not any(saves[len(members(position.before)) :]):
         yield (
-            f"ModelCheckpoint before {_NAME} saves the moving averages, to resume training from. "
-            "List another one after it to save the model with population statistics."
+            f"ModelCheckpoint before {_NAME} saves moving averages, to resume training. List "
+            "another one after it to save population statistics."
         )
 
 
@@ -61,14 +60,14 @@ def _saves_epochs(callback: Any, kind: type) -> bool:
     return isinstance(callback, kind) and getattr(callback, "save_freq", None) == "epoch"
 
 
-def _is_about_validation(checkpoint: keras.callbacks.ModelCheckpoint) -> bool:
-    """Whether a file is saved for a metric of validation, which chooses or names it."""
+def _uses_validation(checkpoint: keras.callbacks.ModelCheckpoint) -> bool:
+    """Whether a metric of validation chooses or names the files."""
     chosen = checkpoint.save_best_only and checkpoint.monitor.startswith("val_")
     return chosen or "{val_" in str(checkpoint.filepath)
 
 
 def _chooses_by_moving_averages(callback: keras.callbacks.Callback) -> bool:
-    # Any callback that has a `monitor`: EarlyStopping, ReduceLROnPlateau and custom ones.
+    # EarlyStopping, ReduceLROnPlateau and custom callbacks with `monitor`.
     monitor = getattr(callback, "monitor", None)
     if not isinstance(monitor, str) or not monitor.startswith("val_"):
         return False
@@ -77,8 +76,6 @@ def _chooses_by_moving_averages(callback: keras.callbacks.Callback) -> bool:
     return not monitor.endswith(("_population", "_mini_batch"))  # Metrics of `StatsTracker`.
 
 
-def _swap(callback: keras.callbacks.Callback, why: str) -> ValueError:
-    return ValueError(
-        f"Expected {_NAME} after {type(callback).__name__}, {why}. Received: callbacks in the "
-        "other order. Swap the two in the list."
-    )
+def _wrong_order(callback: keras.callbacks.Callback, effect: str) -> ValueError:
+    name = type(callback).__name__
+    return ValueError(f"{name} after {_NAME} {effect}. Swap the two in the list.")

@@ -1,4 +1,4 @@
-"""`PopulationStatsCallback`: when to sweep during `model.fit`."""
+"""`PopulationStatsCallback`: sweep during and after `model.fit`."""
 
 import dataclasses
 import itertools
@@ -46,10 +46,10 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     )
     ```
 
-    With `every_epoch=True` validation, and the callbacks listed after this one at the end of an
-    epoch, have population statistics too: metrics, `EarlyStopping` and `ReduceLROnPlateau` see
-    the model that will be deployed, and the file that `ModelCheckpoint` saves gives the metrics it
-    was saved for. Training goes on from the moving averages. The order of callbacks:
+    With `every_epoch=True`, validation and the callbacks listed after this one use population
+    statistics too, at the end of every epoch: metrics, `EarlyStopping` and `ReduceLROnPlateau` see
+    the model that will be deployed, and the file that `ModelCheckpoint` saves has the metrics it
+    was saved for. Training continues from the moving averages. The order of callbacks:
 
     ```python
     callbacks=[
@@ -61,65 +61,64 @@ class PopulationStatsCallback(keras.callbacks.Callback):
     ]
     ```
 
-    Callbacks that put other weights into the model (`EarlyStopping` with
-    `restore_best_weights=True`, `SwapEMAWeights`) or save the state of training come before this
-    one; those that save the model for inference come after it. Another order is an error when
-    training begins. `BackupAndRestore` deletes its files only when the last sweep is done.
+    Callbacks that replace the weights (`EarlyStopping` with `restore_best_weights=True`,
+    `SwapEMAWeights`) or save the state of training come before this one; callbacks that save the
+    model for inference come after it. Another order is an error at the beginning of training.
+    `BackupAndRestore` deletes its files after the last sweep.
 
-    However `fit` ends, also by an error or Ctrl-C, the model holds the moving averages of its last
-    step, or after a regular end the population statistics. If weights are not finite at the end
-    (`TerminateOnNaN`), a warning says so, and the model keeps its moving averages.
+    If `fit` ends with an error or Ctrl-C, the model has the moving averages of its last step, and
+    after a regular end the population statistics. If a weight is not finite at the end
+    (`TerminateOnNaN`), the model keeps its moving averages, with a warning.
 
-    To resume training exactly, keep the state of training: `ModelCheckpoint("train.keras")` listed
-    before this callback saves at the end of every epoch the moving averages, the flags and the
-    optimizer, and `load_model("train.keras").fit(..., initial_epoch=...)` goes on to the bit. After
-    `fit`, `callback.unfreeze()` and `callback.stats.previous.assign(model)` bring them back.
+    To resume training exactly, list `ModelCheckpoint("train.keras")` before this callback. It saves
+    the moving averages, the flags and the optimizer at the end of every epoch, and
+    `load_model("train.keras").fit(..., initial_epoch=...)` continues to the bit. After `fit`,
+    `callback.unfreeze()` and `callback.stats.previous.assign(model)` restore them.
 
-    A layer is swept if a step of `fit` has changed its moving statistics, whatever `train_step` and
-    `call` look like, and if inference uses these. Others hold what they have.
+    A layer is swept if a step of `fit` has changed its moving statistics and inference uses them.
+    The statistics of other layers do not change.
 
-    Under `tf.distribute.MirroredStrategy` all devices share the sweep and get the same
-    statistics. In the middle of training each gets its own moving averages back.
+    Under `tf.distribute.MirroredStrategy` all devices share the sweep and get the same statistics.
+    During training the moving averages of every device are restored.
 
     Args:
-        x: The training data, as `tfbn.collect` takes it and as the network gets it in training: a
-            callback sees neither `fit`'s data nor what a `train_step` does to it, but warns where
-            the moving averages show other data. A generator can be swept only once, and must not
-            be the one that `fit` reads. With `every_epoch=True`, a `tf.data.Dataset` that shuffles
-            with a seed, and that `fit` reads too, is in another order after each sweep: a warning
-            says so.
+        x: The training data, in any form that `tfbn.collect` supports, preprocessed as the network
+            gets it in training: a callback sees neither `fit`'s data nor the preprocessing in a
+            `train_step`, but warns if the moving averages show other data. A generator can be
+            swept only once, and must not be the one that `fit` reads. With `every_epoch=True`,
+            each sweep changes the order of a `tf.data.Dataset` that shuffles with a seed and that
+            `fit` reads too, with a warning.
         method: `"exact"`, `"pooled"` or `"algorithm2"`, see `tfbn.collect`.
-        batch_size: For arrays; 32 by default. One-pass methods want it large.
-        steps: Number of batches that make the data; endless data needs it.
+        batch_size: For arrays; 32 by default. One-pass methods require large batches.
+        steps: Number of batches that make the data; required for endless data.
         every_epoch: Whether to sweep in every epoch, see above. It costs one sweep an epoch.
-        freeze: Whether to leave the model frozen (`trainable=False`) after the sweep at the
-            end of training, as in Algorithm 2. It keeps training mode and `fit` from
-            overwriting the statistics. `unfreeze()` undoes it, and so does another `fit` with
-            such a callback, also of a model that reuses a layer. Flags that were set since the
-            freeze stay: `base.trainable = True` for the next stage of fine-tuning, for example.
+        freeze: Whether to freeze the model (`trainable=False`) after the sweep at the end of
+            training, as in Algorithm 2, so that training mode and `fit` do not overwrite the
+            statistics. `unfreeze()` undoes it, and so does another `fit` with such a callback, also
+            for a model that reuses a layer. Flags that were set since the freeze stay, for example
+            `base.trainable = True` for the next stage of fine-tuning.
         verbose: 0 for silence, 1 for a progress bar, 2 for one line with the time. `"auto"`
-            follows `fit`. Unless it is silent, a few lines at the end say how far the moving
-            averages were off.
-        model: The network to sweep, where the model that is trained only holds it: the generator
-            of a GAN. It must have seen a batch before `fit`, or in its first step. If `fit` trains
-            none of its layers (an average of weights), those that its `call` trains are swept.
+            follows `fit`. Unless 0, a report on the moving averages is printed at the end.
+        model: The network to sweep, if it is only a part of the trained model, like the generator
+            of a GAN. It must be called on a batch before `fit`, or in the first step. If `fit`
+            trains none of its layers (an average of weights), the layers that its `call` trains are
+            swept.
         tolerance: See `tfbn.collect`.
-        validation_data: As `model.fit` takes it, but no generator. After the last sweep the
+        validation_data: See `model.fit`; generators are not supported. After the last sweep the
             trained model is evaluated with the moving averages and with the population statistics.
-        validation_steps: Number of batches to evaluate; endless validation data needs it.
+        validation_steps: Number of batches to evaluate; required for endless validation data.
         memory_limit: See `tfbn.collect`.
 
     Attributes:
         stats: The `PopulationStats` of the last sweep; `None` before the first, and if `fit` has
             trained no batch norm layer.
-        validation: With `validation_data`, the metrics by name, each a tuple of the one before
-            the last sweep and the one after it; else `None`.
+        validation: With `validation_data`, metric name -> (value before, value after) the last
+            sweep; else `None`.
 
     Raises:
-        ValueError: At the beginning of training, if another callback is listed where it would
-            replace the weights that were swept, or save the wrong statistics; and whatever
-            `tfbn.collect` raises on the first batch. After the first step, if nothing trains the
-            network, or nothing calls it.
+        ValueError: At the beginning of training, for another order of callbacks, and for anything
+            that `tfbn.collect` raises on the first batch. After the first step, if it has not
+            called or trained the network.
     """
 
     def __init__(
@@ -161,32 +160,29 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         self._validation_steps = validation_steps
         self._layers: Any = None  # The `SweptLayers` of a running `fit`.
         self._training = False
-        self._stepped = True  # Since the last sweep.
+        self._stepped = True  # Whether a step has run since the last sweep.
         self._guarded = False
         self._epoch_size = EpochSize()
         self._fed: FedData | None = None  # While `fit` runs.
-        self._seconds: float | None = None  # Of the first sweep in an epoch, until it is said.
-        self._said_seconds = False
+        self._seconds: float | None = None  # Time of the first sweep in an epoch, to be printed.
+        self._seconds_printed = False
 
     def __deepcopy__(self, memo: dict) -> "PopulationStatsCallback":
-        """A copy that shares the data and the models."""
+        """Return a copy that shares the data and the models."""
         shared = ("_x", "_validation_data", "_inner", "_model", "stats", "_fed", "_layers")
         return shared_copy(self, memo, shared)
 
     __copy__ = shallow_copy
 
     def __getstate__(self) -> dict[str, Any]:
-        """All attributes but those of a running `fit`, unless the data cannot be pickled."""
+        """Return all attributes but the state of a running `fit`; raise for unpicklable data."""
         state = pickled_state(self, ("_x", "_validation_data"))
         return {**state, "_fed": None, "_layers": None}
 
     def unfreeze(self) -> None:
-        """Put every layer's `trainable` flag back to its value before the freeze.
-
-        The statistics stay as they are.
-        """
+        """Restore the `trainable` flag of every layer before the freeze. Statistics stay."""
         if self.model is not None and freezing.unfreeze(self._network):
-            freezing.trace_anew(self.model)
+            freezing.retrace(self.model)
 
     def set_model(self, model: keras.Model) -> None:
         """Refuse a model of Keras 2, whose `fit` would fail on a callback of Keras 3."""
@@ -194,12 +190,12 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         super().set_model(model)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Undo the freeze of an earlier `fit`, and check all that can be checked by now."""
+        """Undo the freeze of an earlier `fit`, and check everything before the first step."""
         network = self._network
-        swapping.swap_out(network)  # Left by a custom loop that failed.
-        lists = enclosing(self)
-        for place in lists:
-            list_order.check(place, self._every_epoch)
+        swapping.swap_out(network)  # A custom loop may have failed.
+        positions = enclosing(self)
+        for position in positions:
+            list_order.check(position, self._every_epoch)
         self._check_repeatable()
         refuse_shared(self._x)
         if self._every_epoch:
@@ -214,55 +210,55 @@ class PopulationStatsCallback(keras.callbacks.Callback):
                 freezing.require_optimizer_for_all(self.model)
             self._layers.check()
         if unfrozen:
-            freezing.trace_anew(self.model)
-            self._say(
+            freezing.retrace(self.model)
+            self._print(
                 f"{report.counted(unfrozen, 'layer')} left frozen by an earlier fit will train."
             )
-        for place in lists:
-            for sentence in list_order.warnings(place, self._every_epoch):
+        for position in positions:
+            for sentence in list_order.warnings(position, self._every_epoch):
                 warnings.warn(sentence, stacklevel=2)
-        self._guarded = bool(lists)
-        if lists:
-            guard = FitGuard.install(lists[-1].callbacks, self.model)
+        self._guarded = bool(positions)
+        if positions:
+            guard = FitGuard.install(positions[-1].callbacks, self.model)
             guard.add(network, validation=self._every_epoch)
         self._training = self._stepped = True
         self._fed = FedData(self.model, network)
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Note that the weights will change."""
+        """Record that the weights will change."""
         self._stepped = True
         self._layers.begin_step()
         if self._fed is not None:
             self._fed.begin_step(batch)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Count the batches, and check what only the first step shows."""
+        """Count the batches, and check the layers after the first step."""
         self._epoch_size.step(batch)
         self._layers.end_step()
         if self._fed is not None:
             self._fed.end_step(batch, (self.params or {}).get("steps"))
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Validate with population statistics, if asked to."""
+        """Swap population statistics in for validation, with `every_epoch=True`."""
         self._epoch_size.end(self.model)
         if self._training and self._every_epoch:
             self._sweep(verbose=0)
 
     def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Go back to the moving averages."""
+        """Restore the moving averages."""
         if self._training:
             swapping.swap_out(self._network)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Train on from the moving averages."""
+        """Restore the moving averages."""
         swapping.swap_out(self._network)
         self._epoch_size.begin()
         if self._seconds is not None:
-            self._say(f"The sweep with every_epoch=True took {self._seconds:.1f} s of the epoch.")
+            self._print(f"The sweep with every_epoch=True took {self._seconds:.1f} s of the epoch.")
             self._seconds = None
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Have population statistics in the model for the callbacks after this one."""
+        """Swap population statistics in for later callbacks, with `every_epoch=True`."""
         self._epoch_size.end(self.model)
         if self._fed is not None:
             self._fed.end_epoch((self.params or {}).get("steps"))
@@ -270,10 +266,10 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             self._sweep(verbose=0)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Sweep, say how far the moving averages were off, and freeze if asked to."""
+        """Sweep, report, and freeze the model with `freeze=True`."""
         self._training = False
         network = self._network
-        # Another such callback may have come to its end before.
+        # Another such callback may have ended before.
         swapping.swap_out(network)
         frozen = freezing.unfreeze(network)
         stats = self._sweep(verbose=self._verbosity, last=True)
@@ -289,11 +285,11 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             self.validation = {name: (before[name], after[name]) for name in before}
         if self._freeze or frozen:
             freezing.freeze(network, self._layers.by_batch)
-            freezing.trace_anew(self.model)
+            freezing.retrace(self.model)
         if not self._guarded:
             swapping.keep(network)
         for line in report.lines(stats, self.validation, self._freeze):
-            self._say(line)
+            self._print(line)
 
     @property
     def _network(self) -> keras.Model:
@@ -305,22 +301,22 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             return self._verbose
         return (self.params or {}).get("verbose", "auto")
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         if self._verbosity:
             print(line)
 
     def _trace(self, **options: Any) -> FirstTrace | None:
         x = self._x
-        if is_one_shot(x):  # The batches that the check reads come again.
+        if is_one_shot(x):  # The sweep reads the batches of the check again.
             self._x, x = itertools.tee(x)
         with unchanged_generators(self.model):  # The data may draw random numbers.
             return check_batch(self._network, x, self._options, **options)
 
     def _sweep(self, verbose: int | str, last: bool = False) -> PopulationStats | None:
-        """Swap population statistics in, from a new sweep if the weights are others.
+        """Swap population statistics in, after a new sweep if the weights have changed.
 
         Returns:
-            The statistics; `None` if there is no layer to sweep, or if weights are not finite.
+            The statistics; `None` without a layer to sweep, or if a weight is not finite.
         """
         network, stats = self._network, self.stats
         swapping.swap_out(network)
@@ -328,14 +324,14 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             trained = self._layers.paths()
             if trained is not None and not trained:
                 return None
-            began = time.perf_counter()
+            start = time.perf_counter()
             with unchanged_generators(self.model):
                 options = dataclasses.replace(self._options, verbose=verbose)
                 stats = self.stats = run(
-                    network, self._x, options, trained=trained, warned=self._layers.known
+                    network, self._x, options, trained=trained, warned=self._layers.warned
                 )
-            if self._training and self._stepped and not self._said_seconds:
-                self._seconds, self._said_seconds = time.perf_counter() - began, True
+            if self._training and self._stepped and not self._seconds_printed:
+                self._seconds, self._seconds_printed = time.perf_counter() - start, True
             self._stepped = False
         if last:
             self._compare_with_fit(stats)
@@ -354,7 +350,6 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         one_pass = is_one_shot(self._x) and self._options.steps is None
         if self._every_epoch and one_pass:
             raise ValueError(
-                "Expected data that can be swept several times, for every_epoch=True. Received: a "
-                "generator, which can be read only once. Pass arrays, a tf.data.Dataset or a "
-                "PyDataset, or `steps` of an endless generator."
+                "Expected repeatable data for every_epoch=True. Received: a generator. Pass "
+                "arrays, a tf.data.Dataset or a PyDataset, or `steps`."
             )

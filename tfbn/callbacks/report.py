@@ -1,4 +1,4 @@
-"""What `PopulationStatsCallback` prints at the end of training."""
+"""Format the lines that `PopulationStatsCallback` prints at the end of training."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from tfbn.stats import drift
 def lines(
     stats: PopulationStats, validation: dict[str, tuple[Any, Any]] | None, frozen: bool
 ) -> Iterator[str]:
-    """The lines about the changes that the last sweep has made."""
+    """Yield the lines about the changes by the last sweep."""
     drifts = drift.of_layers(stats, stats.previous or {})
     if drifts:
         shift, factor = _overall(drifts.values())
@@ -32,21 +32,21 @@ def lines(
 
 
 def validation_in_words(validation: Mapping[str, tuple[Any, Any]]) -> str:
-    """The metrics before and after a sweep, as one line."""
+    """Return the metrics before and after a sweep as one line."""
     changes = (
         f"{name} {old:.4g} -> {new:.4g}"
         for name, (old, new) in validation.items()
-        if isinstance(old, float)  # A metric may give anything.
+        if isinstance(old, float)  # A metric may return any type.
     )
     return f"Validation before and after: {', '.join(changes)}."
 
 
 def counted(number: int, noun: str) -> str:
-    """A number and a noun: `1 layer`, `2 layers`."""
+    """Return a number and a noun: `1 layer`, `2 layers`."""
     return f"{number} {noun}" + ("s" if number != 1 else "")
 
 
 def _overall(drifts: Iterable[Mapping[str, float]]) -> tuple[float, float]:
-    """Over layers: the root mean square of the shifts, and exp of that of log(ratio)."""
+    """Return over layers rms(shift) and exp(rms(log(ratio))), rms = root mean square."""
     shifts, ratios = zip(*((off["mean_shift"], off["std_ratio"]) for off in drifts), strict=True)
     return np.sqrt(np.mean(np.square(shifts))), np.exp(np.sqrt(np.mean(np.log(ratios) ** 2)))

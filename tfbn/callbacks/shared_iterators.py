@@ -1,4 +1,4 @@
-"""Iterators that `fit` reads too: what one reader takes, the other never sees."""
+"""Detect iterators that both a sweep and `fit` would consume."""
 
 import functools
 import gc
@@ -13,35 +13,34 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-# Larger structures hold data, not the machinery that reads it.
+# Larger collections are data, not readers of data.
 _MOST = 10_000
 _STATELESS = (itertools.count, itertools.repeat)
 _NOT_READ: tuple[type, ...] = (
     *(str, bytes, type, types.ModuleType),
     *(np.ndarray, tf.Tensor, tf.Variable, keras.Layer, keras.utils.PyDataset),
 )
-# An object of a library is not taken apart, except for pipelines and their iterators.
+# Objects of a library are not searched, except for pipelines and their iterators.
 _LIBRARIES = ("keras", "tensorflow", "numpy", "pandas", "scipy", "torch")
 _PIPELINES = "tensorflow.python.data"
 
 
 def refuse_shared(x: Any) -> None:
-    """Raise `ValueError` if the `fit` that is running reads an iterator that `x` reads too."""
+    """Raise `ValueError` if the running `fit` and `x` read the same iterator."""
     ours = {id(one) for one in iterators_in(x)}
     for theirs in iterators_in(_data_of_fit()) if ours else ():
         if id(theirs) in ours:
             raise ValueError(
                 "Expected data that `fit` does not read too. Received: an iterator "
-                f"({type(theirs).__name__}) from which both would take batches. Call the function "
-                "that makes it once for each, or pass arrays, a tf.data.Dataset or a PyDataset."
+                f"({type(theirs).__name__}). Create one for each."
             )
 
 
 def warn_of_shared_shuffle(x: Any) -> None:
     """Warn if reading `x` in the middle of training changes the order in which `fit` shuffles.
 
-    A `tf.data` pipeline counts its readings, and shuffles each of them in another way. Without a
-    seed nobody can tell.
+    A `tf.data` pipeline with a seed counts its iterations, and shuffles each differently. Without a
+    seed the order is random anyway.
     """
     ours = {id(dataset) for dataset in _seeded_shuffles(x)}
     if any(
@@ -49,17 +48,15 @@ def warn_of_shared_shuffle(x: Any) -> None:
     ):
         warnings.warn(
             "The callback reads the seeded tf.data.Dataset that `fit` shuffles, so the next epoch "
-            "has another order than without the callback. For the same order give the callback "
-            "a dataset of its own that does not shuffle.",
+            "has another order than without the callback. To avoid this, give the callback another "
+            "dataset, which does not shuffle.",
             stacklevel=3,
         )
 
 
 def _seeded_shuffles(data: Any) -> list[tf.data.Dataset]:
-    """The steps of a pipeline that shuffle every reading by a seed.
-
-    No public API shows the steps of a pipeline.
-    """
+    """Return the steps of a pipeline that shuffle every iteration by a seed."""
+    # Private. No public attribute has the steps of a pipeline.
     steps = [data] if isinstance(data, tf.data.Dataset) else []
     for step in steps:
         steps += step._inputs()
@@ -72,7 +69,7 @@ def _seeded_shuffles(data: Any) -> list[tf.data.Dataset]:
 
 
 def iterators_in(data: Any) -> list[Iterator]:
-    """The iterators that reading `data` would advance, directly or inside others."""
+    """Return the iterators that reading `data` would advance, directly or nested."""
     seen: dict[int, Any] = {}
     pending = [data]
     while pending and len(seen) < _MOST:
@@ -88,7 +85,7 @@ def iterators_in(data: Any) -> list[Iterator]:
 
 
 def _parts(value: Any) -> list:
-    """The objects that `value` may read from."""
+    """Return the objects that `value` may read from."""
     if isinstance(value, dict):
         return [*itertools.islice(value.values(), _MOST)]
     if isinstance(value, list | tuple | set):
@@ -100,7 +97,7 @@ def _parts(value: Any) -> list:
     if isinstance(value, functools.partial):
         return [value.func, value.args, value.keywords]
     if isinstance(value, types.GeneratorType):
-        # A generator of a global function reads global names.
+        # A generator function reads global names.
         used = (
             () if value.gi_frame is None else _globals_of(value.gi_code, value.gi_frame.f_globals)
         )
@@ -108,14 +105,14 @@ def _parts(value: Any) -> list:
         return [*inspect.getgeneratorlocals(value).values(), *used, *running]
     module = type(value).__module__
     if module.startswith(_PIPELINES) or module.partition(".")[0] not in _LIBRARIES:
-        # Iterators of the standard library have no attributes, but the collector knows theirs.
-        own = list(getattr(value, "__dict__", {}).values())
-        return own or (gc.get_referents(value) if hasattr(type(value), "__next__") else [])
+        attributes = list(getattr(value, "__dict__", {}).values())
+        # Iterators of the standard library have no attributes; `gc` returns their references.
+        return attributes or (gc.get_referents(value) if hasattr(type(value), "__next__") else [])
     return []
 
 
 def _used_by(function: types.FunctionType) -> list:
-    """The values that a function closes over, has as defaults, or names."""
+    """Return the closure, defaults and global values of a function."""
     cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
     return [
         *cells,
@@ -133,14 +130,14 @@ def _is_filled(cell: Any) -> bool:
 
 
 def _globals_of(code: types.CodeType, names: dict[str, Any]) -> list:
-    """The values of the global names in a function, and in the functions inside it."""
+    """Return the values of the global names in a function and its inner functions."""
     inner = [const for const in code.co_consts if isinstance(const, types.CodeType)]
     used = [names[name] for name in code.co_names if name in names]
     return used + [value for part in inner for value in _globals_of(part, names)]
 
 
 def _data_of_fit() -> list:
-    """The arguments of the innermost `fit` that is running, which Keras keeps in its frame."""
+    """Return the data arguments of the innermost running `fit`, from its frame."""
     frame = inspect.currentframe()
     while frame is not None:
         values = frame.f_locals

@@ -1,7 +1,7 @@
-"""Population statistics in a model for a while, in place of the moving averages of training.
+"""Swap population statistics into a model and out again.
 
-The moving averages are kept by model and not by callback, so that several callbacks of one `fit`
-agree on them.
+The moving averages are stored by model and not by callback, so that several callbacks of one `fit`
+share them.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ from tfbn.sweep.run import collect
 
 
 class _Swapped(NamedTuple):
-    """The statistics of a model before population statistics were swapped in, and these."""
+    """The statistics of a model before and after population statistics were swapped in."""
 
     moving: Snapshot
     previous: PopulationStats
     stats: PopulationStats
-    population: Snapshot | None  # `None` until all of it is in.
+    population: Snapshot | None  # `None` until the assignment is complete.
 
 
 _swapped: weakref.WeakKeyDictionary[keras.Model, _Swapped] = weakref.WeakKeyDictionary()
@@ -31,9 +31,9 @@ _swapped: weakref.WeakKeyDictionary[keras.Model, _Swapped] = weakref.WeakKeyDict
 
 @contextlib.contextmanager
 def population_stats(model: keras.Model, x: Any, **options: Any) -> Iterator[PopulationStats]:
-    """Infer with population statistics inside a `with` block, and train on after it.
+    """Infer with population statistics inside a `with` block, and continue training after it.
 
-    The block of a custom training loop in which the model is evaluated or saved:
+    Use it in a custom training loop, where the model is evaluated or saved:
 
     ```python
     for epoch in range(epochs):
@@ -43,9 +43,9 @@ def population_stats(model: keras.Model, x: Any, **options: Any) -> Iterator[Pop
             model.save("best.keras")
     ```
 
-    The data is swept when the block begins (see `tfbn.collect`). When it ends, also by an error
-    or Ctrl-C, the model holds the statistics from before, to the bit, on every device. Statistics
-    that the block has changed, by a training step, stay.
+    The data is swept at the beginning of the block (see `tfbn.collect`). At its end, also by an
+    error or Ctrl-C, the earlier statistics are restored, to the bit, on every device. Statistics
+    that the block has changed by a training step stay.
 
     Args:
         model: See `tfbn.collect`.
@@ -53,10 +53,10 @@ def population_stats(model: keras.Model, x: Any, **options: Any) -> Iterator[Pop
         **options: The other arguments of `tfbn.collect`.
 
     Yields:
-        The `PopulationStats` that the model holds inside the block.
+        The `PopulationStats` of the model inside the block.
 
     Raises:
-        ValueError: As `tfbn.collect`; the block then does not run, and the model is unchanged.
+        ValueError: See `tfbn.collect`. The block then does not run, and the model is unchanged.
     """
     with swapped_out(model):
         stats = collect(model, x, **options)
@@ -65,28 +65,28 @@ def population_stats(model: keras.Model, x: Any, **options: Any) -> Iterator[Pop
 
 
 def swap_in(model: keras.Model, stats: PopulationStats) -> None:
-    """Assign statistics to a model, and remember its moving averages."""
+    """Store the moving averages of a model, and assign statistics."""
     swap_out(model)
     variables = keras_models.all_statistics(model)
     previous = PopulationStats.read(model, fingerprint=False)
-    # Remembered first, because Ctrl-C may come at any point.
-    begun = _swapped[model] = _Swapped(Snapshot(model, variables), previous, stats, None)
+    # Stored before the assignment, which Ctrl-C may interrupt.
+    swapped = _swapped[model] = _Swapped(Snapshot(model, variables), previous, stats, None)
     stats.assign(model)
-    _swapped[model] = begun._replace(population=Snapshot(model, variables))
+    _swapped[model] = swapped._replace(population=Snapshot(model, variables))
 
 
 def swap_out(model: keras.Model) -> PopulationStats | None:
-    """Undo `swap_in`, unless something else has replaced the statistics since.
+    """Undo `swap_in`, unless the statistics have changed since.
 
     Returns:
-        The statistics that were in the model, or `None` if there were none.
+        The statistics that were swapped in, or `None`.
     """
     swapped = _swapped.get(model)
     if swapped is None:
         return None
     intact = swapped.population is None or swapped.population.holds()
     if intact:
-        swapped.previous.assign(model)  # It also forgets that statistics are assigned.
+        swapped.previous.assign(model)  # This also deletes the record of a sweep.
         swapped.moving.restore()
     del _swapped[model]
     return swapped.stats if intact else None
@@ -99,7 +99,7 @@ def keep(model: keras.Model) -> None:
 
 @contextlib.contextmanager
 def swapped_in(model: keras.Model, stats: PopulationStats) -> Iterator[None]:
-    """A context in which a model has some statistics."""
+    """Swap statistics into a model within the context."""
     try:
         swap_in(model, stats)
         yield
@@ -109,7 +109,7 @@ def swapped_in(model: keras.Model, stats: PopulationStats) -> Iterator[None]:
 
 @contextlib.contextmanager
 def swapped_out(model: keras.Model) -> Iterator[None]:
-    """A context in which a model has its moving averages, also inside `swapped_in`."""
+    """Swap moving averages into a model within the context, also inside `swapped_in`."""
     stats = swap_out(model)
     try:
         yield

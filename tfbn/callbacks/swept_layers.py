@@ -1,4 +1,4 @@
-"""The layers that a sweep inside `fit` covers: those that `fit` trains and inference uses."""
+"""Choose the layers to sweep inside `fit`: layers that `fit` trains and inference uses."""
 
 import warnings
 from collections.abc import Callable
@@ -6,28 +6,28 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
-from tfbn.callbacks.movement import Movement, runs_call
+from tfbn.callbacks.change_detector import ChangeDetector, runs_call
 from tfbn.models import keras_models
 from tfbn.sweep.first_trace import FirstTrace
 from tfbn.sweep.trained_layers import require_trained
 
 
 class SweptLayers:
-    """Decides during one `fit` which layers to sweep, and reports early what cannot be swept.
+    """Choose during one `fit` which layers to sweep, and report early what cannot be swept.
 
-    Before the first step a trace of `call` shows which layers may train. After it the moving
-    statistics decide. The trace decides again if no layer of the network has moved, and the network
-    was named by the user (its weights may be an average that no step trains), or runs in each step.
+    Before the first step a trace of `call` determines which layers may train, after it the changes
+    of the moving statistics. If no statistics change, the trace is used for a network that the user
+    has named (its weights may be an average that no step trains) or that runs in every step.
 
     Args:
-        trained: The model whose `fit` runs.
+        trained: The model that `fit` trains.
         network: The network to sweep.
-        named: Whether the user has named it.
-        trace: `check_batch` of the network and the data, a function of its two last arguments.
+        named: Whether the user has named the network.
+        trace: Calls `check_batch` with the network, the data and the given options.
 
     Attributes:
-        checked: Whether a batch was traced, for which the network has to be built.
-        known: Whether the trace has shown anything, and the warnings have been given.
+        checked: Whether a batch was traced, which requires a built network.
+        warned: Whether the trace succeeded, and its warnings were issued.
     """
 
     def __init__(
@@ -37,23 +37,23 @@ class SweptLayers:
         named: bool,
         trace: Callable[..., FirstTrace | None],
     ):
-        self.checked = self.known = False
+        self.checked = self.warned = False
         self._first: FirstTrace | None = None
         self._latest: FirstTrace | None = None
         self._network = network
         self._named = named
         self._by_call = network is trained and runs_call(trained)
         self._make_trace = trace
-        self._movement = Movement(network)
+        self._changes = ChangeDetector(network)
         self._reported: set[str] = set()
         self._first_step = True
         self._diverged = False
 
     def check(self) -> None:
-        """Trace one batch, as soon as the network has weights, which the first step may create.
+        """Trace one batch, if the network has weights, which the first step may create.
 
         Raises:
-            ValueError: All that can be said before the first step.
+            ValueError: For everything that can be checked before the first step.
         """
         network = self._network
         _require_call(network)
@@ -69,16 +69,16 @@ class SweptLayers:
                 f"{error} If `fit` does not call the model: {_advice(network)}."
             ) from error
         self._first = self._latest = first
-        self.checked, self.known = True, self._first is not None
+        self.checked, self.warned = True, self._first is not None
         if certain:
             self._report()
 
     def begin_step(self) -> None:
-        """Note the moving statistics before the first step."""
-        self._movement.begin_step()
+        """Store the moving statistics before the first step."""
+        self._changes.begin_step()
 
     def end_step(self) -> None:
-        """Check after the first step what only that shows.
+        """Check after the first step that it has built and trained the network.
 
         Raises:
             ValueError: If the network is not built, or if neither `call` nor the step trains it.
@@ -90,12 +90,12 @@ class SweptLayers:
             self.check()
         if not self.checked:
             raise ValueError(
-                f"Expected `fit` to call model {self._network.name!r}. Received: a model that the "
-                f"first step has not built. {_advice(self._network)}, or call it once before `fit`."
+                f"The first step of `fit` has not built model {self._network.name!r}. "
+                f"{_advice(self._network)}, or call it once before `fit`."
             )
         if self._first is None or self._paths() != frozenset():
             return
-        if not self._movement.moved() and not self._first.trained & self._first.used:
+        if not self._changes.changed() and not self._first.trained & self._first.used:
             layers = keras_models.batch_norm_layers(self._network)
             require_trained(self._network, layers, frozenset(layers))
         warnings.warn(
@@ -106,9 +106,9 @@ class SweptLayers:
         )
 
     def paths(self) -> frozenset[str] | None:
-        """The paths of the layers to sweep; `None` for those that a trace of `call` trains.
+        """Return the paths of the layers to sweep; `None` for the layers that `call` trains.
 
-        They are empty, with a warning, if training has diverged. The moving averages have to be in
+        Returns an empty set, with a warning, if training has diverged. Requires moving averages in
         the model.
         """
         diverged = _not_finite(self._network)
@@ -147,12 +147,12 @@ class SweptLayers:
         return frozenset() if self._latest is None else self._latest.partly
 
     def _trained(self) -> frozenset[str] | None:
-        moved = self._movement.moved()
-        if not self._movement.stepped or not (moved or not (self._by_call or self._named)):
+        changed = self._changes.changed()
+        if not self._changes.stepped or (not changed and (self._by_call or self._named)):
             return None
-        # With momentum=1 nothing moves.
-        may = self._movement.cannot_move()
-        return moved | (may if self._first is None else may & self._first.trained)
+        # Layers with momentum=1 may train without a change.
+        constant = self._changes.constant()
+        return changed | (constant if self._first is None else constant & self._first.trained)
 
     def _report(self) -> None:
         if self._latest is not None:
@@ -163,10 +163,7 @@ class SweptLayers:
 def _require_call(network: keras.Model) -> None:
     """Raise `ValueError` for a model that is only a container of others."""
     if type(network).call is keras.Model.call:
-        raise ValueError(
-            f"Expected a model with a `call` of its own. Received: model {network.name!r}, which "
-            f"only holds others, as a GAN holds its generator. {_advice(network)}."
-        )
+        raise ValueError(f"Model {network.name!r} has no `call`. {_advice(network)}.")
 
 
 def _advice(network: keras.Model) -> str:
@@ -180,7 +177,7 @@ def _advice(network: keras.Model) -> str:
 
 
 def _not_finite(model: keras.Model) -> str | None:
-    """The name of a weight that is not finite; the statistics that a sweep replaces may be."""
+    """Return the path of a weight with NaN or infinity, apart from batch norm statistics."""
     replaced = set(map(id, keras_models.all_statistics(model)))
     for weight in model.weights:
         counts = id(weight) not in replaced and keras.backend.is_float_dtype(weight.dtype)

@@ -1,4 +1,4 @@
-"""`StatsTracker`: the callback that logs validation metrics three ways while a model trains."""
+"""`StatsTracker`: log validation metrics with three kinds of statistics during training."""
 
 import contextlib
 import functools
@@ -9,7 +9,7 @@ import keras
 
 from tfbn.callbacks import swapping
 from tfbn.callbacks.callback_lists import enclosing, pickled_state, shallow_copy, shared_copy
-from tfbn.callbacks.fit_guard import replaced
+from tfbn.callbacks.fit_guard import temporary_attribute
 from tfbn.callbacks.shared_iterators import refuse_shared, warn_of_shared_shuffle
 from tfbn.callbacks.swept_layers import SweptLayers
 from tfbn.callbacks.validation import check_targets, check_validation_data, evaluate, unchanged
@@ -36,12 +36,12 @@ class StatsTracker(keras.callbacks.Callback):
     This callback shows how much the two differ. At the end of every epoch it evaluates
     `validation_data` with batch norm layers that normalise with
 
-    - `moving_average`: the statistics that the layers hold;
-    - `population`: the statistics of a sweep over `x` with the weights of this moment, see
+    - `moving_average`: the moving averages of the layers;
+    - `population`: the statistics of a sweep over `x` with the current weights, see
       `tfbn.collect`;
-    - `mini_batch`: the mean and variance of the validation batch itself, as in training.
-      All other layers (dropout, augmentation) infer. These metrics depend on the batch
-      size, and a prediction on the other samples of its batch.
+    - `mini_batch`: the mean and variance of the validation batch, as in training. All other layers
+      (dropout, augmentation) infer. These metrics depend on the batch size, and a prediction
+      depends on the other samples of its batch.
 
     ```python
     tracker = tfbn.StatsTracker(x_train, validation_data=(x_val, y_val))
@@ -49,11 +49,11 @@ class StatsTracker(keras.callbacks.Callback):
     history.history["val_accuracy_population"]
     ```
 
-    Every metric enters the epoch's logs as `val_<metric>_<way>`: `val_loss_moving_average`,
-    `val_loss_population`, `val_loss_mini_batch`. `History` has them, and so have callbacks
-    that are listed after this one: `CSVLogger`, `TensorBoard`, `EarlyStopping` (with a `mode`,
-    because Keras does not know whether these metrics should rise or fall). `stats` at the end of
-    an epoch, with the moving averages of that moment as `stats.previous`, can be logged too:
+    Every metric is added to the epoch's logs as `val_<metric>_<way>`: `val_loss_moving_average`,
+    `val_loss_population`, `val_loss_mini_batch`. `History` stores them, and callbacks listed after
+    this one can use them: `CSVLogger`, `TensorBoard`, `EarlyStopping` (which requires a `mode` for
+    these metrics). At the end of an epoch `stats`, with the current moving averages as
+    `stats.previous`, can be logged too:
 
     ```python
     def histograms(epoch, logs):
@@ -66,35 +66,34 @@ class StatsTracker(keras.callbacks.Callback):
     callbacks = [tracker, keras.callbacks.LambdaCallback(on_epoch_end=histograms)]
     ```
 
-    Training goes on as if it were not there: weights, statistics, metrics and the random
-    generators of the model, Keras, TensorFlow, NumPy and Python are as before.
-    It costs a sweep and three evaluations an epoch. The first of them is
-    what `fit` does with `validation_data`, so that `fit` can do without and the cost is a
-    sweep and two evaluations more.
+    The callback does not change training: it restores weights, statistics, metrics and the random
+    generators of the model, Keras, TensorFlow, NumPy and Python. It costs a sweep and three
+    evaluations an epoch. The first one replaces the validation in `fit`, so `fit` does not need
+    `validation_data`.
 
     Args:
-        x: The training data, as `tfbn.collect` takes it. It is read once an epoch, so a
-            generator will not do. A `tf.data.Dataset` that shuffles with a seed, and that
-            `fit` reads too, would be in another order after every extra reading: give one
-            that does not shuffle.
-        validation_data: As `model.fit` takes it: `(x, y)`, `(x, y, sample_weight)`, a
-            `tf.data.Dataset` or a `keras.utils.PyDataset`.
+        x: The training data, in any form that `tfbn.collect` supports but a generator, because it
+            is read in every epoch. If `fit` reads the same `tf.data.Dataset` and it shuffles with a
+            seed, every sweep changes the order: pass one that does not shuffle.
+        validation_data: `(x, y)`, `(x, y, sample_weight)`, a `tf.data.Dataset` or a
+            `keras.utils.PyDataset`, see `model.fit`.
         method: `"exact"`, `"pooled"` or `"algorithm2"`, see `tfbn.collect`.
-        batch_size: Of the sweep, for arrays; 32 by default. One-pass methods want it large.
-        steps: Number of batches of the sweep; endless data needs it.
-        tolerance: Of the sweep, see `tfbn.collect`.
-        validation_batch_size: For arrays; 32 by default. For mini-batch statistics as in
-            training, the batch size of training.
-        validation_steps: Number of batches to evaluate; endless validation data needs it.
-        memory_limit: Of the sweep, see `tfbn.collect`.
+        batch_size: For the sweep over arrays; 32 by default. One-pass methods require large
+            batches.
+        steps: Number of batches of the sweep; required for endless data.
+        tolerance: For the sweep, see `tfbn.collect`.
+        validation_batch_size: For arrays; 32 by default. Use the batch size of training to get the
+            mini-batch statistics of training.
+        validation_steps: Number of batches to evaluate; required for endless validation data.
+        memory_limit: For the sweep, see `tfbn.collect`.
 
     Attributes:
-        stats: The `PopulationStats` of the last sweep, with the moving averages of that
-            moment as `stats.previous`; `None` before the first.
+        stats: The `PopulationStats` of the last sweep, with the moving averages at that time as
+            `stats.previous`; `None` before the first.
 
     Raises:
-        ValueError: If an argument is not as above, or at the beginning of training, if the
-            model or the data cannot be swept.
+        ValueError: For an invalid argument, or at the beginning of training, if the model or the
+            data cannot be swept.
     """
 
     def __init__(
@@ -131,13 +130,13 @@ class StatsTracker(keras.callbacks.Callback):
         self._progress_bar = contextlib.ExitStack()
 
     def __deepcopy__(self, memo: dict) -> "StatsTracker":
-        """A copy that shares the data and the model."""
+        """Return a copy that shares the data and the model."""
         return shared_copy(self, memo, ("_x", "_validation_data", "_model", "stats", "_layers"))
 
     __copy__ = shallow_copy
 
     def __getstate__(self) -> dict[str, Any]:
-        """All attributes but those of a running `fit`."""
+        """Return all attributes but the state of a running `fit`; raise for unpicklable data."""
         state = pickled_state(self, ("_x", "_validation_data"))
         running: dict[str, Any] = {
             "_layers": None,
@@ -151,11 +150,11 @@ class StatsTracker(keras.callbacks.Callback):
         super().set_model(model)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Check all that can be checked by now."""
+        """Check everything before the first step."""
         if is_one_shot(self._x):
             raise ValueError(
-                "Expected data that can be swept in every epoch. Received: a generator, which "
-                "can be read only once. Pass arrays, a tf.data.Dataset or a PyDataset."
+                "Expected repeatable data: arrays, a tf.data.Dataset or a PyDataset. Received: a "
+                "generator."
             )
         refuse_shared([self._x, self._validation_data])
         warn_of_shared_shuffle(self._x)
@@ -167,20 +166,20 @@ class StatsTracker(keras.callbacks.Callback):
         self._mini_batch_function = None  # The model may have been compiled anew.
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Note the moving averages before the first step."""
+        """Store the moving averages before the first step."""
         self._layers.begin_step()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Check what only the first step shows."""
+        """Check the layers after the first step."""
         self._layers.end_step()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Give the progress bar its own method back."""
+        """Restore the method of the progress bar."""
         self._progress_bar.close()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Sweep, evaluate three ways, and put everything back."""
-        # A callback listed before may have swapped population statistics in for those after it.
+        """Sweep, evaluate three ways, and restore everything."""
+        # An earlier callback may have swapped population statistics in.
         with swapping.swapped_out(self.model), unchanged(self.model):
             trained = self._layers.paths()
             stats = None
@@ -190,23 +189,23 @@ class StatsTracker(keras.callbacks.Callback):
                     self._x,
                     self._options,
                     trained=trained,
-                    warned=self._layers.known,
+                    warned=self._layers.warned,
                 )
             self.stats = stats
             metrics = dict.fromkeys(WAYS, self._evaluate())
             if stats is not None:
                 with swapping.swapped_in(self.model, stats):
                     metrics["population"] = self._evaluate()
-                # What `fit` does not train infers with the moving averages, as in training.
+                # Layers that `fit` does not train use moving averages, as in training.
                 metrics["mini_batch"] = self._evaluate_with_mini_batches(frozenset(stats))
-        # Keras hands one dict to all callbacks, and `History`, which it adds, comes last.
+        # Keras passes one dict to all callbacks, and to its `History` last.
         if logs is not None:
             self._shorten_progress_bar()
             for way, values in metrics.items():
                 logs.update({f"val_{name}_{way}": value for name, value in values.items()})
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Give the progress bar its own method back."""
+        """Restore the method of the progress bar."""
         self._progress_bar.close()
 
     def _trace(self, **options: Any) -> FirstTrace | None:
@@ -214,12 +213,14 @@ class StatsTracker(keras.callbacks.Callback):
             return check_batch(self.model, self._x, self._options, **options)
 
     def _shorten_progress_bar(self) -> None:
-        """Show only Keras's own metrics and the population's at the end of this epoch."""
-        lists = enclosing(self)
-        for callback in lists[-1].callbacks.callbacks if lists else ():
+        """Show only Keras's metrics and the population's at the end of this epoch."""
+        positions = enclosing(self)
+        for callback in positions[-1].callbacks.callbacks if positions else ():
             if isinstance(callback, keras.callbacks.ProgbarLogger):
                 finish = functools.partial(_finish_line, callback.on_epoch_end)
-                self._progress_bar.enter_context(replaced(callback, "on_epoch_end", finish))
+                self._progress_bar.enter_context(
+                    temporary_attribute(callback, "on_epoch_end", finish)
+                )
 
     def _evaluate(self) -> dict[str, float]:
         return evaluate(
@@ -230,7 +231,7 @@ class StatsTracker(keras.callbacks.Callback):
         )
 
     def _evaluate_with_mini_batches(self, trained: frozenset[str]) -> dict[str, float]:
-        # Keras traces the test step once and keeps the function. This one is kept beside it.
+        # Keras caches its test function. This function is cached too, separately.
         model = self.model
         if trained != self._mini_batch_layers:
             self._mini_batch_function, self._mini_batch_layers = None, trained
@@ -238,8 +239,8 @@ class StatsTracker(keras.callbacks.Callback):
             _with_mini_batches, model, trained, self._layers.partly, model.test_step
         )
         with (
-            replaced(model, "test_function", self._mini_batch_function),
-            replaced(model, "test_step", step),
+            temporary_attribute(model, "test_function", self._mini_batch_function),
+            temporary_attribute(model, "test_step", step),
         ):
             try:
                 return self._evaluate()
@@ -254,10 +255,10 @@ def _with_mini_batches(
     test_step: Callable,
     data: Structure,
 ) -> Structure:
-    """A model's test step, with batch norm layers in training mode that keep their statistics.
+    """Run a model's test step with mini-batch statistics, without a change to moving averages.
 
-    The layers are changed only while the step is traced, and only in the calls that `fit` trains:
-    not in those that fix `training=False`, of layers that train in some calls only.
+    The layers are patched only while the step is traced, and only in the calls that `fit` trains:
+    calls with `training=False` are not patched for layers that train in some calls only.
     """
     layers = keras_models.batch_norm_layers(model)
 
@@ -270,7 +271,7 @@ def _with_mini_batches(
         fixed = path in partly and not isinstance(training, PassedOn)
         if path not in trained or fixed:
             return call(inputs, training=training, mask=mask)
-        # New moving averages go into the scope, and with it.
+        # The scope receives the new moving averages and discards them.
         with keras.StatelessScope():
             return call(inputs, training=True, mask=mask)
 

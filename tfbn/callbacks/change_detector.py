@@ -1,4 +1,4 @@
-"""Which batch norm layers `fit` trains: those whose moving statistics its steps change."""
+"""Detect which batch norm layers `fit` trains, by changes of their moving statistics."""
 
 import keras
 import numpy as np
@@ -7,11 +7,11 @@ from tfbn.models import keras_models
 from tfbn.models.keras_models import Snapshot
 
 
-class Movement:
-    """Watches the moving statistics of a network during one `fit`.
+class ChangeDetector:
+    """Detect which layers of a network change their moving statistics during one `fit`.
 
-    They are compared only when asked for, and no more for layers that have been seen to move. A
-    `train_step` may train layers in some steps only, and the layers need not move in the first one.
+    Statistics are compared on demand, not in every step. A `train_step` may train a layer in some
+    steps only, so an unchanged layer may change later.
 
     Args:
         network: The network.
@@ -23,12 +23,12 @@ class Movement:
     def __init__(self, network: keras.Model):
         self.stepped = False
         self._network = network
-        self._moved: set[str] = set()
+        self._changed: set[str] = set()
         # Path -> a layer's statistics before the first step, on every replica.
         self._before: dict[str, Snapshot] = {}
 
     def begin_step(self) -> None:
-        """Note the statistics before the first step, when other callbacks have set weights."""
+        """Store the statistics before the first step, after other callbacks have set weights."""
         if not self.stepped:
             for path, layer in keras_models.batch_norm_layers(self._network).items():
                 if layer.built:
@@ -36,15 +36,15 @@ class Movement:
                     self._before[path] = Snapshot(self._network, variables)
         self.stepped = True
 
-    def moved(self) -> frozenset[str]:
-        """The paths of the layers that have moved since, with moving averages in the model."""
+    def changed(self) -> frozenset[str]:
+        """Return the paths of the layers that have changed. Requires moving averages in them."""
         for path, layer in keras_models.batch_norm_layers(self._network).items():
-            if layer.built and path not in self._moved and self._differs(path, layer):
-                self._moved.add(path)
-        return frozenset(self._moved)
+            if layer.built and path not in self._changed and self._differs(path, layer):
+                self._changed.add(path)
+        return frozenset(self._changed)
 
-    def cannot_move(self) -> frozenset[str]:
-        """The paths of the layers with `momentum=1`, which hold their statistics in training."""
+    def constant(self) -> frozenset[str]:
+        """Return the paths of the layers with `momentum=1`, whose statistics never change."""
         return frozenset(
             path
             for path, layer in keras_models.batch_norm_layers(self._network).items()
@@ -54,7 +54,7 @@ class Movement:
     def _differs(self, path: str, layer: keras.layers.BatchNormalization) -> bool:
         if path in self._before:
             return not self._before[path].holds()
-        # The first step has built it.
+        # The first step has built the layer.
         initial = {
             "moving_mean": layer.moving_mean_initializer,
             "moving_variance": layer.moving_variance_initializer,
@@ -67,11 +67,8 @@ class Movement:
 
 
 def runs_call(model: keras.Model) -> bool:
-    """Whether it is certain that the steps of a model's `fit` run its `call` in training mode."""
-    own = {"train_step", "make_train_function"} & vars(model).keys()
-    kind = type(model)
-    return (
-        not own
-        and kind.train_step is keras.Model.train_step
-        and kind.make_train_function is keras.Model.make_train_function
+    """Whether the steps of a model's `fit` certainly run its `call` in training mode."""
+    names = ("train_step", "make_train_function")
+    return not vars(model).keys() & set(names) and all(
+        getattr(type(model), name) is getattr(keras.Model, name) for name in names
     )
