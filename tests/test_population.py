@@ -13,8 +13,8 @@ from hypothesis.extra.numpy import arrays
 from keras import layers
 
 import tfbn
-from tfbn import origins
 from tfbn import population as module
+from tfbn.layer import sweep_records
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_assign_sets_the_layers_and_undoes_to_the_bit(model, stats):
 
 def assigned(model):
     """The statistics that the layers of a model come from, each once."""
-    known = [origins.of(bn) for bn in networks.batch_norms(model)]
+    known = [sweep_records.get(bn) for bn in networks.batch_norms(model)]
     return list({id(origin.stats): origin.stats for origin in known if origin}.values())
 
 

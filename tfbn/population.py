@@ -8,8 +8,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfbn import arguments, origins
+from tfbn import arguments
 from tfbn.files import atomic
+from tfbn.layer import sweep_records
+from tfbn.layer.sweep_records import SweepRecord
 from tfbn.models import assignment, fingerprints, keras_models
 from tfbn.stats import blending, drift, layer_stats, stats_file, summary
 from tfbn.stats.layer_stats import LayerStats
@@ -162,13 +164,13 @@ class PopulationStats(collections.abc.Mapping):
         with keras_models.restored_on_error(model, [variable for variable, _ in writes]):
             for variable, value in writes:
                 variable.assign(value)
-        origins.forget(layers.values())
+        sweep_records.delete(layers.values())
         if self.method != "assigned":
             weights = fingerprints.digests_of(model, self.fingerprint)
             if weights is not None:
                 weights |= {digest for _, digest in fingerprints.digests_of_statistics(model)}
             for path, layer in layers.items():
-                origins.keep(layer, origins.Origin(self, path, weights))
+                sweep_records.store(layer, SweepRecord(self, path, weights))
         return previous
 
     def mismatch(self, model: keras.Model) -> str | None:

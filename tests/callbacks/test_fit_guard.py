@@ -174,7 +174,7 @@ def test_moving_averages_after_an_error_in_another_callback(moment, forwarded):
         fit(model, [*([Forwards(*callbacks)] if forwarded else callbacks), Stop(moment)])
     assert_same(state(plain), state(model))
     assert all(layer.trainable for layer in model.layers)
-    assert "evaluate" not in vars(model) and tfbn.origins.of(model.layers[0]) is None
+    assert "evaluate" not in vars(model) and tfbn.layer.sweep_records.get(model.layers[0]) is None
     fit(plain, initial_epoch=1)
     fit(model, callbacks, initial_epoch=1)  # It can go on.
     assert_same(state(plain), previous_of(callbacks, model))

@@ -21,7 +21,7 @@ from keras import layers
 import tfbn
 from tfbn.cli import main
 from tfbn.cli.model_files import RECORD
-from tfbn.origins import ASSET
+from tfbn.layer.sweep_records import ASSET
 
 rng = np.random.default_rng(0)
 PIXELS = rng.integers(0, 256, (30, 6, 5, 1), dtype=np.uint8)

@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from keras import layers
 
 import tfbn
-from tfbn import origins
+from tfbn.layer import sweep_records
 
 NUMBERS = st.integers(0, 10**6)
 
@@ -89,7 +89,7 @@ def test_blend_is_assigned_and_undone_to_the_bit(model, swept):
     blended = swept.blend(swept.previous, samples=2)
     previous = blended.assign(model)
     assert blended.mismatch(model) is None
-    assert all(origins.of(layer).stats is blended for layer in networks.batch_norms(model))
+    assert all(sweep_records.get(layer).stats is blended for layer in networks.batch_norms(model))
     assert any((a != b).any() for a, b in zip(before, model.get_weights(), strict=True))
     previous.assign(model)
     for a, b in zip(before, model.get_weights(), strict=True):

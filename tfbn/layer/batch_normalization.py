@@ -5,8 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfbn import origins
-from tfbn.layer import kernels
+from tfbn.layer import kernels, sweep_records
 
 
 @keras.saving.register_keras_serializable(package="tfbn")
@@ -93,11 +92,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def save_assets(self, dir_path: str) -> None:
         """Store the record of the sweep that set the statistics, if there was one."""
-        origins.save(self, dir_path)
+        sweep_records.save(self, dir_path)
 
     def load_assets(self, dir_path: str | None) -> None:
         """Load the record of `save_assets`. The layer loads even if the file is damaged."""
-        origins.load(self, dir_path)
+        sweep_records.load(self, dir_path)
 
     @staticmethod
     def _move(

@@ -16,8 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn import origins
-from tfbn.layer import BatchNormalization
+from tfbn.layer import BatchNormalization, sweep_records
 from tfbn.models import keras_models
 from tfbn.models.keras_models import Structure
 
@@ -112,7 +111,7 @@ def copy_state(source: keras.Layer, target: keras.Layer) -> None:
             with tempfile.TemporaryDirectory() as directory:
                 original.save_assets(directory)
                 copied.load_assets(directory)
-        origins.share(original, copied)
+        sweep_records.copy(original, copied)
         if (
             hasattr(original, "get_vocabulary")
             and original.get_vocabulary() != copied.get_vocabulary()

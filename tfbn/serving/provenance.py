@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tfbn import origins
 from tfbn._version import __version__
+from tfbn.layer import sweep_records
+from tfbn.layer.sweep_records import SweepRecord
 from tfbn.models import assignment, fingerprints, keras_models, upstream
 from tfbn.population import PopulationStats
 from tfbn.serving import versions
@@ -79,28 +80,28 @@ def sweep_of(model: keras.Model) -> Sweep:
     return Sweep(_combined(found), _stale(model, layers, found))
 
 
-def origin_of(layer: keras.Layer) -> origins.Origin | None:
+def origin_of(layer: keras.Layer) -> SweepRecord | None:
     """Where the statistics of a layer come from, or `None` if it is not known.
 
     Raises:
         ValueError: If the layer is from a file in which that is damaged.
     """
-    origin = origins.of(layer)
+    origin = sweep_records.get(layer)
     return origin_from_bytes(origin) if isinstance(origin, bytes) else origin
 
 
-def origin_from_bytes(content: bytes) -> origins.Origin:
+def origin_from_bytes(content: bytes) -> SweepRecord:
     """Read the bytes of an `Origin`.
 
     Raises:
         ValueError: If they are damaged, of a later format or something else.
     """
-    packed, weights = origins.unpack(content)
+    packed, weights = sweep_records.unpack(content)
     stats = PopulationStats.from_bytes(packed)
     if len(stats) != 1:
         raise ValueError(f"statistics of {len(stats)} layers, not of one")
     [path] = stats
-    return origins.Origin(stats, path, weights)
+    return SweepRecord(stats, path, weights)
 
 
 def _combined(found):
@@ -128,7 +129,7 @@ def _stale(model, layers, found):
     Args:
         model: A built model.
         layers: Its batch norm layers by path.
-        found: The origins of some of them, by path.
+        found: Path -> record, of some of them.
     """
     for path, origin in found.items():
         name = assignment.changed_variable(origin.stats[origin.path], layers[path])

@@ -1,4 +1,4 @@
-"""Which sweep statistics come from: beside the layer, and in the file of a model."""
+"""Records of sweeps, in memory and in the files of models."""
 
 import io
 import os
@@ -15,7 +15,7 @@ from damage import damaged
 from keras import layers
 
 import tfbn
-from tfbn import origins
+from tfbn.layer import sweep_records
 from tfbn.serving import provenance
 from tfbn.serving.provenance import Sweep, sweep_of
 
@@ -25,7 +25,7 @@ X = rng.normal(2, 3, (24, 2, 4)).astype("float32")
 
 
 def network(bn=tfbn.BatchNormalization):
-    """Batch norm in a model, in a model inside it and in a wrapper; one layer is shared."""
+    """Build batch norm in a model, in a nested model and in a wrapper; one layer is shared."""
     keras.utils.set_random_seed(0)
     block = keras.Sequential([keras.Input((2, 3)), bn(name="bn"), layers.Dense(3)], name="block")
     x = inputs = keras.Input((2, 4), name="x")
@@ -38,7 +38,7 @@ def network(bn=tfbn.BatchNormalization):
 
 
 def swept(bn=tfbn.BatchNormalization):
-    """The same after a sweep."""
+    """Build the network and sweep it."""
     model = network(bn)
     tfbn.update_population_stats(model, X, verbose=0)
     assert sweep_of(model).stale is None
@@ -46,30 +46,30 @@ def swept(bn=tfbn.BatchNormalization):
 
 
 def through_a_file(model, path="model.keras", **options):
-    """The model as a file gives it back."""
+    """Save and load a model."""
     model.save(path, **options)
     return keras.models.load_model(path)
 
 
 def assets(path="model.keras"):
-    """The members of a file that are ours."""
+    """Return the assets of tfbn in a file."""
     with zipfile.ZipFile(path) as archive:
-        return [name for name in archive.namelist() if name.endswith(origins.ASSET)]
+        return [name for name in archive.namelist() if name.endswith(sweep_records.ASSET)]
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """An empty working directory."""
+    """Change to an empty working directory."""
     monkeypatch.chdir(tmp_path)
 
 
 def assert_same_sweep(a, b):
-    """Two models know of the same sweep, with all that is written of it."""
+    """Require equal records of two models."""
     a, b = sweep_of(a).stats, sweep_of(b).stats
     assert a.to_bytes() == b.to_bytes()
 
 
-def test_a_file_remembers_the_sweep_of_our_layers():
+def test_files_store_records_of_our_layers():
     model = swept()
     loaded = through_a_file(model)
     assert len(assets()) == 3
@@ -82,7 +82,7 @@ def test_a_file_remembers_the_sweep_of_our_layers():
 
 @pytest.mark.quick(2)
 @pytest.mark.parametrize("where", ["first", "head", "block", "bn"])
-def test_training_after_loading_is_noticed(where):
+def test_training_after_loading_is_detected(where):
     loaded = through_a_file(swept())
     layer = loaded.get_layer(where)
     layer = layer.layers[-1] if where == "block" else layer
@@ -95,14 +95,14 @@ def test_training_after_loading_is_noticed(where):
 
 
 @pytest.mark.slow
-def test_fit_after_loading_is_noticed():
+def test_fit_after_loading_is_detected():
     loaded = through_a_file(swept())
     loaded.fit(X, np.zeros((24, 2, 2)), verbose=0)
     assert "changed since the sweep" in sweep_of(loaded).stale
     assert "changed since the sweep" in sweep_of(through_a_file(loaded)).stale
 
 
-def test_a_part_of_a_loaded_model_is_known_too():
+def test_part_of_a_loaded_model_has_its_record():
     loaded = through_a_file(swept())
     x = keras.Input((2, 4), name="x")
     part = keras.Model(x, layers.Dense(7)(loaded.get_layer("bn")(x)))
@@ -111,14 +111,14 @@ def test_a_part_of_a_loaded_model_is_known_too():
     assert sweep_of(part).stale is None and list(sweep_of(part).stats) == ["bn"]
 
 
-def test_of_stock_layers_a_file_remembers_nothing():
+def test_files_store_no_records_of_stock_layers():
     model = swept(layers.BatchNormalization)
     loaded = through_a_file(model)
     assert assets() == []
     assert sweep_of(loaded) == Sweep(None, "no sweep of them is known")
 
 
-def test_stock_layers_beside_ours_are_known_by_what_they_hold():
+def test_stock_layers_next_to_ours_are_checked_by_values():
     ours, theirs = tfbn.BatchNormalization(name="ours"), layers.BatchNormalization(name="theirs")
     model = keras.Sequential([keras.Input((4,)), theirs, layers.Dense(3), ours])
     tfbn.update_population_stats(model, X[:, 0], verbose=0)
@@ -128,12 +128,12 @@ def test_stock_layers_beside_ours_are_known_by_what_they_hold():
     assert "'theirs'" in sweep_of(loaded).stale
 
 
-def test_into_a_folder_keras_writes_no_assets():
+def test_keras_writes_no_assets_into_folders():
     loaded = through_a_file(swept(), "folder", zipped=False)
     assert sweep_of(loaded) == Sweep(None, "no sweep of them is known")
 
 
-def test_what_was_never_swept_has_no_asset():
+def test_unswept_layers_have_no_asset():
     loaded = through_a_file(network())
     assert assets() == []
     with zipfile.ZipFile("model.keras") as archive:
@@ -141,13 +141,13 @@ def test_what_was_never_swept_has_no_asset():
     assert sweep_of(loaded).stats is None
 
 
-def test_what_was_taken_back_has_no_asset():
+def test_undone_sweeps_have_no_asset():
     model = swept()
     sweep_of(model).stats.previous.assign(model)
     assert sweep_of(through_a_file(model)).stats is None and assets() == []
 
 
-def test_weights_alone_bring_no_record_and_make_none_false():
+def test_loading_weights_creates_no_record_and_no_stale_one():
     model, other = swept(), network()
     model.save_weights("model.weights.h5")
     other.load_weights("model.weights.h5")
@@ -161,13 +161,13 @@ def test_weights_alone_bring_no_record_and_make_none_false():
     assert sweep_of(model).stale is None
 
 
-def test_a_clone_starts_anew():
+def test_clones_have_no_record():
     clone = keras.models.clone_model(swept())
     assert sweep_of(clone).stats is None
 
 
 @pytest.mark.slow
-def test_the_callback_and_checkpoints_leave_it():
+def test_callback_and_checkpoints_store_records():
     model = network()
     checkpoint = keras.callbacks.ModelCheckpoint("epoch.keras")
     training = keras.callbacks.ModelCheckpoint("training.keras")
@@ -192,7 +192,7 @@ for cls in (BatchNormalization, keras.layers.BatchNormalization):
 
 
 @pytest.mark.slow
-def test_those_who_know_nothing_of_it_load_the_file():
+def test_files_load_without_tfbn():
     model = swept()
     model.save("model.keras")
     np.save("x.npy", X)
@@ -202,8 +202,8 @@ def test_those_who_know_nothing_of_it_load_the_file():
 
 
 @pytest.mark.parametrize("directory", [True, False])
-def test_files_from_before_load(directory):
-    """Without assets; a directory, as Keras saves with zipped=False, with a stray file in it."""
+def test_files_without_assets_load(directory):
+    """A directory is saved with zipped=False, and has another file in it."""
     model = network()
     if directory:
         model.save("model", zipped=False)
@@ -217,10 +217,10 @@ def test_files_from_before_load(directory):
 
 
 def with_asset(content, source, target):
-    """A copy of a file whose assets have other content, or are folders if that is `None`."""
+    """Copy a file with other content in its assets, or folders for `None`."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for name in old.namelist():
-            ours = name.endswith(origins.ASSET)
+            ours = name.endswith(sweep_records.ASSET)
             if ours and content is None:
                 new.mkdir(name)
             else:
@@ -228,7 +228,7 @@ def with_asset(content, source, target):
 
 
 @pytest.mark.slow
-def test_a_damaged_record_is_told_where_it_is_asked_for_and_nowhere_else():
+def test_damaged_record_is_an_error_only_on_use():
     model = swept()
     model.save("model.keras")
     [name, *_] = assets()
@@ -248,20 +248,20 @@ def test_a_damaged_record_is_told_where_it_is_asked_for_and_nowhere_else():
 
 
 def zip_of(header):
-    """An archive with some header."""
+    """Return an archive with a given header."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         archive.writestr("header.npy", header)
     return content.getvalue()
 
 
-def test_a_folder_in_its_place_is_no_record():
+def test_folder_in_place_of_the_asset_is_ignored():
     swept().save("model.keras")
     with_asset(None, "model.keras", "bad.keras")
     assert sweep_of(keras.models.load_model("bad.keras")).stats is None
 
 
-def test_a_record_of_another_model_does_not_pass_for_this_ones():
+def test_record_of_another_model_is_stale():
     other = keras.Sequential([keras.Input((4,)), tfbn.BatchNormalization(name="bn")])
     tfbn.update_population_stats(other, X[:, 0], verbose=0)
     content = provenance.origin_of(other.layers[0]).to_bytes()
@@ -271,7 +271,7 @@ def test_a_record_of_another_model_does_not_pass_for_this_ones():
 
 
 @pytest.mark.parametrize("count", [300, pytest.param(30_000, marks=pytest.mark.slow)])
-def test_any_damage_is_an_error_or_harmless(count):
+def test_damage_is_an_error_or_harmless(count):
     model = swept()
     whole = provenance.origin_of(model.get_layer("bn"))
     content = whole.to_bytes()
@@ -285,12 +285,12 @@ def test_any_damage_is_an_error_or_harmless(count):
         assert found.to_bytes() == content
 
 
-def test_a_folder_without_a_record_takes_the_older_one_away():
+def test_loading_without_a_record_deletes_the_old_one():
     layer = swept().get_layer("bn")
     layer.save_assets(".")
     layer.load_assets(".")
     assert provenance.origin_of(layer).path == "bn"
-    os.unlink(origins.ASSET)
+    os.unlink(sweep_records.ASSET)
     layer.load_assets(".")
     assert provenance.origin_of(layer) is None
     layer.load_assets(None)
