@@ -27,7 +27,8 @@ example:
   tfbn recalibrate model.keras --data train.npz --out recalibrated.keras
   tfbn compare model.keras model.keras recalibrated.keras
   tfbn export recalibrated.keras serving/model --monitor
-  tfbn drift serving/model answers.json || tfbn recalibrate serving/model --data field.npz"""
+  tfbn drift serving/model answers.json
+  tfbn recalibrate serving/model --data field.npz"""
 
 _DATA_HELP = """\
 data, already preprocessed as for model.fit:

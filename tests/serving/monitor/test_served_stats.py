@@ -1,5 +1,6 @@
 """`ServedStats`: merging answers, telling drift from noise, and refusing what does not belong."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -152,6 +153,8 @@ def test_few_samples_tell_nothing(exported, ask):
         if number in (1, 15):
             assert repr(found) == f"<ServedDrift: {number} of 16 samples: too few to tell>"
     assert repr(found).startswith("<ServedDrift: 16 samples have moved from the population: ")
+    far = dataclasses.replace(found, p_value=0.0)
+    assert repr(far).endswith(", p < 1e-300>") and ", p = " in repr(found)
     assert repr(served) == f"<ServedStats of {exported}: 16 samples>"
 
 

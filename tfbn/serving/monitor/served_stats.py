@@ -66,7 +66,7 @@ class ServedDrift:
         verdict = "have moved from" if self.drifted else "cannot be told from"
         return (
             f"{self.samples} samples {verdict} the population: {self.distance:.3f} std away, "
-            f"p = {self.p_value:.2g}"
+            f"p {_shown(self.p_value)}"
         )
 
     def summary(self) -> None:
@@ -78,6 +78,11 @@ class ServedDrift:
         ordered = sorted(self.layers.items(), key=lambda item: -item[1]["distance"])
         rows = [[path, *_cells(found)] for path, found in ordered]
         print("\n".join(drift.table(head, rows)))
+
+
+def _shown(p_value):
+    """`= 0.02`, or `< 1e-300` where it is too small for a float."""
+    return f"= {p_value:.2g}" if p_value > 1e-300 else "< 1e-300"
 
 
 def _cells(found):
