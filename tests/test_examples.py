@@ -318,6 +318,26 @@ def test_error_by_batch_size(tmp_path):
     assert is_png(tmp_path / "errors.png")
 
 
+def test_augmentation():
+    """Each way has its own statistics, and leaves the training alone."""
+    import augmentation as example
+
+    (x, y), test = example.load("digits", 0)
+    train, evaluated = (x[:256], y[:256]), (test[0][:100], test[1][:100])
+    light = example.AUGMENTATIONS["and light"]
+    found = example.trained(train, evaluated, light, [1, 2], seed=0)
+    losses = [found[2][way]["loss"] for way in example.WAYS]
+    assert len(set(losses)) == 3 and list(found) == [1, 2]
+    runs = [
+        {"seed": seed, "augmentation": name, "found": {2: found[epochs]}}
+        for seed, epochs in enumerate([1, 2])
+        for name in example.AUGMENTATIONS
+    ]
+    errors = [found[epochs][example.WAYS[1]]["error"] for epochs in (1, 2)]
+    row = f"| and light | {example.WAYS[1]} | {np.mean(errors):.2f} ± {stats.sem(errors):.2f} |"
+    assert row in example.report(runs)
+
+
 def test_the_quickstart_does_today_what_its_outputs_show(tmp_path):
     """Its cells run one after the other, and print the numbers that it was committed with."""
     cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text())["cells"]
