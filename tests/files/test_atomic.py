@@ -1,4 +1,4 @@
-"""Tests of `tfbn.files.atomic`: files that are whole or not there."""
+"""Tests of `tfbn.files.atomic`."""
 
 import contextlib
 import errno
@@ -20,18 +20,18 @@ from tfbn.files import atomic
 
 
 def names(folder):
-    """All that is in a folder, hidden files too."""
+    """Return the contents of a folder, including hidden files."""
     return sorted(os.listdir(folder))
 
 
 def mode(path):
-    """The permissions of a file."""
+    """Return the permissions of a file."""
     return stat.S_IMODE(os.stat(path).st_mode)
 
 
 @contextlib.contextmanager
 def umask(mask):
-    """A umask for a while."""
+    """Set the umask within the context."""
     before = os.umask(mask)
     try:
         yield
@@ -39,7 +39,7 @@ def umask(mask):
         os.umask(before)
 
 
-def test_what_is_written_is_read(tmp_path, monkeypatch):
+def test_write_and_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     odd = ["file", "with space", "ünïcødé", "-", "'\"", "new\nline", "." * 3, "x" * 255, b"bytes"]
     for i, name in enumerate(odd):
@@ -50,7 +50,7 @@ def test_what_is_written_is_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002, 0o000])
-def test_a_new_file_has_the_permissions_of_the_umask(tmp_path, mask):
+def test_new_file_has_the_permissions_of_the_umask(tmp_path, mask):
     with umask(mask):
         atomic.write(tmp_path / "a", b"1")
         (tmp_path / "b").write_bytes(b"1")
@@ -58,7 +58,7 @@ def test_a_new_file_has_the_permissions_of_the_umask(tmp_path, mask):
 
 
 @pytest.mark.parametrize("old", [0o600, 0o644, 0o664, 0o640, 0o777])
-def test_a_file_keeps_its_permissions(tmp_path, old):
+def test_file_keeps_its_permissions(tmp_path, old):
     path = tmp_path / "a"
     path.write_bytes(b"1")
     path.chmod(old)
@@ -69,18 +69,18 @@ def test_a_file_keeps_its_permissions(tmp_path, old):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid(), reason="only root gives files away")
-def test_a_file_keeps_its_owner(tmp_path):
+def test_file_keeps_its_owner(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"1")
     os.chown(path, 12345, 54321)
     atomic.write(path, b"2")
-    found = path.stat()
-    assert (found.st_uid, found.st_gid) == (12345, 54321)
+    status = path.stat()
+    assert (status.st_uid, status.st_gid) == (12345, 54321)
 
 
 @pytest.mark.parametrize("exists", [True, False])
 @pytest.mark.parametrize("absolute", [True, False])
-def test_a_symbolic_link_is_written_through(tmp_path, exists, absolute):
+def test_target_of_a_symbolic_link_is_written(tmp_path, exists, absolute):
     (tmp_path / "elsewhere").mkdir()
     target = tmp_path / "elsewhere" / "real"
     if exists:
@@ -95,7 +95,7 @@ def test_a_symbolic_link_is_written_through(tmp_path, exists, absolute):
     assert names(tmp_path) == ["elsewhere", "link", "middle"]
 
 
-def test_a_link_to_nowhere_says_so_with_the_name_given(tmp_path):
+def test_dangling_link_is_an_error_with_the_given_name(tmp_path):
     (tmp_path / "link").symlink_to("no/such/file")
     (tmp_path / "loop").symlink_to("loop")
     for name in ("link", "loop", "no/such/file"):
@@ -107,7 +107,7 @@ def test_a_link_to_nowhere_says_so_with_the_name_given(tmp_path):
 
 @contextlib.contextmanager
 def special(path, kind):
-    """Something under a name that is no file, and a device that cannot come to harm."""
+    """Create something that is not a regular file."""
     ends = os.openpty()
     if kind == "a folder":
         path.mkdir()
@@ -129,7 +129,7 @@ def special(path, kind):
 
 @pytest.mark.parametrize("linked", [False, True])
 @pytest.mark.parametrize("kind", ["a folder", "a named pipe", "a socket", "a device"])
-def test_what_is_no_file_is_refused_and_stays(tmp_path, monkeypatch, kind, linked):
+def test_other_kinds_of_files_are_refused_and_unchanged(tmp_path, monkeypatch, kind, linked):
     monkeypatch.chdir(tmp_path)  # The name of a socket has to be short.
     path = tmp_path / "a"
 
@@ -141,7 +141,7 @@ def test_what_is_no_file_is_refused_and_stays(tmp_path, monkeypatch, kind, linke
             (tmp_path / "link").symlink_to("a")
             path = tmp_path / "link"
         before = look()
-        says = rf"^Expected .* Received: '{path}', which is {kind}\. Give another name"
+        says = rf"^Expected .* Received: '{path}', {kind}\."
         for f in (atomic.read, lambda p: atomic.write(p, b"1")):
             with pytest.raises(ValueError, match=says):
                 f(path)
@@ -149,7 +149,7 @@ def test_what_is_no_file_is_refused_and_stays(tmp_path, monkeypatch, kind, linke
 
 
 @pytest.mark.skipif(not hasattr(os, "fork") or os.geteuid() != 0, reason="only root can be another")
-def test_what_may_not_be_written_is_refused(tmp_path):
+def test_read_only_targets_are_refused(tmp_path):
     tmp_path.chmod(0o777)
     for parent in tmp_path.parents[:2]:
         parent.chmod(0o755)
@@ -182,7 +182,7 @@ def test_what_may_not_be_written_is_refused(tmp_path):
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
 @pytest.mark.parametrize("step", ["open", "fsync", "replace", "fchmod"])
 @pytest.mark.parametrize("exists", [True, False])
-def test_an_error_leaves_all_as_it_was(tmp_path, monkeypatch, step, error, exists):
+def test_errors_change_nothing(tmp_path, monkeypatch, step, error, exists):
     path = tmp_path / "a"
     if exists:
         path.write_bytes(b"1")
@@ -218,7 +218,7 @@ except OSError as error:
 
 
 def run(code, *arguments, **options):
-    """A process that runs some Python. It imports the module alone, without TensorFlow."""
+    """Start a process that runs Python code with this module, without TensorFlow."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -229,7 +229,7 @@ def run(code, *arguments, **options):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
-def test_a_disk_that_is_full_half_way_leaves_the_old_file(tmp_path):
+def test_full_disk_leaves_the_old_file(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"1")
     with run(FULL, path) as process:
@@ -257,7 +257,7 @@ while True:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_what_killed_processes_leave_is_removed_by_the_next_call(tmp_path):
+def test_folders_of_killed_processes_are_removed(tmp_path):
     path, other = tmp_path / "a", tmp_path / "b"
     with (
         run(KILLED, path, "yes", stdin=subprocess.PIPE) as killed,
@@ -321,7 +321,7 @@ def test_many_threads_write_one_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["file", "no/such/folder/file", "read-only/file"])
-def test_what_cannot_be_written_is_seen_without_writing(tmp_path, monkeypatch, name):
+def test_require_writable_detects_unwritable_paths(tmp_path, monkeypatch, name):
     (tmp_path / "read-only").mkdir()
     (tmp_path / "file").write_bytes(b"old")
     atomic.require_writable(tmp_path / "file")
@@ -333,7 +333,7 @@ def test_what_cannot_be_written_is_seen_without_writing(tmp_path, monkeypatch, n
     assert names(tmp_path) == ["file", "read-only"] and names(tmp_path / "read-only") == []
 
 
-def test_a_new_file_is_flushed_before_it_has_its_name_and_replaces_none(tmp_path, monkeypatch):
+def test_new_file_is_flushed_before_the_rename_and_replaces_nothing(tmp_path, monkeypatch):
     flushed = []
     flush = os.fsync
     monkeypatch.setattr(
@@ -348,7 +348,7 @@ def test_a_new_file_is_flushed_before_it_has_its_name_and_replaces_none(tmp_path
     assert (tmp_path / "a").read_bytes() == b"1" and names(tmp_path) == ["a"]
 
 
-def test_a_file_that_may_not_be_written_stays(tmp_path, monkeypatch):
+def test_read_only_file_is_unchanged(tmp_path, monkeypatch):
     path = tmp_path / "file"
     atomic.write(path, b"old")
     monkeypatch.setattr(os, "access", lambda name, mode: mode != os.W_OK)
@@ -357,7 +357,7 @@ def test_a_file_that_may_not_be_written_stays(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
 
-def test_an_error_without_a_number_is_raised_as_it_is(tmp_path, monkeypatch):
+def test_errors_without_errno_are_raised_unchanged(tmp_path, monkeypatch):
     def broken(descriptor):
         raise OSError("a disk of its own kind")
 

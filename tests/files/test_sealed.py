@@ -1,4 +1,4 @@
-"""Tests of `tfbn.files.sealed`: a header and arrays as bytes."""
+"""Tests of `tfbn.files.sealed`."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ DTYPES = st.sampled_from(["bool", "int8", "uint8", "int64", ">i4", "float16", "f
 
 
 def same(a, b):
-    """Whether two files hold the same, to the bit."""
+    """Compare the contents of two files to the bit."""
     return (
         a[0] == b[0]
         and a[1].keys() == b[1].keys()
@@ -43,18 +43,18 @@ def same(a, b):
     ),
 )
 @settings(max_examples=60)
-def test_what_is_packed_is_unpacked(header, held):
-    content = sealed.pack(header, held)
-    assert same(sealed.unpack(content), (header, held))
-    assert sealed.pack(header, held) == content
-    assert set(safetensors.numpy.load(content)) == {"header", *held}
+def test_pack_and_unpack(header, arrays):
+    content = sealed.pack(header, arrays)
+    assert same(sealed.unpack(content), (header, arrays))
+    assert sealed.pack(header, arrays) == content
+    assert set(safetensors.numpy.load(content)) == {"header", *arrays}
     assert seal(content) == content
 
 
-def test_an_array_in_another_order_is_unpacked():
+def test_array_in_fortran_order_is_unpacked():
     array = np.asfortranarray(np.arange(6.0).reshape(2, 3))
-    _, found = sealed.unpack(sealed.pack({}, {"a": array}))
-    np.testing.assert_array_equal(found["a"], array)
+    _, arrays = sealed.unpack(sealed.pack({}, {"a": array}))
+    np.testing.assert_array_equal(arrays["a"], array)
 
 
 @pytest.mark.parametrize(
@@ -69,29 +69,29 @@ def test_an_array_in_another_order_is_unpacked():
         np.longdouble(1),
     ],
 )
-def test_only_numbers_are_packed(array):
+def test_only_numbers_can_be_packed(array):
     with pytest.raises(ValueError, match=r"Expected arrays of numbers\. Received: 'x' of dtype"):
         sealed.pack({}, {"x": array})
 
 
-def test_a_header_without_end_is_refused():
+def test_too_long_header_is_refused():
     limit = 4 << 20
     with pytest.raises(ValueError, match=rf"at most {limit} bytes\. Received: {limit + 13} bytes"):
         sealed.pack({"names": "x" * limit}, {})
 
 
 def seal(content):
-    """A file with its right checksum, whatever else is in it."""
-    found = re.search(rb'"sha256":"(.{64})"', content)
-    if found is None:
+    """Correct the checksum of a file."""
+    match = re.search(rb'"sha256":"(.{64})"', content)
+    if match is None:
         return content
-    start, end = found.span(1)
+    start, end = match.span(1)
     digest = hashlib.sha256(content[:start] + b"0" * 64 + content[end:]).hexdigest()
     return content[:start] + digest.encode() + content[end:]
 
 
 def made(tensors, data=b"{}"):
-    """A file that `pack` did not write, with a right checksum."""
+    """Build a file with a valid checksum without `pack`."""
     text = json.dumps({"__metadata__": {"sha256": "0" * 64}, **tensors}, separators=(",", ":"))
     return seal(len(text).to_bytes(8, "little") + text.encode() + data)
 
@@ -105,7 +105,7 @@ HEADER = {"header": tensor(0, 2)}
 HUGE = 1 << 40
 
 
-def test_a_file_of_another_maker_is_read():
+def test_file_of_another_writer_is_read():
     assert sealed.unpack(made(HEADER)) == ({}, {})  # The cases below are refused for their content.
 
 
@@ -133,7 +133,7 @@ def test_a_file_of_another_maker_is_read():
         ({"header": 3}, b"{}"),
     ],
 )
-def test_files_of_other_things_are_refused(tensors, data):
+def test_files_with_other_contents_are_refused(tensors, data):
     with pytest.raises(ValueError):
         sealed.unpack(made(tensors, data))
 
@@ -148,22 +148,22 @@ def test_other_bytes_are_refused(content):
 
 
 def peak(function):
-    """The most bytes that were held at once while a function ran, and what it gave or raised."""
+    """Return the peak memory of a function in bytes, and its result or exception."""
     tracemalloc.start()
     try:
-        found = function()
+        result = function()
     except ValueError as error:
-        found = error
+        result = error
     finally:
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    return most, found
+    return most, result
 
 
 SLACK = 1 << 20  # Bytes.
 
 
-def test_many_arrays_are_refused_unread():
+def test_too_many_arrays_are_refused_early():
     many = made(HEADER | {f"{i:0500}": tensor(2, 2) for i in range(8000)})
     most, error = peak(lambda: sealed.unpack(many))
     assert isinstance(error, ValueError) and "too many arrays" in str(error)
@@ -171,35 +171,35 @@ def test_many_arrays_are_refused_unread():
 
 
 @pytest.mark.slow
-def test_the_costliest_header_takes_25_times_its_bytes():
-    # Brackets cost most: JSON of 3 bytes becomes an object of 56, and 8 in the list.
+def test_largest_header_takes_25_times_its_bytes():
+    # Brackets are the worst case: 3 bytes of JSON become an object of 56, and 8 in the list.
     text = b'{"a":[' + b"[]," * 50_000 + b"[]]}"
     content = made({"header": tensor(0, len(text))}, text)
-    most, found = peak(lambda: sealed.unpack(content))
-    assert len(found[0]["a"]) == 50_001
+    most, contents = peak(lambda: sealed.unpack(content))
+    assert len(contents[0]["a"]) == 50_001
     assert most < 25 * len(text) + SLACK
     assert 25 * sealed._LIMIT <= 100 << 20
 
 
-def test_unpacking_takes_the_bytes_of_the_file_once():
+def test_memory_of_unpacking_is_bounded_by_the_file():
     content = sealed.pack({}, {f"a{i}": np.zeros(1 << 16) for i in range(16)})
-    most, found = peak(lambda: sealed.unpack(content))
-    assert len(found[1]) == 16
+    most, contents = peak(lambda: sealed.unpack(content))
+    assert len(contents[1]) == 16
     assert most < len(content) + SLACK
-    most, packed = peak(lambda: sealed.pack(*found))
+    most, packed = peak(lambda: sealed.pack(*contents))
     assert packed == content
 
 
 def check_damage(content, random):
-    """A damaged file is refused with a ValueError, or it was not changed."""
+    """Require a ValueError for a damaged file, or unchanged contents."""
     bad = damaged(content, random)
     start = time.thread_time()
     try:
-        found = sealed.unpack(bad)
+        contents = sealed.unpack(bad)
     except ValueError:
         pass
     else:
-        assert same(found, sealed.unpack(content))
+        assert same(contents, sealed.unpack(content))
         assert bad == content
     assert time.thread_time() - start < 5
 
@@ -210,19 +210,19 @@ CONTENT = sealed.pack(
 )
 
 
-def test_damage_is_noticed():
+def test_damage_is_detected():
     for seed in range(1000):
         check_damage(CONTENT, Random(seed))
 
 
 @pytest.mark.slow
-def test_damage_is_noticed_at_length():
+def test_damage_is_detected_in_many_files():
     for seed in range(1000, 11_000):
         check_damage(CONTENT, Random(seed))
 
 
 @pytest.mark.slow
-def test_every_single_bit_counts():
+def test_every_flipped_bit_is_detected():
     for at in range(8 * len(CONTENT)):
         bad = bytearray(CONTENT)
         bad[at // 8] ^= 1 << at % 8
@@ -230,7 +230,7 @@ def test_every_single_bit_counts():
             sealed.unpack(bytes(bad))
 
 
-def test_what_is_too_large_to_be_a_header_is_refused():
+def test_too_large_header_is_refused_by_unpack():
     with pytest.raises(ValueError, match="at most 4194304 bytes"):
         sealed.pack({"a": "x" * (4 << 20)}, {})
     long = made({"header": tensor(0, (4 << 20) + 1)}, bytes((4 << 20) + 1))
@@ -238,7 +238,7 @@ def test_what_is_too_large_to_be_a_header_is_refused():
         sealed.unpack(long)
 
 
-def test_memory_that_ends_is_no_damage(monkeypatch):
+def test_memory_error_is_not_damage(monkeypatch):
     def full(*args):
         raise MemoryError
 

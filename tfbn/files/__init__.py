@@ -1,1 +1,1 @@
-"""Bytes on disk: sealed arrays, and files and folders that are whole or not there."""
+"""Read and write files: arrays with a checksum, and atomic files and folders."""

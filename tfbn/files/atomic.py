@@ -1,8 +1,8 @@
-"""Files and folders that are whole or not there: the one writer.
+"""Write files and folders atomically: readers see the old content or all of the new.
 
-Something is written in a hidden folder beside its place, flushed to disk, and renamed in one step.
-The folder's name holds the process and the host, and a file in it is locked for as long as the
-process lives, however that ends. The next writer in the same place removes those without an owner.
+Content is written to a hidden folder in the target's folder, flushed to disk, and renamed in one
+step. The name of the hidden folder has the process and the host, and a file in it is locked until
+the process ends. The next writer to the same folder removes hidden folders without a lock.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ from collections.abc import Iterator
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks: nothing is cleared there.
+except ImportError:  # Windows. Without locks no hidden folder is removed.
     fcntl = None  # type: ignore[assignment]
 
 _OWNER = "owner"
 
 
 def read(path: str | os.PathLike) -> bytes:
-    """The bytes of a file.
+    """Return the bytes of a file.
 
     Raises:
-        OSError: As `open`.
-        ValueError: If it is not a regular file: another kind may have no end.
+        OSError: See `open`.
+        ValueError: If it is not a regular file; others may be endless.
     """
     _require_regular(path, os.stat(path))
     with open(path, "rb") as file:
@@ -37,11 +37,11 @@ def read(path: str | os.PathLike) -> bytes:
 
 
 def require_writable(path: str | os.PathLike) -> None:
-    """Raise an error if `write` could not write a file of this name.
+    """Raise an error if `write` cannot write to `path`.
 
     Raises:
         OSError: If the folder does not exist, or it or the file is read-only.
-        ValueError: If there is something under the name that is not a regular file.
+        ValueError: If `path` exists and is not a regular file.
     """
     target = os.path.realpath(os.fsdecode(path))
     with contextlib.suppress(FileNotFoundError):
@@ -55,14 +55,14 @@ def require_writable(path: str | os.PathLike) -> None:
 
 
 def write(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file so that under its name there is ever the old content or all of the new.
+    """Write a file atomically.
 
-    Permissions are those of the old file, or as the umask has it. A symbolic link stays, and the
-    file that it points to is written.
+    It gets the permissions of the old file, or of the umask. For a symbolic link, its target is
+    written.
 
     Raises:
-        OSError: As `open`, or if the disk is full. The old file is then as it was.
-        ValueError: If there is something under the name that is not a regular file.
+        OSError: See `open`, or if the disk is full. The old file is then unchanged.
+        ValueError: If `path` exists and is not a regular file.
     """
     target = os.path.realpath(os.fsdecode(path))
     try:
@@ -74,16 +74,16 @@ def write(path: str | os.PathLike, content: bytes) -> None:
     except OSError as error:
         if error.errno is None:
             raise
-        # Nobody but this module knows the name of the hidden file.
+        # The error names `path` and not the hidden file.
         raise OSError(error.errno, error.strerror, os.fsdecode(path)) from error
 
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A place to write a file that gets its name when the context ends without an error.
+    """Yield a temporary path, and rename it to `path` if the context ends without an error.
 
     Raises:
-        FileExistsError: If another file has come to the name in the meantime. That one stays.
+        FileExistsError: If `path` has been created in the meantime. It is not overwritten.
     """
     parent, name = os.path.split(os.fsdecode(path))
     with temporary_directory(parent or ".", "model") as folder:
@@ -95,11 +95,11 @@ def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def temporary_directory(parent: str | os.PathLike, kind: str) -> Iterator[pathlib.Path]:
-    """A new hidden folder, which goes with the context, or with a later one after a kill.
+    """Create a hidden folder, and remove it after the context, or in a later one after a kill.
 
     Args:
-        parent: The folder that it is made in.
-        kind: A word in its name. Those of other kinds are left alone.
+        parent: The folder to create it in.
+        kind: A word in its name. Only folders of this kind are removed.
     """
     parent = pathlib.Path(parent)
     _clear(parent, kind)
@@ -109,14 +109,14 @@ def temporary_directory(parent: str | os.PathLike, kind: str) -> Iterator[pathli
             prefix=prefix, dir=parent, ignore_cleanup_errors=True
         ) as name:
             folder = pathlib.Path(name)
-            with _owned(folder) as is_ours:
-                if is_ours:
+            with _locked(folder) as locked:
+                if locked:
                     yield folder
                     return
 
 
 def flush(folder: str | os.PathLike) -> None:
-    """Write every file in a folder, and every list of files, from memory to the disk."""
+    """Flush every file and directory in a folder to disk."""
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
             _flush(os.path.join(parent, name))
@@ -124,11 +124,8 @@ def flush(folder: str | os.PathLike) -> None:
 
 
 def flush_directory(path: str | os.PathLike) -> None:
-    """Write the list of files of a folder to the disk.
-
-    Without it a crash of the machine may bring old names back.
-    """
-    with contextlib.suppress(OSError):  # Not every file system can.
+    """Flush a directory to disk, so that renames survive a crash of the machine."""
+    with contextlib.suppress(OSError):  # Some file systems do not support it.
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -136,12 +133,12 @@ def flush_directory(path: str | os.PathLike) -> None:
             os.close(descriptor)
 
 
-def _write(path, content, before):
-    """Write a file to the disk, with the owner and the permissions of one that may exist."""
+def _write(path, content, old):
+    """Write and flush a file, with owner and permissions of the old file, if it exists."""
     with open(path, "wb") as file:
-        if os.path.exists(before) and hasattr(os, "fchmod"):
-            status = os.stat(before)
-            with contextlib.suppress(OSError):  # Only root may give a file to others.
+        if os.path.exists(old) and hasattr(os, "fchmod"):
+            status = os.stat(old)
+            with contextlib.suppress(OSError):  # Only root may change the owner.
                 os.fchown(file.fileno(), status.st_uid, status.st_gid)
             os.fchmod(file.fileno(), status.st_mode & 0o777)
         file.write(content)
@@ -154,24 +151,24 @@ def _flush(path):
         os.fsync(file.fileno())
 
 
-def _link(finished, path):
-    """Give a finished file its name, which another process's file may have taken."""
+def _link(source, path):
+    """Rename a file, and raise `FileExistsError` if `path` exists."""
     try:
-        os.link(finished, path)
+        os.link(source, path)
     except FileExistsError:
         raise
-    except OSError:  # File systems without hard links: the name has to be taken first.
+    except OSError:  # A file system without hard links: create `path` first.
         open(path, "x").close()
         try:
-            os.replace(finished, path)
+            os.replace(source, path)
         except BaseException:
             os.unlink(path)
             raise
 
 
 @contextlib.contextmanager
-def _owned(folder):
-    """Hold the lock of a hidden folder; `False` if another process is just clearing it."""
+def _locked(folder):
+    """Lock a hidden folder; yield `False` if another process is removing it."""
     if fcntl is None:
         yield True
         return
@@ -181,18 +178,17 @@ def _owned(folder):
         except BlockingIOError:
             yield False
             return
-        except OSError:  # A file system without locks, where nothing is ever cleared.
+        except OSError:  # A file system without locks, where no hidden folder is removed.
             pass
-        # Another process may have removed it before it was locked.
+        # Another process may have removed the folder before it was locked.
         yield os.fstat(owner.fileno()).st_nlink > 0
 
 
 def _clear(parent, kind):
-    """Remove the hidden folders of this host that no process owns any more.
+    """Remove the hidden folders of this host that no process has locked.
 
-    The lock shows it, not the process's number: a container has numbers of its own, and may have
-    the name of its host. The host's name counts because a network's file system may keep
-    locks to itself on each host.
+    A process id would not do: containers with the same host name have separate ids. The host is
+    compared, because locks of a network file system may be local to a host.
     """
     if fcntl is None:
         return
@@ -216,6 +212,6 @@ def _require_regular(path: str | os.PathLike, status: os.stat_result) -> None:
     }
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(
-            f"Expected the name of a file. Received: {os.fsdecode(path)!r}, which is "
-            f"{kinds.get(stat.S_IFMT(status.st_mode), 'of another kind')}. Give another name."
+            f"Expected the name of a file. Received: {os.fsdecode(path)!r}, "
+            f"{kinds.get(stat.S_IFMT(status.st_mode), 'of another kind')}."
         )
