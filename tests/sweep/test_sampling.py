@@ -369,8 +369,9 @@ def test_a_drifting_stream_is_a_warning_in_the_first_round(batches):
     model = keras.Sequential([keras.Input((1,)), layers.BatchNormalization()])
     noise = np.random.default_rng(0).normal(size=(batches, 32, 1))
     drifting = (noise + np.linspace(0, 3, batches)[:, None, None]).astype("float32")
-    with pytest.warns(UserWarning, match="first half of the sample"):
+    with pytest.warns(UserWarning, match="first half of the sample") as caught:
         tfbn.collect(model, iter(drifting), tolerance=0.5, verbose=0)
+    assert caught[0].filename == __file__
 
 
 def test_an_endless_stream_that_never_reaches_the_tolerance_ends(monkeypatch, capsys):

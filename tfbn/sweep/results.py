@@ -96,9 +96,9 @@ def warn_of_left_out(paths: Collection[str], by_batch: Collection[str]) -> None:
     """
     uncalled, normalized = sorted({*paths} - {*by_batch}), sorted(by_batch)
     if uncalled:
-        _warn(f"Batch norm layers that inference never calls are left out: {_named(uncalled)}.")
+        warn(f"Batch norm layers that inference never calls are left out: {_named(uncalled)}.")
     if normalized:
-        _warn(
+        warn(
             f"Batch norm layers that `call` runs with training=True in inference too: "
             f"{_named(normalized)}. Their output depends on the batch, and their statistics are "
             "not used. Pass `training` on to use population statistics."
@@ -108,7 +108,7 @@ def warn_of_left_out(paths: Collection[str], by_batch: Collection[str]) -> None:
 def warn_of_loops(paths: Collection[str]) -> None:
     """Warn that a sweep by levels may fail, because layers in loops feed themselves."""
     if paths:
-        _warn(
+        warn(
             f"method='exact' may not settle for batch norm layers that feed their output back to "
             f"themselves in a loop: {_named(sorted(paths))}. If it does not, use method='pooled', "
             "or unroll the loop."
@@ -128,7 +128,7 @@ def _warn_of_differing_calls(state: SweepState) -> None:
         drifts = [drift.of_layer(together, one) for one in single]
         furthest = max(drifts, key=lambda off: off["mean_shift"] + off["std_ratio_max"])
         if furthest["mean_shift"] > _SPREAD or abs(np.log(furthest["std_ratio"])) > _SPREAD:
-            _warn(
+            warn(
                 f"Layer {path!r} is called {len(single)} times on inputs whose statistics differ: "
                 f"those of one call are off from those of all by {furthest['mean_shift']:.2g} "
                 f"standard deviations in the mean, and by a factor of {furthest['std_ratio']:.2g} "
@@ -140,7 +140,7 @@ def _warn_of_differing_calls(state: SweepState) -> None:
 def _warn_of_small_batches(stats: PopulationStats) -> None:
     small = stats.batch_size < _SMALL_BATCH and stats.batches > 1
     if METHODS[stats.method].batches_matter and small and len(stats) > 1:
-        _warn(
+        warn(
             f"A one-pass sweep over batches of {stats.batch_size} samples gives deeper layers "
             f"statistics that depend on the batch size. Use batches of at least {_SMALL_BATCH} "
             "samples, or method='exact', which gives the same for any."
@@ -170,7 +170,7 @@ def _warn_of_rounding(stats: PopulationStats, layers: Mapping[str, keras.Layer])
         else f"a mean by {lost[path]:.2g} standard deviations"
     )
     dtype = _dtype(layers[path])
-    _warn(
+    warn(
         f"Layer {path!r} has statistics in {dtype}, which rounds {effect}. Build it with "
         f"dtype='mixed_{dtype}', which keeps variables in float32."
     )
@@ -185,7 +185,7 @@ def _named(paths: Collection[str]) -> str:
     return ", ".join(shown) + (f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else "")
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
     """Warn at the line outside of this package that called into it."""
     package = os.path.dirname(os.path.dirname(__file__)) + os.sep
     frame, level = sys._getframe(1), 2

@@ -36,7 +36,6 @@ which is 1.08 there: few groups show less skewness than there is.
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -45,6 +44,7 @@ import numpy as np
 from tfbn.population import LayerStats, PopulationStats
 from tfbn.stats import moments
 from tfbn.stats.moments import Moments
+from tfbn.sweep import results
 from tfbn.sweep.state import Site, SweepState
 
 GROUPS = 20
@@ -140,11 +140,10 @@ class Sample:
             self._warn_of_constants()
             self._warn_of_unknown()
         if self.relative_error > tolerance and not self.drawn.ended:
-            warnings.warn(
+            results.warn(
                 f"{stats.samples} samples do not reach tolerance={tolerance:g}, and the data goes "
                 "on: the sample ends here. Say with `steps` how much data there is, or raise the "
                 "tolerance.",
-                stacklevel=4,
             )
         return stats
 
@@ -196,12 +195,11 @@ class Sample:
             parts = np.array([each[path].mean - stats.mean for each in moved])
             apart = _apart(parts[:half] * len(parts), parts[-half:] * len(parts), ~stats.constant)
             if apart > _APART:
-                warnings.warn(
+                results.warn(
                     f"The first half of the sample gives layer {path!r} other means than the "
                     f"second: they differ by {apart:.1f} standard errors (root mean square over "
                     "channels). A tolerance needs data that comes in random order. Shuffle it, or "
                     "sweep all of it.",
-                    stacklevel=5,
                 )
                 return
 
@@ -214,11 +212,10 @@ class Sample:
             path, channels = next(iter(found.items()))
             named = ", ".join(map(str, channels[:5])) + (", ..." if len(channels) > 5 else "")
             others = f", and {len(found) - 1} more layers" if len(found) > 1 else ""
-            warnings.warn(
+            results.warn(
                 f"Channels that never varied in {self.drawn.samples} samples: {named} of layer "
                 f"{path!r}{others}. Values in up to {3 / self.drawn.samples:.2g} of the data may "
                 "be missing (95 %). Sweep all of it if rare values matter.",
-                stacklevel=5,
             )
 
     def _warn_of_unknown(self) -> None:
@@ -229,9 +226,8 @@ class Sample:
                 if self.drawn.batches < _FEWEST
                 else "few values dominate it, or a layer before it"
             )
-            warnings.warn(
+            results.warn(
                 f"The errors of layer {unknown[0]!r} are not known: {why}. Sweep all of the data.",
-                stacklevel=5,
             )
 
 
