@@ -1,6 +1,7 @@
 """`PopulationStats`: the result of a sweep, and all that is done with it."""
 
 import collections.abc
+import dataclasses
 import html
 import os
 from typing import Any
@@ -19,6 +20,7 @@ from tfbn.stats.layer_stats import LayerStats
 _METHODS = ("exact", "pooled", "algorithm2", "assigned")
 
 
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PopulationStats(collections.abc.Mapping):
     """Population statistics of a model: a mapping from layer path to `LayerStats`.
 
@@ -45,44 +47,45 @@ class PopulationStats(collections.abc.Mapping):
             see `blend`; 0 for statistics of a sweep alone.
     """
 
-    def __init__(
-        self,
-        layers: collections.abc.Mapping[str, LayerStats],
-        *,
-        method: str,
-        samples: int = 0,
-        batches: int = 0,
-        batch_size: int = 0,
-        fingerprint: str = "",
-        previous: "PopulationStats | None" = None,
-        levels: int = 1,
-        population_size: int = 0,
-        tolerance: float | None = None,
-        source_weight: int = 0,
-    ):
-        if method not in _METHODS:
-            raise ValueError(f"Expected one of the methods {_METHODS}. Received: {method!r}.")
-        if not isinstance(fingerprint, str):
-            raise ValueError(f"Expected fingerprint to be a string. Received: {fingerprint!r}.")
-        self._layers = layer_stats.checked(layers)
-        self.method = method
-        self.samples = arguments.integer("samples", samples)
-        self.batches = arguments.integer("batches", batches)
-        self.batch_size = arguments.integer("batch_size", batch_size)
-        self.fingerprint = fingerprint
-        self.previous = previous
-        self.levels = arguments.integer("levels", levels)
-        self.population_size = arguments.integer("population_size", population_size)
-        self.tolerance = arguments.tolerance(tolerance)
-        self.source_weight = arguments.integer("source_weight", source_weight)
-        for path, before in ({} if previous is None else previous).items():
+    layers: dataclasses.InitVar[collections.abc.Mapping[str, LayerStats]]
+    method: str = dataclasses.field(kw_only=True)
+    samples: int = dataclasses.field(default=0, kw_only=True)
+    batches: int = dataclasses.field(default=0, kw_only=True)
+    batch_size: int = dataclasses.field(default=0, kw_only=True)
+    fingerprint: str = dataclasses.field(default="", kw_only=True)
+    previous: "PopulationStats | None" = dataclasses.field(default=None, kw_only=True)
+    levels: int = dataclasses.field(default=1, kw_only=True)
+    population_size: int = dataclasses.field(default=0, kw_only=True)
+    tolerance: float | None = dataclasses.field(default=None, kw_only=True)
+    source_weight: int = dataclasses.field(default=0, kw_only=True)
+
+    def __post_init__(self, layers: collections.abc.Mapping[str, LayerStats]):
+        if self.method not in _METHODS:
+            raise ValueError(f"Expected one of the methods {_METHODS}. Received: {self.method!r}.")
+        if not isinstance(self.fingerprint, str):
+            raise ValueError(
+                f"Expected fingerprint to be a string. Received: {self.fingerprint!r}."
+            )
+        for field in dataclasses.fields(self):
+            if field.type is int:
+                number = arguments.integer(field.name, getattr(self, field.name))
+                object.__setattr__(self, field.name, number)
+        object.__setattr__(self, "tolerance", arguments.tolerance(self.tolerance))
+        object.__setattr__(self, "_layers", layer_stats.checked(layers))
+        for path, before in ({} if self.previous is None else self.previous).items():
             if path in self._layers:
                 layer_stats.require_same_shape(path, self[path], before)
 
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Everything but the layers and `previous`, by name: what a file and a report hold."""
+        names = (field.name for field in dataclasses.fields(self) if field.name != "previous")
+        return {name: getattr(self, name) for name in names}
+
     def replace(self, **changes: Any) -> "PopulationStats":
         """These statistics with some of the arguments of the class changed."""
-        kept = {name: getattr(self, name) for name in (*stats_file.ATTRIBUTES, "previous")}
-        return PopulationStats(**{"layers": self, **kept, **changes})
+        kept = {"layers": self, "previous": self.previous, **self.attributes}
+        return PopulationStats(**(kept | changes))
 
     def __getitem__(self, path: str) -> LayerStats:
         return self._layers[path]
@@ -402,7 +405,8 @@ class PopulationStats(collections.abc.Mapping):
     @classmethod
     def _unpacked(cls, content):
         try:
-            found, previous = stats_file.unpack(content)
+            names = {field.name for field in dataclasses.fields(cls)} - {"previous"}
+            found, previous = stats_file.unpack(content, names)
             stats = cls(previous=None if previous is None else cls(**previous), **found)
             if stats.method != "assigned":
                 layer_stats.require_possible(stats)

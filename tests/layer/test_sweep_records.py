@@ -16,8 +16,8 @@ from keras import layers
 
 import tfbn
 from tfbn.layer import sweep_records
-from tfbn.serving import provenance
-from tfbn.serving.provenance import Sweep, sweep_of
+from tfbn.serving import sweeps
+from tfbn.serving.sweeps import Sweep, sweep_of
 
 rng = np.random.default_rng(0)
 pytestmark = pytest.mark.filterwarnings("ignore:Layer .* is called . times")
@@ -264,7 +264,7 @@ def test_folder_in_place_of_the_asset_is_ignored():
 def test_record_of_another_model_is_stale():
     other = keras.Sequential([keras.Input((4,)), tfbn.BatchNormalization(name="bn")])
     tfbn.update_population_stats(other, X[:, 0], verbose=0)
-    content = provenance.origin_of(other.layers[0]).to_bytes()
+    content = sweeps.origin_of(other.layers[0]).to_bytes()
     swept().save("model.keras")
     with_asset(content, "model.keras", "bad.keras")
     assert "has changed since the sweep" in sweep_of(keras.models.load_model("bad.keras")).stale
@@ -273,13 +273,13 @@ def test_record_of_another_model_is_stale():
 @pytest.mark.parametrize("count", [300, pytest.param(30_000, marks=pytest.mark.slow)])
 def test_damage_is_an_error_or_harmless(count):
     model = swept()
-    whole = provenance.origin_of(model.get_layer("bn"))
+    whole = sweeps.origin_of(model.get_layer("bn"))
     content = whole.to_bytes()
-    assert provenance.origin_from_bytes(content).to_bytes() == content
+    assert sweeps.origin_from_bytes(content).to_bytes() == content
     random = Random(1)
     for _ in range(count):
         try:
-            found = provenance.origin_from_bytes(damaged(content, random))
+            found = sweeps.origin_from_bytes(damaged(content, random))
         except ValueError:
             continue
         assert found.to_bytes() == content
@@ -289,8 +289,8 @@ def test_loading_without_a_record_deletes_the_old_one():
     layer = swept().get_layer("bn")
     layer.save_assets(".")
     layer.load_assets(".")
-    assert provenance.origin_of(layer).path == "bn"
+    assert sweeps.origin_of(layer).path == "bn"
     os.unlink(sweep_records.ASSET)
     layer.load_assets(".")
-    assert provenance.origin_of(layer) is None
+    assert sweeps.origin_of(layer) is None
     layer.load_assets(None)

@@ -14,7 +14,7 @@ import tfbn
 from tfbn.cli import checks
 from tfbn.cli.errors import FileError, describe, naming, reading
 from tfbn.files import atomic
-from tfbn.serving import provenance
+from tfbn.serving import sweeps
 
 # The member of a .keras file in which `recalibrate` writes down its sweep, also of Keras's layers.
 # Keras ignores it, and leaves it out when it saves the model again after more training.
@@ -67,7 +67,7 @@ def recorded_sweep(path: str) -> tfbn.PopulationStats | None:
     return unpack(content, path, "a .keras file with the sweep that `tfbn recalibrate` recorded")
 
 
-def sweep_of(model: keras.Model, path: str) -> provenance.Sweep:
+def sweep_of(model: keras.Model, path: str) -> sweeps.Sweep:
     """The sweep that a file records, as `recalibrate` does or in the layers of tfbn.
 
     Its layers, those of Keras too, then hold the record of it.
@@ -75,10 +75,10 @@ def sweep_of(model: keras.Model, path: str) -> provenance.Sweep:
     recorded = recorded_sweep(path)
     why = None if recorded is None else recorded.mismatch(model)
     if why is not None:
-        return provenance.Sweep(recorded, why)
+        return sweeps.Sweep(recorded, why)
     if recorded is not None:
         recorded.assign(model)  # Its own values.
-    return provenance.sweep_of(model)
+    return sweeps.sweep_of(model)
 
 
 def unpack(content: bytes, path: str, kind: str) -> tfbn.PopulationStats:

@@ -6,6 +6,7 @@ has the arrays `count_i`, `mean_i`, `variance_i`, the two standard errors where 
 three more with `renorm=True`. The arrays of `previous` have the prefix `previous_`.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -19,17 +20,6 @@ if TYPE_CHECKING:
     from tfbn.population import PopulationStats
 
 _FORMAT = 4
-ATTRIBUTES = (
-    "method",
-    "samples",
-    "batches",
-    "batch_size",
-    "fingerprint",
-    "levels",
-    "population_size",
-    "tolerance",
-    "source_weight",
-)
 
 
 def pack(stats: "PopulationStats") -> bytes:
@@ -43,8 +33,14 @@ def pack(stats: "PopulationStats") -> bytes:
     return sealed.pack({**versions, **header}, arrays)
 
 
-def unpack(content: bytes) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def unpack(
+    content: bytes, attributes: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Return the arguments to build `PopulationStats` with, and the ones to build its `previous`.
+
+    Args:
+        content: The bytes of a file.
+        attributes: The names of `PopulationStats.attributes`.
 
     Raises:
         ValueError: If the file is damaged, of a later format or of another kind.
@@ -54,9 +50,11 @@ def unpack(content: bytes) -> tuple[dict[str, Any], dict[str, Any] | None]:
         if header["format"] != _FORMAT:
             writer = f"tfbn {header['tfbn']!r}, this is {__version__}"
             raise ValueError(f"format {header['format']!r}, written by {writer}")
-        arguments = _unpack_stats(header, arrays, "")
+        names = list(attributes)
+        arguments = _unpack_stats(header, arrays, "", names)
         previous = header["previous"]
-        previous = None if previous is None else _unpack_stats(previous, arrays, "previous_")
+        if previous is not None:
+            previous = _unpack_stats(previous, arrays, "previous_", names)
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     if arrays:
@@ -67,18 +65,17 @@ def unpack(content: bytes) -> tuple[dict[str, Any], dict[str, Any] | None]:
 def _pack_stats(
     stats: "PopulationStats", prefix: str
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    header = {name: getattr(stats, name) for name in ATTRIBUTES}
     arrays: dict[str, np.ndarray] = {}
     for i, layer in enumerate(stats.values()):
         parts = {"count": layer.counts, "mean": layer.mean, "variance": layer.variance}
         parts |= layer.renorm or {}
         parts |= layer.errors if np.isfinite(layer.mean_error).any() else {}
         arrays |= {f"{prefix}{name}_{i}": value for name, value in parts.items()}
-    return {**header, "layers": list(stats)}, arrays
+    return {**stats.attributes, "layers": list(stats)}, arrays
 
 
 def _unpack_stats(
-    header: dict[str, Any], arrays: dict[str, np.ndarray], prefix: str
+    header: dict[str, Any], arrays: dict[str, np.ndarray], prefix: str, attributes: list[str]
 ) -> dict[str, Any]:
     paths = header["layers"]
     if not isinstance(paths, list) or len(set(paths)) < len(paths):
@@ -95,4 +92,4 @@ def _unpack_stats(
                 raise ValueError(f"{name} of layer {path!r} has dtype {array.dtype}")
         renorm = {name: of_layer.pop(name) for name in RENORM if name in of_layer}
         layers[path] = LayerStats(**of_layer, renorm=renorm or None)
-    return {"layers": layers, **{name: header[name] for name in ATTRIBUTES}}
+    return {"layers": layers, **{name: header[name] for name in attributes}}

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tfbn.stats import blending, drift, stats_file
+from tfbn.stats import blending, drift
 
 if TYPE_CHECKING:
     from tfbn.population import PopulationStats
@@ -38,7 +38,7 @@ def table(stats: "PopulationStats") -> tuple[str, list[str], list[list]]:
 def as_dict(stats: "PopulationStats") -> dict[str, Any]:
     """Return everything but `previous` for JSON. Unknown errors are `None`."""
     return {
-        **{name: getattr(stats, name) for name in stats_file.ATTRIBUTES},
+        **stats.attributes,
         "layers": {
             path: {
                 "count": layer.count,

@@ -13,6 +13,7 @@ from keras import layers
 
 import tfbn
 from tfbn import describe, export
+from tfbn.serving import sweeps
 from tfbn.serving.monitor import monitor, per_sample
 
 
@@ -345,7 +346,7 @@ def test_an_output_with_a_name_of_the_monitors_is_refused(tmp_path):
 
 def test_the_population_of_the_sweep_is_written(tmp_path):
     model = network()
-    swept = tfbn.serving.provenance.sweep_of(model).stats
+    swept = sweeps.sweep_of(model).stats
     path = export(model, tmp_path, monitor=True).path
     held = tfbn.PopulationStats.load(path / monitor.FILE)
     assert (held.method, held.samples) == ("pooled", 20)

@@ -292,7 +292,7 @@ def test_the_monitor_moves_with_the_population(tmp_path):
     for image in x:
         new.add(monitor(**{name: image[None]}))
     assert not new.compare().drifted
-    with pytest.raises(ValueError, match="another version"):
+    with pytest.raises(ValueError, match="an answer of version"):
         old.add(monitor(**{name: x[:1]}))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbn.models.folding import fold as folded_copy
-from tfbn.serving import provenance, versions
+from tfbn.serving import provenance, sweeps, versions
 from tfbn.serving.export import batch_norms, checks, endpoint, signature
 from tfbn.serving.export.warmup import requests_in, require_serving_api, write_requests
 from tfbn.serving.monitor.monitor import monitored_layers, write_population
@@ -151,7 +151,7 @@ def export(
     monitored = _monitored(model, monitor, fold)
     requests = _requests(warmup, specs, warmup_batch_size)
     inputs, origin = _inputs_to_verify_on(specs, sample, requests)
-    sweep = provenance.sweep_of(model)
+    sweep = sweeps.sweep_of(model)
     _require_population(model, sweep.stale, required=require_population)
     before = signature.of_highest_version(directory)
     kept = functools.partial(signature.kept_names, before=before, allow_new=allow_new_signature)
@@ -176,8 +176,7 @@ def export(
         )
         for check in checks.CHECKS:
             check(written)
-        provenance.write(
-            partial,
+        record = provenance.of_export(
             model,
             sweep,
             folded=fold,
@@ -186,6 +185,7 @@ def export(
             outputs=list(saved.output_names.values()),
             monitored=monitored,
         )
+        provenance.write(partial, record)
         batch_norms.write(partial, saved.batch_norms)
         if monitored is not None:
             write_population(partial, monitored, sweep.stats if sweep.stale is None else None)

@@ -128,7 +128,7 @@ class ServedStats:
     """
 
     def __init__(self, path: str | os.PathLike):
-        recorded = provenance.read(path).get("monitor")
+        recorded = provenance.read(path).monitor
         if recorded is None:
             raise ValueError(
                 "Expected a model that was exported with monitor. Received: "
@@ -185,7 +185,7 @@ class ServedStats:
         """The name of the version beside this one that answers with an identity, or `None`."""
         for version in versions.newest(self._version.parent):
             with contextlib.suppress(ValueError):
-                if provenance.read(version).get("monitor", {}).get("population") == identity:
+                if (provenance.read(version).monitor or {}).get("population") == identity:
                     return version.name
         return None
 

@@ -130,7 +130,7 @@ class Opened:
     network: loading.ServedNetwork
     loaded: Any
     found: batch_norms.BatchNorms
-    provenance: dict
+    provenance: provenance.Provenance
 
 
 def opened(path: str | os.PathLike) -> Opened:
@@ -145,13 +145,13 @@ def opened(path: str | os.PathLike) -> Opened:
     if not (version / provenance.FILE).exists():
         return _opened_of_others(version)
     written = provenance.read(version)
-    if written["folded"]:
+    if written.folded:
         raise ValueError(
             f"Expected a version with batch norm layers. Received: {str(version)!r}, whose batch "
             "norm is folded into other weights. Export the model without fold."
         )
     found = batch_norms.read(version)
-    if found is None and written["statistics"] is None and written["stale"] is None:
+    if found is None and written.statistics is None and written.stale is None:
         raise ValueError(
             f"Expected a version with batch norm layers. Received: {str(version)!r}, which has "
             "none. There is nothing to recalibrate."
@@ -159,7 +159,7 @@ def opened(path: str | os.PathLike) -> Opened:
     if found is None:
         raise ValueError(
             "Expected a version with a record of its batch norm layers. Received: "
-            f"{str(version)!r}, which tfbn {written['tfbn']} wrote without one. Export the model "
+            f"{str(version)!r}, which tfbn {written.tfbn} wrote without one. Export the model "
             "again."
         )
     loaded = saved_models.load(version).loaded
@@ -171,8 +171,7 @@ def _opened_of_others(version):
     loaded = model.loaded
     found, flat = recognition.recognized(version, model)
     network = loading.load(version, loaded, found, flat)
-    written = recognition.described(loaded)
-    written["fingerprint"] = fingerprints.fingerprint(network)  # Of its known weights.
+    written = recognition.described(loaded, fingerprints.fingerprint(network))
     return Opened(version, network, loaded, found, written)
 
 
@@ -193,11 +192,11 @@ def next_version(
     predict = tf.function(lambda x: network(x, training=False), autograph=False)
     predict = predict.get_concrete_function(inputs)
     _require_same(_served(before.loaded, network, inputs), predict(inputs), before.path)
-    measured_again = blend_samples and before.provenance.get("monitor") is not None
+    measured_again = blend_samples and before.provenance.monitor is not None
     x, again = _twice(x) if measured_again else (x, x)
     options |= {"include_frozen": True, "tolerance": tolerance}
     stats = collect(network, x, batch_size=batch_size, steps=steps, **options)
-    stats = _of_weights(stats, before.provenance["fingerprint"])
+    stats = _of_weights(stats, before.provenance.fingerprint)
     if blend_samples:
         stats = stats.blend(stats.previous, samples=blend_samples)
     stats.assign(network)
@@ -214,14 +213,17 @@ def next_version(
         )
         swept = functools.partial(check, network, again, swept_again)
         population = _write_monitored(partial, loaded, before, stats, inputs, swept)
-        provenance.write_next(partial, before.path.name, before.provenance, stats, off, population)
+        record = provenance.of_recalibration(
+            before.provenance, int(before.path.name), stats, off, population
+        )
+        provenance.write(partial, record)
         version = versions.put_in_place(partial, directory, None)
     return Recalibrated(directory / str(version), version, stats, off)
 
 
 def _write_monitored(version, loaded, before, stats, inputs, swept):
     """The identity of the new population that its monitor answers, `None` without a monitor."""
-    monitored = before.provenance.get("monitor")
+    monitored = before.provenance.monitor
     if monitored is None:
         return None
 

@@ -16,6 +16,7 @@ import tensorflow as tf
 from tfbn.graphs.flattening import bodies, flattened
 from tfbn.serving import saved_models
 from tfbn.serving.export.batch_norms import BatchNorms, Call, Layer
+from tfbn.serving.provenance import Provenance
 from tfbn.serving.recalibrate import patterns
 from tfbn.serving.recalibrate.patterns import Match
 from tfbn.serving.saved_models import SavedModel
@@ -210,16 +211,17 @@ def _subtracted_from_data(graph: tf.Graph) -> set[str]:
     return centers
 
 
-def described(loaded: Any) -> dict[str, Any]:
+def described(loaded: Any, fingerprint: str) -> Provenance:
     """Return the provenance of such a SavedModel, as far as there is any."""
-    return {
-        "tfbn": None,
-        "keras": None,
-        "tensorflow": loaded.tensorflow_version,
-        "stale": "they are those of a model that tfbn did not export",
-        "folded": False,
-        "max_abs_difference": 0.0,
-        "inputs": None,  # The signature holds names, but no order.
-        "outputs": None,
-        "statistics": None,
-    }
+    return Provenance(
+        tfbn=None,
+        keras=None,
+        tensorflow=loaded.tensorflow_version,
+        fingerprint=fingerprint,  # Of its known weights.
+        stale="they are those of a model that tfbn did not export",
+        folded=False,
+        max_abs_difference=0.0,
+        inputs=None,  # The signature holds names, but no order.
+        outputs=None,
+        statistics=None,
+    )
