@@ -187,3 +187,11 @@ def test_the_example_of_shards(names):
     entered = names["model"].layers[0](names["x"]).numpy().astype("float64")
     mean = names["stats"]["norm"].mean
     np.testing.assert_allclose(mean, entered.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_the_page_on_a_sweep_names_every_module():
+    folder = pathlib.Path(tfbn.__file__).parent / "sweep"
+    named = set(re.findall(r"`(\w+)`", (folder / "README.md").read_text()))
+    assert {path.stem for path in folder.glob("*.py")} - named == {
+        *("__init__", "first_trace", "report", "trained_layers")
+    }
