@@ -1,1 +1,1 @@
-"""TensorFlow graphs, without any knowledge of Keras."""
+"""Pure functions on TensorFlow graphs, independent of Keras."""

@@ -1,8 +1,8 @@
-"""A loaded signature as one flat graph, in which function calls are replaced by their bodies.
+"""Inline the function calls of a loaded signature into one flat graph.
 
-Each tool nests functions in its own way: a signature calls a function of the model, which may call
-functions of its layers. In the flat graph every operation that inference runs can be observed,
-apart from bodies of loops and branches.
+Tools nest functions differently: a signature calls a function of the model, which may call
+functions of its layers. In the flat graph every operation of inference can be observed, except in
+bodies of loops and branches.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
-# Private. The loader keeps the functions that a signature calls only by name, and no public
+# Private. The loader stores the functions that a signature calls by name only, and no public
 # function returns the graph of a `FunctionDef`.
 from tensorflow.python.framework.function_def_to_graph import function_def_to_graph
 
@@ -44,7 +44,7 @@ def flattened(signature: Any) -> Any:
 
 
 def bodies(graph: tf.Graph, library: Mapping[str, Any] | None = None) -> Iterator[tf.Graph]:
-    """Yield a graph and the graphs of the functions that it calls, with what no output needs."""
+    """Yield a graph and the graphs of the functions that it calls, unused operations included."""
     library = _library(graph) if library is None else library
     yield graph
     for op in graph.get_operations():
@@ -64,10 +64,10 @@ def _run(
     for op in graph.get_operations():
         if op.type in _CALLS:
             body = _body(op, library)
-            entered = importer.tensors([tensor.name for tensor in op.inputs], values)
-            inside = dict(zip((tensor.name for tensor in body.inputs), entered, strict=True))
-            left = _run(body, library, {}, inside, body.outputs)
-            values.update(zip((tensor.name for tensor in op.outputs), left, strict=True))
+            inputs = importer.tensors([tensor.name for tensor in op.inputs], values)
+            inner = dict(zip((tensor.name for tensor in body.inputs), inputs, strict=True))
+            results = _run(body, library, {}, inner, body.outputs)
+            values.update(zip((tensor.name for tensor in op.outputs), results, strict=True))
     return importer.tensors([tensor.name for tensor in outputs], values)
 
 
@@ -76,5 +76,5 @@ def _library(graph: tf.Graph) -> dict[str, Any]:
 
 
 def _body(call: tf.Operation, library: Mapping[str, Any]) -> Any:
-    with tf.init_scope():  # Where the loader has registered the functions that the body names.
+    with tf.init_scope():  # The loader has registered the functions of the body there.
         return function_def_to_graph(library[call.get_attr("f").name])

@@ -1,8 +1,8 @@
-"""Cut a traced graph at the calls of layers: their levels, and the tensors between two levels.
+"""Cut a traced graph into segments at the calls of layers.
 
-A layer's level is one more than the highest level among the layers that any of its calls depends
-on. Segment l is the part of the graph between the frontiers of levels l - 1 and l. It computes the
-tensors that enter the layers of level l, and frontier l.
+The level of a layer is one more than the highest level among the layers that its calls depend on.
+Segment l is the part of the graph between the frontiers of levels l - 1 and l. It computes the
+inputs of the layers of level l, and frontier l.
 """
 
 import collections
@@ -14,8 +14,8 @@ import tensorflow as tf
 
 from tfbn.graphs.walks import Sources
 
-# The types of operations that draw random numbers of their own. Those behind `tf.random.normal`,
-# `uniform` and `truncated_normal`, and Keras's, do not come here: see `tfbn.sweep.inference`.
+# Prefixes of operation types that draw random numbers. `tf.random.normal`, `uniform`,
+# `truncated_normal` and Keras's are patched before a trace, see `tfbn.sweep.inference`.
 _DRAWS = ("Random", "Multinomial", "ParameterizedTruncatedNormal", "Stateful", "Rng")
 _DRAWS_NOT = ("StatefulPartitionedCall",)
 
@@ -25,9 +25,9 @@ class LayerCall(Protocol):
 
     Attributes:
         path: The layer.
-        inputs: The tensors that enter.
-        outputs: The tensor that leaves.
-        fetches: The tensors that the call is observed by; empty or `None` if it is not observed.
+        inputs: The input tensors.
+        outputs: The output tensor.
+        fetches: The tensors to fetch for its statistics; empty or `None` if it is not observed.
     """
 
     @property
@@ -46,12 +46,12 @@ class Cut:
 
     Attributes:
         depth: The highest level.
-        fetches: For each level from 0, the tensors that its calls are observed by.
-        frontiers: For each level from 0, the tensors of that level or an earlier one that later
-            levels read. Frontier 0 are the inputs of the graph.
-        run_at: Operation that depends on the inputs -> the level whose segment runs it. Weights,
-            and what depends on them alone, are cheaper to read again than to keep.
-        drawn: The name of an operation that draws random numbers of its own, or `None`.
+        fetches: Level -> the fetches of its calls.
+        frontiers: Level -> the tensors of this or an earlier level that later levels read. Frontier
+            0 is the inputs of the graph.
+        run_at: Operation that depends on the inputs -> the level whose segment runs it. Operations
+            that depend on weights only run in every segment, which is cheaper than storing them.
+        drawn: The name of an operation that draws random numbers, or `None`.
     """
 
     depth: int
@@ -62,7 +62,7 @@ class Cut:
 
 
 def dependencies(sources: Sources, calls: Sequence[LayerCall]) -> dict[str, list[str]]:
-    """Path -> the layers whose outputs reach observed calls of a layer past no other layer."""
+    """Return path -> the layers that reach observed calls of a layer without another in between."""
     paths = list(dict.fromkeys(call.path for call in calls))
     bit = {path: 1 << place for place, path in enumerate(paths)}
     call_at = {call.outputs.op: call for call in calls}
@@ -82,7 +82,7 @@ def dependencies(sources: Sources, calls: Sequence[LayerCall]) -> dict[str, list
 
 
 def recurrent(before: Mapping[str, Collection[str]], calls: Sequence[LayerCall]) -> frozenset[str]:
-    """Return the layers whose calls depend on calls of the same layer, as a cell's at every step.
+    """Return the layers whose calls depend on calls of the same layer, like an RNN cell.
 
     Args:
         before: See `dependencies`.
@@ -90,7 +90,7 @@ def recurrent(before: Mapping[str, Collection[str]], calls: Sequence[LayerCall])
     """
     counts = collections.Counter(call.path for call in calls)
 
-    def reaches_itself(path: str) -> bool:
+    def is_recurrent(path: str) -> bool:
         seen: set[str] = set()
         pending = list(before[path])
         while pending:
@@ -100,26 +100,26 @@ def recurrent(before: Mapping[str, Collection[str]], calls: Sequence[LayerCall])
                 pending += before[other]
         return path in seen
 
-    return frozenset(path for path in before if counts[path] > 1 and reaches_itself(path))
+    return frozenset(path for path in before if counts[path] > 1 and is_recurrent(path))
 
 
 def levels(before: Mapping[str, Collection[str]]) -> dict[str, int]:
-    """Return path -> level, for layers none of which is `recurrent`.
+    """Return path -> level, for layers that are not `recurrent`.
 
     Args:
         before: See `dependencies`.
     """
-    found: dict[str, int] = {}
+    result: dict[str, int] = {}
     for path in before:
         pending = [path]
         while pending:
-            missing = [other for other in before[pending[-1]] if other not in found]
+            missing = [other for other in before[pending[-1]] if other not in result]
             if missing:
                 pending.append(missing[0])
                 continue
             done = pending.pop()
-            found[done] = 1 + max((found[other] for other in before[done]), default=0)
-    return found
+            result[done] = 1 + max((result[other] for other in before[done]), default=0)
+    return result
 
 
 def cut(
@@ -131,8 +131,8 @@ def cut(
     """Cut a graph.
 
     Args:
-        sources: Of the graph.
-        inputs: The tensors that data is fed to.
+        sources: The `Sources` of the graph.
+        inputs: The tensors to feed data to.
         calls: The calls of layers.
         levels: Path -> level.
     """
@@ -157,7 +157,7 @@ def _fetches(calls: Sequence[LayerCall], levels: Mapping[str, int]) -> list[list
 
 
 def _depending(sources: Sources, inputs: Sequence[tf.Tensor]) -> list[tf.Operation]:
-    """Return the operations that depend on the inputs, or draw: a draw may not be made again."""
+    """Return the operations that depend on the inputs, or draw, which must run only once."""
     depending = {tensor.op: None for tensor in inputs}
     for op, waits_for in sources.items():
         if _draws(op) or not depending.keys().isdisjoint(waits_for):
@@ -168,10 +168,10 @@ def _depending(sources: Sources, inputs: Sequence[tf.Tensor]) -> list[tf.Operati
 def _first_levels(
     sources: Sources, inputs: Sequence[tf.Tensor], fetches: Sequence[Sequence[tf.Tensor]]
 ) -> dict[tf.Operation, int]:
-    """Operation -> the first level that needs it; the inputs are there before any."""
+    """Return operation -> the first level that requires it; 0 for the inputs."""
     first = {tensor.op: 0 for tensor in inputs}
-    for level, entering in enumerate(fetches):
-        pending = [tensor.op for tensor in entering]
+    for level, fetched in enumerate(fetches):
+        pending = [tensor.op for tensor in fetched]
         while pending:
             op = pending.pop()
             if op not in first:
@@ -183,8 +183,8 @@ def _first_levels(
 def _last_levels(
     first: Mapping[tf.Operation, int], fetches: Sequence[Sequence[tf.Tensor]]
 ) -> dict[int, int]:
-    """Id of a tensor -> the last level that reads it."""
-    last = {id(tensor): level for level, entering in enumerate(fetches) for tensor in entering}
+    """Return id of a tensor -> the last level that reads it."""
+    last = {id(tensor): level for level, fetched in enumerate(fetches) for tensor in fetched}
     for op, level in first.items():
         for tensor in op.inputs:
             last[id(tensor)] = max(last.get(id(tensor), 0), level)
@@ -192,5 +192,5 @@ def _last_levels(
 
 
 def _draws(op: tf.Operation) -> bool:
-    """Whether an operation draws random numbers of its own."""
+    """Whether an operation draws random numbers."""
     return op.type.startswith(_DRAWS) and op.type not in _DRAWS_NOT

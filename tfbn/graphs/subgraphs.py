@@ -1,4 +1,4 @@
-"""Take parts out of a traced graph: as functions, or into the graph that is being built."""
+"""Extract subgraphs of a traced graph as functions, or import them into the current graph."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -9,15 +9,15 @@ from tfbn.graphs.walks import hiding_nan
 
 
 class Subgraphs:
-    """The parts of a graph.
+    """Extract subgraphs of a graph.
 
-    `tf.compat.v1.wrap_function(...).prune` builds functions too, in a time that grows with the
-    whole graph. Here it grows with the part that is taken.
+    The time grows with the subgraph; for `tf.compat.v1.wrap_function(...).prune` it grows with the
+    graph.
 
     Args:
         graph: A `tf.Graph`.
-        captured: name of a tensor -> the tensor outside of the graph whose value it has.
-        library: The `FunctionDef` protos that its operations name; by default those in `graph`.
+        captured: Name of a tensor -> tensor outside of the graph with its value.
+        library: The `FunctionDef` protos that its operations call; by default from `graph`.
     """
 
     def __init__(
@@ -31,11 +31,11 @@ class Subgraphs:
         self._library = list(graph_def.library.function if library is None else library)
         self._nodes = {node.name: node for node in graph_def.node}
         self._operations = {op.name: op for op in graph.get_operations()}
-        self._order = {op: place for place, op in enumerate(self._operations.values())}
+        self._order = {op: index for index, op in enumerate(self._operations.values())}
         self._captured = captured
 
     def missing(self, names: list[str]) -> list[str]:
-        """Return the names that no tensor of the graph has."""
+        """Return the names without a tensor in the graph."""
         return [
             name
             for name in names
@@ -48,7 +48,7 @@ class Subgraphs:
 
         Args:
             names: Their names.
-            values: name -> tensor of the current graph. Imported tensors are added.
+            values: Name -> tensor of the current graph. Imported tensors are added.
         """
 
         def imported_before(op: tf.Operation) -> bool:
@@ -72,17 +72,18 @@ class Subgraphs:
         fetches: Sequence[tf.Tensor],
         already_run: Callable[[tf.Operation], bool] = lambda op: False,
     ) -> tuple[Callable[..., list[tf.Tensor]], list[tf.Tensor]]:
-        """Return the function from some tensors to others.
+        """Build the function from some tensors to others.
 
         Args:
-            feeds: The tensors that are given.
-            optional: Tensors that are given too if the function needs them.
-            fetches: The tensors that are computed.
+            feeds: The tensors to feed.
+            optional: Tensors to feed only if the function needs them.
+            fetches: The tensors to compute.
             already_run: Predicate; control dependencies on these operations are dropped.
 
         Returns:
-            The function, which takes the values of `feeds` and of the optional tensors that it
-            needs, and returns the values of `fetches`, and more; and these optional tensors.
+            `(function, needed)`: `needed` are the optional tensors that the function needs. It
+            takes the values of `feeds` and `needed`, and returns the values of `fetches`, followed
+            by empty tensors.
         """
         names = [tensor.name for tensor in fetches]
         known = {tensor.name for tensor in (*feeds, *optional)}
@@ -109,7 +110,7 @@ class Subgraphs:
             outputs = [
                 computed[name] if name in computed else tf.identity(inside[name]) for name in names
             ]
-            # Tensors without values that are fetched, so that no kernel hides NaN.
+            # Empty tensors, fetched so that no fused kernel hides NaN.
             return [*outputs, *(tensor[:0] for tensor in imported[len(wanted) :])]
 
         function = tf.compat.v1.wrap_function(
@@ -123,7 +124,7 @@ class Subgraphs:
         known: Collection[str],
         already_run: Callable[[tf.Operation], bool],
     ) -> list[tf.Operation]:
-        """The operations that compute some tensors from known and captured ones, in order."""
+        """Return the operations between known and captured tensors and others, in order."""
         body: dict[tf.Operation, None] = {}
         pending = [self._operations[name.partition(":")[0]] for name in self._unknown(names, known)]
         while pending:
@@ -152,7 +153,7 @@ class Subgraphs:
         for op in body:
             node = graph_def.node.add()
             node.CopyFrom(self._nodes[op.name])
-            node.attr.pop("_class", None)  # Operations to be placed with, which may be elsewhere.
+            node.attr.pop("_class", None)  # May name operations that are not imported.
             inputs = [name for name in node.input if name[0] != "^" or name[1:] in names]
             del node.input[:]
             node.input.extend(inputs)

@@ -1,26 +1,26 @@
-"""Walk a traced graph: sources and ancestors, loops that feed themselves, the ways of NaN."""
+"""Walk a traced graph: find ancestors, recurrent loops, and where NaN propagates."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
 import tensorflow as tf
 
-# Private. A graph does not say publicly whether it is the body of a loop or a branch.
+# Private. No public attribute shows whether a graph is the body of a loop.
 from tensorflow.python.ops.control_flow_v2_func_graphs import WhileBodyFuncGraph
 
-# Operation -> the operations that it waits for. Operations come after their sources.
+# Operation -> the operations that it depends on directly. Operations come after their sources.
 Sources = Mapping[tf.Operation, list[tf.Operation]]
 
 _LOOKS_FOR_NAN = {"IsNan", "IsInf", "IsFinite", "MulNoNan"}
 # Ops that never propagate NaN.
 _WITHOUT_NAN = {"Bucketize", "Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"}
-# Ops that may leave NaN out, because they choose among the values of their data. (`boolean_mask`
-# gathers.) The values that enter layers are checked in any case.
+# Ops that may drop NaN, because they select some values. (`boolean_mask` gathers.) The inputs of
+# layers are always checked.
 _WITHOUT_NAN |= {"Select", "SelectV2", "Where"}
 _CHOOSING = {"Gather", "GatherV2", "GatherNd", "Slice", "StridedSlice", "DynamicPartition"}
 _CHOOSING |= {"Split", "SplitV", "Unpack"}
 
-# oneDNN fuses these with the operation before them, and the fused kernel gives 0 for NaN where
-# ReLU gives NaN.
+# oneDNN fuses these with the operation before them, and the fused kernel returns 0 for NaN, not
+# NaN like ReLU.
 _HIDE_NAN = {"Relu", "Relu6"}
 _ADDS_BIAS = {"BiasAdd", "Add", "AddV2"}
 _CONTRACTIONS = {"Conv2D", "Conv3D", "DepthwiseConv2dNative", "MatMul", "BatchMatMulV2"}
@@ -57,16 +57,16 @@ def is_vectorized(tensors: Iterable[tf.Tensor]) -> bool:
 
 
 def feeds_itself(inputs: Iterable[tf.Tensor], outputs: tf.Tensor) -> bool:
-    """Whether in a loop inputs of a call depend on its outputs of an earlier iteration.
+    """Whether the inputs of a call in a loop depend on its outputs of an earlier iteration.
 
-    A call in a branch or loop inside the loop counts as one, which is not always true.
+    Returns `True` for every call in a branch or loop inside the loop, which is not always correct.
     """
     body = outputs.graph
     if not isinstance(body, WhileBodyFuncGraph):
         return body.outer_graph is not None and _in_loop(body.outer_graph)
-    # A loop variable leaves the body at the place at which it enters.
-    carried = {id(out): enters for enters, out in zip(body.inputs, body.outputs, strict=False)}
-    entered = {id(tensor) for tensor in inputs}
+    # A loop variable has the same index in the inputs and the outputs of the body.
+    carried = {id(out): entry for entry, out in zip(body.inputs, body.outputs, strict=False)}
+    input_ids = {id(tensor) for tensor in inputs}
     seen: set[int] = set()
     pending = [outputs]
     while pending:
@@ -74,7 +74,7 @@ def feeds_itself(inputs: Iterable[tf.Tensor], outputs: tf.Tensor) -> bool:
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        if id(tensor) in entered:
+        if id(tensor) in input_ids:
             return True
         pending += [out for op in tensor.consumers() for out in op.outputs]
         if id(tensor) in carried:
@@ -91,16 +91,16 @@ def _in_loop(graph: tf.Graph | None) -> bool:
 
 
 def spreading_nan(inputs: Iterable[tf.Tensor], outputs: list[tf.Tensor]) -> list[int]:
-    """Return the places of the inputs whose NaN would spread to some outputs.
+    """Return the indices of the inputs whose NaN would propagate to some outputs.
 
-    It is empty for a graph that looks for NaN by itself, which may take it.
+    Returns an empty list for a graph that checks for NaN, because it may support NaN.
     """
     if any(map(_looks_for_nan, ancestors(outputs))):
         return []
     spread = _carrying_nan(outputs)
     return [
-        place
-        for place, tensor in enumerate(inputs)
+        index
+        for index, tensor in enumerate(inputs)
         if tensor.dtype.is_floating and id(tensor) in spread
     ]
 
@@ -111,7 +111,7 @@ def _looks_for_nan(op: tf.Operation) -> bool:
 
 
 def _carrying_nan(tensors: Iterable[tf.Tensor]) -> set[int]:
-    """Return the ids of the tensors whose NaN reaches others past comparisons and choices."""
+    """Return the ids of the tensors whose NaN propagates to others."""
     seen, pending = set(), list(tensors)
     while pending:
         tensor = pending.pop()
@@ -127,7 +127,7 @@ def _carrying_nan(tensors: Iterable[tf.Tensor]) -> set[int]:
 def hiding_nan(operations: Iterable[tf.Operation]) -> Iterator[tf.Tensor]:
     """Yield the tensors between a contraction and an activation whose fused kernel hides NaN.
 
-    Another reader of such a tensor keeps the two apart.
+    A second reader of such a tensor prevents the fusion.
     """
     for op in operations:
         if op.type in _HIDE_NAN:
