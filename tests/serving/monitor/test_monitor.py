@@ -36,7 +36,7 @@ def assert_moments(answer, path, values, rtol=1e-5):
     np.testing.assert_array_equal(answer[f"{path}/count"], [values.shape[1]] * len(values))
     std = values.std(1)
     np.testing.assert_allclose(answer[f"{path}/mean"], values.mean(1), atol=rtol * std.max())
-    np.testing.assert_allclose(answer[f"{path}/variance"], values.var(1), rtol=rtol)
+    np.testing.assert_allclose(answer[f"{path}/variance"], values.var(1), rtol=3 * rtol)
 
 
 def network(batch_norm=layers.BatchNormalization):

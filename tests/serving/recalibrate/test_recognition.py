@@ -49,7 +49,19 @@ def shared():
     return keras.Sequential([keras.Input((4,)), layer, layers.ReLU(), layer])
 
 
+def own():
+    """The layers of tfbn, with `model.export` of Keras."""
+    stack = [tfbn.BatchNormalization(**options) for options in ({}, {"axis": 1}, {"center": False})]
+    x = inputs = keras.Input((6, 6, 2))
+    for layer in stack:
+        x = layers.ReLU()(layer(layers.Conv2D(3, 2)(x)))
+    y = tfbn.BatchNormalization(scale=False, center=False)(layers.Flatten()(x))
+    y = tfbn.BatchNormalization(scale=False)(y)
+    return keras.Model(inputs, tfbn.BatchNormalization()(layers.Dense(3)(y)))
+
+
 MODELS = {
+    "layers of tfbn": (own, lambda: field(6, 6, 2)),
     "two of a name": (
         lambda: exported_models.called(TwoOfAName(), field(4)),
         lambda: field(4),
@@ -264,10 +276,6 @@ REFUSED = {
             layers.BatchNormalization(),
         ),
         "over sequences",
-    ),
-    "tfbn's layer": (
-        keras_model(keras.Input((4,)), layers.BatchNormalization(), tfbn.BatchNormalization()),
-        "(of no batch norm that is recognized|that reads a statistic as well)",
     ),
     "masks of rank 4": (
         keras_model(

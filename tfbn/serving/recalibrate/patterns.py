@@ -1,8 +1,9 @@
 """The forms that batch norm takes in inference graphs, and a matcher for them.
 
 A pattern is a name or a tuple of operation types and patterns of the inputs. A name stands for the
-same value wherever it occurs. Inputs of commutative operations match in both orders, and casts
-between operations are skipped. Another form of batch norm is another entry of `_PATTERNS`.
+same value wherever it occurs. Inputs of commutative operations match in both orders. Casts between
+operations and reshapes of values per channel are skipped. Another form of batch norm is another
+entry of `_PATTERNS`.
 """
 
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ _RSQRT = (("Rsqrt",), _SHIFTED)
 _SQRT = (("Sqrt",), _SHIFTED)
 _CENTERED = (("Sub",), "x", "mean")
 _SCALE = (_MUL, _RSQRT, "gamma")
+_ZERO = (_MUL, "zero", _RSQRT)
 _DIVIDED = (("RealDiv",), _CENTERED, _SQRT)
 _NORMALIZED = (_MUL, _CENTERED, _RSQRT)
 
@@ -46,6 +48,13 @@ _PATTERNS = [
         pattern
         for core in (_DIVIDED, _NORMALIZED)
         for pattern in ((_ADD, (_MUL, core, "gamma"), "beta"), (_ADD, core, "beta"))
+    ),
+    # The layer of tfbn adds the mean of what is centred, 0, in inference too.
+    *(
+        pattern
+        for scale, zero in ((_SCALE, (_MUL, _ZERO, "gamma")), (_RSQRT, _ZERO))
+        for offset in ((_ADD, zero, "beta"), zero)
+        for pattern in [(_ADD, (_MUL, _CENTERED, scale), offset)]
     ),
     (_MUL, _CENTERED, _SCALE),
     *((_MUL, core, "gamma") for core in (_DIVIDED, _NORMALIZED)),
@@ -122,6 +131,7 @@ def _unfused(op: tf.Operation) -> Match | None:
                 if variable(bound["x"]) is None:
                     x, epsilon = bound.pop("x"), float(np.asarray(constant(bound.pop("epsilon"))))
                     axis = _axis(x, bound["mean"])
+                    bound.pop("zero", None)
                     return Match(x, op.outputs[0], bound, epsilon, axis, operations)
     return None
 
@@ -137,7 +147,7 @@ def _bindings(
         return
     kinds, *inputs = pattern
     casts = []
-    while tensor.op.type == "Cast":
+    while tensor.op.type == "Cast" or _broadcasts(tensor.op):
         casts.append(tensor.op)
         tensor = tensor.op.inputs[0]
     op = tensor.op
@@ -151,12 +161,17 @@ def _bindings(
         yield from found
 
 
+def _broadcasts(op: tf.Operation) -> bool:
+    """Return whether an operation gives a value per channel axes of size 1."""
+    return op.type == "Reshape" and op.inputs[0].shape.rank == 1
+
+
 def _may_be(name: str, tensor: tf.Tensor) -> bool:
     if name == "x":
         return True
-    if name == "epsilon":
+    if name in ("epsilon", "zero"):
         value = constant(tensor)
-        return value is not None and np.ndim(value) == 0
+        return value is not None and np.ndim(value) == 0 and (name == "epsilon" or value == 0)
     return variable(tensor) is not None or constant(tensor) is not None
 
 

@@ -76,9 +76,9 @@ def recalibrate(
         path: The model's directory, whose highest version is taken, or that of a version, or a
             symbolic link to it. A model
             that `tfbn.export` wrote. One of another tool will do if each of its batch norm layers
-            can be told from the operations in its graph: those of Keras 3's `model.export` and of
-            fused kernels can, but for layers over sequences, where the graph does not tell which
-            positions are masked.
+            can be told from the operations in its graph: those of Keras 3's `model.export`, with
+            layers of tfbn too, and of fused kernels can, but for layers over sequences, where the
+            graph does not tell which positions are masked.
         x: The data, as `tfbn.collect` takes it. For several inputs a dict by the names that
             clients use.
         method: `"exact"`, `"pooled"` or `"algorithm2"`, see `tfbn.collect`.
@@ -188,10 +188,11 @@ def next_version(
     """Sweep, and write the next version; see `recalibrate`."""
     network = before.network
     x, inputs = _with_first(network, x, batch_size, steps)
+    served = _served(before.loaded, network, inputs)
     # A concrete function: TensorFlow warns of retracing if many networks are called in one process.
     predict = tf.function(lambda x: network(x, training=False), autograph=False)
     predict = predict.get_concrete_function(inputs)
-    _require_same(_served(before.loaded, network, inputs), predict(inputs), before.path)
+    _require_same(served, predict(inputs), before.path)
     measured_again = blend_samples and before.provenance.monitor is not None
     x, again = _twice(x) if measured_again else (x, x)
     options |= {"include_frozen": True, "tolerance": tolerance}

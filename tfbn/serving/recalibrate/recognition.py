@@ -175,7 +175,11 @@ def _require_only_reader(version: pathlib.Path, graph: tf.Graph, matches: list[M
         if (resource := patterns.variable(match.parameters[name])) is not None
     )
     for op in graph.get_operations():
-        if op not in inside and any(tensor.name in between for tensor in op.inputs):
+        inputs = op.inputs
+        if op.type == "IdentityN":  # A custom gradient keeps the values that it needs alive.
+            pairs = zip(op.inputs, op.outputs, strict=True)
+            inputs = [tensor for tensor, output in pairs if output.consumers()]
+        if op not in inside and any(tensor.name in between for tensor in inputs):
             raise _refusal(version, f"an operation {op.name!r} that reads a statistic as well")
 
 
