@@ -114,7 +114,8 @@ def image_files(folder: str) -> list[str]:
 
 def _listed(folder):
     """The images in a folder, and kind -> number of the things in it that are not read."""
-    found, left = [], collections.Counter()
+    found: list[str] = []
+    left: collections.Counter[str] = collections.Counter()
 
     def cannot_be_read(error):
         raise error

@@ -21,7 +21,7 @@ class Samples(NamedTuple):
         count, mean, variance: float64, each of shape `(samples, channels)`.
     """
 
-    count: np.ndarray
+    count: np.ndarray  # type: ignore[assignment]  # It hides a method of tuples.
     mean: np.ndarray
     variance: np.ndarray
 
