@@ -130,13 +130,12 @@ DAMAGED = [
 ]
 
 
-@pytest.mark.quick(2)
-@pytest.mark.parametrize("damaged", DAMAGED)
-def test_a_damaged_file_is_one_error_that_names_it(tmp_path, capsys, damaged):
-    assert read_back(tmp_path, damaged) is None
-    with pytest.raises(ValueError, match=r"tfbn\.json.*damaged or another kind of file"):
-        describe(tmp_path)
-    assert capsys.readouterr().out == ""
+def test_a_damaged_file_is_one_error_that_names_it(tmp_path, capsys):
+    for damaged in DAMAGED:
+        assert read_back(tmp_path, damaged) is None
+        with pytest.raises(ValueError, match=r"tfbn\.json.*damaged or another kind of file"):
+            describe(tmp_path)
+        assert capsys.readouterr().out == ""
     # A server does not mind, and the next export finds the clients of that version all the same.
     assert export(dense_model(), tmp_path).version == 2
 

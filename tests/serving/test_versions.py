@@ -67,8 +67,15 @@ def test_a_poll_never_sees_a_part(tmp_path, monkeypatch):
 
 
 @pytest.mark.quick(2)
-@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
-@pytest.mark.parametrize("when", ["saving", "saved", "verifying", "renaming"])
+@pytest.mark.parametrize(
+    ("when", "error"),
+    [
+        ("saving", KeyboardInterrupt()),
+        ("saved", OSError("no space left")),
+        ("verifying", KeyboardInterrupt()),
+        ("renaming", OSError("no space left")),
+    ],
+)
 def test_a_failed_export_leaves_nothing_behind(tmp_path, monkeypatch, when, error):
     model = dense_model()
     export(model, tmp_path / "once")  # After this every module of TensorFlow is in its place.

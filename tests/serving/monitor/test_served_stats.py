@@ -167,7 +167,7 @@ def test_samples_that_come_together_count_for_less(exported, ask, scenes, frames
     """
     rng = np.random.default_rng(6)
     alarms = 0
-    for _ in range(12):
+    for _ in range(4):
         answers = [ask(x[None]) for x in images(rng, scenes)]
         served = served_by(exported, [answer for answer in answers for _ in range(frames)])
         alarms += served.compare().drifted

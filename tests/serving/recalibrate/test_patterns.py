@@ -89,18 +89,15 @@ def served(path, x):
     return signature(x=tf.constant(x))["y"].numpy()
 
 
+FORMS = {name: (formula, 1.5, -0.5) for name, formula in AFFINE.items()}
+FORMS |= {f"plain, {name}": (formula, 1.0, 0.0) for name, formula in PLAIN.items()}
+
+
 @pytest.mark.quick(4)
-@pytest.mark.parametrize("trainable", [True, False])
-@pytest.mark.parametrize(
-    ("formula", "gamma", "beta"),
-    [
-        *((formula, 1.5, -0.5) for formula in AFFINE.values()),
-        *((formula, 1.0, 0.0) for formula in PLAIN.values()),
-    ],
-    ids=[*AFFINE, *(f"plain, {name}" for name in PLAIN)],
-)
-def test_forms(tmp_path, formula, gamma, beta, trainable):
-    module = Written(formula, trainable=trainable)
+@pytest.mark.parametrize("name", FORMS)
+def test_forms(tmp_path, name):
+    formula, gamma, beta = FORMS[name]
+    module = Written(formula, trainable=list(FORMS).index(name) % 2 == 1)
     tf.saved_model.save(module, tmp_path / "1", signatures=module.serve)
     x = (rng.normal(size=(40, 3)) * 3 + 2).astype("float32")
     found = tfbn.recalibrate(tmp_path, x, batch_size=8, verbose=0)
