@@ -36,7 +36,7 @@ from tfbn.population import PopulationStats
 from tfbn.stats.layer_stats import LayerStats
 from tfbn.sweep.network import first_level
 
-# The average is over the last 10 to 20 steps of an epoch, in which weights hardly change.
+# The average is over the last 10 to 20 steps of an epoch: weights hardly change in so few.
 _STEPS = 10
 # Updates per step and call. A custom `train_step` or `call` may update a layer more or less often.
 _UPDATE_RATES = tuple(2.0**k for k in range(-4, 5))

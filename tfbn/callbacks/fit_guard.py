@@ -11,7 +11,7 @@ import keras
 from tfbn.callbacks import freezing, swapping
 from tfbn.callbacks.callback_lists import members
 
-# Hooks of a `keras.callbacks.CallbackList` in which the model may have population statistics.
+# Hooks of a `keras.callbacks.CallbackList` that may run with population statistics in the model.
 _HOOKS = ("on_epoch_end", "on_test_begin", "on_test_end", "on_train_end")
 _MISSING = object()
 

@@ -153,8 +153,7 @@ class StatsTracker(keras.callbacks.Callback):
         """Check everything before the first step."""
         if is_one_shot(self._x):
             raise ValueError(
-                "Expected repeatable data: arrays, a tf.data.Dataset or a PyDataset. Received: a "
-                "generator."
+                "Expected repeatable data, like arrays or a tf.data.Dataset. Received: a generator."
             )
         refuse_shared([self._x, self._validation_data])
         warn_of_shared_shuffle(self._x)

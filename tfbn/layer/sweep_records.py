@@ -1,8 +1,8 @@
 """Store the record of the sweep that set the statistics of a batch norm layer.
 
 Records are stored by layer, outside of it, because stock layers and their configs must not change.
-A record lives as long as its layer, in whatever model that is used. `tfbn.BatchNormalization` also
-saves it in `.keras` files, as an asset. Keras's layer, weights files, HDF5 files and folders
+A record lives as long as its layer, also in other models. `tfbn.BatchNormalization` saves it in
+`.keras` files too, as an asset. Keras's layer, weights files, HDF5 files and folders
 (`zipped=False`, without assets) cannot store it.
 """
 

@@ -45,13 +45,13 @@ def matching_layers(model: keras.Model, paths: Iterable[str]) -> dict[str, keras
     for path, layer in _correspondence(model, paths).items():
         if layer is None:
             raise ValueError(
-                f"Expected the swept architecture. Received: model {model.name!r} with no batch "
-                f"norm layer {path!r}."
+                f"Expected the swept model. Received: {model.name!r} with no batch norm layer "
+                f"{path!r}."
             )
         if not layer.built:
             raise ValueError(
                 f"Expected a built model. Received: layer {path!r} has no weights yet. Call the "
-                "model on a batch."
+                "model."
             )
         layers[path] = layer
     return layers

@@ -38,7 +38,7 @@ def copy(model: keras.Model) -> keras.Model:
         copy_state(model, copied)
     except Exception as error:  # The code of a custom layer may raise any class.
         raise ValueError(
-            f"Cannot rebuild {model!r} from its config: {_shorten(error)}. Add get_config() to its "
+            f"Cannot rebuild {model!r} from its config: {_shorten(error)}. Add get_config() to "
             "custom classes."
         ) from error
     return copied
