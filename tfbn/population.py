@@ -43,8 +43,7 @@ class PopulationStats(collections.abc.Mapping):
             sqrt(1 - samples / population_size) and are 0 if all were drawn. 0 where it took the
             data as it came: the errors are then about the source of that data, however large.
         tolerance: The `tolerance` that was asked for, or `None`.
-        source_weight: As how many samples the statistics of a source count that were blended in,
-            see `blend`; 0 for statistics of a sweep alone.
+        prior_samples: Number of samples that a blended source counts for, see `blend`; 0 without.
     """
 
     layers: dataclasses.InitVar[collections.abc.Mapping[str, LayerStats]]
@@ -57,7 +56,7 @@ class PopulationStats(collections.abc.Mapping):
     levels: int = dataclasses.field(default=1, kw_only=True)
     population_size: int = dataclasses.field(default=0, kw_only=True)
     tolerance: float | None = dataclasses.field(default=None, kw_only=True)
-    source_weight: int = dataclasses.field(default=0, kw_only=True)
+    prior_samples: int = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self, layers: collections.abc.Mapping[str, LayerStats]):
         if self.method not in _METHODS:
@@ -214,10 +213,10 @@ class PopulationStats(collections.abc.Mapping):
                 f"{self.method!r} and {other.method!r}. For 'exact', sweep all shards together "
                 "with tfbn.collect_shards; statistics of other kinds cannot be merged."
             )
-        if self.source_weight or other.source_weight:
+        if self.prior_samples or other.prior_samples:
             raise ValueError(
-                "Expected two sweeps that are not blended yet. Received: source weights "
-                f"{self.source_weight} and {other.source_weight}. Merge first, and blend the whole."
+                "Expected two sweeps that are not blended yet. Received: prior samples "
+                f"{self.prior_samples} and {other.prior_samples}. Merge first, and blend the whole."
             )
         layer_stats.require_same_layers(self, other)
         if self.fingerprint != other.fingerprint:
@@ -287,7 +286,7 @@ class PopulationStats(collections.abc.Mapping):
 
         Returns:
             A `PopulationStats` of the layers, counts, samples and method of these, with
-            `source_weight` N. It is assigned, undone, saved and exported like any other.
+            `prior_samples` N. It is assigned, undone, saved and exported like any other.
 
         Raises:
             ValueError: If these are not from a sweep or are blended already, if the source is of
@@ -301,7 +300,7 @@ class PopulationStats(collections.abc.Mapping):
                 blended[path] = stats.blend(source[path], samples, self.samples)
             except ValueError as error:
                 raise ValueError(f"{error} Layer: {path!r}.") from error
-        return self.replace(layers=blended, source_weight=samples)
+        return self.replace(layers=blended, prior_samples=samples)
 
     def compare(self, other: "PopulationStats") -> dict[str, dict[str, float]]:
         """How far `other` is from these statistics, layer by layer, worst first.

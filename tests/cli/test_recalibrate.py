@@ -47,18 +47,18 @@ def test_few_samples_are_blended_with_what_the_file_holds(capsys, tmp_path, file
     out = tmp_path / "out.keras"
     arguments = ["recalibrate", model, "--data", field, "--out", out, "--blend-samples", 10]
     found = run_for_json(capsys, *arguments)
-    assert (found["samples"], found["source_weight"]) == (30, 10)
+    assert (found["samples"], found["prior_samples"]) == (30, 10)
     before = held(keras.models.load_model(model))
     swept = of_one_batch(model, np.load(field)["image"])
     after = held(keras.models.load_model(out))
     for source, own, blended in zip(before, swept, after, strict=True):
         np.testing.assert_allclose(blended, (10 * source + 30 * own) / 40, rtol=1e-4, atol=1e-5)
     code, text, _ = run(capsys, "inspect", out, "--check")
-    assert code == 0 and "blended: 30 field samples, source weight 10" in text
+    assert code == 0 and "blended: 30 field samples, 10 prior samples" in text
     # Its export knows, too.
     run(capsys, "export", out, tmp_path / "served")
     code, text, _ = run(capsys, "describe", tmp_path / "served")
-    assert "blended: 30 field samples, source weight 10" in text
+    assert "blended: 30 field samples, 10 prior samples" in text
 
 
 def test_a_served_model_gets_its_next_version(capsys, files):
@@ -75,9 +75,9 @@ def test_a_served_model_gets_its_next_version(capsys, files):
     options = ["--blend-samples", 10, "--method", "pooled", "--batch-size", 20]
     found = run_for_json(capsys, "recalibrate", served, "--data", field, *options)
     assert found["out"] == str(served / "3")
-    assert (found["method"], found["source_weight"], found["batch_size"]) == ("pooled", 10, 20)
+    assert (found["method"], found["prior_samples"], found["batch_size"]) == ("pooled", 10, 20)
     code, text, _ = run(capsys, "describe", served)
-    assert "blended: 30 field samples, source weight 10" in text
+    assert "blended: 30 field samples, 10 prior samples" in text
     assert "version 1: method='exact' over 30" in text and "version 2: method='exact'" in text
 
 

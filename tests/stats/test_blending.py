@@ -49,16 +49,16 @@ def layer_stats(draw, channels, count):
 
 
 @given(st.data(), NUMBERS, st.integers(1, 10**6))
-def test_blend_equals_mean_of_n_and_source_weight_copies(data, source_weight, n):
+def test_blend_equals_the_mean_with_prior_samples(data, prior_samples, n):
     own, source = (layer_stats(data.draw, 3, count) for count in (7, 9))
-    blended = own.blend(source, source_weight, n)
+    blended = own.blend(source, prior_samples, n)
     np.testing.assert_array_equal(blended.counts, own.counts)
     for name in ("mean", "variance"):
         ours, theirs = getattr(own, name), getattr(source, name)
-        right = np.average([theirs, ours], axis=0, weights=[source_weight, n])
+        right = np.average([theirs, ours], axis=0, weights=[prior_samples, n])
         scale = np.maximum(np.abs(ours), np.abs(theirs))
         assert (np.abs(getattr(blended, name) - right) <= 1e-14 * scale + 1e-300).all()
-        if source_weight == 0:
+        if prior_samples == 0:
             np.testing.assert_array_equal(getattr(blended, name), ours)
 
 
@@ -71,7 +71,7 @@ def test_source_adds_no_standard_error():
 
 def test_model_is_blended_by_its_number_of_samples(model, swept):
     blended = swept.blend(swept.previous, samples=18)
-    assert (blended.source_weight, swept.source_weight, blended.samples) == (18, 0, 6)
+    assert (blended.prior_samples, swept.prior_samples, blended.samples) == (18, 0, 6)
     assert list(blended) == list(swept) and blended.method == "exact"
     for layer, stats in zip(networks.batch_norms(model), blended.values(), strict=True):
         own = swept[layer.name]
@@ -106,27 +106,27 @@ def test_blend_drops_renorm_values():
     assert tfbn.LayerStats(4, [3.0], [1.0]).blend(source, 1, 1) == tfbn.LayerStats(4, [2.0], [2.0])
 
 
-def test_files_store_the_source_weight(tmp_path, swept):
+def test_files_store_the_prior_samples(tmp_path, swept):
     blended = swept.blend(swept.previous, samples=18)
     blended.save(tmp_path / "stats.npz")
     loaded = tfbn.PopulationStats.load(tmp_path / "stats.npz")
-    assert loaded == blended and loaded.source_weight == 18
-    assert blended.to_dict()["source_weight"] == 18
-    assert loaded.replace(method="pooled").source_weight == 18
+    assert loaded == blended and loaded.prior_samples == 18
+    assert blended.to_dict()["prior_samples"] == 18
+    assert loaded.replace(method="pooled").prior_samples == 18
     lines = []
     loaded.summary(lines.append)
-    assert lines[0].endswith("blended: 6 field samples, source weight 18")
+    assert lines[0].endswith("blended: 6 field samples, 18 prior samples")
     swept.summary(lines.clear() or lines.append)
     assert "blended" not in lines[0]
 
 
 @pytest.mark.slow
-def test_export_stores_the_source_weight(tmp_path, capsys, model, swept):
+def test_export_stores_the_prior_samples(tmp_path, capsys, model, swept):
     swept.blend(swept.previous, samples=18).assign(model)
     tfbn.export(model, tmp_path / "served")
     record = tfbn.describe(tmp_path / "served")
-    assert record["statistics"]["source_weight"] == 18 and record["stale"] is None
-    assert "blended: 6 field samples, source weight 18" in capsys.readouterr().out
+    assert record["statistics"]["prior_samples"] == 18 and record["stale"] is None
+    assert "blended: 6 field samples, 18 prior samples" in capsys.readouterr().out
 
 
 def renamed(stats):

@@ -123,7 +123,7 @@ def _state(model, sweep):
         "swept",
         f"swept, method={swept.method!r}, {swept.samples} samples in {swept.batches} "
         f"batches of at most {swept.batch_size}"
-        + (f", {words}" if (words := in_words(swept.samples, swept.source_weight)) else ""),
+        + (f", {words}" if (words := in_words(swept.samples, swept.prior_samples)) else ""),
     )
 
 

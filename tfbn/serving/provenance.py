@@ -292,6 +292,6 @@ def _sweep_in_words(statistics, stale):
     )
     if statistics["relative_error"] is not None:
         text += f", standard errors up to {statistics['relative_error']:.2g} std"
-    if blended := blending.in_words(statistics["samples"], statistics["source_weight"]):
+    if blended := blending.in_words(statistics["samples"], statistics["prior_samples"]):
         text += f", {blended}"
     return f"{text}, but {stale}" if stale else text

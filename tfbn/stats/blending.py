@@ -51,7 +51,7 @@ def weighted(
 
 def require_blendable(field: "PopulationStats", source: "PopulationStats") -> None:
     """Raise `ValueError` unless `source` can be blended into the swept statistics `field`."""
-    if field.method == "assigned" or field.source_weight or not field.samples:
+    if field.method == "assigned" or field.prior_samples or not field.samples:
         raise ValueError(
             f"Expected unblended statistics of a sweep. Received: {field!r}. Use tfbn.collect."
         )
@@ -72,8 +72,8 @@ def require_blendable(field: "PopulationStats", source: "PopulationStats") -> No
         )
 
 
-def in_words(samples: int, source_weight: int) -> str:
+def in_words(samples: int, prior_samples: int) -> str:
     """Return one line about a blend, or an empty string without one."""
-    if not source_weight:
+    if not prior_samples:
         return ""
-    return f"blended: {samples} field samples, source weight {source_weight}"
+    return f"blended: {samples} field samples, {prior_samples} prior samples"

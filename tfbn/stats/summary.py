@@ -24,8 +24,8 @@ def table(stats: "PopulationStats") -> tuple[str, list[str], list[list]]:
         size = stats.population_size
         title += f" drawn at random from {size}" if size else " in the order of the data"
         title += f", tolerance={stats.tolerance:g} ({outcome})"
-    if stats.source_weight:
-        title += f", {blending.in_words(stats.samples, stats.source_weight)}"
+    if stats.prior_samples:
+        title += f", {blending.in_words(stats.samples, stats.prior_samples)}"
     drifts = {} if stats.previous is None else drift.of_layers(stats, stats.previous)
     rows = []
     for path in [*drifts, *(path for path in stats if path not in drifts)]:

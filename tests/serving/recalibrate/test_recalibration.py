@@ -255,12 +255,12 @@ def test_the_provenance_tells_the_history(tmp_path, capsys):
     described = tfbn.describe(tmp_path / "m")
     assert described["fingerprint"] == swept.fingerprint and described["stale"] is None
     statistics = described["statistics"]
-    assert (statistics["samples"], statistics["source_weight"]) == (5, 15)
+    assert (statistics["samples"], statistics["prior_samples"]) == (5, 15)
     steps = [(s["version"], s["statistics"]["method"], s["statistics"]["samples"])
              for s in described["history"]]  # fmt: skip
     assert steps == [(1, "exact", 23), (2, "pooled", 9)]
     out = capsys.readouterr().out
-    assert "blended: 5 field samples, source weight 15" in out
+    assert "blended: 5 field samples, 15 prior samples" in out
     assert "version 2: method='pooled' over 9 samples" in out
     # Blended with what version 2 holds, not with what the first was trained on.
     [entered] = [layer(x[:9] + 5) for layer in model.layers[:1]]

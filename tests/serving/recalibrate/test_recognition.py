@@ -98,7 +98,7 @@ def test_what_keras_exports(tmp_path, capsys, name):
     assert before == {p: p.read_bytes() for p in (tmp_path / "m" / "1").rglob("*") if p.is_file()}
     # Again, by the record that lies beside the new version, and blended.
     again = tfbn.recalibrate(tmp_path / "m", x + 1, blend_samples=46, verbose=0)
-    assert (again.version, again.stats.source_weight) == (3, 46)
+    assert (again.version, again.stats.prior_samples) == (3, 46)
     described = tfbn.describe(tmp_path / "m")
     assert [step["version"] for step in described["history"]] == [1, 2]
     out = capsys.readouterr().out

@@ -233,7 +233,7 @@ def _write_monitored(version, loaded, before, stats, inputs, swept):
 
     layers = keras_models.batch_norm_layers(before.network)
     layers = {path: layers[path] for path in monitored["epsilon"]}
-    if stats.source_weight:
+    if stats.prior_samples:
         _, batches = swept()
         asked = (ask(batch.inputs) for batch in batches)
         stats = stats.replace(layers=_measured(asked, layers))
