@@ -441,7 +441,7 @@ def test_report_at_the_end(capsys):
     model = build()
     x, y = training_data(model)
     model.fit(x, y, verbose=2, callbacks=[sweep(model, freeze=False)])
-    assert "Population statistics, exact: 2 passes, " in capsys.readouterr().out
+    assert "Population statistics, exact: 3 passes, " in capsys.readouterr().out
     model.fit(x, y, verbose=0, callbacks=[sweep(model, freeze=False)])
     assert capsys.readouterr().out == ""
 
