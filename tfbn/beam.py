@@ -1,6 +1,6 @@
-"""Population statistics from an Apache Beam pipeline, which has no map that returns to the caller.
+"""Compute population statistics in an Apache Beam pipeline.
 
-Import it by its name: `import tfbn` leaves Apache Beam alone.
+Requires `import tfbn.beam`, because `import tfbn` does not import Apache Beam.
 """
 
 import dataclasses
@@ -16,10 +16,7 @@ try:
     import apache_beam as beam
     from apache_beam.transforms.window import GlobalWindows
 except ImportError as error:
-    raise ImportError(
-        "Expected apache-beam, to run pipelines with. Received: an environment without it. Run "
-        "`pip install 'tfbn[beam]'`."
-    ) from error
+    raise ImportError("tfbn.beam needs Apache Beam: pip install 'tfbn[beam]'.") from error
 
 from tfbn.models import keras_models
 from tfbn.models.keras_models import Structure
@@ -34,7 +31,7 @@ from tfbn.sweep.state import SweepState
 
 
 class Collect(beam.PTransform):
-    """Sweep a `PCollection` through a model, and give its population statistics.
+    """Sweep a `PCollection` through a model and return its population statistics.
 
     `tfbn.collect` as a transform, with the same methods and numbers:
 
@@ -53,48 +50,47 @@ class Collect(beam.PTransform):
     tfbn.PopulationStats.load("/shared/stats.safetensors").assign(model)
     ```
 
-    The one-pass methods are one stage. `"exact"` is one for every level of batch norm layers, in
-    the same pipeline: the state after a stage is a side input of the next. A network that cannot
-    be cut at levels, because it calls a layer in a loop or on its own output, takes a stage for
-    every call, and a few more. Every process loads and traces the model once. Between processes go
-    the moments of the layers of one level, ten numbers per channel (see `tfbn.stats.moments`), and
-    nothing is kept anywhere else, so that a bundle that is tried again counts once. Every level has
-    to see the same samples, which is checked.
+    The one-pass methods require one stage, and `"exact"` one stage per level of batch norm layers:
+    the state after a stage is a side input of the next. A network that cannot be cut at levels,
+    because it calls a layer in a loop or on its own output, requires one stage per call, and a few
+    more. Every process loads and traces the model once. Processes exchange the moments of the
+    layers of one level, ten numbers per channel (see `tfbn.stats.moments`), and store nothing, so
+    that a bundle that is retried counts once. Every level must receive the same samples, which is
+    validated.
 
-    Whatever the runner makes of the data's order, `"exact"` gives the same up to rounding, and the
-    other methods as long as the batches are the same ones. With `batch_size`, the batches are
-    formed within bundles, whose last ones are smaller. To `"pooled"` this matters as a small batch
-    in any sweep does. `"algorithm2"` weighs a batch by m_b / (m_b - 1), raises where m_b = 1, and
-    is not reproducible over bundles: give it batches.
+    The order of the data does not change `"exact"`, up to rounding. The other methods return the
+    same for the same batches. With `batch_size`, batches are formed within bundles, so the last
+    batch of a bundle may be small. For `"pooled"` this matters as much as a small batch in any
+    sweep. `"algorithm2"` weights a batch by m_b / (m_b - 1), raises for m_b = 1, and is not
+    reproducible over bundles: pass batches.
 
     If the network draws random numbers in inference, one more stage groups equal batches, so that
-    each draws its own. The batches must then be the same at every level: give it batches.
+    each draws different numbers. The batches must then be the same at every level: pass batches.
 
     Args:
         model: The path of a `.keras` file, or a function without arguments that returns the
-            model, where loading it takes more (custom objects, say). It is called in the process
-            that builds the pipeline and in those that run it, and must give the same weights in
-            all of them. Statistics name layers as the first of these does. Name those of a
-            subclassed model, because Keras numbers unnamed ones anew in every copy.
+            model (with custom objects, say). It is called in the process that builds the pipeline
+            and in every process that runs it, and must return the same weights in all of them.
+            The first process determines the names of layers. Name the layers of a subclassed
+            model, because Keras numbers unnamed layers anew in every copy.
         method: `"pooled"`, `"algorithm2"` or `"exact"`, see `tfbn.collect`.
-        batch_size: How many examples to put into a batch. `None` if the elements are batches.
+        batch_size: Number of examples in a batch. `None` if the elements are batches.
         include_frozen: Whether to sweep layers with `trainable=False` too.
 
     Elements are as `model.fit` takes them from a `tf.data.Dataset`: x, (x, y) or (x, y,
-    sample_weight), with x an array, or a dict or tuple of arrays where the model takes that. The
-    collection must be bounded; its windows are joined. `beam.Reshuffle()` before the transform
-    spreads a few large files over more workers.
+    sample_weight), where x is an array, or a dict or tuple of arrays. The collection must be
+    bounded; its windows are joined. `beam.Reshuffle()` before the transform spreads a few large
+    files over more workers.
 
     Returns:
-        Of `expand`: a `PCollection` of one `tfbn.PopulationStats`.
+        A `PCollection` of one `tfbn.PopulationStats`, from `expand`.
 
     Raises:
         ValueError: When the pipeline is built, if the model cannot be loaded, is not built or has
-            no batch norm layer to sweep, or for `"exact"` if its levels cannot be told from it
-            alone: a subclassed model that Keras recorded no input shape of, or one that runs
-            eagerly; on Beam's DaskRunner, which loses elements (seen in 2.77). When it runs, as
-            `tfbn.collect`; if a process loads other weights, or the runner or the data lets two
-            levels see other samples.
+            no batch norm layer to sweep; for `"exact"` if the levels cannot be computed without
+            data, because the model has no recorded input shape or runs eagerly; on Beam's
+            DaskRunner, which loses elements (seen in 2.77). When it runs, as `tfbn.collect`; if a
+            process loads other weights, or two levels receive different samples.
     """
 
     def __init__(
@@ -157,7 +153,7 @@ class _Stages(NamedTuple):
     """The stages of a sweep.
 
     Attributes:
-        number: How many there are.
+        number: Number of stages.
         uncut: Whether each is a pass over the whole network.
         draws: Whether the network may draw random numbers.
     """
@@ -168,10 +164,10 @@ class _Stages(NamedTuple):
 
 
 def _stages(here: Replica, method: str) -> _Stages:
-    """The `_Stages` of a sweep, from its model alone.
+    """Compute the `_Stages` of a sweep from its model.
 
     Raises:
-        ValueError: If only the data would tell.
+        ValueError: If this requires the data.
     """
     if not METHODS[method].by_level:
         return _Stages(1, False, _may_draw(here))
@@ -180,22 +176,21 @@ def _stages(here: Replica, method: str) -> _Stages:
     if specs is None or model.run_eagerly:
         why = "runs eagerly" if specs else "has no recorded input shape"
         raise ValueError(
-            "Expected a model whose levels can be told before the data comes, for "
-            f"method='exact'. Received: {model.name!r}, which {why}. Use a functional "
-            "model, or method='pooled' with large batches."
+            f"Expected a model with known levels for method='exact'. Received: {model.name!r}, "
+            f"which {why}. Use a functional model, or method='pooled'."
         )
     trace = Network(model, here.layers).trace(specs[0], settled=True)
     levels = trace.facts.levels
     if levels is not None:
         return _Stages(max(levels.values(), default=1), False, trace.random)
-    # Every pass settles one more call, and one more tells that nothing has moved; in a cell that
-    # is called on its own output first its calls settle, then the layers behind it.
+    # Each pass settles one more call, and the last pass shows convergence. A cell that is called
+    # on its own output settles first, then the layers behind it.
     calls = len(trace.calls) + 2
     return _Stages(2 * calls if trace.facts.recurrent else calls, True, trace.random)
 
 
 def _may_draw(here: Replica) -> bool:
-    """Whether a network draws random numbers in a one-pass sweep, or cannot be traced yet."""
+    """Return whether a network draws random numbers in a one-pass sweep, or cannot be traced."""
     specs = keras_models.input_specs(here.model)
     if specs is None or here.model.run_eagerly:
         return True
@@ -206,7 +201,7 @@ def _may_draw(here: Replica) -> bool:
 
 
 class _Key(beam.DoFn):
-    """From batches to pairs of a key, which equal batches share, and the batch."""
+    """Convert batches to pairs (key, batch); equal batches share a key."""
 
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
@@ -219,7 +214,7 @@ class _Key(beam.DoFn):
 
 
 class _Level(beam.DoFn):
-    """From numbered batches to the state of each after one level."""
+    """Compute the state of each numbered batch after one level."""
 
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
@@ -240,13 +235,13 @@ class _Element:
     Args:
         x: The element.
         model: The model.
-        number: Its number among equal elements.
+        number: The number among equal elements.
     """
 
     static = False
 
     def __init__(self, x: Structure, model: keras.Model, number: int = 0):
-        # In a tuple of one, because it is x alone, which may be a tuple too.
+        # The element is x alone, which may be a tuple: wrap it in a tuple of one.
         [batch] = data.batches(iter([(x,)]), SweepOptions(), model, shard=number)
         self._batch = _Unnumbered(*batch)
 
@@ -258,14 +253,14 @@ class _Element:
 
 
 class _Unnumbered(Batch):
-    """A batch of a collection, whose elements have no order in which they could be counted."""
+    """A batch of a collection. Its elements have no order, so the batch has no number."""
 
     __slots__ = ()
     name = "a batch"
 
 
 class _Merge(beam.CombineFn):
-    """The states of all data after one level, without the levels before."""
+    """Merge the states after one level, without the levels before."""
 
     def create_accumulator(self) -> SweepState | None:
         return None
@@ -282,23 +277,21 @@ class _Merge(beam.CombineFn):
 
 
 def _joined(swept: SweepState | None, before: SweepState) -> SweepState:
-    """The state at the beginning of the next level."""
+    """Return the state at the beginning of the next level."""
     if before.complete:
         return before
     samples, digest = (0, 0) if swept is None else (swept.samples, swept.data)
     if before.first is not None and (samples, digest) != before.first[:2]:
         raise ValueError(
-            "Expected the same elements at every level. Received: elements with "
-            f"{before.first[0]} samples at level 1, and at level {before.level} {samples}, or "
-            "other ones. Read and augment them in the same way every time, or use method='pooled', "
-            "which reads them once; if nothing is random, the runner is at fault."
+            f"Expected the same elements at every level. Received: {before.first[0]} samples at "
+            f"level 1, and at level {before.level} {samples}, or other elements. Remove randomness "
+            "from the pipeline, use method='pooled', or change the runner."
         )
     swept = before if swept is None else dataclasses.replace(swept, settled=before.settled)
     if swept.turned_uncut(before):
         raise ValueError(
-            "Expected data for which the network can be cut at its levels, as for its recorded "
-            "input shape. Received: a batch for which a layer is called in a loop or on its own "
-            "output. Give the data one shape."
+            "Expected levels as for the recorded input shape. Received: a batch for which a layer "
+            "is called in a loop or on its own output. Give the data one shape."
         )
     return before.advance(swept)
 
@@ -307,9 +300,9 @@ def _finish(state: SweepState, recipe: Recipe, stages: int) -> PopulationStats:
     here = replica_here(recipe)
     if not state.complete:
         raise ValueError(
-            f"Expected data for which model {here.model.name!r} has no more levels of batch norm "
-            f"layers than for its recorded input shape, {stages}. Received: a batch for which it "
-            f"has {max(state.levels.values(), default=stages + 1)}. Give the data one shape."
+            f"Expected at most {stages} levels, as for the recorded input shape of model "
+            f"{here.model.name!r}. Received: a batch with "
+            f"{max(state.levels.values(), default=stages + 1)}. Give the data one shape."
         )
     return here.finish(state)
 
@@ -317,9 +310,8 @@ def _finish(state: SweepState, recipe: Recipe, stages: int) -> PopulationStats:
 def _refuse(runner: beam.runners.PipelineRunner) -> None:
     if type(runner).__module__.startswith("apache_beam.runners.dask"):
         raise ValueError(
-            "Expected a runner that delivers every element once. Received: DaskRunner, which "
-            "delivers some several times and loses others without an error. Use another runner, "
-            "or tfbn.collect_shards on Dask."
+            "Expected a runner that delivers every element once. Received: DaskRunner, which does "
+            "not. Use another one, or tfbn.collect_shards on Dask."
         )
 
 
@@ -328,6 +320,6 @@ def _stack(examples: list[Structure]) -> Structure:
         return keras.tree.map_structure(lambda *leaves: np.stack(leaves), *examples)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            "Expected examples of one structure and one shape, to put them into batches. "
-            f"Received: examples that differ ({error}). Pad them, or give batches."
+            f"Expected examples of one structure and one shape. Received: {error}. "
+            "Pad them, or give batches."
         ) from error

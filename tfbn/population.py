@@ -1,4 +1,4 @@
-"""`PopulationStats`: the result of a sweep, and all that is done with it."""
+"""`PopulationStats`: the result of a sweep."""
 
 import collections.abc
 import dataclasses
@@ -24,26 +24,26 @@ _METHODS = ("exact", "pooled", "algorithm2", "assigned")
 class PopulationStats(collections.abc.Mapping):
     """Population statistics of a model: a mapping from layer path to `LayerStats`.
 
-    It comes from `tfbn.collect`, is never changed, and knows nothing of the model it was
-    collected from but the paths of its batch norm layers and a fingerprint of its
-    weights.
+    Returned by `tfbn.collect`. It is immutable, and stores no model, only the paths of its batch
+    norm layers and a fingerprint of its weights.
 
     Attributes:
         method: `"exact"`, `"pooled"`, `"algorithm2"`, or `"assigned"` for statistics that
-            were read from a model and not swept.
+            were read from a model.
         samples: Number of samples (entries of the batch axis of the model's inputs).
-        batches: Number of batches they came in.
-        batch_size: Size of the largest of these batches, in samples.
-        fingerprint: A digest of the weights during the sweep, see `mismatch`; `""` if not known.
+        batches: Number of batches.
+        batch_size: Size of the largest batch, in samples.
+        fingerprint: A digest of the weights during the sweep, see `mismatch`; `""` if unknown.
         previous: The `PopulationStats` that the model held when it was swept, or `None`.
-        levels: Number of levels of batch norm layers that were swept one after the other; 1 for
-            methods that take one pass.
-        population_size: Number of samples in the population that the errors of the layers are
-            about, where the sweep drew its samples from one at random: they then have the factor
-            sqrt(1 - samples / population_size) and are 0 if all were drawn. 0 where it took the
-            data as it came: the errors are then about the source of that data, however large.
-        tolerance: The `tolerance` that was asked for, or `None`.
-        prior_samples: Number of samples that a blended source counts for, see `blend`; 0 without.
+        levels: Number of levels of batch norm layers that were swept in order; 1 for one-pass
+            methods.
+        population_size: Number of samples from which a sweep drew its samples at random. The
+            errors of the layers then refer to these, and have the factor
+            sqrt(1 - samples / population_size). 0 for data swept in its order: the errors then
+            refer to the source of the data, of any size.
+        tolerance: The requested `tolerance`, or `None`.
+        prior_samples: Number of samples that a blended source counts for, see `blend`; 0 without
+            a source.
     """
 
     layers: dataclasses.InitVar[collections.abc.Mapping[str, LayerStats]]
@@ -77,12 +77,12 @@ class PopulationStats(collections.abc.Mapping):
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """Everything but the layers and `previous`, by name: what a file and a report hold."""
+        """Name -> value of all fields but the layers and `previous`, for files and reports."""
         names = (field.name for field in dataclasses.fields(self) if field.name != "previous")
         return {name: getattr(self, name) for name in names}
 
     def replace(self, **changes: Any) -> "PopulationStats":
-        """These statistics with some of the arguments of the class changed."""
+        """Return a copy with some arguments of the class replaced."""
         kept = {"layers": self, "previous": self.previous, **self.attributes}
         return PopulationStats(**(kept | changes))
 
@@ -104,7 +104,7 @@ class PopulationStats(collections.abc.Mapping):
         )
 
     def _repr_html_(self) -> str:
-        """The table of `summary`, for notebooks."""
+        """Return the table of `summary`, for notebooks."""
         title, head, rows = summary.table(self)
         return f"<p>{html.escape(title)}</p>\n{drift.html_table(head, rows)}"
 
@@ -112,14 +112,14 @@ class PopulationStats(collections.abc.Mapping):
     def read(
         cls, model: keras.Model, include_frozen: bool = True, fingerprint: bool = True
     ) -> "PopulationStats":
-        """The statistics that a model's batch norm layers hold now, in full precision.
+        """Return the current statistics of a model's batch norm layers, in full precision.
 
-        `method` is `"assigned"` and every count 0: no model tells the data of its moving averages.
+        `method` is `"assigned"` and every count 0, because the data is unknown.
 
         Args:
             model: A built model.
             include_frozen: Whether to read layers with `trainable=False` too.
-            fingerprint: Whether to take the fingerprint of the weights, which reads all of them.
+            fingerprint: Whether to compute the fingerprint of the weights, which reads all of them.
         """
         layers = {
             path: assignment.from_layer(layer)
@@ -130,26 +130,26 @@ class PopulationStats(collections.abc.Mapping):
         return cls(layers, method="assigned", fingerprint=known)
 
     def assign(self, model: keras.Model) -> "PopulationStats":
-        """Set the inference statistics of a model's batch norm layers to these.
+        """Store these statistics in the batch norm layers of a model.
 
         `moving_mean` becomes the mean and `moving_variance` the variance. With `renorm=True`,
         `renorm_mean` becomes the mean too, and `moving_stddev` and `renorm_stddev` become
-        sqrt(variance + epsilon), as Keras defines them. All layers are checked before the first is
-        written, and all are put back if writing is interrupted.
+        sqrt(variance + epsilon), as Keras defines them. All layers are validated before the first
+        write, and all are restored if writing is interrupted.
 
         Args:
-            model: The model that was swept, or one of the same architecture, where counters in
-                automatic names may differ. It must have every layer of these statistics; its other
-                layers (frozen ones, say) are left alone.
+            model: The swept model, or one of the same architecture; counters in automatic names
+                may differ. It must have every layer of these statistics; its other layers (frozen
+                ones, say) do not change.
 
         Returns:
             The `PopulationStats` before: `previous.assign(model)` undoes it to the bit.
 
         Raises:
-            ValueError: If a layer is missing or a shape differs (the first difference is named), if
-                a value is not finite in the dtype of the variable, if a variance is negative, or if
-                a layer had no values; the model is then unchanged. Statistics that were read from a
-                model may be anything, and are put back as they were.
+            ValueError: If a layer is missing or a shape differs (the error names the first
+                difference), if a value is not finite in the dtype of the variable, if a variance
+                is negative, or if a layer had no values; the model is then unchanged. Statistics
+                read from a model may be any numbers, and are restored unchanged.
         """
         if self.method != "assigned":
             layer_stats.require_possible(self)
@@ -176,11 +176,11 @@ class PopulationStats(collections.abc.Mapping):
         return previous
 
     def mismatch(self, model: keras.Model) -> str | None:
-        """Why these are not the population statistics of a model as it is now, in words.
+        """Return why these are not the current population statistics of a model.
 
         Returns:
-            `None` if the model's weights are those of the sweep and its layers hold the
-            statistics that the sweep found; else a phrase that names the difference.
+            `None` if the model has the weights of the sweep and its layers hold these statistics;
+            else a phrase that names the difference.
         """
         difference = assignment.mismatch(model, self)
         if difference is not None:
@@ -193,37 +193,35 @@ class PopulationStats(collections.abc.Mapping):
         return None
 
     def merge(self, other: "PopulationStats") -> "PopulationStats":
-        """The statistics of two sweeps over different data, as of one sweep over both.
+        """Return the statistics of two sweeps over different data, as from one sweep over both.
 
         Counts add up, means are weighted by count, and variances follow the method, see
         `tfbn.stats.moments.merge`. Associative and commutative up to rounding. A channel without
-        values changes nothing, whatever its mean and variance are.
+        values changes nothing; its mean and variance are ignored.
 
         Raises:
-            ValueError: If method, layers, shapes or the swept weights differ, or if a value is
-                one that no data has. Also for `"exact"`: exact statistics of parts do not
-                determine those of the whole, because deeper layers were normalised with the
-                part's own statistics.
+            ValueError: If method, layers, shapes or the swept weights differ, or for impossible
+                values. Also for `"exact"`: exact statistics of parts do not determine the
+                statistics of the whole, because deeper layers were normalized with the statistics
+                of their part.
         """
         if not isinstance(other, PopulationStats):
             raise ValueError(f"Expected PopulationStats to merge. Received: {type(other)}.")
         if self.method != other.method or self.method not in ("pooled", "algorithm2"):
             raise ValueError(
                 "Expected two sweeps with method='pooled' or two with 'algorithm2'. Received: "
-                f"{self.method!r} and {other.method!r}. For 'exact', sweep all shards together "
-                "with tfbn.collect_shards; statistics of other kinds cannot be merged."
+                f"{self.method!r} and {other.method!r}. Use tfbn.collect_shards for 'exact'."
             )
         if self.prior_samples or other.prior_samples:
             raise ValueError(
-                "Expected two sweeps that are not blended yet. Received: prior samples "
-                f"{self.prior_samples} and {other.prior_samples}. Merge first, and blend the whole."
+                "Expected sweeps that are not blended yet. Received: prior_samples "
+                f"{self.prior_samples} and {other.prior_samples}. Merge first."
             )
         layer_stats.require_same_layers(self, other)
         if self.fingerprint != other.fingerprint:
             raise ValueError(
                 "Expected two sweeps of the same weights. Received: fingerprints "
-                f"{self.fingerprint[:12]!r} and {other.fingerprint[:12]!r}. Collect both with "
-                "the same weights."
+                f"{self.fingerprint[:12]!r} and {other.fingerprint[:12]!r}. Collect both again."
             )
         for part in (self, other):
             layer_stats.require_possible(part, where_counted=True)
@@ -249,48 +247,47 @@ class PopulationStats(collections.abc.Mapping):
         )
 
     def _of_population(self) -> "PopulationStats":
-        """These with the size of their population, and with errors about that alone."""
+        """Return these with the size of their population, and with errors that refer to it."""
         if self.population_size:
             return self
         if self.tolerance is not None:
             raise ValueError(
-                "Expected samples of data of a known size. Received: a sample of a stream, which "
-                "stands for any number of samples. Sweep all of it, without `tolerance`."
+                "Expected a sample of data of known size. Received: a sample of a stream. "
+                "Sweep all of it, without `tolerance`."
             )
         layers = {p: s.with_errors(0 * s.mean, 0 * s.variance) for p, s in self.items()}
         return self.replace(layers=layers, population_size=self.samples)
 
     def blend(self, source: "PopulationStats", *, samples: int) -> "PopulationStats":
-        """These statistics of few samples, blended with those of the source.
+        """Return a weighted average of these statistics of few samples and the source's.
 
         With n = `self.samples` and N = `samples`, for every channel of every layer
 
             mean     = N / (N + n) mean_source     + n / (N + n) mean_these
             variance = N / (N + n) variance_source + n / (N + n) variance_these
 
-        as if the source had been seen N times more: N = 0 gives these statistics, and a large N
-        the source's. It is Schneider et al. (2020), section 3,
-        https://arxiv.org/abs/2006.16971. The variance is this plain weighted average, not the
-        variance of the two populations put together, which the law of total variance would make
-        larger by N n / (N + n)^2 (mean_source - mean_these)^2: the aim is an estimate of the
-        field's own variance, not of a mixture's.
+        as if N samples of the source had been added: N = 0 returns these statistics, and a large N
+        the source's (Schneider et al. 2020, section 3, https://arxiv.org/abs/2006.16971). The
+        variance is this plain weighted average. The variance of the mixture of both populations
+        would be larger by N n / (N + n)^2 (mean_source - mean_these)^2 (law of total variance),
+        but the aim is to estimate the variance of the field, not of a mixture.
 
-        It is insurance, and has its price. Take N = 0 where a monitor says that the
-        data has moved, or from 16 samples on, and N = 4 for fewer samples of data that may not have
-        moved: `tfbn.stats.blending` has the measurements.
+        It is insurance, and has a price. Use N = 0 if a monitor reports drift, or with 16 samples
+        or more, and N = 4 for fewer samples of data that may not have moved:
+        `tfbn.stats.blending` has the measurements.
 
         Args:
-            source: Statistics of the data that the model was trained on, or of what it held
-                before: `stats.previous`. Its layers may be more than these.
-            samples: N, a whole number of samples.
+            source: Statistics of the training data, or the statistics that the model held before:
+                `stats.previous`. It may have more layers than these.
+            samples: N, an integer.
 
         Returns:
-            A `PopulationStats` of the layers, counts, samples and method of these, with
-            `prior_samples` N. It is assigned, undone, saved and exported like any other.
+            A `PopulationStats` with the layers, counts, samples and method of these, and
+            `prior_samples` N. It can be assigned, undone, saved and exported like any other.
 
         Raises:
-            ValueError: If these are not from a sweep or are blended already, if the source is of
-                other weights or layers, or if it has a mean or variance that no data has.
+            ValueError: If these are not from a sweep or already blended, if the source has other
+                weights or layers, or impossible statistics.
         """
         blending.require_blendable(self, source)
         blended = {}
@@ -303,7 +300,7 @@ class PopulationStats(collections.abc.Mapping):
         return self.replace(layers=blended, prior_samples=samples)
 
     def compare(self, other: "PopulationStats") -> dict[str, dict[str, float]]:
-        """How far `other` is from these statistics, layer by layer, worst first.
+        """Compute how far `other` is from these statistics, per layer, worst first.
 
         Returns:
             A dict from layer path to a dict of floats. With delta the difference of the
@@ -311,7 +308,7 @@ class PopulationStats(collections.abc.Mapping):
             root mean square of delta over channels and `mean_shift_max` its largest absolute
             value; with r the other standard deviation over this one, `std_ratio` is the
             geometric mean of r over channels, and `std_ratio_max` the largest factor
-            max(r, 1 / r). Variances under the smallest normal float32 count as that.
+            max(r, 1 / r). Variances are at least the smallest normal float32.
 
         Raises:
             ValueError: If the layers or their shapes differ.
@@ -321,20 +318,20 @@ class PopulationStats(collections.abc.Mapping):
 
     @property
     def relative_error(self) -> float:
-        """The largest `LayerStats.relative_error`; NaN if one is not known."""
+        """The largest `LayerStats.relative_error`; NaN if one is unknown."""
         return float(np.max([stats.relative_error for stats in self.values()], initial=0.0))
 
     def to_dict(self) -> dict[str, Any]:
-        """All but `previous`, as plain numbers, lists and strings that `json.dumps` takes."""
+        """Convert all but `previous` to numbers, lists and strings that `json.dumps` supports."""
         return summary.as_dict(self)
 
     def summary(self, print_fn: collections.abc.Callable[[str], Any] | None = None) -> None:
-        """Print a table of the layers, those whose moving averages were furthest off first.
+        """Print a table of the layers, ordered by the error of their moving averages.
 
-        Columns: values per channel; how far the statistics that the model held before were off,
-        `mean_shift` and `std_ratio` of `compare`; and the standard error of the worst channel,
-        `LayerStats.relative_error`. Of more than 40 layers the middle ones are left out; `compare`
-        and `to_dict` have all.
+        Columns: values per channel; `mean_shift` and `std_ratio` (see `compare`) of the statistics
+        that the model held before; and the standard error of the worst channel,
+        `LayerStats.relative_error`. With more than 40 layers the middle ones are omitted;
+        `compare` and `to_dict` return all.
 
         Args:
             print_fn: Called with each line instead of `print`.
@@ -347,58 +344,56 @@ class PopulationStats(collections.abc.Mapping):
     def save(self, path: str | os.PathLike) -> None:
         """Write one file (safetensors), whole or not at all.
 
-        The file is written beside its final name, flushed to disk and renamed over it, so
-        that a crash or a full disk leaves either the old file or the new one. A checksum is
-        over all of it.
+        A temporary file in the same folder is written, flushed to disk and renamed, so that a
+        crash or a full disk leaves either the old file or the new one. The file has a checksum.
 
         Args:
-            path: File name. It is used as it is; `.safetensors` is customary.
+            path: File name, used unchanged; `.safetensors` is customary.
 
         Raises:
-            OSError: If it cannot be written.
-            ValueError: If there is something under that name that is not a file.
+            OSError: If the file cannot be written.
+            ValueError: If the path exists and is not a file.
         """
         atomic.write(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "PopulationStats":
-        """Read a file written by `save`.
+        """Load a file written by `save`.
 
-        Nothing in it is executed, and it takes no more memory than twice the bytes of the file,
-        and at most 100 MiB.
+        Loading executes nothing, and requires at most twice the bytes of the file as memory, and
+        at most 100 MiB.
 
         Raises:
-            OSError: If there is no such file.
-            ValueError: If the file is damaged or is not such a file, or has statistics that no
-                data has.
+            OSError: If the file cannot be read.
+            ValueError: If the file is damaged or another kind of file, or has impossible
+                statistics.
         """
         content = atomic.read(path)
         try:
             return cls._unpacked(content)
         except ValueError as error:
             raise ValueError(
-                "Expected a file written by PopulationStats.save. "
-                f"Received: {os.fsdecode(path)!r}, which is damaged or another kind of file "
-                f"({error}). Collect the statistics again."
+                "Expected a file written by PopulationStats.save. Received: "
+                f"{os.fsdecode(path)!r}, which is damaged or another kind of file ({error})."
             ) from error
 
     def to_bytes(self) -> bytes:
-        """The content of the file that `save` writes, for those who send it elsewhere."""
+        """Return the content of the file that `save` writes."""
         return stats_file.pack(self)
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "PopulationStats":
-        """Read the bytes of `to_bytes`. See `load`.
+        """Create statistics from the bytes of `to_bytes`, see `load`.
 
         Raises:
-            ValueError: If it is damaged or something else, or has statistics that no data has.
+            ValueError: If the bytes are damaged or others, or have impossible statistics.
         """
         try:
             return cls._unpacked(content)
         except ValueError as error:
             raise ValueError(
-                f"Expected the bytes that PopulationStats.to_bytes gave. Received: {len(content)} "
-                f"bytes that are not ({error})."
+                f"Expected the bytes of PopulationStats.to_bytes. Received: {len(content)} other "
+                f"bytes ({error})."
             ) from error
 
     @classmethod

@@ -12,7 +12,7 @@ from tfbn.stats import blending, moments
 RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
 ERRORS = ("mean_error", "variance_error")
 
-# Up to here every whole number is a float64 too, so that counts add up exactly.
+# Largest count: float64 represents all integers up to it, so sums of counts are exact.
 _MOST = 2**53
 
 
@@ -21,30 +21,28 @@ class LayerStats:
     """The statistics of one batch norm layer. The arrays are read-only copies.
 
     Attributes:
-        count: Number of values per channel that the statistics were taken from: all
-            samples and all positions, less the masked ones; the smallest of these numbers where
-            a mask tells channels apart. 0 if it is not known. Given as an int, or as an array
-            of shape `(channels,)`.
+        count: Number of values per channel: samples times positions, without masked ones; the
+            smallest of them if a mask differs between channels. 0 if unknown. Passed as an int,
+            or as an array of shape `(channels,)`.
         mean: Mean per channel, float64, shape `(channels,)`.
         variance: Population variance per channel (divided by `count`; with
             `"algorithm2"` the average of unbiased batch variances), same shape.
         renorm: With `renorm=True`, the values of `moving_stddev`, `renorm_mean` and
-            `renorm_stddev` as they were read from a layer. `None` for swept statistics,
-            where they follow from mean and variance.
-        mean_error: Standard error of the mean per channel, same shape; how far it may be off from
-            that of the source that the samples were drawn from, see
-            `tfbn.PopulationStats.population_size`. From the spread between batches (see
-            `tfbn.stats.moments`), so it asks that batches, not values, are independent; NaN where
-            fewer than two batches had values, and for statistics that were read from a model.
-            For layers behind others, an `"exact"` sweep without `tolerance` gives more than the
-            true error of the mean: these are measured while the layers before them normalise
-            with the statistics of the same samples, which takes out the part that samples share.
-        variance_error: The same of the variance.
+            `renorm_stddev` that were read from a layer. `None` for swept statistics, which
+            determine them by mean and variance.
+        mean_error: Standard error of the mean per channel, same shape, as an estimate for the
+            source of the samples, see `tfbn.PopulationStats.population_size`. Computed from the
+            spread between batches (see `tfbn.stats.moments`), which requires independent batches,
+            not values. NaN with fewer than two batches, and for statistics read from a model.
+            For layers behind others, an `"exact"` sweep without `tolerance` overestimates the
+            error of the mean: the layers before them normalize with the statistics of the same
+            samples, which removes the part that samples share.
+        variance_error: Standard error of the variance.
         counts: `count` of every channel, int64, shape `(channels,)`.
 
     Raises:
-        ValueError: If shapes do not fit, or a count is no whole number from 0 to 2**53.
-            Mean and variance may be any numbers here, as a broken model may hold any.
+        ValueError: If shapes do not match, or a count is not an integer from 0 to 2**53.
+            Mean and variance may be any numbers, because a broken model may hold any.
     """
 
     count: int | np.ndarray
@@ -59,11 +57,11 @@ class LayerStats:
         given = {"mean": self.mean, "variance": self.variance, **(self.renorm or {})}
         given |= {name: error for name, error in self.errors.items() if error is not None}
         shape = np.shape(self.mean)
-        for name, value in given.items():  # All before any is copied: files may be hostile.
+        for name, value in given.items():  # Validate before copying: files may be hostile.
             if np.shape(value) != shape or len(shape) != 1 or not shape[0]:
                 raise ValueError(
-                    "Expected mean, variance and their errors of one shape (channels,). Received: "
-                    f"{name} of shape {np.shape(value)}, and a mean of shape {shape}."
+                    f"Expected arrays of shape (channels,). Received: {name} of shape "
+                    f"{np.shape(value)}, mean of shape {shape}."
                 )
         arrays = dict.fromkeys(ERRORS, np.broadcast_to(np.nan, shape))
         arrays |= {name: _read_only(value, np.float64) for name, value in given.items()}
@@ -76,7 +74,7 @@ class LayerStats:
             object.__setattr__(self, name, value)
 
     def __eq__(self, other: object) -> bool:
-        """Whether the two hold the same numbers, to the bit."""
+        """Return whether the two hold the same numbers, to the bit."""
         if not isinstance(other, LayerStats):
             return NotImplemented
         return _bits(self) == _bits(other)
@@ -84,10 +82,10 @@ class LayerStats:
     __hash__ = None  # type: ignore[assignment]
 
     def impossible(self, where_counted: bool = False) -> str | None:
-        """Which of the values no data can have, in words, or `None`.
+        """Return a phrase for the first value that no data can have, or `None`.
 
         Args:
-            where_counted: Leave out the channels whose count is 0.
+            where_counted: Skip channels with count 0.
         """
         for name, value in {"mean": self.mean, "variance": self.variance, **self.errors}.items():
             bad = np.isinf(value) if name in ERRORS else ~np.isfinite(value)
@@ -103,12 +101,12 @@ class LayerStats:
     def merge(
         self, other: "LayerStats", method: str, weights: tuple[float, float] = (1.0, 1.0)
     ) -> "LayerStats":
-        """The statistics of the values behind both, see `tfbn.stats.moments.merge`.
+        """Return the statistics of both data sets together, see `tfbn.stats.moments.merge`.
 
         Args:
             other: Statistics of other data.
             method: The name of the method.
-            weights: As how many values each of these and of the other values counts.
+            weights: Weight of each value of these, and of the other statistics.
         """
         if not other.counts.any():
             return self  # To the bit.
@@ -118,7 +116,7 @@ class LayerStats:
         ours, theirs = (part._moments(weight) for part, weight in pairs)
         both = moments.merge(ours, theirs, method=method)
         merged = LayerStats(self.counts + other.counts, both.mean, moments.variance(both))
-        # The two are of different data, so their errors are independent.
+        # Different data: independent errors.
         squares = [
             np.square(part.errors_in(merged, method, weight * part.counts / both.count))
             for part, weight in pairs
@@ -127,11 +125,11 @@ class LayerStats:
 
     @property
     def errors(self) -> dict[str, np.ndarray]:
-        """The standard errors by name."""
+        """Name -> standard errors."""
         return {name: getattr(self, name) for name in ERRORS}
 
     def with_errors(self, mean_error: np.ndarray, variance_error: np.ndarray) -> "LayerStats":
-        """These statistics with other standard errors."""
+        """Return a copy with other standard errors."""
         return LayerStats(
             self.counts, self.mean, self.variance, self.renorm, mean_error, variance_error
         )
@@ -139,11 +137,11 @@ class LayerStats:
     def errors_in(
         self, whole: "LayerStats", method: str, share: np.ndarray | None = None
     ) -> np.ndarray:
-        """How much the standard errors of a part bring to those of the whole.
+        """Compute what the standard errors of a part contribute to the errors of the whole.
 
-        With w the `share` of the part, by default that of its count, w mean_error, and
-        w (variance_error + 2 |mean - mean of the whole| mean_error), the most that it can be,
-        whatever the correlation of mean and variance; for `"algorithm2"` without the second term.
+        With w the `share` of the part, by default its share of the count: w mean_error, and
+        w (variance_error + 2 |mean - mean of the whole| mean_error), an upper bound for any
+        correlation of mean and variance; for `"algorithm2"` without the second term.
         """
         if share is None:
             share = self.counts / np.maximum(whole.counts, 1)
@@ -153,11 +151,11 @@ class LayerStats:
 
     @property
     def relative_error(self) -> float:
-        """The larger error of mean and standard deviation, in the worst channel.
+        """The larger relative error of mean and standard deviation, in the worst channel.
 
         The largest of mean_error / sqrt(variance), and of variance_error / (2 variance), the
         relative error of the standard deviation, over all channels with values that vary. 0 for
-        a channel whose errors are 0; NaN if any error is not known.
+        a channel whose errors are 0; NaN if any error is unknown.
         """
         varied = (self.counts > 0) & ~self.constant
         errors = np.stack([self.mean_error, self.variance_error])[:, varied]
@@ -167,34 +165,33 @@ class LayerStats:
 
     @property
     def constant(self) -> np.ndarray:
-        """Whether all values of a channel were equal, up to rounding in float32."""
+        """Boolean array: whether all values of a channel were equal, up to rounding in float32."""
         return self.variance <= 1e-12 * np.square(self.mean)
 
     def blend(self, source: "LayerStats", samples: int, field_samples: int) -> "LayerStats":
-        """These statistics, blended with those of a source; see `PopulationStats.blend`.
+        """Return a weighted average with the statistics of a source, see `PopulationStats.blend`.
 
         Args:
             source: The statistics of the same layer over the source.
-            samples: N, as how many samples the source counts.
+            samples: N, the number of samples that the source counts for.
             field_samples: n, the number of samples behind these statistics. (`count` is the
                 number of values: samples times positions.)
 
         Returns:
-            The mean and the variance N / (N + n) of the source's plus n / (N + n) of these, with
-            the count of these, and n / (N + n) of their standard errors, as if the source were
-            known without any.
+            Mean and variance N / (N + n) source + n / (N + n) self, with the count of `self`, and
+            n / (N + n) of its standard errors, as for a source without error.
 
         Raises:
-            ValueError: If the shapes differ, if a number is not whole, or if the source has a mean
-                or variance that no data has.
+            ValueError: If the shapes differ, if a number is not an integer, or if the source has
+                a mean or variance that is not finite, or a negative variance.
         """
         share = blending.share(samples, field_samples)
         require_same_shape("of both", self, source)
         impossible = source.impossible()
         if impossible is not None:
             raise ValueError(
-                f"Expected a source with finite means and variances of at least 0. Received: "
-                f"{impossible}. Sweep the training data to have another."
+                f"Expected finite means and variances >= 0. Received: a source with {impossible}. "
+                "Sweep the training data again."
             )
         blended = LayerStats(self.counts, *blending.weighted(self, source, share))
         return blended.with_errors(*((1 - share) * error for error in self.errors.values()))
@@ -205,10 +202,10 @@ class LayerStats:
 
 
 def of_calls(calls: list[moments.Moments], method: str) -> LayerStats:
-    """The statistics of a layer from the moments of its calls.
+    """Compute the statistics of a layer from the moments of its calls.
 
-    Its calls on one batch depend on each other, and nothing tells how. So the standard errors are
-    the largest that they can be: those of the calls add up.
+    Calls on one batch depend on each other in an unknown way, so the standard errors are upper
+    bounds: the sums over the calls.
     """
     each = [
         LayerStats(
@@ -228,7 +225,7 @@ def of_calls(calls: list[moments.Moments], method: str) -> LayerStats:
 
 
 def checked(layers: Mapping[str, LayerStats]) -> dict[str, LayerStats]:
-    """A copy of a mapping from path to `LayerStats`; `ValueError` if it is anything else."""
+    """Return a validated copy of a mapping from path to `LayerStats`; raise `ValueError` if not."""
     layers = dict(layers)
     for path, stats in layers.items():
         if not isinstance(path, str) or not isinstance(stats, LayerStats):
@@ -239,23 +236,23 @@ def checked(layers: Mapping[str, LayerStats]) -> dict[str, LayerStats]:
 
 
 def require_possible(layers: Mapping[str, LayerStats], where_counted: bool = False) -> None:
-    """Raise `ValueError` if statistics are none that data has. See `LayerStats.impossible`."""
+    """Raise `ValueError` for impossible statistics, see `LayerStats.impossible`."""
     for path, stats in layers.items():
         why = stats.impossible(where_counted)
         if why is not None:
             raise ValueError(
-                f"Expected finite means and variances of at least 0. Received: {why} of layer "
-                f"{path!r}. Look for NaN, Inf or very large values in the data of the sweep."
+                f"Expected finite means and variances >= 0. Received: {why} of layer {path!r}. "
+                "Look for NaN, Inf or large values in the data."
             )
 
 
 def require_values(layers: Mapping[str, LayerStats]) -> None:
-    """Raise `ValueError` if there were no values for a layer."""
+    """Raise `ValueError` if a layer has no values."""
     for path, stats in layers.items():
         if not stats.counts.any():
             raise ValueError(
-                f"Expected values for layer {path!r}. Received: none, or only masked ones. "
-                "Look at the data and its masks."
+                f"Expected values for layer {path!r}. Received: none, or only masked ones. Check "
+                "the masks."
             )
 
 
@@ -264,13 +261,12 @@ def require_same_layers(a: Mapping[str, LayerStats], b: Mapping[str, LayerStats]
     for ours, theirs in zip(a, b, strict=False):
         if ours != theirs:
             raise ValueError(
-                f"Expected statistics of the same layers. Received: layer {ours!r} in one and "
-                f"{theirs!r} in the other in the same place. They belong to different models."
+                f"Expected the same layers. Received: {ours!r} and {theirs!r}, of different models."
             )
     if len(a) != len(b):
         raise ValueError(
-            f"Expected statistics of the same layers. Received: {len(a)} layers in one and "
-            f"{len(b)} in the other. They belong to different models."
+            f"Expected the same layers. Received: {len(a)} layers in one and {len(b)} in the "
+            "other, of different models."
         )
     for path in a:
         require_same_shape(path, a[path], b[path])
@@ -280,8 +276,8 @@ def require_same_shape(path: str, ours: LayerStats, theirs: LayerStats) -> None:
     """Raise `ValueError` unless the two have the same number of channels."""
     if ours.mean.shape != theirs.mean.shape:
         raise ValueError(
-            f"Expected statistics of the same shapes. Received: {ours.mean.shape} and "
-            f"{theirs.mean.shape} for layer {path!r}. They belong to different models."
+            f"Expected the same shapes. Received: {ours.mean.shape} and {theirs.mean.shape} "
+            f"for layer {path!r}, of different models."
         )
 
 
@@ -296,8 +292,8 @@ def _counts(count: Any, shape: tuple[int, ...]) -> np.ndarray:
     fits = numbers.dtype.kind in "iuf" and numbers.shape in ((), shape)
     if not fits or not np.all((numbers >= 0) & (numbers <= _MOST) & (numbers == np.floor(numbers))):
         raise ValueError(
-            "Expected count to be a whole number from 0 to 2**53, or one for each of "
-            f"{shape[0]} channels. Received: {count}."
+            f"Expected a whole number from 0 to 2**53 as count, or {shape[0]} of them. Received: "
+            f"{count}."
         )
     return np.broadcast_to(_read_only(numbers, np.int64), shape)
 

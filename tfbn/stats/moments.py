@@ -1,15 +1,15 @@
-"""Moments of a population in batches: count, mean and M2, their standard errors, and merging.
+"""Compute and merge the moments of batches: count, mean, M2 and their standard errors.
 
 M2 is the sum of squared distances from the mean, so the population variance is M2 / count.
-Everything is NumPy in float64: a batch may hold few values and a population many.
+All arrays are NumPy in float64, because a population may have many values.
 
 The standard errors come from the spread between batches. Let batch b have m_b values with mean
 mu_b and variance sigma2_b, and N = sum(m_b). With d_b = mu_b - mean and
 e_b = sigma2_b + d_b^2 - variance, the mean of all is off by sum(m_b d_b) / N and its variance by
 sum(m_b e_b) / N, to first order. So with B batches the squared standard errors are
 B / (B - 1) sum(m_b^2 d_b^2) / N^2 and the same with e_b: the ratio estimator of cluster sampling
-(Cochran 1977, Sampling Techniques, section 9A.1), in which a batch is a cluster. It asks that
-batches are independent of each other, not the values in one batch.
+(Cochran 1977, Sampling Techniques, section 9A.1), where a batch is a cluster. It requires
+independent batches, not independent values within a batch.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,7 @@ import numpy as np
 
 
 class Moments:
-    """Moments of the values seen so far, one of each per channel.
+    """Moments of the values so far, per channel.
 
     Args:
         rows: float64, of shape `(10, channels)`: count, mean, M2, the number of batches, and
@@ -38,21 +38,21 @@ class Moments:
 
     @property
     def mean(self) -> np.ndarray:
-        """Their mean."""
+        """Mean of the values."""
         return self.rows[1]
 
     @property
     def m2(self) -> np.ndarray:
-        """Their M2."""
+        """Sum of squared distances from the mean."""
         return self.rows[2]
 
     @property
     def batches(self) -> np.ndarray:
-        """Number of batches with such values."""
+        """Number of batches with values."""
         return self.rows[3]
 
     def __eq__(self, other: object) -> bool:
-        """Whether the two hold the same numbers, to the bit."""
+        """Return whether the two hold the same numbers, to the bit."""
         if not isinstance(other, Moments):
             return NotImplemented
         return self.rows.tobytes() == other.rows.tobytes()
@@ -60,23 +60,23 @@ class Moments:
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Callable, tuple]:
-        # Without a spread between batches, three numbers a channel travel and not ten.
+        # Without a spread between batches, send three numbers per channel instead of ten.
         if self.rows[3:].any():
             return Moments, (self.rows,)
         return of_values, tuple(self.rows[:3])
 
     def split(self, channels: Sequence[int]) -> list["Moments"]:
-        """The moments of consecutive groups of channels, given how many each has."""
+        """Split the channels into consecutive groups of the given sizes."""
         return [Moments(rows) for rows in np.split(self.rows, np.cumsum(channels)[:-1], axis=1)]
 
 
 def of_values(count: np.ndarray, mean: np.ndarray, m2: np.ndarray) -> Moments:
-    """Moments of which nothing tells the spread between batches."""
+    """Create moments without the spread between batches."""
     return Moments(np.concatenate([[count, mean, m2], np.zeros((7, len(mean)))]))
 
 
 def of_batch(count: np.ndarray, mean: np.ndarray, variance: np.ndarray, *, method: str) -> Moments:
-    """The moments that one batch brings, given its count, mean and biased variance.
+    """Create the moments of one batch from its count, mean and biased variance.
 
     `"pooled"` and `"exact"`: M2 = m * sigma2. `"algorithm2"` takes the unbiased
     variance of Algorithm 2, step 10 (Ioffe & Szegedy 2015), so its M2 is
@@ -87,18 +87,18 @@ def of_batch(count: np.ndarray, mean: np.ndarray, variance: np.ndarray, *, metho
     m2 = count * np.asarray(variance, np.float64)
     if method == "algorithm2":
         with np.errstate(invalid="ignore", divide="ignore"):
-            # No values bring nothing: they must not meet a division.
+            # Channels without values skip the division.
             m2 = np.where(count == 0, m2, m2 * (count / (count - 1)))
     return _as_one_batch(of_values(count, mean, m2))
 
 
 def merge(a: Moments, b: Moments, *, method: str) -> Moments:
-    """The moments of two different sets of batches together.
+    """Merge the moments of two different sets of batches.
 
     mean = (n_a mean_a + n_b mean_b) / n. For `"pooled"` and `"exact"`,
     M2 = M2_a + M2_b + (mean_b - mean_a)^2 n_a n_b / n (Chan, Golub & LeVeque 1983,
     eq. 2.1), the law of total variance. `"algorithm2"` averages the parts' variances:
-    M2 = M2_a + M2_b. A part of count 0 changes nothing, whatever else it holds.
+    M2 = M2_a + M2_b. A part of count 0 changes nothing; its other numbers are ignored.
     """
     whole = _values_together(a, b, method)
     for part in (a, b):
@@ -107,7 +107,7 @@ def merge(a: Moments, b: Moments, *, method: str) -> Moments:
 
 
 def merge_one_batch(a: Moments, b: Moments, *, method: str) -> Moments:
-    """The moments of two parts of one batch, as those of one batch."""
+    """Merge the moments of two parts of one batch into the moments of one batch."""
     return _as_one_batch(_values_together(a, b, method))
 
 
@@ -118,10 +118,10 @@ def _as_one_batch(moments: Moments) -> Moments:
 
 
 def _values_together(a: Moments, b: Moments, method: str) -> Moments:
-    """Count, mean and M2 of two parts."""
+    """Compute count, mean and M2 of two parts."""
     count = a.count + b.count
     share = b.count / np.maximum(count, 1)
-    # Parts of count 0 may hold anything, and are left out below.
+    # Parts of count 0 may hold any numbers, and are replaced below.
     with np.errstate(invalid="ignore", over="ignore"):
         delta = b.mean - a.mean
         m2 = a.m2 + b.m2
@@ -137,7 +137,7 @@ def _values_together(a: Moments, b: Moments, method: str) -> Moments:
 
 
 def _spread_around(part: Moments, whole: Moments, method: str) -> np.ndarray:
-    """The spread between the batches of a part, with d and e from the moments of the whole.
+    """Compute the spread between the batches of a part, around the moments of the whole.
 
     d grows by s, the difference of the means, and e by 2 s d + c.
     """
@@ -145,7 +145,7 @@ def _spread_around(part: Moments, whole: Moments, method: str) -> np.ndarray:
         s = np.where(part.count == 0, 0.0, part.mean - whole.mean)
         c = np.where(part.count == 0, 0.0, variance(part) - variance(whole))
     t = 2 * s
-    if method == "algorithm2":  # Its variance is no matter of the means.
+    if method == "algorithm2":  # Its variance does not depend on the means.
         t = np.zeros_like(s)
     else:
         c = c + s * s
@@ -164,12 +164,12 @@ def _spread_around(part: Moments, whole: Moments, method: str) -> np.ndarray:
 
 
 def variance(moments: Moments) -> np.ndarray:
-    """M2 / count, per channel; 0 where nothing was seen."""
+    """Compute M2 / count per channel; 0 for count 0."""
     return np.where(moments.count == 0, 0.0, moments.m2 / np.maximum(moments.count, 1))
 
 
 def standard_errors(moments: Moments) -> tuple[np.ndarray, np.ndarray]:
-    """The standard errors of mean and variance, per channel; NaN for fewer than two batches."""
+    """Compute the standard errors of mean and variance per channel; NaN below two batches."""
     several = moments.batches > 1
     scale = moments.batches / np.maximum(moments.batches - 1, 1) / np.maximum(moments.count, 1) ** 2
     mean_error, variance_error = (
@@ -180,14 +180,14 @@ def standard_errors(moments: Moments) -> tuple[np.ndarray, np.ndarray]:
 
 
 def finite(moments: Moments) -> np.ndarray:
-    """Whether mean and M2 are finite, per channel."""
+    """Return whether mean and M2 are finite, per channel."""
     return np.isfinite(moments.mean) & np.isfinite(moments.m2)
 
 
 def together(
     merge: Callable[[Moments, Moments], Moments], pairs: Iterable[tuple[Moments, Moments]]
 ) -> list[Moments]:
-    """`merge(a, b)` of many pairs at once, each of its own number of channels."""
+    """Compute `merge(a, b)` for many pairs at once; numbers of channels may differ."""
     pairs = list(pairs)
     if not pairs:
         return []
