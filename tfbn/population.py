@@ -47,18 +47,20 @@ class PopulationStats(collections.abc.Mapping):
     """
 
     layers: dataclasses.InitVar[collections.abc.Mapping[str, LayerStats]]
-    method: str = dataclasses.field(kw_only=True)
-    samples: int = dataclasses.field(default=0, kw_only=True)
-    batches: int = dataclasses.field(default=0, kw_only=True)
-    batch_size: int = dataclasses.field(default=0, kw_only=True)
-    fingerprint: str = dataclasses.field(default="", kw_only=True)
-    previous: "PopulationStats | None" = dataclasses.field(default=None, kw_only=True)
-    levels: int = dataclasses.field(default=1, kw_only=True)
-    population_size: int = dataclasses.field(default=0, kw_only=True)
-    tolerance: float | None = dataclasses.field(default=None, kw_only=True)
-    prior_samples: int = dataclasses.field(default=0, kw_only=True)
+    _: dataclasses.KW_ONLY
+    method: str
+    samples: int = 0
+    batches: int = 0
+    batch_size: int = 0
+    fingerprint: str = ""
+    previous: "PopulationStats | None" = None
+    levels: int = 1
+    population_size: int = 0
+    tolerance: float | None = None
+    prior_samples: int = 0
+    _layers: dict[str, LayerStats] = dataclasses.field(init=False)
 
-    def __post_init__(self, layers: collections.abc.Mapping[str, LayerStats]):
+    def __post_init__(self, layers: collections.abc.Mapping[str, LayerStats]) -> None:
         if self.method not in _METHODS:
             raise ValueError(f"Expected one of the methods {_METHODS}. Received: {self.method!r}.")
         if not isinstance(self.fingerprint, str):
@@ -78,8 +80,7 @@ class PopulationStats(collections.abc.Mapping):
     @property
     def attributes(self) -> dict[str, Any]:
         """Name -> value of all fields but the layers and `previous`, for files and reports."""
-        names = (field.name for field in dataclasses.fields(self) if field.name != "previous")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _attributes()}
 
     def replace(self, **changes: Any) -> "PopulationStats":
         """Return a copy with some arguments of the class replaced."""
@@ -399,8 +400,7 @@ class PopulationStats(collections.abc.Mapping):
     @classmethod
     def _unpacked(cls, content):
         try:
-            names = {field.name for field in dataclasses.fields(cls)} - {"previous"}
-            found, previous = stats_file.unpack(content, names)
+            found, previous = stats_file.unpack(content, _attributes())
             stats = cls(previous=None if previous is None else cls(**previous), **found)
             if stats.method != "assigned":
                 layer_stats.require_possible(stats)
@@ -408,3 +408,9 @@ class PopulationStats(collections.abc.Mapping):
             # A name in the file may have any length.
             raise ValueError(str(error)[:300]) from error
         return stats
+
+
+def _attributes() -> list[str]:
+    """The names of `PopulationStats.attributes`."""
+    fields = dataclasses.fields(PopulationStats)
+    return [field.name for field in fields if field.init and field.name != "previous"]

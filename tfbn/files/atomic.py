@@ -115,9 +115,9 @@ def temporary_directory(parent: str | os.PathLike, kind: str) -> Iterator[pathli
                     return
 
 
-def flush(folder: str | os.PathLike) -> None:
+def flush(folder: str | os.PathLike[str]) -> None:
     """Flush every file and directory in a folder to disk."""
-    for parent, _, names in os.walk(folder, topdown=False):
+    for parent, _, names in os.walk(os.fspath(folder), topdown=False):
         for name in names:
             _flush(os.path.join(parent, name))
         flush_directory(parent)

@@ -93,12 +93,15 @@ def of_export(
         inputs=inputs,
         outputs=outputs,
         statistics=swept(sweep.stats),
-        monitor=monitored
-        and {
-            "population": monitor.identity(model).numpy().decode(),
-            "epsilon": {path: layer.epsilon for path, layer in monitored.items()},
-        },
+        monitor=None if monitored is None else _monitored(model, monitored),
     )
+
+
+def _monitored(model, layers):
+    return {
+        "population": monitor.identity(model).numpy().decode(),
+        "epsilon": {path: layer.epsilon for path, layer in layers.items()},
+    }
 
 
 def of_recalibration(
