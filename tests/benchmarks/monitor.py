@@ -318,7 +318,7 @@ def main():
     command = commands.add_parser("noise")
     command.set_defaults(run=noise)
     command.add_argument("--runs", type=int, default=200, help="for each population")
-    command.add_argument("--first-run", type=int, default=1000, help="0 to 199 made the alarm")
+    command.add_argument("--first-run", type=int, default=0)
     command.add_argument("--swept", type=int, default=2000, help="samples of the sweep")
     command.add_argument("--samples", type=int, default=150, help="in a run")
     args = parser.parse_args()
