@@ -329,7 +329,7 @@ def bad_calls():
         "steps too many": (with_bn, dataset, {"steps": 3}, "steps=3.*ends after 2"),
         "steps too many, generator": (with_bn, iter([x]), {"steps": 3}, "steps=3.*ends after 1"),
         "steps": (with_bn, x, {"steps": 0}, "Received: 0"),
-        "batch_size": (with_bn, dataset, {"batch_size": 4}, "batches of its own"),
+        "batch_size": (with_bn, dataset, {"batch_size": 4}, "only with arrays"),
         "wrong shape": (with_bn, np.ones((8, 4), "f"), {}, r"batch 0 .*\(8, 4\)"),
         "wrong rank": (with_bn, np.ones((8, 2, 3), "f"), {}, r"batch 0 .*\(8, 2, 3\)"),
         "wrong in a later batch": (with_bn, iter([x, np.ones((8, 4), "f")]), {}, r"batch 1 .*"),

@@ -252,7 +252,7 @@ def require_values(layers: Mapping[str, LayerStats]) -> None:
         if not stats.counts.any():
             raise ValueError(
                 f"Expected values for layer {path!r}. Received: none, or only masked ones. Check "
-                "the masks."
+                "masks."
             )
 
 

@@ -88,9 +88,7 @@ def adapt(x: Any, batch_size: int | None = None) -> Source:
         if isinstance(x, kind) and not isinstance(x, str | bytes | dict):
             return adapter(x)
     raise ValueError(
-        "Expected data as `model.fit` takes it as x: arrays or tensors (one, a list or a "
-        "dict), a tf.data.Dataset, a keras.utils.PyDataset, or an iterable of batches. "
-        f"Received: {type(x)}."
+        f"Expected data as `model.fit` takes it: arrays, a dataset or batches. Received: {type(x)}."
     )
 
 
@@ -248,8 +246,7 @@ def number_of_samples(arrays: Structure) -> int:
     lengths = {shape[0] for shape in shapes}
     if len(lengths) > 1:
         raise ValueError(
-            "Expected all input arrays to have the same number of samples. "
-            f"Received: {sorted(lengths)}."
+            f"Expected inputs with the same number of samples. Received: {sorted(lengths)}."
         )
     return lengths.pop()
 

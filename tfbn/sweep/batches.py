@@ -187,8 +187,8 @@ class Batches:
                 raise
             except Exception as error:
                 raise RuntimeError(
-                    f"Expected batch {number} (counting from 0) of the data. Received: "
-                    f"{type(error).__name__}: {error}. Nothing was changed."
+                    f"Expected batch {number} (counting from 0). Received: {type(error).__name__}: "
+                    f"{error}."
                 ) from error
             yield _numbered(number, inputs, seen, self.source)
             number += 1
@@ -247,25 +247,23 @@ class NotABatchError(ValueError):
 def empty() -> ValueError:
     """The error to raise for data without a batch."""
     return ValueError(
-        "Expected data with at least one batch. Received: data that yields nothing. Pass the "
-        "training data; a generator that was used up must be made anew."
+        "Expected data with at least one batch. Received: data that yields nothing. Recreate "
+        "a used-up generator."
     )
 
 
 def too_large(number: int, limit: int) -> ValueError:
     """The error to raise for data that must be held in memory, and is too large for that."""
     return ValueError(
-        "Expected data that can be read several times, or that fits in memory. "
-        f"Received: a generator whose first {number} batches take more than "
-        f"memory_limit={limit} bytes. Pass arrays, a tf.data.Dataset or a PyDataset, "
-        "or raise memory_limit."
+        "Expected data that can be read again, or fits in memory. Received: a generator whose "
+        f"first {number} batches exceed memory_limit={limit} bytes. Pass arrays or a dataset, "
+        "or raise `memory_limit`."
     )
 
 
 def too_short(steps: int, seen: int) -> ValueError:
     return ValueError(
-        f"Expected steps={steps} batches. Received: data that ends after {seen}. Lower `steps`, "
-        "or leave it out to take all there is."
+        f"Expected steps={steps} batches. Received: data that ends after {seen}. Lower `steps`."
     )
 
 

@@ -41,8 +41,8 @@ class Checkpoint:
         self._cost = 0.0
         if not self._path.parent.is_dir():
             raise ValueError(
-                "Expected the name of a file in a folder that exists. Received: "
-                f"checkpoint={self._name!r}. Make the folder first."
+                f"Expected `checkpoint` in a folder that exists. Received: {self._name!r}. Create "
+                "the folder."
             )
         atomic.require_writable(self._path)
         if not batches.repeatable:
@@ -101,8 +101,8 @@ class Checkpoint:
 
     def _unfit(self, how: str) -> ValueError:
         return ValueError(
-            f"Expected the checkpoint of this sweep. Received: {self._name!r}, which {how}. "
-            "Delete it to begin anew."
+            f"Expected the checkpoint of this sweep. Received: {self._name!r}, which {how}. Delete "
+            "it."
         )
 
 
@@ -112,7 +112,6 @@ def _first_key(batches: Batches) -> int | None:
 
 def _not_repeatable(kind: str) -> ValueError:
     return ValueError(
-        "Expected data whose batches come in the same order every time, for a sweep with a "
-        f"checkpoint. Received: {kind}. Pass arrays, a PyDataset or a tf.data.Dataset that does "
-        "not shuffle, or leave out `checkpoint`."
+        f"Expected data in the same order every time, for `checkpoint`. Received: {kind}. Pass "
+        "arrays, or a dataset without shuffling."
     )

@@ -67,17 +67,14 @@ class CutPasses:
         if start.level < level - 1 and trace.cut.drawn is not None:
             raise UnobservableError(
                 "Expected random numbers that can be drawn again. Received: operation "
-                f"{trace.cut.drawn!r}, in a sweep that has to compute a batch several times. Draw "
-                "with keras.random and a SeedGenerator, raise `memory_limit`, or use "
-                "method='pooled'."
+                f"{trace.cut.drawn!r}. Use keras.random with a SeedGenerator, or method='pooled'."
             )
 
         def population(site: Site) -> tf.Tensor:
             if site.path not in populations:
                 raise UnobservableError(
                     "Expected the same data in every pass. Received: a batch that reaches layer "
-                    f"{site.path!r}, which no batch of an earlier pass did. Seed the pipeline, or "
-                    "use method='pooled'."
+                    f"{site.path!r}, which no batch of an earlier pass did. Seed the pipeline."
                 )
             return populations[site.path]
 

@@ -55,9 +55,8 @@ def batches(
     source = adapt(x, batch_size)
     if batch_size is not None and not is_arrays(x):
         raise ValueError(
-            "Expected `batch_size` only with arrays and tensors. Received: "
-            f"batch_size={batch_size} with {type(x).__name__}, which has batches of its own. "
-            "Leave it out."
+            f"Expected `batch_size` only with arrays. Received: batch_size={batch_size} with "
+            f"{type(x).__name__}."
         )
     endless = source.length == math.inf
     if endless and steps is None and not sample:
@@ -124,8 +123,7 @@ def _refuse_list_of_batches(x: Any, spec: tf.TensorSpec | None) -> None:
     if spec is not None and isinstance(x, list | tuple) and len(x) > 1:
         raise ValueError(
             f"Expected one array, for a model with one input. Received: a {type(x).__name__} of "
-            f"{len(x)} arrays, which stands for {len(x)} inputs. To give batches, pass a generator "
-            "or a tf.data.Dataset that yields them."
+            f"{len(x)} arrays. To pass batches, use a generator or tf.data.Dataset."
         )
 
 
@@ -155,13 +153,11 @@ def _check_batch(spec: tf.TensorSpec | None, inputs: Structure) -> None:
     if shape.rank == wanted.rank - 1 and (not lacks_last or (is_sample and wanted.rank > 2)):
         raise NotABatchError(
             f"Expected batches of shape {tuple(wanted)}. Received: an element of shape "
-            f"{tuple(shape)}, which has no batch axis. Give the data in batches, for example with "
-            "`dataset.batch(32)`."
+            f"{tuple(shape)}, which has no batch axis. Use `dataset.batch(32)`."
         )
 
 
 def _endless(kind: str) -> ValueError:
     return ValueError(
-        f"Expected data that ends. Received: an endless {kind}, and no `steps`. Say with "
-        "`steps` how many batches make the training data."
+        f"Expected data that ends. Received: an endless {kind}, and no `steps`. Set `steps`."
     )

@@ -72,10 +72,9 @@ class FixedPoint:
             return measured, None
         if self.passes > len(measured) + 1:
             raise ValueError(
-                "Expected a network whose batch norm layers have exact statistics. Received: layer "
-                f"{getattr(moving[0], 'path', moving[0])!r}, which is called in a loop that feeds "
-                f"its output back to it, and whose statistics still move after {state.level} "
-                "passes. Use method='pooled'."
+                "Expected exact statistics to exist. Received: layer "
+                f"{getattr(moving[0], 'path', moving[0])!r} in a loop that feeds its output back, "
+                f"not converged after {state.level} passes. Use method='pooled'."
             )
         return measured, dataclasses.replace(self, passes=self.passes + 1)
 

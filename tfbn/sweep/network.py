@@ -118,8 +118,7 @@ class Network:
             if not trace.vectorized:
                 return trace
         raise failure or UnobservableError(
-            "Expected batch norm layers whose every call can be observed. Received: a batch norm "
-            "layer that is called in tf.vectorized_map. Use tf.map_fn there."
+            "Cannot observe a batch norm layer called in tf.vectorized_map. Use tf.map_fn."
         )
 
     def _declares(self, specs: list[tf.TensorSpec]) -> bool:

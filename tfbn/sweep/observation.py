@@ -207,9 +207,8 @@ def _wrong_mask(path: str, x: tf.Tensor, mask: tf.Tensor | None) -> Unobservable
     pairs = zip(mask.shape, positions, strict=False)
     if mask.shape.rank != positions.rank or any(a not in (1, b, None) and b for a, b in pairs):
         return UnobservableError(
-            f"Expected a mask of shape {tuple(positions)} for batch norm layer {path!r}, a value "
-            f"per position. Received: a mask of shape {tuple(mask.shape)}, on which `fit` fails "
-            "too. Call the layer with mask=None, or expand the mask."
+            f"Expected a mask of shape {tuple(positions)} for layer {path!r}. Received: "
+            f"{tuple(mask.shape)}, on which `fit` fails too. Expand the mask."
         )
     return None
 
@@ -243,8 +242,7 @@ def _refusing_unobserved(
             refused.append(
                 UnobservableError(
                     f"Expected {type(layer).__name__}.call to call super().call(). Received: layer "
-                    f"{path!r}, which does not, so its input cannot be observed. Call it, or set "
-                    "the layer's trainable=False to leave it out."
+                    f"{path!r}. Call it, or set trainable=False."
                 )
             )
             raise refused[-1]

@@ -55,8 +55,7 @@ class SweepOptions:
         object.__setattr__(self, "tolerance", arguments.tolerance(self.tolerance))
         if self.checkpoint is not None and self.tolerance is not None:
             raise ValueError(
-                "Expected a checkpoint only for a sweep of all data. Received: "
-                f"checkpoint={os.fspath(self.checkpoint)!r} with tolerance={self.tolerance:g}. "
-                "Leave out `checkpoint`: a sample is small, and the same in every call."
+                f"Expected no checkpoint={os.fspath(self.checkpoint)!r} with "
+                f"tolerance={self.tolerance:g}. Leave out `checkpoint`."
             )
         arguments.positive(batch_size=self.batch_size, steps=self.steps)

@@ -50,9 +50,9 @@ class OnlyHere:
     def __reduce__(self):
         # Keras would pack the whole model into every task, and load it in every task.
         raise ValueError(
-            "Expected a source of the model that other processes can load it from. Received: "
-            f"model {self.model.name!r} itself, and a map that sends tasks to other processes. "
-            "Give the path of a .keras file, or a function that returns the model."
+            f"Expected a model that other processes can load. Received: model {self.model.name!r} "
+            "itself, and a map that sends tasks to processes. Pass the path of a .keras file or a "
+            "function."
         )
 
 
@@ -80,10 +80,10 @@ def check_source(model: str | os.PathLike | Callable[[], keras.Model]) -> Source
     elif callable(model) and not isinstance(model, keras.Model):
         return model
     raise ValueError(
-        "Expected `model` to be the path of a .keras file, or a function without arguments that "
-        f"returns the model. Received: model={model!r}"
+        "Expected the path of a .keras file, or a function that returns the model. Received: "
+        f"model={model!r}"
         + (", which does not exist" if known else "")
-        + ". Save the model where all workers can read it."
+        + ". Save the model where all workers can load it."
     )
 
 
@@ -99,8 +99,8 @@ def load(source: Source) -> keras.Model:
         return keras.models.load_model(source, compile=False)
     except Exception as error:
         raise ValueError(
-            f"Expected a .keras file that Keras can load. Received: model={source!r}, on which it "
-            f"raised {type(error).__name__}: {error} Give a function that returns the model."
+            f"Expected a .keras file that Keras can load. Received: {source!r} "
+            f"({type(error).__name__}: {error}). Pass a function that returns the model."
         ) from error
 
 
@@ -132,9 +132,8 @@ def replica_here(recipe: Recipe) -> Replica:
     _processes.add(os.getpid())
     if len(_processes) > 1:
         raise ValueError(
-            "Expected processes that start TensorFlow themselves. Received: one that was forked "
-            "from a process that runs TensorFlow, in which it may wait for ever. Start processes "
-            "with multiprocessing.get_context('spawn')."
+            "TensorFlow may hang in a process forked from its own. Use "
+            "multiprocessing.get_context('spawn')."
         )
     with _making:
         made = _replicas.get(recipe.sweep)

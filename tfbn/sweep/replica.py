@@ -171,9 +171,8 @@ class Replica:
         """
         if state.fingerprint != self._fingerprint:
             raise ValueError(
-                "Expected every process to load the same weights. Received: fingerprints "
-                f"{state.fingerprint[:12]} where the sweep began and "
-                f"{self._fingerprint[:12]} here. Give all the same file."
+                "Expected every process to load the same weights. Received: fingerprint "
+                f"{self._fingerprint[:12]}, not {state.fingerprint[:12]}."
             )
         reached = state
         with self._lock:
@@ -325,15 +324,14 @@ def _refuse(
     finite = moments.finite(moments.of_batch(count, mean, variance, method=method))
     if method == "algorithm2" and np.isfinite(variance).all() and count.min() == 1:
         raise ValueError(
-            "Expected at least two values per channel in every batch, because "
-            "method='algorithm2' divides by m - 1. Received: m = 1 for layer "
+            "Expected two values per channel for method='algorithm2'. Received: m = 1 for layer "
             f"{site.path!r}, in {batch.name}. Use another batch size, or method='pooled'."
         )
     channel = int(np.argmin(finite))
     raise ValueError(
         f"Expected finite values to enter layer {site.path!r}. Received: in {batch.name}, "
-        f"channel {channel}, values with mean {mean[channel]} and variance "
-        f"{variance[channel]}. {_reason(batch)}"
+        f"channel {channel}, mean {mean[channel]}, variance {variance[channel]}. "
+        f"{_reason(batch)}"
     )
 
 

@@ -54,8 +54,8 @@ def finish(
     for path, of_layer in swept.items():
         if not of_layer.counts.any():
             raise ValueError(
-                f"Expected values for layer {path!r}. Received: none, or only masked ones. "
-                "Look at the data and its masks."
+                f"Expected values for layer {path!r}. Received: none, or only masked ones. Check "
+                "masks."
             )
     if previous.keys() != swept.keys():
         previous = previous.replace(layers={path: previous[path] for path in swept})
@@ -80,10 +80,10 @@ def finish(
 def unused(model: keras.Model, paths: Iterable[str], by_batch: Iterable[str]) -> ValueError:
     """The error to raise if inference uses the statistics of no layer."""
     return ValueError(
-        "Expected inference to use the statistics of batch norm layers that train. Received: model "
-        f"{model.name!r}, which {'runs' if by_batch else 'does not call'} {', '.join(paths)}"
-        f"{' with training=True' if by_batch else ''}. Sweep the network that predicts, or pass "
-        "`training` on in its `call`."
+        "Expected inference to use the statistics of trained layers. Received: model "
+        f"{model.name!r}, which {'runs' if by_batch else 'does not call'} "
+        f"{', '.join(paths)}{' with training=True' if by_batch else ''}. Sweep the network that "
+        "predicts, or pass `training` on."
     )
 
 

@@ -162,8 +162,7 @@ class _Measure(_Task):
         """The size."""
         if batches.total is None:
             raise ValueError(
-                "Expected a number of batches that is known before they are read, for `tolerance`. "
-                "Received: data that does not tell. Give `steps`, or arrays."
+                "Expected a number of batches that is known for `tolerance`. Set `steps`."
             )
         return _Size(batches.total, batches.population_size, batches.drawn)
 
@@ -257,7 +256,7 @@ class _Tasks:
             number = min(missing)
             raise ValueError(
                 "Expected a result for every shard. Received: none for "
-                f"{_named(number, self.shards[number])}. Look at the engine that `map` belongs to."
+                f"{_named(number, self.shards[number])}. Check `map`."
             )
 
 
@@ -278,9 +277,8 @@ class _SameData:
         if before != now:
             raise ValueError(
                 "Expected the same data at every level. Received: "
-                f"{_named(number, self._shards[number])}, which had {before[0]} samples at "
-                f"level 1 and at level {begin.level} has {now[0]}, or other ones. Give shards that "
-                "do not change."
+                f"{_named(number, self._shards[number])}, which had {before[0]} samples at level "
+                f"1, and at level {begin.level} {now[0]}, or other ones."
             )
 
 

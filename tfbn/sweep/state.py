@@ -225,8 +225,7 @@ class SweepState:
                 )
         if self.settled is not other.settled and not _same_moments(self.settled, other.settled):
             raise ValueError(
-                f"Expected shards of one sweep. Received: shards at level {self.level} that "
-                "differ in the levels before. Give all shards the same merged state."
+                "Expected shards of one sweep. Received: shards with different earlier levels."
             )
 
     @functools.cached_property
@@ -308,18 +307,16 @@ def merge_shards(states: Iterable[SweepState], begin: SweepState) -> SweepState:
 def _check_same_data(first: Sequence[int], now: Sequence[int], random: bool) -> None:
     if first[:2] != now[:2]:
         raise ValueError(
-            "Expected the same data in every pass. Received: data that differs from that of the "
-            f"first pass ({first[0]} samples then, {now[0]} now), as random augmentation makes it, "
-            "or padding to the longest sample of a shuffled batch. Raise `memory_limit`, so that "
-            "method='exact' reads the data once; shuffle with reshuffle_each_iteration=False; "
-            "seed the augmentation; sweep fewer samples with `steps`; or use method='pooled', "
-            "which reads it once."
+            f"Expected the same data in every pass. Received: other data ({first[0]} samples then, "
+            f"{now[0]} now), as from augmentation, or padding to the longest sample of a shuffled "
+            "batch. Raise `memory_limit` to read it once; shuffle with "
+            "reshuffle_each_iteration=False; seed the augmentation; or use method='pooled'."
         )
     if random and first != now:
         raise ValueError(
-            "Expected the same batches in every pass, because inference draws random numbers for "
-            "every batch, or normalizes by the batch. Received: the same data in other batches. "
-            "Raise `memory_limit`, do not shuffle, or use method='pooled'."
+            "Expected the same batches in every pass, because inference draws random numbers or "
+            "normalizes by the batch. Received: the same data in other batches. Raise "
+            "`memory_limit`, do not shuffle, or use method='pooled'."
         )
 
 

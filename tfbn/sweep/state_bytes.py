@@ -55,7 +55,7 @@ def unpack(content: bytes) -> SweepState:
         return state
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"Expected the state of a sweep. Received: {len(content)} bytes that are not "
+            f"Expected the state of a sweep. Received: {len(content)} other bytes "
             f"({type(error).__name__}: {error})."
         ) from error
 

@@ -238,10 +238,8 @@ def _refuse_state(
     for handle, statistic in observer.statistics().items():
         if handle in handles:
             raise UnobservableError(
-                "Expected a network in which no layer but a batch norm layer itself reads its "
-                f"statistics. Received: {statistic}, on which values depend that enter batch norm "
-                "layers. Set trainable=False for that layer, to sweep the others with the "
-                "statistics that it holds."
+                "Expected only the batch norm layer to read its statistics. Received: "
+                f"{statistic}, read by others. Set trainable=False for that layer."
             )
 
     def carries(values: Sequence[tf.Tensor]) -> bool:
@@ -250,15 +248,14 @@ def _refuse_state(
     for variable, value in updates.items():
         if handles & observer.handles(variable) and carries([value]):
             raise UnobservableError(
-                "Expected a network whose inference on one batch does not depend on the batch "
-                f"before. Received: layer {observer.owner(variable)!r}, which keeps a state that "
-                "batch norm layers depend on. Sweep a copy of the model with stateful=False."
+                "Expected inference that does not depend on the batch before. Received: layer "
+                f"{observer.owner(variable)!r}, which keeps a state. Sweep a copy with "
+                "stateful=False."
             )
     for op in graph.get_operations():
         writes = op.type.startswith(("Assign", "ResourceScatter")) and op.inputs
         if writes and op.inputs[0].op in read and carries(op.inputs[1:]):
             raise UnobservableError(
-                "Expected a network whose inference on one batch does not depend on the batch "
-                f"before. Received: operation {op.name!r} ({op.type}), which writes data into a "
-                "variable that batch norm layers depend on. Leave it out in inference."
+                "Expected inference that does not depend on the batch before. Received: operation "
+                f"{op.name!r} ({op.type}), which writes data into a variable. Disable it."
             )

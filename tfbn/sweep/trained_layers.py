@@ -103,10 +103,10 @@ def layers_to_sweep(
     wanted = {path: layer for path, layer in layers.items() if include_frozen or layer.trainable}
     if not wanted:
         raise ValueError(
-            "Expected a model with BatchNormalization layers that are not frozen. Received: model "
-            f"{model.name!r}, all of whose {len(layers)} have trainable=False. Unfreeze them (the "
+            "Expected BatchNormalization layers that are not frozen. Received: model "
+            f"{model.name!r} with trainable=False in all {len(layers)}. Unfreeze them (the "
             "callback that froze them has `unfreeze()`; of a loaded model, set trainable=True and "
-            "compile it), or pass include_frozen=True to `collect` or `update_population_stats`."
+            "compile it), or pass include_frozen=True to `collect`."
         )
     return wanted
 
@@ -119,16 +119,15 @@ def all_layers(model: keras.Model) -> dict[str, keras.Layer]:
     """
     if not tf.executing_eagerly():
         raise ValueError(
-            "Expected a sweep outside of tf.function and tf.Graph, as `model.fit` is called. "
-            "Received: a call while a graph is made. Call it before or after."
+            "Expected a sweep outside of tf.function. Received: a call while a graph is made."
         )
     keras_models.require_built(model)
     layers = keras_models.batch_norm_layers(model)
     keras_models.require_built(model, layers.values())
     if not layers:
         raise ValueError(
-            f"Expected a model with BatchNormalization layers. Received: model {model.name!r}, "
-            "which has none. There is nothing to sweep."
+            f"Expected a model with BatchNormalization layers. Received: {model.name!r}, which has "
+            "none."
         )
     return layers
 
@@ -139,10 +138,8 @@ def require_trained(
     """Raise `ValueError` if `call` trains none of some layers."""
     if frozen >= layers.keys():
         raise ValueError(
-            "Expected a model with BatchNormalization layers that train. Received: model "
-            f"{model.name!r}, which calls all of them with training=False. Pass "
-            "include_frozen=True to `collect` or `update_population_stats` to sweep them all the "
-            "same."
+            f"Expected BatchNormalization layers that train. Received: model {model.name!r}, which "
+            "calls all of them with training=False. Pass include_frozen=True to `collect`."
         )
 
 

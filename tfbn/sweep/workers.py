@@ -126,8 +126,8 @@ class Workers:
         for index, message in enumerate(messages):
             if message[:1] == b"-":
                 raise RuntimeError(
-                    f"Expected the sweeps of all {self.count} workers. Received: from worker "
-                    f"{index} (counting from 0), {message[1:].decode()}"
+                    f"Expected all {self.count} workers to succeed. Received: from worker {index} "
+                    f"(counting from 0), {message[1:].decode()}"
                 )
 
     def _gathered(self, words: np.ndarray) -> np.ndarray:
@@ -144,9 +144,8 @@ class Workers:
             gathered = _interruptible(self._gathered, words)
         except tf.errors.OpError as error:
             raise RuntimeError(
-                f"Expected all {self.count} workers to go on to the end of the sweep. Received: "
-                f"{type(error).__name__}, because one of them has ended ({error.message}). Nothing "
-                "was changed. Start all workers again."
+                f"Expected all {self.count} workers to finish. Received: {type(error).__name__}, "
+                f"because one has ended ({error.message}). Start all workers again."
             ) from error
         messages = {}
         while gathered.size:
