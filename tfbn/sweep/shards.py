@@ -223,11 +223,6 @@ class _Tasks:
     map: Callable[..., Iterable]
     reader: _Reader
 
-    @property
-    def method(self) -> str:
-        """The name of the method."""
-        return self.reader.options.method
-
     def sizes(self) -> list[_Size]:
         """The `_Size` of every shard."""
         numbers = range(len(self.shards))
@@ -293,7 +288,7 @@ class _MapEngine:
 
     def initial_state(self) -> SweepState:
         """The state at which the sweep begins."""
-        return self._here.initial_state(self._tasks.method)
+        return self._here.initial_state(self._tasks.reader.options.method)
 
     def run_level(self, state: SweepState) -> SweepState:
         """The merged state of all shards after one level."""
@@ -371,7 +366,7 @@ class _MapGroups:
 
     def begin(self) -> SweepState:
         """The state at which the sweep begins."""
-        return self._here.initial_state(self._tasks.method)
+        return self._here.initial_state(self._tasks.reader.options.method)
 
     def run_level(
         self, state: SweepState, probes: Sequence[SweepState]
