@@ -1,7 +1,7 @@
-"""The sweep: population statistics of a frozen network, from its data.
+"""Compute the population statistics of a frozen network.
 
-`README.md` in this folder shows one sweep from top to bottom, defines the terms, and says where
-what goes.
+`README.md` in this folder shows one sweep from top to bottom, defines the terms, and lists where
+new code belongs.
 """
 
 from tfbn.sweep.run import collect, update_population_stats

@@ -1,4 +1,4 @@
-"""One adapter for each kind of data that `model.fit` takes, and its tensors as `fit` reads them."""
+"""Convert each kind of data that `model.fit` takes to the tensors that `fit` reads."""
 
 import dataclasses
 import functools
@@ -16,26 +16,26 @@ import tensorflow as tf
 from tfbn.models.keras_models import Structure, inputs_of
 
 DEFAULT_BATCH_SIZE = 32  # As in `model.fit`.
-# An optional input that is `None`: a structure without a tensor, so that only the code at both
-# ends, which reads data and calls the model, has to treat it.
+# An optional input that is `None`: a structure without a tensor, so that only the code that reads
+# data and the code that calls the model handle it.
 ABSENT: tuple = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Data as a sweep reads it.
+    """Data for a sweep.
 
     Attributes:
-        kind: The name of the kind of data, for messages.
-        read: Returns an iterator over the inputs of each batch.
-        length: The number of batches; infinite for endless data, `None` where it is unknown.
+        kind: Name of the kind of data, for messages.
+        read: Function that returns an iterator over the inputs of each batch.
+        length: Number of batches; infinite for endless data, `None` if unknown.
         repeatable: Whether `read` can be called again.
-        static: Whether all batches have one size, which `fit` makes part of the model's trace.
-        split: Whether each batch comes as several, one for each replica.
-        take: Returns the batch of the given items, numbers in ascending order, where items can be
-            addressed: samples of arrays, batches of other data. `None` for a stream.
-        items: How many items there are.
-        batch_items: How many of them make a batch.
+        static: Whether all batches have one size, which `fit` includes in the model's trace.
+        split: Whether each element is a list of batches, one for each replica.
+        take: Function from item numbers, ascending, to their batch. Items are samples of arrays,
+            or batches of other data. `None` for a stream.
+        items: Number of items.
+        batch_items: Number of items in a batch.
         by_sample: Whether an item is a sample.
     """
 
@@ -53,13 +53,13 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class NumberedSamples:
-    """Samples that can be read by their numbers, and faster one after the other.
+    """Samples that can be read by number, and faster in order.
 
     Attributes:
-        batches: All of them in order.
-        take: Returns the batch of the samples with the given numbers.
-        number: How many there are.
-        batch_size: How many of them make a batch.
+        batches: All samples in order.
+        take: Function from sample numbers to their batch.
+        number: Number of samples.
+        batch_size: Number of samples in a batch.
     """
 
     batches: tf.data.Dataset
@@ -93,19 +93,19 @@ def adapt(x: Any, batch_size: int | None = None) -> Source:
 
 
 def is_arrays(x: Any) -> bool:
-    """Whether `x` is an array or a structure of them, whose optional inputs may be `None`."""
+    """Return whether `x` is an array, or a structure of arrays and `None`."""
     leaves = [leaf for leaf in keras.tree.flatten(x) if leaf is not None]
     return bool(leaves) and all(hasattr(leaf, "shape") for leaf in leaves)
 
 
 def specs_of(x: tf.data.Dataset) -> Structure:
-    """The specs of the inputs in a dataset's batches."""
+    """Return the specs of the inputs in a dataset's batches."""
     specs = inputs_of(x.element_spec)
     return keras.tree.map_structure(lambda spec: ABSENT if is_absent(spec) else spec, specs)
 
 
 def is_one_shot(x: Any) -> bool:
-    """Whether `x` is an iterator, which can be read only once."""
+    """Return whether `x` is an iterator, which can be read only once."""
     return hasattr(x, "__next__") and not isinstance(x, keras.utils.PyDataset)
 
 
@@ -137,7 +137,7 @@ def _from_pydataset(x: keras.utils.PyDataset) -> Source:
 
 
 def _from_sequence(x: Any, length: int) -> Source:
-    """Data whose batches have numbers."""
+    """Return the `Source` for data that can be indexed by batch."""
     return Source(
         type(x).__name__,
         lambda: (inputs_of(x[i]) for i in range(length)),
@@ -197,18 +197,18 @@ def _from_iterable(x: Iterable) -> Source:
 
 
 def _has_numbers(x: Any) -> bool:
-    """Whether `x[i]` is the element that iteration yields as number i."""
+    """Return whether `x[i]` is the element that iteration yields at position i."""
     return hasattr(x, "__getitem__") and not isinstance(x, Mapping) and not is_one_shot(x)
 
 
 def _is_repeatable(x: Iterable) -> bool:
     first = iter(x)
-    # Each call of `__iter__` makes another generator, unless it returns one that it holds.
+    # `__iter__` creates a new generator in each call, unless it returns one that it stores.
     holds = isinstance(first, types.GeneratorType) and iter(x) is first
     return first is not x and not holds
 
 
-# Kind of data -> its adapter; the first that fits.
+# Type of data -> adapter; the first match is used.
 _ADAPTERS: dict[type, Callable[[Any], Source]] = {
     keras.utils.PyDataset: _from_pydataset,
     tf.data.Dataset: _from_dataset,
@@ -225,7 +225,7 @@ def _length_of(cardinality: int) -> float | None:
 
 
 def _is_static(x: tf.data.Dataset) -> bool:
-    """Whether all leaves of a dataset's inputs have a batch axis of known length."""
+    """Return whether all inputs of a dataset have a batch axis of known length."""
     shapes = [spec.shape for spec in keras.tree.flatten(specs_of(x))]
     return bool(shapes) and all(shape.rank and shape[0] is not None for shape in shapes)
 
@@ -235,10 +235,10 @@ def _on_replica(replica: int, leaf: Any) -> Any:
 
 
 def number_of_samples(arrays: Structure) -> int:
-    """The number of samples in a structure of arrays: the length of their first axis.
+    """Return the number of samples in a structure of arrays: the length of the first axis.
 
     Raises:
-        ValueError: If they differ in it, or if one has none.
+        ValueError: If the lengths differ, or for a scalar.
     """
     shapes = [leaf.shape for leaf in keras.tree.flatten(arrays)]
     if not all(map(len, shapes)):
@@ -252,7 +252,7 @@ def number_of_samples(arrays: Structure) -> int:
 
 
 def to_sliceable(leaf: Any) -> Any:
-    """Convert an array to one that `rows` takes."""
+    """Convert an array to one that `rows` supports."""
     if leaf is None:
         return ABSENT
     if hasattr(leaf, "tocsr"):  # SciPy's sparse matrices
@@ -266,17 +266,17 @@ def to_sliceable(leaf: Any) -> Any:
 
 
 def rows(array: Any, which: slice | np.ndarray) -> Any:
-    """Some samples of a sliceable array, by a slice or by their sorted numbers."""
+    """Return some samples of a sliceable array, by a slice or by sorted numbers."""
     if tf.is_tensor(array) and not isinstance(which, slice):
         return tf.gather(array, which)
     return array[which]
 
 
 def to_tensor(leaf: Any) -> Any:
-    """Convert a leaf of a batch to the tensor that the model gets from `fit`.
+    """Convert a leaf of a batch to the tensor that `fit` passes to the model.
 
     Raises:
-        ValueError: If it holds complex numbers.
+        ValueError: For complex numbers.
     """
     if is_absent(leaf):
         return ABSENT
@@ -288,7 +288,7 @@ def to_tensor(leaf: Any) -> Any:
 
 
 def is_absent(leaf: Any) -> bool:
-    """Whether a leaf of a batch, or its spec, is an optional input that is `None`."""
+    """Return whether a leaf of a batch, or its spec, is an optional input that is `None`."""
     if isinstance(leaf, tf.TypeSpec):
         return not hasattr(leaf, "shape")
     # Keras turns every `Optional` into `None`.
@@ -296,7 +296,7 @@ def is_absent(leaf: Any) -> bool:
 
 
 def _from_array(array: np.ndarray) -> tf.Tensor:
-    # As in `fit`: floats reach the model in Keras's float type.
+    # Like `fit`, convert floats to Keras's float type.
     floating = np.issubdtype(array.dtype, np.floating)
     return tf.convert_to_tensor(array, keras.config.floatx() if floating else None)
 
@@ -310,19 +310,19 @@ def _from_pandas(frame: Any) -> np.ndarray:
     if frame.ndim == 1:  # A column, which a Series is.
         return np.expand_dims(frame.to_numpy(), -1)
     floating = [dtype for dtype in frame.dtypes if str(dtype).startswith("float")]
-    if floating:  # Columns of several types have a type in common that `to_numpy` would not choose.
+    if floating:  # `to_numpy` would choose another type for columns of several types.
         frame = frame.astype(keras.config.floatx())
     return frame.to_numpy()
 
 
 class _SparseRows:
-    """A `tf.SparseTensor` that can be sliced by its first axis.
+    """A `tf.SparseTensor` that supports slices of its first axis.
 
     Args:
         tensor: The tensor.
 
     Attributes:
-        shape: Its shape.
+        shape: The shape of the tensor.
     """
 
     def __init__(self, tensor: tf.SparseTensor):
@@ -333,7 +333,7 @@ class _SparseRows:
         self._ends = np.searchsorted(self._indices[:, 0], np.arange(self.shape[0] + 1))
 
     def __getitem__(self, which: slice | np.ndarray) -> tf.SparseTensor:
-        """The chosen rows, numbered anew."""
+        """Return the chosen rows, renumbered from 0."""
         numbers = np.arange(self.shape[0])[which]
         begins, lengths = self._ends[numbers], np.diff(self._ends)[numbers]
         within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -1,4 +1,4 @@
-"""Batches of model inputs, with digests by which the same samples are recognized again."""
+"""Batches of model inputs, with digests that identify their samples."""
 
 import collections
 import functools
@@ -22,11 +22,11 @@ class Batch(NamedTuple):
     """A batch of a model's inputs.
 
     Attributes:
-        index: Its number in the data, from 0.
+        index: Position in the data, from 0.
         inputs: A structure of tensors.
-        samples: How many samples it has: the length of the first axis of its first input.
-        data: The sum of its samples' digests, see `sample_digests`.
-        key: Its own digest. An equal batch of the same sweep has another one.
+        samples: Number of samples: the length of the first axis of the first input.
+        data: Sum of the digests of the samples, see `sample_digests`.
+        key: Digest of the batch. Equal batches of one sweep have different keys.
     """
 
     index: int  # type: ignore[assignment]  # It hides a method of tuples.
@@ -37,17 +37,17 @@ class Batch(NamedTuple):
 
     @property
     def number(self) -> tf.Tensor:
-        """The number from which its random draws follow, an int64 scalar."""
+        """Seed of the random draws in the batch, an int64 scalar."""
         return tf.constant(self.key - 2**63, tf.int64)
 
     @property
     def name(self) -> str:
-        """The words for it in messages."""
+        """Name of the batch in messages."""
         return f"batch {self.index} (counting from 0)"
 
 
 class BatchReader(Protocol):
-    """The batches that a process sweeps at one level: read once, see `Batches`."""
+    """Protocol of the batches that a process sweeps at one level: read once, see `Batches`."""
 
     static: bool
 
@@ -57,17 +57,17 @@ class BatchReader(Protocol):
 
 
 class Batches:
-    """The inputs of a model, a batch at a time, in the order in which the data has them.
+    """The inputs of a model as batches, in the order of the data.
 
     Attributes:
-        check: Raises `ValueError` for inputs that are a sample and no batch.
-        total: The number of batches, or `None` where only counting them would tell.
-        repeatable: Whether they can be iterated over again. A generator cannot.
-        static: Whether all are of one size, which `fit` would make a part of the model's trace.
+        prepare: Converts inputs to the inputs of the network; raises `ValueError` for a sample.
+        total: Number of batches, or `None` if unknown.
+        repeatable: Whether they can be read again. A generator cannot.
+        static: Whether all have one size, which `fit` would include in the model's trace.
         drawn: Whether they come in random order.
-        population_size: The number of samples that they are drawn from; 0 if it is unknown.
-        source: The numbers of the shard and of its batch that these begin with. They tell equal
-            batches of one sweep apart, so that each draws its own random numbers.
+        population_size: Number of samples that they are drawn from; 0 if unknown.
+        source: Number of the shard, and of its batch that these begin with. It makes the keys of
+            equal batches differ, so that each draws different random numbers.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Batches:
         self.static = static
 
     def first(self) -> Batch | None:
-        """The first batch, or `None`; the next iteration begins with it, and reads on."""
+        """Return the first batch, or `None`; the next iteration yields it first."""
         if self._begun is None:
             iterator = self._read()
             self._begun = next(iterator, None), iterator
@@ -106,7 +106,8 @@ class Batches:
         """Yield each `Batch`.
 
         Raises:
-            ValueError, RuntimeError: See the description of the class.
+            ValueError: If the data ends before `steps`, or the model does not take it.
+            RuntimeError: If the data raises an error, from that error.
         """
         if self._begun is None:
             yield from self._read()
@@ -117,7 +118,7 @@ class Batches:
         yield from iterator
 
     def part(self, start: int, stop: int) -> "Batches":
-        """The batches from number `start` to `stop`. A stream is read from its beginning."""
+        """Return the batches from `start` to `stop`. A stream is read from its beginning."""
         same = {name: getattr(self, name) for name in ("prepare", "repeatable", "static")}
         shard, first = self.source
 
@@ -131,10 +132,10 @@ class Batches:
         )
 
     def in_memory(self, limit: int) -> "Batches":
-        """The same batches, read once and held in main memory.
+        """Load the batches into main memory.
 
         Raises:
-            ValueError: If they take more than `limit` bytes.
+            ValueError: If they require more than `limit` bytes.
         """
         inputs, taken = [], 0
         for batch in self:
@@ -145,12 +146,12 @@ class Batches:
         return self.holding(inputs)
 
     def holding(self, inputs: Sequence[Structure], first: int = 0) -> "Batches":
-        """The batches of inputs that were read from these, from number `first` on."""
+        """Create batches from inputs that were read from these, from number `first` on."""
         shard, before = self.source
         return prepared(inputs, self.static, (shard, before + first))
 
     def joined(self, limit: int) -> "Batches":
-        """The same samples, read once, in batches of up to `limit` bytes where they are dense."""
+        """Load the samples; concatenate dense batches up to `limit` bytes."""
         inputs = [batch.inputs for batch in self]
         shapes = {
             tuple(leaf.shape[1:] if isinstance(leaf, tf.Tensor) else None for leaf in leaves)
@@ -197,7 +198,7 @@ class Batches:
 
 
 def nbytes(structure: Structure) -> int:
-    """Bytes that a structure of tensors takes."""
+    """Return the number of bytes in a structure of tensors."""
     return sum([tensor.dtype.size * int(tf.size(tensor)) for tensor in flatten(structure)])
 
 
@@ -214,7 +215,7 @@ def _numbered(
 def prepared(
     inputs: Sequence[Structure], static: bool = False, source: tuple[int, int] = (0, 0)
 ) -> Batches:
-    """Batches of inputs that are prepared for the model already."""
+    """Create batches from inputs that are already prepared for the model."""
     return Batches(
         lambda: iter(inputs),
         len(inputs),
@@ -225,14 +226,14 @@ def prepared(
 
 
 def to_tensors(inputs: Structure) -> Structure:
-    """A batch as the model gets it from `fit`."""
+    """Convert a batch to the tensors that `fit` passes to the model."""
     return keras.tree.map_structure(to_tensor, inputs)
 
 
 def batch_size_of(inputs: Structure) -> int:
-    """The number of samples in a batch: the length of the first axis of the first input with one.
+    """Return the number of samples in a batch: the length of the first axis of the first input.
 
-    A batch need not have the same length everywhere: a graph has nodes and edges.
+    Scalars are skipped. Lengths may differ between inputs: a graph has nodes and edges.
     """
     for leaf in keras.tree.flatten(inputs):
         if leaf.shape.rank:
@@ -241,11 +242,11 @@ def batch_size_of(inputs: Structure) -> int:
 
 
 class NotABatchError(ValueError):
-    """A sample where a batch belongs."""
+    """Raised for a sample where a batch is required."""
 
 
 def empty() -> ValueError:
-    """The error to raise for data without a batch."""
+    """Create the error for data without a batch."""
     return ValueError(
         "Expected data with at least one batch. Received: data that yields nothing. Recreate "
         "a used-up generator."
@@ -253,7 +254,7 @@ def empty() -> ValueError:
 
 
 def too_large(number: int, limit: int) -> ValueError:
-    """The error to raise for data that must be held in memory, and is too large for that."""
+    """Create the error for data that must be stored in memory and exceeds the limit."""
     return ValueError(
         "Expected data that can be read again, or fits in memory. Received: a generator whose "
         f"first {number} batches exceed memory_limit={limit} bytes. Pass arrays or a dataset, "
@@ -268,10 +269,10 @@ def too_short(steps: int, seen: int) -> ValueError:
 
 
 def sample_digests(inputs: Structure) -> np.ndarray:
-    """A 64-bit digest of every sample of a batch.
+    """Compute a 64-bit digest of every sample of a batch.
 
-    Inputs whose first axes differ (a graph's nodes and edges) are not taken apart: the whole batch
-    has one digest.
+    A batch whose inputs differ in the length of the first axis (nodes and edges of a graph) has one
+    digest.
 
     Args:
         inputs: A structure of tensors.
@@ -292,7 +293,7 @@ def sample_digests(inputs: Structure) -> np.ndarray:
 
 
 def _samples(leaf: tf.Tensor) -> int | None:
-    """The length of a tensor's first axis, if it has one."""
+    """Return the length of a tensor's first axis; `None` for a scalar."""
     if not leaf.shape.rank:
         return None
     if isinstance(leaf, tf.RaggedTensor):
@@ -329,16 +330,16 @@ def _sparse_rows(leaf: tf.SparseTensor) -> Iterator[bytes]:
 
 
 def sum_of_digests(digests: np.ndarray) -> int:
-    """The sum of digests modulo 2^64, which depends neither on their order nor on batches."""
+    """Compute the sum of digests modulo 2^64, independent of order and batches."""
     return int(digests.sum(dtype=np.uint64))
 
 
 def batch_digest(digests: np.ndarray, occurrence: int = 0, source: tuple[int, int] = (0, 0)) -> int:
-    """A 64-bit digest of a batch: of its samples in their order.
+    """Compute a 64-bit digest of a batch from its samples in their order.
 
     Args:
-        digests: Of its samples.
-        occurrence: How many batches of the same samples came before it.
+        digests: Digests of the samples.
+        occurrence: Number of earlier batches with the same samples.
         source: See `Batches`.
     """
     content = hashlib.blake2b(digests.tobytes(), digest_size=8)
@@ -347,5 +348,5 @@ def batch_digest(digests: np.ndarray, occurrence: int = 0, source: tuple[int, in
 
 
 def sequence_digest(before: bytes, key: int) -> bytes:
-    """A digest of a batch and, by their own, of all before it; `b""` is that of none."""
+    """Compute a digest of a batch and all batches before it; `b""` stands for no batches."""
     return hashlib.sha256(before + key.to_bytes(8, "little")).digest()

@@ -1,4 +1,4 @@
-"""The state of a long sweep in a file, so that it can go on after a crash."""
+"""Store the state of a long sweep in a file, to resume it after a crash."""
 
 import os
 import pathlib
@@ -12,14 +12,14 @@ from tfbn.sweep.batches import Batches
 from tfbn.sweep.state import SweepState
 
 _KIND = "tfbn checkpoint 1"
-_SHARE = 0.02  # Of the time goes into saving, at most.
+_SHARE = 0.02  # Largest share of the time to spend on saving.
 
 
 class Checkpoint:
     """The file of one sweep.
 
-    It holds the state and a digest of the batches of its level, by which data that comes in
-    another order is told when the sweep goes on.
+    It stores the state, and a digest of the batches of its level, which detects other data or
+    another order when the sweep resumes.
 
     Args:
         path: File name.
@@ -30,13 +30,13 @@ class Checkpoint:
 
     Raises:
         OSError: If the file cannot be written.
-        ValueError: If there is no such folder, or if the batches cannot be read again in the
+        ValueError: If the folder does not exist, or if the batches cannot be read again in the
             same order.
     """
 
     def __init__(self, path: str | os.PathLike, batches: Batches):
         self._name = str(path)
-        self._path = pathlib.Path(path).absolute()  # Wherever the process goes from here.
+        self._path = pathlib.Path(path).absolute()  # The working directory may change.
         self._saved = time.monotonic()
         self._cost = 0.0
         if not self._path.parent.is_dir():
@@ -51,13 +51,13 @@ class Checkpoint:
             raise _not_repeatable("data whose first batch is another every time")
 
     def read(self, begin: SweepState) -> tuple[SweepState, bytes] | None:
-        """The state that was saved last, and the digest of its batches; `None` if there is none.
+        """Load the last saved state and the digest of its batches; `None` without a file.
 
         Args:
-            begin: The state at the beginning of the sweep that is to go on.
+            begin: The state at the beginning of the sweep to resume.
 
         Raises:
-            ValueError: If the file is damaged, or is of another sweep.
+            ValueError: If the file is damaged, or belongs to another sweep.
         """
         if not self._path.exists():
             return None
@@ -80,7 +80,7 @@ class Checkpoint:
         return time.monotonic() - self._saved >= self._cost / _SHARE
 
     def save(self, state: SweepState, digest: bytes) -> None:
-        """Write the file, whole or not at all, for `read`."""
+        """Write the file atomically, for `read`."""
         start = time.monotonic()
         content = np.frombuffer(state_bytes.pack(state), np.uint8)
         header = {"kind": _KIND, "digest": digest.hex()}
@@ -89,11 +89,11 @@ class Checkpoint:
         self._cost = self._saved - start
 
     def remove(self) -> None:
-        """Delete the file of a sweep that is done."""
+        """Delete the file of a complete sweep."""
         self._path.unlink(missing_ok=True)
 
     def other_data(self, batches: int) -> ValueError:
-        """The error to raise where the digest of that many batches is not the one saved."""
+        """Create the error for a digest, of that many batches, that differs from the saved one."""
         return self._unfit(
             f"is of other data, or of the same in another order, up to its end after {batches} "
             "batches"

@@ -1,4 +1,4 @@
-"""Passes over a network that is cut at its levels: each computes the next level of a batch."""
+"""Run passes over a network that is cut at its levels: each computes one level of a batch."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -12,17 +12,17 @@ from tfbn.sweep.observation import UnobservableError
 from tfbn.sweep.state import NetworkFacts, Site
 from tfbn.sweep.trace import SiteMoments
 
-# Path, or site where a call has its own -> mean and variance, of shape (2, channels).
+# Path, or site if calls differ -> mean and variance, shape (2, channels).
 Populations = Mapping[str | Site, tf.Tensor]
 
 
 class Observed(NamedTuple):
-    """What a pass has observed of one batch.
+    """The result of a pass for one batch.
 
     Attributes:
-        calls: Each call of the level, with the moments of the values that entered it.
-        frontier: The `Frontier` to start the next level from; `None` to start from the batch.
-        facts: The `NetworkFacts` of its trace.
+        calls: (site, moments of the input) of each call of the level.
+        frontier: The `Frontier` where the next level starts; `None` to start from the batch.
+        facts: The `NetworkFacts` of the trace.
     """
 
     calls: list[SiteMoments]
@@ -49,12 +49,12 @@ class CutPasses:
 
         Args:
             batch: The `Batch`.
-            start: Its `Frontier` at a lower level, `None` to start from its inputs.
+            start: The `Frontier` of the batch at a lower level, `None` to start from its inputs.
             level: The level.
             populations: Path -> mean and variance of the layers of all lower levels.
 
         Returns:
-            What was observed: nothing if the network cannot be cut.
+            The observed calls: empty if the network cannot be cut.
         """
         if start is None:
             trace = self._network.trace(batch.inputs, settled=True, static=self._static)

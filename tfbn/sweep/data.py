@@ -1,4 +1,4 @@
-"""The data of a sweep: whatever `model.fit` takes, as batches of model inputs."""
+"""Convert the data that `model.fit` takes to batches of model inputs."""
 
 import functools
 import itertools
@@ -26,27 +26,24 @@ def batches(
     may_be_empty: bool = False,
     shard: int = 0,
 ) -> Batches:
-    """Batches of the inputs in `x`; targets and sample weights are dropped.
+    """Create batches of the inputs in `x`, without targets and sample weights.
 
     Args:
         x: NumPy arrays or tensors (one, or a list, tuple or dict of them, sliced along
             their first axis); a `tf.data.Dataset`, a `keras.utils.PyDataset` or another
             iterable of batches, whose elements are x, (x, y) or (x, y, sample_weight); a
-            `tf.distribute.DistributedDataset` of such, whose batches come as those of the
-            replicas.
-        options: `batch_size` is for arrays alone. Data that does not end needs `steps`, unless
-            only the first batches will be taken for a `tolerance`. Then data whose samples or
-            batches can be addressed comes in random order, the same every time.
-        model: The model that they are for, whose inputs tell unbatched data.
-        may_be_empty: Whether no batch at all is fine too.
-        shard: The number of this part of the data, if others are swept with it. Each draws in
-            another order.
+            `tf.distribute.DistributedDataset`, which yields the batches of the replicas.
+        options: `batch_size` requires arrays. Endless data requires `steps` or a `tolerance`.
+            With a `tolerance`, data that supports access by sample or batch is read in a random
+            order, the same every time.
+        model: The model, whose inputs identify unbatched data.
+        may_be_empty: Whether to allow data without a batch.
+        shard: The number of this shard of the data. Each shard has a different order.
 
     Raises:
-        ValueError: If `x` is nothing that `model.fit` takes, is endless and has no
-            `steps`, is known to be empty but may not be, has fewer batches than `steps`, has
-            arrays of different lengths, or comes in batches of its own and `batch_size` is given
-            too.
+        ValueError: If `x` is not supported by `model.fit`, endless without `steps`, empty unless
+            allowed, or shorter than `steps`, if arrays differ in length, or for a `batch_size`
+            with data that is already batched.
     """
     batch_size, steps, sample = options.batch_size, options.steps, options.tolerance is not None
     specs = _single_input(model)
@@ -84,14 +81,14 @@ def batches(
 
 
 def _in_random_order(source: Source, in_order: Batches, shard: int) -> Batches:
-    """The same data in random order: samples where they can be addressed, else whole batches."""
+    """Return the same data in random order, by sample if supported, else by batch."""
     take, total, size = source.take, in_order.total, source.batch_items
     assert take is not None and total is not None
     order = RandomOrder(min(source.items, total * size), seed=shard)
 
     def read_from(first: int) -> Iterator[Structure]:
         for number in range(first, total):
-            yield take(np.sort(order[number * size : (number + 1) * size]))  # Files are faster so.
+            yield take(np.sort(order[number * size : (number + 1) * size]))  # Faster for files.
 
     return Batches(
         lambda: read_from(0),
@@ -105,15 +102,15 @@ def _in_random_order(source: Source, in_order: Batches, shard: int) -> Batches:
 
 
 def _parts(read: Callable[[], Iterator[list[Structure]]], steps: int | None) -> Iterator[Structure]:
-    """The parts of batches that come as several."""
+    """Yield the parts of split batches."""
     for parts in itertools.islice(read(), steps):
         for part in parts:
-            if number_of_samples(part):  # At the end of the data there may be none for a replica.
+            if number_of_samples(part):  # The last part of a replica may be empty.
                 yield part
 
 
 def _single_input(model: keras.Model | None) -> tf.TensorSpec | None:
-    """The spec of the one input of a model, or `None` where it has others or is not known."""
+    """Return the spec of a model's only input; `None` for several or unknown inputs."""
     specs = None if model is None else keras_models.input_specs(model)
     leaves = keras.tree.flatten(specs)
     return leaves[0] if specs is not None and len(leaves) == 1 else None
@@ -132,17 +129,17 @@ def _prepared(
     spec: tf.TensorSpec | None,
     inputs: Structure,
 ) -> Structure:
-    """The inputs as `fit` feeds them to the network: preprocessed, where the model does that."""
-    if preprocess is not None:  # KerasHub's tasks do it in `fit`, not in their call.
+    """Convert inputs to the inputs that `fit` passes to the network; preprocess if needed."""
+    if preprocess is not None:  # KerasHub's tasks preprocess in `fit`, not in `call`.
         inputs = to_tensors(inputs_of(preprocess(inputs)))
     _check_batch(spec, inputs)
     return inputs
 
 
 def _check_batch(spec: tf.TensorSpec | None, inputs: Structure) -> None:
-    """Raise an error for a sample where a batch belongs.
+    """Raise an error for a sample where a batch is required.
 
-    Keras adds a last axis of 1 to inputs that lack one, which makes a batch of such a sample.
+    Keras appends an axis of length 1 to inputs that lack it, which would create a batch.
     """
     leaves = keras.tree.flatten(inputs)
     if spec is None or spec.shape.rank is None or len(leaves) != 1:

@@ -1,4 +1,4 @@
-"""A random order over the batches of several shards."""
+"""Create a random order over the batches of several shards."""
 
 from collections.abc import Sequence
 
@@ -8,9 +8,9 @@ from tfbn.sweep.random_order import RandomOrder
 
 
 class Deal:
-    """Draws batches at random from those of all shards, each once.
+    """Draw batches of all shards at random, each once.
 
-    A window of the order says only how many batches each shard gives: it gives its next ones.
+    A window of the order determines the number of batches from each shard, which are its next ones.
 
     Args:
         sizes: The number of batches of every shard.
@@ -24,7 +24,7 @@ class Deal:
         return len(self._order)
 
     def counts(self, start: int, stop: int) -> dict[int, int]:
-        """Shard -> how many of the batches from `start` to `stop` it gives, if any."""
+        """Return shard -> number of its batches from `start` to `stop`, without zeros."""
         owners = np.searchsorted(self._ends, self._order[start:stop], side="right")
         numbers, counts = np.unique(owners, return_counts=True)
         return dict(zip(numbers.tolist(), counts.tolist(), strict=True))

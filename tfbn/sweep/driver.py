@@ -1,4 +1,4 @@
-"""The loops of a sweep, over any engine: its levels, and the sample that a tolerance needs."""
+"""Run a sweep on any engine: level by level, or on a sample that a tolerance requires."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -10,27 +10,27 @@ from tfbn.sweep.state import SweepState, merge_shards
 
 
 class Engine(Protocol):
-    """Sweeps all data: in this process, with other workers, or by a map of tasks."""
+    """Sweep all data: in this process, with other workers, or with a map of tasks."""
 
     def initial_state(self) -> SweepState:
-        """The state at which the sweep begins, or resumes."""
+        """Return the state where the sweep begins or resumes."""
         ...
 
     def run_level(self, state: SweepState) -> SweepState:
-        """The state after all batches of one level.
+        """Return the state after all batches of one level.
 
-        It has no batches if the data has none. It has a `fixed_point` as soon as the network
-        turns out not to be cut at its levels.
+        Empty data returns a state without batches. The state has a `fixed_point` if the network
+        cannot be cut at its levels.
         """
         ...
 
     def finish(self, state: SweepState) -> PopulationStats:
-        """The result of a complete state. The progress bar ends, temporary files are deleted."""
+        """Return the result; end the progress bar and delete temporary files."""
         ...
 
 
 class GroupEngine(Protocol):
-    """Sweeps a sample in groups of batches.
+    """Sweep a sample in groups of batches.
 
     Attributes:
         groups: The number of groups.
@@ -39,7 +39,7 @@ class GroupEngine(Protocol):
     groups: int
 
     def begin(self) -> SweepState:
-        """The state at which the sweep begins."""
+        """Return the state where the sweep begins."""
         ...
 
     def run_level(
@@ -49,28 +49,28 @@ class GroupEngine(Protocol):
 
         Args:
             state: The state at the beginning of the level.
-            probes: Other states to run the first few batches of the sample from.
+            probes: Other states from which to run the first few batches of the sample.
 
         Returns:
-            The states after each group of batches alone, and those after the first few batches
-            from each of `probes`.
+            The states after each group of batches alone, and the states after the first few
+            batches from each of `probes`.
         """
         ...
 
 
 class Sampler(Protocol):
-    """Draws batches of the data, each once."""
+    """Draw batches of the data, each once."""
 
     def draw(self, more: int) -> Draw:
-        """Draw that many more batches, or fewer where the data ends."""
+        """Draw `more` batches, or fewer if the data ends."""
         ...
 
     def engine(self) -> GroupEngine:
-        """An engine for all batches drawn so far."""
+        """Create an engine for all batches drawn so far."""
         ...
 
     def finish(self, state: SweepState) -> PopulationStats:
-        """The result of a complete state."""
+        """Return the result of a complete state."""
         ...
 
 
@@ -83,10 +83,10 @@ def run_levels(engine: Engine) -> PopulationStats:
 
 
 def run_sample(sampler: Sampler, tolerance: float, report: Report) -> PopulationStats:
-    """Run a sweep over as many batches as a tolerance needs.
+    """Run a sweep over as many batches as a tolerance requires.
 
-    The sample grows until its standard errors are small enough or the data ends. Each time all of
-    it is swept anew, because exact statistics of parts do not add up.
+    The sample grows until its standard errors are small enough or the data ends. Each time the
+    whole sample is swept again, because exact statistics of parts do not add up.
     """
     drawn = sampler.draw(first_size(None))
     if 0 < drawn.batches < (least := first_size(drawn)) and not drawn.ended:
@@ -104,11 +104,11 @@ def run_sample(sampler: Sampler, tolerance: float, report: Report) -> Population
 
 
 def run_groups(engine: GroupEngine, drawn: Draw) -> Sample:
-    """Run a sweep of a sample level by level, with what each group adds to its error."""
+    """Run a sweep of a sample level by level, and compute what each group adds to the error."""
     state = engine.begin()
     replicates = [state] * engine.groups
     while not state.complete:
-        # At the first level there is nothing before the layers that could be off.
+        # Layers of the first level have no layers before them.
         probes = [state, *replicates] if state.settled else []
         groups, probed = engine.run_level(state, probes)
         after = state.advance(merge_shards(groups, state))

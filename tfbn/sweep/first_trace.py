@@ -1,4 +1,4 @@
-"""What one batch shows of a sweep, before `fit` spends time on training."""
+"""Validate a sweep on one batch, before `fit` spends time on training."""
 
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -19,14 +19,14 @@ from tfbn.sweep.uncut_passes import UncutPasses
 
 
 class FirstTrace(NamedTuple):
-    """What the first batch has shown.
+    """The layers of a network, from a trace of the first batch.
 
     Attributes:
-        trained: The paths of the layers that `call` trains, or that the caller has named.
-        partly: Those that it trains in some calls and not in others.
-        used: Those whose statistics inference uses.
-        by_batch: Those that inference normalizes by the batch.
-        looping: Those in loops that feed themselves, for a method that sweeps by levels.
+        trained: Paths of the layers that `call` trains, or that the caller has named.
+        partly: Paths of the layers that `call` trains in some calls only.
+        used: Paths of the layers whose statistics inference uses.
+        by_batch: Paths of the layers that inference normalizes by the batch.
+        looping: Paths of the layers in loops that feed themselves, for a method by levels.
     """
 
     trained: frozenset[str]
@@ -36,7 +36,7 @@ class FirstTrace(NamedTuple):
     looping: frozenset[str] = frozenset()
 
     def warn(self, known: Collection[str] = ()) -> None:
-        """Give the warnings that `collect` would give, but for layers that are known."""
+        """Warn as `collect` would, except for known layers."""
         results.warn_of_loops(self.looping - {*known})
         left_out = self.trained - self.used - {*known}
         results.warn_of_left_out(left_out, self.by_batch - {*known})
@@ -50,10 +50,10 @@ def check_batch(
     trained: Collection[str] | None = None,
     may_train_others: bool = False,
 ) -> FirstTrace | None:
-    """Make the traces of `collect` on one batch, so that it need not make them again.
+    """Create the traces of `collect` on one batch; `collect` reuses them.
 
-    A `tf.data.Dataset` is not read for it, because that would change the order in which a shuffled
-    one comes to `fit`: its specs tell. A generator is read from.
+    A `tf.data.Dataset` is not read, because that would change the order of a shuffled one in `fit`;
+    its specs are used instead. A generator is read.
 
     Args:
         model: See `collect`.
@@ -61,14 +61,14 @@ def check_batch(
         options: The `SweepOptions`.
         trained: The paths of the layers that training has changed; `None` for the layers that
             `call` trains.
-        may_train_others: Whether it is no error if `call` trains no layer, or inference uses none,
-            because a step of the user's own may train others.
+        may_train_others: Whether to allow that `call` trains no layer, or that inference uses no
+            layer, because a custom `train_step` may train others.
 
     Returns:
-        The `FirstTrace`; `None` where only the data would show it.
+        The `FirstTrace`; `None` if it requires the data.
 
     Raises:
-        ValueError: All that `collect` would raise before it has run the first batch.
+        ValueError: Every error that `collect` would raise before it has run the first batch.
     """
     layers = all_layers(model)
     if trained is not None or not may_train_others:
@@ -105,10 +105,10 @@ def check_batch(
 def _traced(
     network: Network, inputs: Structure, method: str, *, static: bool
 ) -> tuple[list[str] | None, NetworkFacts]:
-    """Make the trace that a sweep runs.
+    """Create the trace that a sweep runs.
 
     Returns:
-        The paths of the layers that it calls, `None` if only the data shows them; and its facts.
+        The paths of the called layers, `None` if they require the data; and the facts.
     """
     if not network.model.run_eagerly:
         trace = network.trace(inputs, settled=METHODS[method].by_level, static=static)

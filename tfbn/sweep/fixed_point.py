@@ -1,4 +1,4 @@
-"""Exact statistics of networks that cannot be cut at levels: passes until nothing changes."""
+"""Compute exact statistics of networks that cannot be cut: passes until convergence."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -12,22 +12,22 @@ from tfbn.stats.moments import Moments
 if TYPE_CHECKING:
     from tfbn.sweep.state import Site, SweepState
 
-# A pass has converged where the statistics that it measured are those that it ran with, up to this
-# share of a standard deviation, or of a variance. Rounding in float32 stays below it.
+# Convergence: the measured statistics differ from the ones that the pass used by at most this share
+# of a standard deviation, or of a variance. Rounding in float32 stays below it.
 _CLOSE = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
 class FixedPoint:
-    """Passes over the whole network, each with the statistics that the pass before measured.
+    """Passes over the whole network, each with the statistics of the pass before.
 
     In the first pass every call normalizes with the moments of the batch. Every pass settles one
-    more call on the longest path. The calls of recurrent layers first normalize each with its own
-    population; when these have converged, the passes go on for the layers behind them.
+    more call on the longest path. First, every call of a recurrent layer has a separate population;
+    when these have converged, the passes continue for the layers behind them.
 
     Attributes:
         recurrent: The paths of layers whose calls depend on their own output.
-        behind: Whether these have converged.
+        behind: Whether the recurrent layers have converged.
         passes: The number of the current pass, since `behind` changed.
     """
 
@@ -36,7 +36,7 @@ class FixedPoint:
     passes: int = 1
 
     def note(self, recurrent: Iterable[str]) -> "FixedPoint":
-        """Return this with more recurrent layers."""
+        """Return a copy with more recurrent layers."""
         return dataclasses.replace(self, recurrent=tuple(sorted({*self.recurrent, *recurrent})))
 
     def populations(
@@ -46,7 +46,7 @@ class FixedPoint:
 
         Args:
             settled: Site -> moments that the pass before measured.
-            layers: Path -> the same of all calls of a layer together.
+            layers: Path -> moments of all calls of a layer together.
         """
         own = {} if self.behind else self._of_recurrent(settled)
         return {**layers, **own}
@@ -58,10 +58,10 @@ class FixedPoint:
             state: The state after the batches of a pass.
 
         Raises:
-            ValueError: If more passes than the longest path has calls have not converged.
+            ValueError: If the passes, one more than the longest path has calls, do not converge.
         """
         measured = state.moments
-        if self.behind:  # The statistics of recurrent layers are those with their own populations.
+        if self.behind:  # Recurrent layers keep the statistics of separate populations.
             measured = measured | self._of_recurrent(state.settled)
         before = state.populations
         after = dataclasses.replace(state, settled=measured).populations

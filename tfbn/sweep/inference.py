@@ -1,7 +1,7 @@
-"""Run a model for inference in this thread alone, with no effect on its variables and seeds.
+"""Run a model for inference without side effects on its variables and seeds.
 
-A context of this module changes how Keras and TensorFlow run in the current thread only. All
-that is private of them, and is needed for it, stands here.
+The context managers change Keras and TensorFlow in the current thread only. All private names of
+Keras and TensorFlow that this requires are used here.
 """
 
 import contextlib
@@ -12,12 +12,12 @@ from types import ModuleType
 import keras
 import tensorflow as tf
 
-# Private. The one place through which every `tf.custom_gradient` goes in a graph: it registers
-# the traced function globally and for good. A sweep needs no gradient.
+# Private. Every `tf.custom_gradient` in a graph calls it, and it registers the traced function
+# globally and permanently. A sweep requires no gradient.
 # Private. The four operations behind `tf.random.normal`, `uniform`, `truncated_normal` and the
 # dropout of `tf.nn`. TensorFlow has no hook for the seeds of a graph's operations.
-# Private. Without a graph, an operation without a seed takes the next one of the process.
-# Private. A graph does not say publicly whether it is the body of a loop.
+# Private. Without a graph, an operation without a seed uses the next seed of the process.
+# Private. There is no public way to detect that a graph is the body of a loop.
 from tensorflow.python.framework import random_seed
 from tensorflow.python.ops import custom_gradient, gen_random_ops
 from tensorflow.python.ops.control_flow_v2_func_graphs import WhileBodyFuncGraph
@@ -29,15 +29,15 @@ from tfbn.models.patching import patch_in_thread
 class Draws:
     """The random numbers of one run of a model.
 
-    Every generator of the model draws from its own seed, folded with the number of the batch, with
-    how many draws the run has made before, and with the iterations of the loops around the draw.
-    So each batch draws anew, the same batch draws the same in every pass, and no generator moves.
+    Every draw uses the seed of its generator, folded with the number of the batch, the number of
+    earlier draws in the run, and the iterations of the loops around the draw. So batches draw
+    different numbers, a batch draws the same numbers in every pass, and no generator changes.
 
     Args:
         number: The number of the batch, an int64 scalar tensor.
 
     Attributes:
-        made: How many draws there were.
+        made: Number of draws so far.
     """
 
     def __init__(self, number: tf.Tensor):
@@ -45,7 +45,7 @@ class Draws:
         self.made = 0
 
     def seed(self, base: tf.Tensor) -> tf.Tensor:
-        """The seed of the next draw, of shape (2,), from the generator's own."""
+        """Compute the seed of the next draw, shape (2,), from the seed of the generator."""
         folded = tf.random.fold_in(tf.cast(base, tf.int64), self._number)
         folded = tf.random.fold_in(folded, tf.constant(self.made, tf.int64))
         self.made += 1
@@ -68,17 +68,17 @@ def _iterations() -> Iterator[tf.Tensor]:
 def inference(
     layers: Mapping[str, keras.Layer], observe: Observe, draws: Draws
 ) -> Iterator[keras.StatelessScope]:
-    """Within the context this thread runs models for inference, observed and without effect.
+    """Context manager: run models in this thread for inference, observed, without side effects.
 
-    - Calls of `layers` go to `observe`, see `tfbn.models.keras_models.observed_calls`.
-    - A function that the model's own code has compiled is traced anew as a part of the caller:
-      its old trace does not observe, and nobody may run the new one later.
+    - Calls of `layers` are replaced by `observe`, see `tfbn.models.keras_models.observed_calls`.
+    - A `tf.function` of the model is traced again as a part of the caller: its old trace does not
+      observe, and the new one must not be run later.
     - Keras's variables keep their values, and layers keep the losses of their last call.
-    - Random numbers come from `draws`.
-    - No gradient is made or registered.
+    - `draws` creates the random numbers.
+    - No gradient is created or registered.
 
     Yields:
-        The `keras.StatelessScope` that holds the values that variables would have been given.
+        The `keras.StatelessScope` with the values that variables would have been assigned.
     """
 
     def next_seed(call, generator, *args, **kwargs):
@@ -101,11 +101,11 @@ def inference(
 
     stand_ins: list[tuple[type | ModuleType, str, Callable]] = [
         (keras.random.SeedGenerator, "next", next_seed),
-        # Every method of a generator takes its numbers from here.
+        # Every method of a generator calls it.
         (tf.random.Generator, "skip", skipped),
         (random_seed, "get_seed", seeds_of),
         (custom_gradient, "_graph_mode_decorator", forward_only),
-        # Private. The outermost call of a model forgets the losses of the call before.
+        # Private. The outermost call of a model deletes the losses of the call before.
         (keras.Layer, "_clear_losses", nothing),
         (keras.Layer, "add_loss", nothing),
         *_random_operations(draws),
@@ -137,7 +137,7 @@ def _random_operations(draws: Draws) -> Iterator[tuple[ModuleType, str, Callable
 
 
 def as_called(inputs: Structure) -> Structure:
-    """A batch as a model is called on it, with `None` for the inputs that are absent."""
+    """Convert a batch to the arguments of a model, with `None` for absent inputs."""
     if isinstance(inputs, dict):
         return {key: as_called(value) for key, value in inputs.items()}
     if isinstance(inputs, list | tuple):

@@ -1,4 +1,4 @@
-"""The engine of one process: its data, frontier cache, checkpoint and progress bar."""
+"""The engine of one process, with its data, frontier cache, checkpoint and progress bar."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from tfbn.sweep.state import SweepState
 
 
 class LocalEngine:
-    """Sweeps batches in this process.
+    """Sweep batches in this process.
 
     Args:
         replica: The `Replica` of the model.
@@ -23,7 +23,7 @@ class LocalEngine:
         method: The name of the method.
         memory_limit: Bytes of main memory for tensors between levels.
         report: The `Report` of progress.
-        checkpoint: The `Checkpoint`, if there is one.
+        checkpoint: The `Checkpoint`, or `None`.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class LocalEngine:
         self._all_kept = False
 
     def initial_state(self) -> SweepState:
-        """The state of a new sweep, or that of the checkpoint, at the beginning of its level."""
+        """Return the state of a new sweep, or of the checkpoint at the beginning of its level."""
         state = self._replica.initial_state(self._method, self._batches.first())
         self._saved = None if self._checkpoint is None else self._checkpoint.read(state)
         if self._saved is None:
@@ -58,8 +58,8 @@ class LocalEngine:
         return dataclasses.replace(saved.without_batches(), levels=saved.levels)
 
     def run_level(self, state: SweepState) -> SweepState:
-        """The state after all batches of one level, saved in the checkpoint on the way."""
-        if state.level == 1 and state.fixed_point is not None:  # It needs no frontiers.
+        """Return the state after all batches of one level; save it in the checkpoint meanwhile."""
+        if state.level == 1 and state.fixed_point is not None:  # Uncut passes require no frontiers.
             self._frontiers, self._all_kept = Frontiers(0), False
         reached, digest = self._resumed(state)
         work = self._work(reached.batches, digest)
@@ -73,7 +73,7 @@ class LocalEngine:
                 if self._checkpoint is None:
                     reached = after
                     continue
-                # As one, because Ctrl-C may come at any point.
+                # One statement, because Ctrl-C may interrupt at any point.
                 reached, digest = after, sequence_digest(digest, batch.key)
                 if self._checkpoint.due:
                     self._checkpoint.save(reached, digest)
@@ -87,7 +87,7 @@ class LocalEngine:
         return reached
 
     def finish(self, state: SweepState) -> PopulationStats:
-        """The result of a complete state. The progress bar and the checkpoint end."""
+        """Return the result; end the progress bar and delete the checkpoint."""
         stats = self._replica.finish(state)
         self._report.end()
         if self._checkpoint is not None:
@@ -95,16 +95,16 @@ class LocalEngine:
         return stats
 
     def _resumed(self, state: SweepState) -> tuple[SweepState, bytes]:
-        """The state after the batches of the level that the checkpoint has, and their digest."""
+        """Return the state after the batches in the checkpoint, and their digest."""
         saved, self._saved = self._saved, None
         return saved if saved is not None and saved[0].level == state.level else (state, b"")
 
     def _work(self, done: int, expected: bytes) -> Iterator[tuple[Batch, Frontier | None]]:
-        """Yield each batch that the level still lacks, with its frontier.
+        """Yield each remaining batch of the level with its frontier.
 
         Args:
-            done: How many batches the checkpoint has.
-            expected: Their digest.
+            done: Number of batches in the checkpoint.
+            expected: Digest of these batches.
         """
         digest, index, checkpoint = b"", -1, self._checkpoint
         for batch in self._frontiers if self._all_kept else self._batches:

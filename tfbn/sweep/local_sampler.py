@@ -1,4 +1,4 @@
-"""The sampler of one process, and of several that TensorFlow's strategy runs."""
+"""The sampler of one process, or of the workers of a TensorFlow strategy."""
 
 import functools
 import itertools
@@ -18,7 +18,7 @@ from tfbn.sweep.workers import Workers
 
 
 class LocalSampler:
-    """Draws batches of this process and of the other workers.
+    """Draw batches of this process and of the other workers.
 
     Args:
         replica: The `Replica` of the model.
@@ -40,8 +40,8 @@ class LocalSampler:
         self._workers = workers
 
         def size() -> tuple[int, int]:
-            """The number of batches, -1 for a stream, and of the samples they are drawn from."""
-            # Here, so that an error is raised on all workers.
+            """Return the numbers of batches, -1 for a stream, and of samples to draw from."""
+            # Computed here so that an error is raised on all workers.
             self._begin = replica.initial_state(method, batches.first())
             if not batches.drawn or batches.total is None:
                 return -1, 0
@@ -60,7 +60,7 @@ class LocalSampler:
         self._taken: list[int] = []
 
     def draw(self, more: int) -> Draw:
-        """Draw that many more batches from all workers, or fewer where the data ends."""
+        """Draw `more` batches from all workers, or fewer if the data ends."""
         start, self._asked = self._asked, self._asked + more
         mine = math.ceil(more / self._workers.count)
         if self._deal is not None:
@@ -76,25 +76,25 @@ class LocalSampler:
         return Draw(batches, samples, batches >= total, total, self._population_size)
 
     def engine(self) -> "LocalGroups":
-        """An engine for all batches drawn so far."""
+        """Create an engine for all batches drawn so far."""
         limit = max(self._memory_limit - self._kept.nbytes, 0)
         return LocalGroups(
             self._replica, self._begin, self._kept, self._taken, self._workers, limit
         )
 
     def finish(self, state: SweepState) -> PopulationStats:
-        """The result of a complete state."""
+        """Return the result of a complete state."""
         return self._replica.finish(state)
 
 
 class LocalGroups:
-    """Sweeps a sample in groups.
+    """Sweep a sample in groups.
 
     Args:
         replica: The `Replica` of the model.
-        begin: The state at which a sweep begins in this process.
+        begin: The state where a sweep begins in this process.
         kept: The batches that this worker has drawn.
-        taken: How many each worker has drawn.
+        taken: Number of batches that each worker has drawn.
         workers: The `Workers`.
         memory_limit: Bytes of main memory for tensors between levels.
     """
@@ -134,7 +134,7 @@ class LocalGroups:
         self._groups, self._probes = engines[: self.groups], engines[self.groups :]
 
     def begin(self) -> SweepState:
-        """The state at which the sweep begins."""
+        """Return the state where the sweep begins."""
         begins = self._workers.gather(lambda: self._begin)
         return max(begins, key=lambda begin: len(begin.paths))
 
@@ -151,7 +151,7 @@ class LocalGroups:
 
 
 class _Part:
-    """Some of the batches that were drawn, and how many they are."""
+    """Some of the drawn batches, and their number."""
 
     def __init__(self, batches: Batches, number: int):
         self.batches = batches
@@ -162,14 +162,14 @@ class _Part:
 
 
 class _Kept:
-    """The batches that were drawn, held in memory or read again.
+    """The drawn batches, stored in memory or read again.
 
     Args:
         batches: The `Batches` to draw from, in their order.
-        limit: Bytes of main memory to hold them in.
+        limit: Largest number of bytes to store.
 
     Attributes:
-        nbytes: Bytes that they take.
+        nbytes: Number of stored bytes.
     """
 
     def __init__(self, batches: Batches, limit: int):
@@ -181,7 +181,7 @@ class _Kept:
         self.nbytes = 0
 
     def read(self, more: int) -> tuple[int, int, bool]:
-        """Read more: how many batches and samples there are, and whether the data has ended."""
+        """Load more batches; return numbers of batches and samples, and whether the data ended."""
         asked = len(self._sizes) + more
         for batch in itertools.islice(self._iterator, more):
             self._sizes.append(batch.samples)
@@ -191,11 +191,11 @@ class _Kept:
 
     @property
     def samples(self) -> int:
-        """How many samples they are."""
+        """Number of samples."""
         return sum(self._sizes)
 
     def part(self, start: int, stop: int) -> _Part:
-        """The batches from number `start` to `stop`."""
+        """Return the batches from `start` to `stop`."""
         stop = min(stop, len(self._sizes))
         if self._inputs is None and stop > start:
             return _Part(self._batches.part(start, stop), stop - start)

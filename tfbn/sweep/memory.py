@@ -1,4 +1,4 @@
-"""How much memory a sweep may take by default."""
+"""Compute how much memory a sweep may use by default."""
 
 import os
 import pathlib
@@ -14,22 +14,22 @@ _UNKNOWN = 2**30
 
 
 def default_limit(root: str | os.PathLike = "/") -> int:
-    """A quarter of the free memory of the host or of the container, the smaller one, in bytes.
+    """Compute a quarter of the free memory of the host or container, the smaller, in bytes.
 
-    1 GiB where neither is known.
+    Returns 1 GiB if neither is known.
 
     Args:
-        root: Where the file systems `proc` and `sys` are mounted.
+        root: The folder with the file systems `proc` and `sys`.
     """
     free = [*_host(pathlib.Path(root)), *_container(pathlib.Path(root))]
     return max(min(free), 0) // _SHARE if free else _UNKNOWN
 
 
 def accelerator_limit(device: str) -> int | None:
-    """Half of the free memory of an accelerator, in bytes; `None` for a CPU.
+    """Compute half of the free memory of an accelerator, in bytes; `None` for a CPU.
 
-    Free is what TensorFlow may allocate and has not allocated: 0 if it does not say so. The other
-    half is for the computation.
+    Free memory is what TensorFlow may allocate and has not allocated; 0 if unknown. The other half
+    is for the computation.
 
     Args:
         device: The name of the device of a tensor.
@@ -41,7 +41,7 @@ def accelerator_limit(device: str) -> int | None:
     limits = {one.name: one.memory_limit for one in device_lib.list_local_devices()}
     try:
         used = tf.config.experimental.get_memory_info(name)["current"]
-    except ValueError:  # TensorFlow does not count on every kind of device.
+    except ValueError:  # TensorFlow does not support it on every kind of device.
         return 0
     return max(limits.get(f"/device:{name}", 0) - used, 0) // 2
 
@@ -57,7 +57,7 @@ def _host(root: pathlib.Path) -> Iterator[int]:
 
 
 def _container(root: pathlib.Path) -> Iterator[int]:
-    """The bytes that the control groups of this process leave, of version 2 and version 1."""
+    """Yield the bytes left by the control groups (versions 1 and 2) of this process."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -72,16 +72,16 @@ def _container(root: pathlib.Path) -> Iterator[int]:
             if controllers
             else ("memory.max", "memory.current")
         )
-        # A container often sees its own group as the root, by whatever name the host calls it.
+        # A container often has its group as the root; the name on the host may not exist here.
         place = base / path.strip("/")
         for folder in {base, place, *(p for p in place.parents if base in p.parents)}:
             try:
                 most = int((folder / limit).read_text())
-                # Cached files that were not used lately are given up when memory is short.
+                # The kernel frees inactive cached files if memory is short.
                 used = int((folder / usage).read_text()) - _inactive_files(folder / "memory.stat")
             except (OSError, ValueError):  # No limit here, or the word "max".
                 continue
-            if most < 2**60:  # Version 1 says so that there is none.
+            if most < 2**60:  # In version 1 a larger number means no limit.
                 yield most - used
 
 
