@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import traceback
 from collections.abc import Iterator
 
 # Characters of an error's text: Keras prints whole configs, and terminals have an end.
@@ -77,9 +78,14 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _is_ours(error):
-    """Whether an error is one of tfbn's sentences: an expectation, or a missing package."""
-    return isinstance(error, ImportError | FileError) or str(error).startswith("Expected")
+def _is_ours(error: Exception) -> bool:
+    """Whether code of tfbn has raised an error with a sentence, no part of one."""
+    raised_by = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        raised_by = frame.f_globals.get("__name__", "")
+    sentence = isinstance(error, ValueError | TypeError | RuntimeError | ImportError)
+    sentence = sentence and str(error)[:1].isupper()
+    return isinstance(error, FileError) or (sentence and raised_by.startswith("tfbn."))
 
 
 def _cut(text, length):
