@@ -1,0 +1,65 @@
+import keras
+from keras import layers
+
+from tfbn.models import upstream
+
+
+def names(model):
+    """Return path -> names of the variables upstream."""
+    name_of = {id(variable): variable.path for variable in model.variables}
+    return {
+        path: {name_of[one] for one in variables}
+        for path, variables in upstream.variables(model).items()
+    }
+
+
+def test_a_layer_depends_on_the_weights_before_it_alone():
+    inputs = keras.Input((3,))
+    left = layers.Dense(2, name="left")(inputs)
+    left = layers.BatchNormalization(name="bn_left")(left)
+    right = layers.BatchNormalization(name="bn_right")(layers.Dense(2, name="right")(inputs))
+    both = layers.BatchNormalization(name="bn_both")(layers.Add()([left, right]))
+    model = keras.Model(inputs, layers.Dense(1, name="head")(both))
+    found = names(model)
+    assert found["bn_left"] == {"left/kernel", "left/bias"}
+    assert found["bn_right"] == {"right/kernel", "right/bias"}
+    assert found["bn_both"] == {
+        f"{layer}/{name}"
+        for layer in ("left", "right", "bn_left", "bn_right")
+        for name in ("kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance")
+        if (name in ("kernel", "bias")) == (layer in ("left", "right"))
+    }
+
+
+def test_inside_a_loop_every_weight_counts():
+    norm = layers.BatchNormalization(name="bn")
+    cell = layers.RNN(Cell(norm), name="rnn")
+    model = keras.Sequential([keras.Input((4, 2)), cell, layers.Dense(1, name="head")])
+    [found] = names(model).values()
+    assert found == {variable.path for variable in model.variables}
+
+
+class Cell(layers.Layer):
+    """Normalize the sum of input and state."""
+
+    state_size = output_size = 2
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def build(self, shape):
+        """Build the layer inside."""
+        self.norm.build(shape)
+
+    def call(self, inputs, states, training=None):
+        """Return output and state."""
+        output = self.norm(inputs + states[0], training=training)
+        return output, [output]
+
+
+def test_a_model_that_cannot_be_traced_without_data_gives_nothing():
+    class Unknown(keras.Model):
+        """Record no input."""
+
+    assert upstream.variables(Unknown()) is None
