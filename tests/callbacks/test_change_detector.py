@@ -43,6 +43,15 @@ def test_a_change_is_remembered_when_the_statistics_return():
     assert detector.changed() == {"first"}
 
 
+def test_later_steps_are_compared_with_the_beginning():
+    model = network()
+    detector = ChangeDetector(model)
+    detector.begin_step()
+    model.get_layer("first")(X, training=True)
+    detector.begin_step()
+    assert detector.changed() == {"first"}
+
+
 def test_weights_that_are_set_before_the_first_step_are_no_change():
     model = network()
     detector = ChangeDetector(model)
