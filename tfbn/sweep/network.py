@@ -1,7 +1,7 @@
-"""The network of a model: one trace for all sweeps of one signature.
+"""Trace the network of a model, once for all sweeps of one signature.
 
-A trace belongs to its model. It dies with the model, and is replaced when the model's layers
-change. Weights are read whenever it runs.
+Traces are stored per model, deleted with the model, and replaced when the layers of the model
+change. A trace reads the weights in every run.
 """
 
 import collections
@@ -21,11 +21,11 @@ from tfbn.sweep.observation import Observer, UnobservableError
 from tfbn.sweep.state import Site
 from tfbn.sweep.trace import Trace, trace_model
 
-# Traces that a model keeps: a few signatures for each of two methods.
+# Largest number of stored traces per model: a few signatures for each of two methods.
 _KEPT_TRACES = 8
 
 _building = threading.RLock()
-# Model -> its structure, and its traces.
+# Model -> (structure, traces).
 _traces: "weakref.WeakKeyDictionary[keras.Model, tuple[tuple, Traces]]"
 _traces = weakref.WeakKeyDictionary()
 
@@ -35,14 +35,13 @@ Traces = collections.OrderedDict[tuple, list[Trace]]
 
 
 class Network:
-    """A model as its sweeps see it, on one device.
+    """The network of a model on one device, and its traces.
 
     Args:
-        model: A built model. Nothing in it is changed.
+        model: A built model. It does not change.
         layers: The layers to observe, by path.
         ignored: See `Observer`.
-        device: The device to run on, whose replica of the weights is used; TensorFlow's choice
-            if `None`.
+        device: The device, whose replica of the weights is used; `None` for TensorFlow's choice.
     """
 
     def __init__(
@@ -59,21 +58,21 @@ class Network:
         structure = keras_models.trace_key(model)
         with _building:
             known, traces = _traces.get(model, (None, None))
-            if traces is None or known != structure:  # The model's layers have changed since.
+            if traces is None or known != structure:  # The layers of the model have changed.
                 traces = Traces()
                 _traces[model] = structure, traces
         self._traces = traces
 
     def trace(self, inputs: Structure, *, settled: bool, static: bool = False) -> Trace:
-        """The trace for batches like `inputs`, made if there is none that fits.
+        """Return the trace for batches like `inputs`; create it if none matches.
 
         Args:
-            inputs: A batch, or specs of one.
+            inputs: A batch, or its specs.
             settled: See `tfbn.sweep.trace.trace_model`.
             static: Whether the size of the batch is part of its signature.
 
         Raises:
-            Exception: Whatever the model raises on such a batch.
+            Exception: Any error that the model raises on such a batch.
         """
         opened = tf.nest.map_structure(_open, inputs)
         flat = [tf.TensorSpec(value.shape, value.dtype) for value in flatten(inputs)]
@@ -98,9 +97,9 @@ class Network:
         settled: bool,
         static: bool,
     ) -> Trace:
-        # One trace for all batch sizes, and where other dimensions turn out to differ, one for
-        # all of these, unless that makes Keras vectorize: TimeDistributed does, where the number
-        # of steps is open. Where the model wants the size of the batch, one for each size.
+        # One trace for all batch sizes, and for all sizes of other dimensions that differ, unless
+        # that makes Keras vectorize: TimeDistributed does for an open number of steps. One trace
+        # per batch size if the model requires that size.
         specs = flatten(opened)
         attempts = [flat] if static else [specs, flat]
         if traces and not static and self._declares(specs):
@@ -122,9 +121,9 @@ class Network:
         )
 
     def _declares(self, specs: list[tf.TensorSpec]) -> bool:
-        """Whether the model's recorded input shapes, as far as they are known, allow these."""
+        """Return whether the recorded input shapes of the model, if any, allow these specs."""
         declared = flatten(keras_models.input_specs(self.model) or [])
-        pairs = zip(declared, specs, strict=False)  # None are recorded of many a subclass.
+        pairs = zip(declared, specs, strict=False)  # Many subclassed models record none.
         return all(
             a.shape.rank != b.shape.rank or a.shape.is_compatible_with(b.shape) for a, b in pairs
         )
@@ -133,14 +132,14 @@ class Network:
     def _traced_for(self) -> Iterator[None]:
         with contextlib.ExitStack() as scope:
             if self._device is not None:
-                # Only within the scope of its strategy is a mirrored variable read on that device.
+                # A mirrored variable is read on that device only within the scope of its strategy.
                 scope.enter_context(self.model.distribute_strategy.scope())
                 scope.enter_context(tf.device(self._device))
             yield
 
 
 def traces_of(model: keras.Model) -> list[Trace]:
-    """The traces that sweeps of a model have made, and that still fit its layers."""
+    """Return the traces of a model's sweeps that still match its layers."""
     with _building:
         known, traces = _traces.get(model, (None, None))
         if traces is None or known != keras_models.trace_key(model):
@@ -149,9 +148,9 @@ def traces_of(model: keras.Model) -> list[Trace]:
 
 
 def first_level(model: keras.Model) -> dict[str, int]:
-    """Path -> number of calls of the layers of level 1, in all traces that sweeps have made.
+    """Return path -> number of calls of the layers of level 1, in all traces of sweeps.
 
-    It is empty before the first trace, and without the layers of networks that cannot be cut.
+    Returns an empty dict before the first trace. Skips networks that cannot be cut.
     """
     counts: collections.Counter[str] = collections.Counter()
     above: set[str] = set()
@@ -163,9 +162,9 @@ def first_level(model: keras.Model) -> dict[str, int]:
 
 
 def devices(model: keras.Model) -> list[str | None]:
-    """The devices of this process that hold a replica of a model.
+    """Return the devices of this process that hold a replica of a model.
 
-    `[None]`, TensorFlow's choice, without a strategy that mirrors the model.
+    Returns `[None]`, TensorFlow's choice, without a mirrored strategy.
     """
     mirrored = tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy
     strategy = model.distribute_strategy
@@ -175,7 +174,7 @@ def devices(model: keras.Model) -> list[str | None]:
 
 
 def _open(value: Any) -> tf.TypeSpec:
-    """The type of a batch's leaf, with a batch axis of any size."""
+    """Return the spec of a batch's leaf, with a batch axis of any size."""
     spec = value if isinstance(value, tf.TypeSpec) else tf.type_spec_from_value(value)
     if not spec.shape.rank:
         return tf.TensorSpec([], spec.dtype)

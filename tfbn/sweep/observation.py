@@ -1,4 +1,4 @@
-"""The observed model: one run gives outputs and the moments of every call of a batch norm layer."""
+"""Run a model and compute the moments of every call of its batch norm layers."""
 
 import collections
 import contextlib
@@ -20,7 +20,7 @@ from tfbn.sweep.state import Site
 
 
 class UnobservableError(ValueError):
-    """A model on which the statistics that a sweep is to find are not defined, or not seen."""
+    """Raised for a model whose statistics are undefined, or cannot be observed."""
 
 
 class Call(NamedTuple):
@@ -29,14 +29,13 @@ class Call(NamedTuple):
     Attributes:
         site: The layer and the number of the call.
         path: The path of the layer.
-        inputs: The tensor that enters, and its mask if it has one.
-        outputs: The tensor that leaves.
-        fetches: The tensors to take out of the graph for `measure`; `None` in the body of a loop
-            or branch, out of which a graph hands nothing.
-        measure: Function from the values of `fetches` to the moments of the values that entered.
-            It returns a list of tensors with count, mean and variance, float64, shape
-            (3, channels): one tensor, or any number for the body of a loop, or none for a call
-            whose values do not count.
+        inputs: The input tensor, and its mask if any.
+        outputs: The output tensor.
+        fetches: The tensors to fetch from the graph for `measure`; `None` in the body of a loop or
+            branch, whose tensors cannot be fetched.
+        measure: Function from the values of `fetches` to the moments of the input: a list of
+            tensors with count, mean and variance, float64, shape (3, channels). One tensor; any
+            number for the body of a loop; an empty list for a call whose values do not count.
     """
 
     site: Site
@@ -55,7 +54,7 @@ class Run(NamedTuple):
         calls: The observed calls in their order.
         by_batch: The paths of layers that the model calls with `training=True` in inference too.
             Such a call normalizes by the batch, uses no statistics, and is not observed.
-        draws: How many random draws there were.
+        draws: Number of random draws.
         updates: Id of a Keras variable -> the value that the run would have assigned to it.
     """
 
@@ -67,11 +66,11 @@ class Run(NamedTuple):
 
 
 class Observer:
-    """Runs a model with some of its batch norm layers observed.
+    """Run a model and observe some of its batch norm layers.
 
     Args:
-        model: A built model. It is held weakly.
-        layers: The layers to observe, by path. They are held weakly.
+        model: A built model, stored as a weak reference.
+        layers: Path -> layer to observe, stored as weak references.
         ignored: The sites whose values do not count, because `fit` does not train there.
     """
 
@@ -96,10 +95,10 @@ class Observer:
 
         Args:
             inputs: A batch of the model's inputs.
-            number: The number of the batch, an int64 scalar: its random numbers follow from it.
-            population: From a site and its number of channels to the mean and variance that the
-                call normalises with, a tensor of shape (2, channels); or to `None`, where the
-                call is to normalise with the moments of the batch, as in training.
+            number: The seed of the batch's random numbers, an int64 scalar.
+            population: Function from a site and its number of channels to the mean and variance
+                that the call normalizes with, a tensor of shape (2, channels); `None` to normalize
+                with the moments of the batch, as in training.
         """
         calls: list[Call] = []
         refused: list[UnobservableError] = []
@@ -140,17 +139,17 @@ class Observer:
         return Run(outputs, calls, frozenset(by_batch), draws.made, updates)
 
     def owner(self, variable_id: int) -> str:
-        """The path of the innermost layer that has a variable."""
+        """Return the path of the innermost layer that has a variable."""
         path, _ = self._variables()[variable_id]
         return path
 
     def handles(self, variable_id: int) -> set[int]:
-        """The ids of the tensors by which graphs refer to a variable, on every replica."""
+        """Return the ids of a variable's resource handles on all replicas."""
         _, variable = self._variables()[variable_id]
         return self._handles(variable)
 
     def statistics(self) -> dict[int, str]:
-        """By the id of such a tensor of each statistic of the layers, its name in messages."""
+        """Return id of a resource handle -> name of the statistic in messages."""
         return {
             handle: f"{name} of layer {path!r}"
             for path, layer in self._layers.items()
@@ -164,10 +163,9 @@ class Observer:
         return {id(value.handle) for value in local}
 
     def _variables(self) -> dict[int, tuple[str, keras.Variable]]:
-        """By its id each Keras variable of the model, with the path of its innermost layer.
+        """Return id -> (path of the innermost layer, Keras variable) for all variables.
 
-        A recurrent layer keeps its state in a list, and Keras does not count it among the layer's
-        variables.
+        Includes the state of recurrent layers: a list, which `layer.variables` does not include.
         """
         variables = {}
         for path, layer in keras_models.layers(self._model()).items():
@@ -180,7 +178,11 @@ class Observer:
         return variables
 
     def _waiting(self, call: Call, channels: int) -> Call:
-        """A call in the body of a loop or branch, of which only the outputs' needs are run."""
+        """Convert a call inside a loop or branch.
+
+        Its moments leave the body through a queue, because only operations that the outputs depend
+        on are executed.
+        """
         queue = self._queue(call.site, channels)
         [batch] = call.measure(*(call.fetches or ()))
         with tf.control_dependencies([queue.enqueue(batch)]):
@@ -190,7 +192,7 @@ class Observer:
         )
 
     def _queue(self, site: Site, channels: int) -> tf.queue.FIFOQueue:
-        """The queue in which the moments of a call in a loop or branch wait for `_drain`."""
+        """Return the queue for the moments of a call in a loop or branch, see `_drain`."""
         if site not in self._queues:
             with tf.init_scope(), tf.device("CPU"):
                 self._queues[site] = tf.queue.FIFOQueue(
@@ -200,7 +202,7 @@ class Observer:
 
 
 def _wrong_mask(path: str, x: tf.Tensor, mask: tf.Tensor | None) -> UnobservableError | None:
-    """The error for a mask that is not one value per position of `x`."""
+    """Return the error for a mask without exactly one value per position of `x`."""
     if mask is None or x.shape.rank is None or mask.shape.rank is None:
         return None
     positions = x.shape[:-1]
@@ -219,11 +221,11 @@ def _refusing_unobserved(
     counts: Mapping[str, int],
     refused: list[UnobservableError],
 ) -> Iterator[None]:
-    """Within the context a subclass of batch norm that does not call `super().call()` raises.
+    """Context manager: raise for a batch norm subclass that does not call `super().call()`.
 
     Args:
-        layers: Batch norm layers by path.
-        counts: path -> number of observed calls, so far.
+        layers: Path -> batch norm layer.
+        counts: Path -> number of observed calls so far.
         refused: The error is added to it.
     """
     paths = {id(layer): path for path, layer in layers.items()}
@@ -272,7 +274,7 @@ def _observed(
         _, mean, variance = tf.unstack(batch)
         outputs = kernels.normalize(x, mean, variance, gamma, beta, **form)
         return Call(site, site.path, entered, outputs, [batch], lambda batch: [batch])
-    # The moments of the values that enter are taken outside of the graph, which keeps it small.
+    # Moments are computed outside of the graph, which keeps it small.
     outputs = kernels.normalize(x, population[0], population[1], gamma, beta, **form)
     return Call(site, site.path, entered, outputs, fetches, measure)
 
@@ -280,7 +282,7 @@ def _observed(
 def _measured(
     axis: int, x: tf.Tensor, mask: tf.Tensor | None = None
 ) -> tuple[list[tf.Tensor], Callable[..., list[tf.Tensor]]]:
-    """The tensors whose moments are those of `x`, and the function that gives them."""
+    """Return tensors to fetch for `x`, and the function from them to the moments of `x`."""
     if mask is not None:
         specs = tuple(tf.TensorSpec([None, *v.shape[1:]], v.dtype) for v in (x, mask))
         return [x, mask], _masked_moments(axis, specs)
@@ -293,7 +295,7 @@ def _measured(
 
 @functools.cache
 def _moments(within: int, dtype: tf.DType) -> Callable[[tf.Tensor], list[tf.Tensor]]:
-    """The moments of `tfbn.layer.sums`, traced once for all layers of all models."""
+    """Return the moments of `tfbn.layer.sums`, traced once for all layers of all models."""
     return _concrete(
         lambda x: _stacked(*sums.moments_of_stretches(x, within)),
         tf.TensorSpec([None] * 3, dtype),
@@ -302,7 +304,7 @@ def _moments(within: int, dtype: tf.DType) -> Callable[[tf.Tensor], list[tf.Tens
 
 @functools.cache
 def _compiled_moments(spec: tf.TensorSpec) -> Callable[[tf.Tensor], list[tf.Tensor]]:
-    """The moments in one pass over memory, and without a wait for the GPU, compiled by XLA."""
+    """Return the moments compiled by XLA: one pass over memory, no wait for the GPU."""
     return _concrete(lambda x: _stacked(*kernels.moments(x, 1)), spec, compiled=True)
 
 
@@ -316,7 +318,7 @@ def _masked_moments(
 def _concrete(
     function: Callable[..., tf.Tensor], *specs: tf.TensorSpec, compiled: bool = False
 ) -> Callable[..., list[tf.Tensor]]:
-    # Outside of the graph that may be in the making, which the function would keep alive.
+    # `init_scope`, because the function would keep a graph that is being built alive.
     with tf.init_scope(), tf.device(None):
         return tf.function(
             lambda *values: [function(*values)],
@@ -332,6 +334,6 @@ def _stacked(count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> tf.Tenso
 
 
 def _drain(queue: tf.queue.FIFOQueue) -> list[tf.Tensor]:
-    """Return all moments that were put into a queue since the last time, or one of no values."""
+    """Return all moments in a queue, or a single one with count 0."""
     waiting = tf.unstack(queue.dequeue_many(queue.size()))
     return waiting or [tf.zeros(queue.shapes[0], tf.float64)]

@@ -1,4 +1,4 @@
-"""The options of a sweep, and the methods to choose from, one row each."""
+"""The options and methods of a sweep."""
 
 import dataclasses
 import os
@@ -8,20 +8,20 @@ from tfbn import arguments
 
 
 class Method(NamedTuple):
-    """How a method sweeps.
+    """Properties of a method.
 
     Attributes:
         by_level: Whether a layer is observed while the layers before it normalize with their
-            population statistics, level by level. Else they normalize with the batch's own
-            moments, as in training, and one pass observes all layers.
-        batches_matter: Whether the statistics depend on how the data is cut into batches.
+            population statistics, level by level. Otherwise they normalize with the moments of
+            the batch, as in training, and one pass observes all layers.
+        batches_matter: Whether the statistics depend on the split of the data into batches.
     """
 
     by_level: bool
     batches_matter: bool
 
 
-# `tfbn.stats.moments` accumulates the moments of batches, by the same names.
+# `tfbn.stats.moments` supports the same names.
 METHODS = {
     "exact": Method(by_level=True, batches_matter=False),
     "pooled": Method(by_level=False, batches_matter=True),
@@ -34,7 +34,7 @@ class SweepOptions:
     """The options of a sweep, see `tfbn.collect`.
 
     Raises:
-        ValueError: For values that no sweep takes.
+        ValueError: For invalid values.
     """
 
     method: str = "exact"
@@ -51,7 +51,7 @@ class SweepOptions:
             raise ValueError(
                 f"Expected method to be one of {tuple(METHODS)}. Received: method={self.method!r}."
             )
-        # Frozen, so that the checked number is stored past the dataclass.
+        # The dataclass is frozen: store the validated number with `object.__setattr__`.
         object.__setattr__(self, "tolerance", arguments.tolerance(self.tolerance))
         if self.checkpoint is not None and self.tolerance is not None:
             raise ValueError(

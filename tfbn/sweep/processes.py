@@ -1,4 +1,4 @@
-"""The model in each process of a cluster, loaded and traced once for all tasks."""
+"""Load and trace the model once in each process of a cluster, for all tasks."""
 
 import dataclasses
 import os
@@ -20,15 +20,14 @@ Source = str | Callable[[], keras.Model]
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """All that a process needs to take part in a sweep, sent with every task.
+    """The model and settings of a sweep, sent with every task.
 
     Attributes:
-        source: The path of the model or a function that returns it; or the model itself, see
-            `OnlyHere`.
+        source: The path of the model, or a function that returns it, see `OnlyHere`.
         include_frozen: Whether to sweep layers too that `fit` does not train.
-        paths: The layers to sweep, by the names that they have where the sweep began: unnamed
+        paths: The layers to sweep, by their names in the process that began the sweep: unnamed
             layers of a subclassed model have other numbers in every process.
-        sweep: The name of the sweep, other than that of any other.
+        sweep: A unique name of the sweep.
     """
 
     source: Source
@@ -38,17 +37,17 @@ class Recipe:
 
 
 class OnlyHere:
-    """A model that tasks bring along as long as they stay in this process."""
+    """A model for tasks that stay in this process."""
 
     def __init__(self, model: keras.Model):
         self.model = model
 
     def __call__(self) -> keras.Model:
-        """The model."""
+        """Return the model."""
         return self.model
 
     def __reduce__(self):
-        # Keras would pack the whole model into every task, and load it in every task.
+        # Keras would serialize the whole model into every task, and load it in every task.
         raise ValueError(
             f"Expected a model that other processes can load. Received: model {self.model.name!r} "
             "itself, and a map that sends tasks to processes. Pass the path of a .keras file or a "
@@ -57,7 +56,7 @@ class OnlyHere:
 
 
 def source_of(model: keras.Model | str | os.PathLike | Callable[[], keras.Model]) -> Source:
-    """The source of a model, from the user's argument `model`.
+    """Return the source of a model, from the user's argument `model`.
 
     Raises:
         ValueError: See `check_source`.
@@ -66,10 +65,10 @@ def source_of(model: keras.Model | str | os.PathLike | Callable[[], keras.Model]
 
 
 def check_source(model: str | os.PathLike | Callable[[], keras.Model]) -> Source:
-    """The path or function that gives a model in any process.
+    """Validate the path or function that returns a model in any process.
 
     Raises:
-        ValueError: If it is neither the path of a `.keras` file that exists nor a function.
+        ValueError: For anything but a function or the path of an existing `.keras` file.
     """
     keras_models.refuse_keras_2(model)
     known = False
@@ -88,7 +87,7 @@ def check_source(model: str | os.PathLike | Callable[[], keras.Model]) -> Source
 
 
 def load(source: Source) -> keras.Model:
-    """The model of a source of `check_source`.
+    """Load the model from a source of `check_source`.
 
     Raises:
         ValueError: If Keras cannot load the file.
@@ -105,26 +104,26 @@ def load(source: Source) -> keras.Model:
 
 
 def make_replica(recipe: Recipe) -> Replica:
-    """Load the model of a sweep, and make its `Replica`."""
+    """Load the model of a sweep and create its `Replica`."""
     model = load(recipe.source)
     layers = layers_to_sweep(model, recipe.include_frozen)
-    # If it has other layers, its fingerprint is another too, which `sweep_shard` refuses.
+    # Other layers have another fingerprint, which `sweep_shard` refuses.
     if recipe.paths is not None and len(recipe.paths) == len(layers):
         layers = dict(zip(recipe.paths, layers.values(), strict=True))
     return Replica(model, layers, include_frozen=recipe.include_frozen)
 
 
-# Here rather than in the tasks, which are new objects every time that they are sent. As long as
-# somebody holds them, the replicas of several sweeps; else that of the last one.
+# Global, because tasks are new objects in every transfer. Sweep -> its replica, as long as it is
+# referenced; `_last` references the replica of the last sweep.
 _replicas: weakref.WeakValueDictionary[str, Replica] = weakref.WeakValueDictionary()
 _last: list[Replica] = []
 _making = threading.Lock()
-# This one, as soon as TensorFlow runs in it, and those that it was forked from.
+# Ids of this process, once TensorFlow runs in it, and of the processes it was forked from.
 _processes: set[int] = set()
 
 
 def replica_here(recipe: Recipe) -> Replica:
-    """The `Replica` of a sweep in this process, made in the first call.
+    """Return the `Replica` of a sweep in this process, created in the first call.
 
     Raises:
         ValueError: If the model cannot be loaded or swept, or the process cannot run TensorFlow.
@@ -145,7 +144,7 @@ def replica_here(recipe: Recipe) -> Replica:
 
 
 def forget(recipe: Recipe) -> None:
-    """Let the model go, in this process."""
+    """Release the model in this process."""
     with _making:
         if _replicas.get(recipe.sweep) in _last:
             _last.clear()

@@ -1,4 +1,4 @@
-"""A random order of many items that takes no memory for those which are not drawn."""
+"""Compute a random order of many items with memory for the drawn items only."""
 
 import numpy as np
 
@@ -8,18 +8,18 @@ _ROUNDS = 8
 class RandomOrder:
     """A pseudorandom permutation of the numbers below `number`, computed position by position.
 
-    A Feistel network permutes the smallest power of 4 that is at least `number`; a value that is
-    too large is permuted again until it is small enough ("cycle walking": Black & Rogaway 2002,
-    https://doi.org/10.1007/3-540-45760-7_9).
+    A Feistel network permutes the numbers below the smallest power of 4 that is at least `number`;
+    a value that is too large is permuted again until it is below `number` ("cycle walking": Black &
+    Rogaway 2002, https://doi.org/10.1007/3-540-45760-7_9).
 
     Args:
-        number: How many items there are.
+        number: Number of items.
         seed: The same seed gives the same order; other seeds give unrelated orders.
     """
 
     def __init__(self, number: int, seed: int):
         self._number = number
-        self._bits = np.uint64(max((number - 1).bit_length() + 1, 2) // 2)  # Of each half.
+        self._bits = np.uint64(max((number - 1).bit_length() + 1, 2) // 2)  # Bits of each half.
         self._mask = np.uint64(2 ** int(self._bits) - 1)
         self._keys = np.random.default_rng(seed).integers(0, 2**64, _ROUNDS, np.uint64)
 
@@ -27,7 +27,7 @@ class RandomOrder:
         return self._number
 
     def __getitem__(self, positions: slice) -> np.ndarray:
-        """The items at consecutive positions, as int64."""
+        """Return the items at consecutive positions, as int64."""
         values = np.arange(*positions.indices(self._number), dtype=np.uint64)
         values = self._permute(values)
         while (large := values >= self._number).any():
@@ -42,7 +42,7 @@ class RandomOrder:
 
 
 def _hash(values: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele, Lea & Flood 2014), modulo 2^64."""
+    """Compute the finalizer of SplitMix64 (Steele, Lea & Flood 2014), modulo 2^64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""A model in one process, ready to be swept. It holds no data, no checkpoint and no progress."""
+"""A model in one process, without data, checkpoint and progress."""
 
 import collections
 import concurrent.futures
@@ -37,7 +37,7 @@ class SweptBatch(NamedTuple):
 
     Attributes:
         batch: The `Batch`.
-        frontier: The `Frontier` that it reached, if any.
+        frontier: The `Frontier` that the batch reached, if any.
         state: The `SweepState` after the batch.
     """
 
@@ -53,13 +53,13 @@ class Replica:
         model: A built model.
         layers: Path -> layer to sweep.
         include_frozen: Whether to sweep layers that `fit` does not train as well.
-        trained: Whether training was observed to change these layers, so that no trace needs to
-            show which ones train.
-        warned: Whether the warnings about the network have been given.
+        trained: Whether training has changed these layers, so that no trace is required to choose
+            them.
+        warned: Whether the warnings about the network have been issued.
 
     Attributes:
         model: The model.
-        layers: Path -> layer to sweep, before the data shows which ones train.
+        layers: Path -> layer to sweep, before the first batch shows which layers train.
     """
 
     def __init__(
@@ -87,24 +87,24 @@ class Replica:
             self._build_networks(layers)
 
     def fork(self) -> "Replica":
-        """Return a replica with the same networks that places other populations."""
+        """Return a replica with the same networks, for other populations."""
         other = copy.copy(self)
         other._devices = [_Device(device.network, device.name) for device in self._devices]
         return other
 
     @property
     def any_batch_size(self) -> bool:
-        """Whether the network is known to take batches of any size."""
+        """Whether the recorded inputs allow batches of any size."""
         inputs = getattr(self.model, "inputs", None) or []
         return bool(inputs) and all(tensor.shape[0] is None for tensor in inputs)
 
     def initial_state(self, method: str, first: Batch | None = None) -> SweepState:
-        """Return the state at which a sweep begins.
+        """Return the state where a sweep begins.
 
         Args:
             method: The name of the method.
-            first: The first batch of the data, which shows the layers that train. Without it, the
-                state names all candidates.
+            first: The first batch of the data, which shows the layers that train. `None` to
+                include all candidates.
         """
         self._choose_layers(first)
         paths = tuple(self.layers) if self._paths is None else self._paths
@@ -126,13 +126,13 @@ class Replica:
         Args:
             state: The state at the beginning of the level.
             work: Batches, each with the frontier where it starts, or `None` for its inputs.
-            reached: The state after some batches of the level that need not be run again.
+            reached: The state after batches of the level that have already run.
             static: Whether the batch size is part of the signature, see `Network.trace`.
 
         Yields:
             `SweptBatch`, in the order of `work`.
         """
-        if not self._devices:  # There has been no data.
+        if not self._devices:  # No data.
             return
         for device in self._devices:
             device.begin_level(state, self.layers, static)
@@ -157,17 +157,17 @@ class Replica:
     def sweep_shard(self, state: SweepState, batches: BatchReader) -> SweepState:
         """Run one level over some batches, in a sweep that began in another process.
 
-        Threads take turns.
+        Locks the replica: one thread at a time.
 
         Args:
             state: The state at the beginning of the level.
             batches: The `tfbn.sweep.batches.Batches`, which are read once.
 
         Returns:
-            The state after them, without the levels before, which all processes have.
+            The state after the batches, without the levels before, which all processes have.
 
         Raises:
-            ValueError: If the weights are others there.
+            ValueError: If the weights differ between the processes.
         """
         if state.fingerprint != self._fingerprint:
             raise ValueError(
@@ -183,7 +183,7 @@ class Replica:
         return dataclasses.replace(reached, settled={})
 
     def finish(self, state: SweepState) -> PopulationStats:
-        """Return the result of a complete sweep, with warnings where they are due."""
+        """Return the result of a complete sweep, and warn about doubtful statistics."""
         previous = PopulationStats(
             {path: self._previous[path] for path in state.paths},
             method="assigned",
@@ -192,7 +192,7 @@ class Replica:
         return results.finish(state, self.model, self.layers, previous, self._warned)
 
     def _choose_layers(self, first: Batch | None) -> None:
-        """Leave out the layers that, as the first batch shows, do not train."""
+        """Remove the layers that do not train in a trace of the first batch."""
         if self._paths is not None or first is None:
             return
         frozen, _, ignored = trained_calls(self.model, self.layers, first.inputs)
@@ -218,13 +218,13 @@ class Replica:
         self._warned_of_loops = True
 
 
-# A batch, the frontier that it reached, its (site, moments), and the facts of its trace.
+# (batch, frontier, (site, moments) of its calls, facts of the trace).
 _BatchResult = tuple[Batch, Frontier | None, list[tuple[Site, Moments]], NetworkFacts]
 _Result = TypeVar("_Result")
 
 
 class _Device:
-    """The network on one device, with the populations placed there.
+    """The network on one device, with the populations on that device.
 
     Attributes:
         network: The `Network`.
@@ -234,13 +234,13 @@ class _Device:
     def __init__(self, network: Network, name: str | None):
         self.network = network
         self.name = name
-        # Path or site -> the moments, and their tensor on the device.
+        # Path or site -> (moments, tensor on the device).
         self._placed: dict[str | Site, tuple[Moments, tf.Tensor]] = {}
 
     def begin_level(
         self, state: SweepState, layers: Mapping[str, keras.Layer], static: bool
     ) -> None:
-        """Choose the passes of a level, and place the populations it normalizes with."""
+        """Create the passes of a level, and copy its populations to the device."""
         before, self._placed = self._placed, {}
         with self._scope():
             for key, population in state.populations.items():
@@ -248,7 +248,7 @@ class _Device:
                     self._placed[key] = before[key]
                     continue
                 values = population.mean, moments.variance(population)
-                if isinstance(key, str):  # As inference will read them.
+                if isinstance(key, str):  # Rounded like the variables that inference reads.
                     values = assignment.round_to_variables(key, *values, layers[key])
                 self._placed[key] = population, tf.constant(np.stack(values))
         self._populations = {key: tensor for key, (_, tensor) in self._placed.items()}
@@ -275,11 +275,11 @@ class _Device:
 
 
 def _in_turn(jobs: Iterable[Callable[[], _Result]], at_a_time: int) -> Iterator[_Result]:
-    """Yield the results of some functions in their order, with several running at a time.
+    """Yield the results of functions in their order; several run at a time.
 
     Args:
         jobs: An iterable of functions without arguments.
-        at_a_time: How many, one for each device.
+        at_a_time: Number of running functions, one for each device.
     """
     if at_a_time == 1:
         for job in jobs:
@@ -296,13 +296,13 @@ def _in_turn(jobs: Iterable[Callable[[], _Result]], at_a_time: int) -> Iterator[
 
 
 def _moments(batch: Batch, calls: list[SiteMoments], method: str) -> list[tuple[Site, Moments]]:
-    """(site, moments) of a batch; an error that names site and batch if not finite."""
+    """Compute (site, moments) of a batch; raise an error for moments that are not finite."""
     entered = [(site, values) for site, of_call in calls for values in of_call]
     if not entered:
         return []
     sites, values = zip(*entered, strict=True)
     channels = [value.shape[1] for value in values]
-    # As one, because the device is waited for, and there may be many sites of few channels.
+    # One transfer, because each waits for the device, and there may be many small sites.
     together = tf.concat(values, 1).numpy()
     batch_moments = moments.of_batch(*together, method=method)
     finite = moments.finite(batch_moments)
@@ -336,15 +336,15 @@ def _refuse(
 
 
 def _refuse_nan(batch: Batch, places: Iterable[int]) -> None:
-    # By NumPy: this runs on the devices' threads, and while an iterator ends in another thread,
-    # TensorFlow gives its error to whatever operation copies between devices.
+    # NumPy, because this runs on the devices' threads: when an iterator ends in another thread,
+    # TensorFlow may raise its error in any operation that copies between devices.
     flat = flatten(batch.inputs)
     if any(np.isnan(flat[place].numpy()).any() for place in places):
         raise ValueError(f"Expected finite data. Received: NaN in {batch.name}. Clean the data.")
 
 
 def _reason(batch: Batch) -> str:
-    if batch.inputs is None:  # Its frontier was kept, so an earlier pass has seen it finite.
+    if batch.inputs is None:  # The frontier was stored, so the data was finite in an earlier pass.
         return "The values overflow inside the network. Look at its weights and dtypes."
     floating = [value for value in flatten(batch.inputs) if value.dtype.is_floating]
     if all(np.isfinite(value.numpy()).all() for value in floating):
@@ -357,7 +357,7 @@ def _reason(batch: Batch) -> str:
 
 @contextlib.contextmanager
 def naming(model: keras.Model, batch: Batch) -> Iterator[None]:
-    """Turn whatever a model raises on a batch into a `ValueError` that names the batch."""
+    """Context manager: convert any error of a model on a batch to a `ValueError` that names it."""
     try:
         yield
     except UnobservableError as error:

@@ -1,4 +1,4 @@
-"""The progress of a sweep, in words or as a bar."""
+"""Print the progress of a sweep, in words or as a bar."""
 
 import math
 import time
@@ -7,13 +7,13 @@ import keras
 
 
 class Report:
-    """One progress bar over all levels of a sweep, Keras's.
+    """A Keras progress bar over all levels of a sweep.
 
     Args:
         method: The name of the method.
         verbose: 0 for silence, 1 for a progress bar, 2 for one line with the time. `"auto"` is 1.
-        total: How many batches there are, `None` if unknown.
-        unit: The word for one of them.
+        total: Number of batches, `None` if unknown.
+        unit: The word for a batch.
     """
 
     def __init__(self, method: str, verbose: int | str, total: int | None, unit: str = "batch"):
@@ -27,23 +27,23 @@ class Report:
         self._began = 0.0
 
     def begin(self) -> None:
-        """Say that the sweep begins, before the network is traced."""
+        """Print that the sweep begins, before the network is traced."""
         self._began = time.perf_counter()
         if self._verbose == 1:
             print(f"Population statistics, {self._method}")
 
     def begin_level(self, level: int) -> None:
-        """Go on with a level, from its first batch."""
+        """Begin a level."""
         self._level = level
         self._seen = 0
 
     def begin_round(self, batches: int, samples: int) -> None:
-        """Say that a sample of this size is swept."""
+        """Print the size of the sample."""
         if self._verbose == 1:
             print(f"{samples} samples in {batches} batches: ", end="", flush=True)
 
     def end_round(self, error: float, tolerance: float) -> None:
-        """Say how far the statistics of a sample may be off."""
+        """Print the error of the statistics of a sample."""
         if self._verbose == 1:
             known = f"error {error:.4f}" if math.isfinite(error) else "error not known yet"
             print(f"{known}, tolerance {tolerance:g}")
@@ -52,7 +52,7 @@ class Report:
         """Count a batch.
 
         Args:
-            levels: How many levels there are, 0 if unknown.
+            levels: Number of levels, 0 if unknown.
         """
         self._seen += 1
         if self._verbose != 1:
@@ -69,7 +69,7 @@ class Report:
         self._bar.update(done, finalize=False)
 
     def end(self) -> None:
-        """Finish the line of the bar, or print the one line."""
+        """Finish the bar, or print the single line."""
         if self._verbose == 2:
             seconds, passes = time.perf_counter() - self._began, self._level
             print(
