@@ -16,7 +16,7 @@ class Frontier(NamedTuple):
 
     Attributes:
         trace: The trace of the tensors.
-        level: The level; 0 for the batch itself.
+        level: The level; 0 for the inputs of the batch.
         values: The tensors.
     """
 

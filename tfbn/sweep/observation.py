@@ -113,7 +113,7 @@ class Observer:
                 by_batch.add(path)
                 return call(x, training=training, mask=mask)
             x = tf.convert_to_tensor(x)
-            if not x.dtype.is_floating:  # As the layer itself does it.
+            if not x.dtype.is_floating:  # As the layer does.
                 x = tf.cast(x, layer.compute_dtype)
             if wrong := _wrong_mask(path, x, mask):
                 refused.append(wrong)

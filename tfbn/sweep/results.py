@@ -1,4 +1,4 @@
-"""The result of a complete sweep, with warnings where its user may expect something else."""
+"""Build the result of a complete sweep, and warn about doubtful statistics."""
 
 import os
 import sys
@@ -15,16 +15,15 @@ from tfbn.stats.moments import Moments
 from tfbn.sweep.options import METHODS
 from tfbn.sweep.state import SweepState
 
-# Fewer samples a batch than this, and one-pass statistics depend visibly on how many: the
-# README has the figures.
+# Smallest batch without a warning: one-pass statistics of smaller batches depend visibly on the
+# batch size (figures in the README).
 _SMALL_BATCH = 16
-# Calls of one layer whose populations differ by more than this, in standard deviations, are worth
-# a warning: such networks lost accuracy in inference (`tests/benchmarks/shared_layers.py`).
+# Largest difference of the calls of one layer without a warning, in standard deviations: larger
+# ones cost accuracy in inference (`tests/benchmarks/shared_layers.py`).
 _SPREAD = 0.05
-# Rounding to half precision that moves a mean by more than this, in standard deviations, is worth
-# a warning.
+# Largest change of a mean by rounding to half precision without a warning, in standard deviations.
 _ROUNDING = 0.01
-# So many layers does a warning name.
+# Largest number of layers that a warning names.
 _NAMED = 5
 
 
@@ -42,10 +41,10 @@ def finish(
         model: The model that was swept.
         layers: Path -> layer.
         previous: The `PopulationStats` that the model holds.
-        warned: Whether `check_batch` has warned of layers that are left out.
+        warned: Whether `check_batch` has warned about layers that are left out.
 
     Raises:
-        ValueError: If no layer is left, or if one was called without any value.
+        ValueError: If no layer is left, or if a layer had no values.
     """
     statistics = state.statistics()
     swept = {path: statistics[path] for path in state.paths if path in statistics}
@@ -54,8 +53,7 @@ def finish(
     for path, of_layer in swept.items():
         if not of_layer.counts.any():
             raise ValueError(
-                f"Expected values for layer {path!r}. Received: none, or only masked ones. Check "
-                "masks."
+                f"Expected values for layer {path!r}. Received: none, or only masked ones."
             )
     if previous.keys() != swept.keys():
         previous = previous.replace(layers={path: previous[path] for path in swept})
@@ -78,7 +76,7 @@ def finish(
 
 
 def unused(model: keras.Model, paths: Iterable[str], by_batch: Iterable[str]) -> ValueError:
-    """The error to raise if inference uses the statistics of no layer."""
+    """Create the error for a model whose inference uses the statistics of no layer."""
     return ValueError(
         "Expected inference to use the statistics of trained layers. Received: model "
         f"{model.name!r}, which {'runs' if by_batch else 'does not call'} "
@@ -88,7 +86,7 @@ def unused(model: keras.Model, paths: Iterable[str], by_batch: Iterable[str]) ->
 
 
 def warn_of_left_out(paths: Collection[str], by_batch: Collection[str]) -> None:
-    """Warn that layers which train are left out of a sweep.
+    """Warn about layers that train and are left out of a sweep.
 
     Args:
         paths: The layers whose statistics inference does not use.
@@ -106,7 +104,7 @@ def warn_of_left_out(paths: Collection[str], by_batch: Collection[str]) -> None:
 
 
 def warn_of_loops(paths: Collection[str]) -> None:
-    """Warn that a sweep by levels may fail, because layers in loops feed themselves."""
+    """Warn that passes may not converge for layers that depend on their output in loops."""
     if paths:
         warn(
             f"method='exact' may not settle for batch norm layers that feed their output back to "
@@ -148,7 +146,7 @@ def _warn_of_small_batches(stats: PopulationStats) -> None:
 
 
 def _warn_of_rounding(stats: PopulationStats, layers: Mapping[str, keras.Layer]) -> None:
-    """Warn of the layer whose half-precision variables lose most of its statistics."""
+    """Warn about the layer whose half-precision variables lose most of its statistics."""
     lost: dict[str, float] = {}
     half = [path for path in layers if _dtype(layers[path]) in ("float16", "bfloat16")]
     for path in half:
@@ -186,7 +184,7 @@ def _named(paths: Collection[str]) -> str:
 
 
 def warn(message: str) -> None:
-    """Warn at the line outside of this package that called into it."""
+    """Warn at the line of the caller outside of this package."""
     package = os.path.dirname(os.path.dirname(__file__)) + os.sep
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(package):

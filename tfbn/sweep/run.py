@@ -1,4 +1,4 @@
-"""`collect`: the sweep, from its arguments to its result."""
+"""`collect`: run a sweep, from its arguments to its result."""
 
 import os
 from collections.abc import Collection
@@ -40,43 +40,43 @@ def collect(
     biased variance per channel of the values that enter a layer in batch b:
 
     - `"exact"`: mean = sum(m_b mu_b) / N and variance = sum(m_b (sigma2_b + (mu_b - mean)^2)) / N
-      with N = sum(m_b), while all layers before the layer normalise with their population
-      statistics. So inference with these statistics finds the same ones: a second sweep changes
-      nothing. Equal to one pass in training mode over the whole data as a single batch ("B = N"
-      of Wu & Johnson 2021, Table 2, https://arxiv.org/abs/2105.07576), whatever the batch size
-      and order of the sweep. One pass over a part of the network for every level of batch norm
-      layers; with room for `memory_limit` bytes these add up to about one pass in all.
-    - `"pooled"`: the same formulas in one pass, in which layers normalise with the batch's own
-      statistics, as in training.
+      with N = sum(m_b), while all layers before the layer normalize with their population
+      statistics. So inference reproduces these statistics: a second sweep changes nothing. Equal
+      to one pass in training mode over the whole data as a single batch ("B = N" of Wu & Johnson
+      2021, Table 2, https://arxiv.org/abs/2105.07576), for any batch size and order. Requires one
+      pass over a part of the network per level of batch norm layers; with room for `memory_limit`
+      bytes these add up to about one pass.
+    - `"pooled"`: the same formulas in one pass, while layers normalize with the statistics of the
+      batch, as in training.
     - `"algorithm2"`: mean = E[mu_b] and variance = E[m_b / (m_b - 1) sigma2_b], batches
       weighted by their count: Algorithm 2, step 10, of Ioffe & Szegedy 2015
       (https://arxiv.org/abs/1502.03167). One pass, like `"pooled"`.
 
     A layer that is called several times gets the mean and variance of all its calls together. For
-    `"exact"`, layers behind it are measured as inference runs it, with that one mean and variance
-    for all calls. Only where a layer feeds itself (a cell that is called at every step) does each
-    of its calls normalise by its own population, because repeated inference passes need not
-    converge there. A warning says so where the calls' populations differ.
+    `"exact"`, layers behind it are measured as in inference, with that one mean and variance for
+    all calls. Only in a layer that feeds itself (a cell that is called at every step), each call
+    normalizes by the population of that call, because repeated inference passes need not converge
+    there. A warning reports calls whose populations differ.
 
-    Layers that `fit` does not train, because they are frozen or called with `training=False`, are
-    left alone. A trace of `call` in training mode shows which: what a `train_step` of your own
-    trains is seen inside `fit` only, by `PopulationStatsCallback`. Layers that inference does not
+    Layers that `fit` does not train, because they are frozen or called with `training=False`, do
+    not change. A trace of `call` in training mode determines these layers. A custom `train_step`
+    is observed inside `fit` only, by `PopulationStatsCallback`. Layers that inference does not
     call, or runs with `training=True`, are left out with a warning. Layers that draw random numbers
-    in inference too draw anew for every batch, and the same in every pass and in every sweep.
+    in inference draw different ones for every batch, and the same in every pass and sweep.
 
-    Nothing is changed: no weight, no other state of the model, no random seed. The network is
-    traced once for all sweeps of a model.
+    The model does not change: no weight, no other state, no random seed. The network is traced
+    once for all sweeps of a model.
 
     A model built under `tf.distribute.MirroredStrategy` is swept on all of its devices, which
-    take the batches in turn. One built under `tf.distribute.MultiWorkerMirroredStrategy` is swept
-    by all workers together: each calls `collect` with the data that it is to sweep, its shard,
-    which may be empty, and all get the statistics of all the data. They exchange ten numbers per
-    channel: count, mean, variance, and the spread between batches, of which the errors are made.
+    take the batches in turn. Under `tf.distribute.MultiWorkerMirroredStrategy` all workers sweep
+    together: each calls `collect` with its shard of the data, which may be empty, and all return
+    the statistics of all data. They exchange ten numbers per channel: count, mean, variance, and
+    the spread between batches, from which the errors are computed.
 
     ```python
     stats = tfbn.collect(model, x_train, batch_size=256)
     stats.save("population.safetensors")
-    previous = stats.assign(model)  # previous.assign(model) takes it back
+    previous = stats.assign(model)  # previous.assign(model) undoes it
     ```
 
     Args:
@@ -89,45 +89,43 @@ def collect(
             a dict. Masked positions do not count. A model that preprocesses its data inside
             `fit`, as KerasHub's tasks do, is swept on the preprocessed data.
         method: See above.
-        batch_size: For arrays; 32 by default. One-pass methods want it large.
-        steps: Number of batches that make the data; endless data needs it.
-        include_frozen: Whether to sweep layers too that `fit` does not train.
-        tolerance: Sweep no more data than it takes for every channel's mean to be known within
-            `tolerance` population standard deviations, and its standard deviation within
-            `tolerance` of itself, as one standard error (`LayerStats.relative_error`). Samples of
+        batch_size: For arrays; 32 by default. One-pass methods require large batches.
+        steps: Number of batches to read; endless data requires it.
+        include_frozen: Whether to sweep layers that `fit` does not train as well.
+        tolerance: Sweep only a sample, so large that the standard error of every channel's mean is
+            at most `tolerance` population standard deviations, and the relative standard error of
+            its standard deviation at most `tolerance` (`LayerStats.relative_error`). Samples of
             arrays and batches of a `PyDataset` or another sequence are drawn at random without
-            replacement, from the first `steps` batches if that is given, the same in every call.
-            A stream is taken in its order, which therefore has to be random: a warning says where
-            the first and the second half of the sample disagree. The sample has at least 20
-            batches, and grows until the errors are small enough; it costs a few passes over the
-            sample. Where the data ends first, all of it is swept, and `summary` says "not reached".
-            `tfbn.sweep.sampling` says what the errors assume, when they are NaN, and when they
-            are too small.
-        memory_limit: For `"exact"`: bytes of main memory for the tensors that one level hands
-            to the next; by default a quarter of the free memory of the host or container. An
-            accelerator keeps its own, in as many bytes and at most half of its free memory. Those
-            that do not fit are computed again, for which the data is read again: in any order,
-            but it must be the same data.
-        checkpoint: Name of a file in which a long sweep saves its state, so often that it takes
-            2 % of the time. After a crash the same call goes on where that file ends, to the
-            same result; a sweep that is done deletes the file. The data must come in the same
-            order every time, which is checked. With several workers, each adds its number to the
-            name. Not together with a `tolerance`.
+            replacement, from the first `steps` batches if given, the same in every call. A stream
+            is read in its order, which must be random: a warning reports a sample whose halves
+            differ. The sample has at least 20 batches, and grows until the errors are small
+            enough, which takes a few passes over the sample. If the data ends first, all of it is
+            swept, and `summary` prints "not reached". `tfbn.sweep.sampling` describes what the
+            errors require, when they are NaN, and when they are too small.
+        memory_limit: For `"exact"`: bytes of main memory for the tensors between levels; by
+            default a quarter of the free memory of the host or container. An accelerator stores
+            its tensors in as many bytes, at most half of its free memory. Tensors that do not fit
+            are computed again from the data, which must be the same, in any order.
+        checkpoint: Name of a file that stores the state of a long sweep, written in at most 2 % of
+            the time. After a crash the same call resumes there, with the same result; a complete
+            sweep deletes the file. The order of the data must be the same every time, which is
+            validated. With several workers, each appends its number to the name. Not supported
+            with a `tolerance`.
         verbose: 0 for silence, 1 for a progress bar, 2 for one line with the time. `"auto"` is 1.
 
     Returns:
-        `tfbn.PopulationStats`; its `assign(model)` puts the statistics into the model.
+        `tfbn.PopulationStats`; its `assign(model)` stores the statistics in the model.
 
     Raises:
         ValueError: If the model is not built, has no batch norm layer to sweep, or cannot
             run on a batch; if its inference on one batch depends on the batch before (a stateful
             RNN); if the data is empty, endless without `steps`, shorter than `steps`, without a
             batch axis, or other data when it is read again; if the data holds NaN, or if the
-            values that enter a layer are not finite (layer and batch are named); for
+            values that enter a layer are not finite (the error names layer and batch); for
             `"algorithm2"`, if a batch has only one value per channel; if the data cannot be
-            resumed, or the checkpoint is of another sweep.
-        RuntimeError: If the data itself fails, from the error that it raised; on all workers,
-            if one of them fails.
+            resumed, or the checkpoint belongs to another sweep.
+        RuntimeError: If the data raises an error, from that error; on all workers, if one of them
+            fails.
     """
     options = SweepOptions(
         method=method,
@@ -158,7 +156,7 @@ def run(
         options: The `SweepOptions`.
         trained: The paths of the layers that training has changed; `None` for the layers that
             `call` trains.
-        warned: Whether `check_batch` has given the warnings about the network.
+        warned: Whether `check_batch` has issued the warnings about the network.
     """
     workers = Workers(model)
     method, tolerance, limit = options.method, options.tolerance, options.memory_limit
@@ -199,9 +197,9 @@ def update_population_stats(
     checkpoint: str | os.PathLike | None = None,
     verbose: int | str = "auto",
 ) -> PopulationStats:
-    """Sweep data through a model and set its inference statistics: `collect`, then `assign`.
+    """Sweep data through a model and store its inference statistics: `collect`, then `assign`.
 
-    For models that are trained already, with tfbn's layer or Keras's.
+    Supports trained models with tfbn's layer or Keras's.
 
     ```python
     stats = tfbn.update_population_stats(model, x_train)
@@ -214,15 +212,15 @@ def update_population_stats(
         x: The training data.
         method: `"exact"`, `"pooled"` or `"algorithm2"`.
         batch_size: For arrays.
-        steps: Number of batches that make the data.
-        include_frozen: Whether to sweep layers too that `fit` does not train.
-        tolerance: The standard error that a random sample is to reach.
+        steps: Number of batches to read.
+        include_frozen: Whether to sweep layers that `fit` does not train as well.
+        tolerance: Largest standard error of a random sample.
         memory_limit: Bytes for the tensors between two levels.
         checkpoint: A file for the state of a long sweep.
         verbose: 0, 1, 2 or `"auto"`.
 
     Returns:
-        The new statistics; `stats.previous.assign(model)` puts the old ones back.
+        The new statistics; `stats.previous.assign(model)` restores the old ones.
 
     Raises:
         ValueError: See `collect` and `PopulationStats.assign`; the model is then unchanged.
@@ -253,10 +251,10 @@ def check(
     shard: int = 0,
     alone: bool = True,
 ) -> tuple[dict[str, keras.Layer], Batches]:
-    """The layers that `collect` would sweep, by path, and the batches it would sweep.
+    """Return path -> layer for the layers that `collect` would sweep, and the batches.
 
     Raises:
-        ValueError: All that `collect` would raise before it reads the first batch.
+        ValueError: Every error that `collect` would raise before it reads the first batch.
     """
     layers = layers_to_sweep(model, options.include_frozen, trained)
     return layers, data.batches(x, options, model, may_be_empty=not alone, shard=shard)

@@ -1,36 +1,33 @@
-"""A sample that is as large as a tolerance takes, and how far its statistics may be off.
+"""Compute the size of a sample for a tolerance, and the errors of its statistics.
 
-Error bars. The batches of a sample are put into 20 groups of consecutive ones. Let w_g be the
+Error bars. The batches of a sample are split into 20 groups of consecutive batches. Let w_g be the
 share of group g in the values of a channel, d_g the distance of its mean from the mean of the
 sample, and sigma2_g its variance. Group g adds w_g d_g to the error of the mean and
-w_g (sigma2_g + d_g^2 - variance) to the error of the variance. Layers behind others are off too
-because the layers before them are: with the statistics of those moved by what group g adds to
-their errors, the first few batches are swept once more, and the change that this makes is added.
-So c_g, the part of group g in the error, is known to first order at every level: the infinitesimal
-jackknife over groups (Efron & Tibshirani 1993, chapter 21). The standard error is
+w_g (sigma2_g + d_g^2 - variance) to the error of the variance. Errors of the layers before a layer
+add to its error: the first few batches are swept again with the statistics of these layers moved
+by what group g adds to their errors, and the resulting change is added. So c_g, the part of group
+g in the error, is known to first order at every level: the infinitesimal jackknife over groups
+(Efron & Tibshirani 1993, chapter 21). The standard error is
 
     sqrt(1 - f) sqrt(G / (G - 1) sum(c_g^2)) (t / 1.96 + (2 skewness^2 - 0.07 kurtosis) / G)
 
 with f the share of the population that was drawn (Cochran 1977, section 2.6), t the quantile of
 Student's distribution with G - 1 degrees of freedom, and the skewness and the excess kurtosis of
-c_g. The last factor is there so that 1.96 standard errors on both sides are an interval of 95 %.
-Its coefficients are from Hall 1992, The Bootstrap and Edgeworth Expansion, section 2.6, but for 2,
-which is 1.08 there: few groups show less skewness than there is.
+c_g. The last factor ensures that 1.96 standard errors on both sides are an interval of 95 %. Its
+coefficients are from Hall 1992, The Bootstrap and Edgeworth Expansion, section 2.6, except for 2,
+which is 1.08 there: few groups underestimate skewness.
 
-- They assume that the batches were drawn at random, or that a stream has random order, at least
-  from one group to the next. They hold for the population that was drawn from; for a stream, for
-  its source.
-- They are NaN for fewer than 8 batches, and where few values dominate a layer: there, and in the
-  layers behind it, a sample says nothing of its own error.
-- They are too small where the data hides what the sample has not seen: rare values that are far
-  from all others. For one channel of exp(N(0, 1)), intervals of the variance cover 79 %. A channel
-  that never varies has the errors of a flag: n samples without a value leave a rate of up to 3 / n
-  (95 %).
-- They are too large behind other layers where samples come in groups of their like, because the
-  samples that are swept once more then hold few different ones.
-- A sweep of all data, without a tolerance, has the errors of `tfbn.stats.moments` instead. These
-  come from the spread between batches alone, and are too large for the means of layers behind
-  others.
+- The errors require batches drawn at random, or a stream in random order, at least from one group
+  to the next. They refer to the population that was drawn from; for a stream, to its source.
+- They are NaN for fewer than 8 batches, and if few values dominate a layer: there, and in the
+  layers behind it, a sample cannot estimate its error.
+- They are too small for rare values far from all others, which a sample may miss. For one channel
+  of exp(N(0, 1)), intervals of the variance cover 79 %. A channel that never varies has the errors
+  of a flag: n samples without a value allow a rate of up to 3 / n (95 %).
+- They are too large behind other layers if similar samples are grouped, because the samples that
+  are swept again are then less diverse.
+- A sweep of all data, without a tolerance, has the errors of `tfbn.stats.moments`, which are
+  computed from the spread between batches, and are too large for the means of layers behind others.
 """
 
 import dataclasses
@@ -48,37 +45,37 @@ from tfbn.sweep import results
 from tfbn.sweep.state import Site, SweepState
 
 GROUPS = 20
-# Samples that show how statistics depend on those before them: this many, or this share of all.
+# Samples to sweep again for the errors of layers before: this number, or this share of all.
 _PROBE = 256, 1 / 8
-# Their batches are joined up to this size. The activations in a network take much more.
+# Largest size of their concatenated batches. The activations in a network take much more.
 JOINED_BYTES = 2**21
 
-_FEWEST = 8  # Groups. Errors from fewer vary too much.
+_FEWEST = 8  # Smallest number of groups. Errors from fewer vary too much.
 _FIRST_SAMPLES = 64
-# The most by which a sample grows at once, and the least. Errors from few groups are uncertain.
+# Smallest and largest factor by which a sample grows. Errors from few groups are uncertain.
 _GROWTH = 1.25, 2.0
-# Halves of a stream whose means differ by more of their standard errors than this, as the root
-# mean square over the channels of a layer, are not of one population.
+# Largest difference of the means of a stream's halves without a warning, in standard errors, as the
+# root mean square over the channels of a layer.
 _APART = 3.0
-# Squared skewness over groups, as a mean over channels, above which intervals cover too little.
+# Largest squared skewness over groups, as a mean over channels: above, intervals cover too little.
 _HEAVY = 0.08
-# Errors of less than this share of the largest one do not decide that.
+# Errors below this share of the largest one are ignored there.
 _NEGLIGIBLE = 0.1
-# An endless stream is given up after so many samples, in units of 1 / tolerance^2, which is about
-# what a normal distribution needs.
+# Largest sample of an endless stream, in units of 1 / tolerance^2, which is about what a normal
+# distribution requires.
 _ENDLESS = 100
 _NORMAL_95 = 1.959964
 
 
 class Draw(NamedTuple):
-    """What was drawn of the data so far.
+    """The size of the data drawn so far.
 
     Attributes:
-        batches: How many batches.
-        samples: How many samples.
-        ended: Whether no more can be drawn.
-        total: How many batches can be drawn at random; 0 if they come in the order of the data.
-        population_size: How many samples these have; 0 if it is unknown.
+        batches: Number of batches.
+        samples: Number of samples.
+        ended: Whether all data has been drawn.
+        total: Number of batches that can be drawn at random; 0 for data read in its order.
+        population_size: Number of samples in these; 0 if unknown.
     """
 
     batches: int
@@ -89,25 +86,25 @@ class Draw(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The share of the population that was drawn; 0 for a stream."""
+        """Drawn share of the population; 0 for a stream."""
         if self.population_size:
             return self.samples / self.population_size
         return self.batches / self.total if self.total else 0.0
 
     @property
     def population(self) -> int:
-        """The size of the population, estimated if batches have unknown sizes; 0 for a stream."""
+        """Size of the population, estimated for batches of unknown size; 0 for a stream."""
         return round(self.samples / self.share) if self.share else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A sample that was swept.
+    """A swept sample.
 
     Attributes:
         state: The complete `SweepState`.
-        replicates: For each group the same state, with statistics moved by what the group adds to
-            their error.
+        replicates: One state per group, with statistics moved by what the group adds to their
+            error.
         drawn: The `Draw`.
     """
 
@@ -117,18 +114,18 @@ class Sample:
 
     @functools.cached_property
     def layers(self) -> dict[str, LayerStats]:
-        """Path -> the statistics of a layer, with their errors."""
+        """Path -> statistics of a layer with errors."""
         return self._with_errors(self.state.statistics())
 
     @property
     def relative_error(self) -> float:
-        """The largest `LayerStats.relative_error`; infinite if one is not known."""
+        """The largest `LayerStats.relative_error`; infinite if one is unknown."""
         errors = [stats.relative_error for stats in self.layers.values()]
         largest = np.max(errors, initial=0.0)
         return math.inf if np.isnan(largest) else float(largest)
 
     def finish(self, stats: PopulationStats, tolerance: float) -> PopulationStats:
-        """The statistics of the sweep with their errors, and warnings where they are due."""
+        """Return the statistics of the sweep with errors, and warn about doubtful ones."""
         stats = stats.replace(
             layers={path: self.layers[path] for path in stats},
             population_size=self.drawn.population,
@@ -166,7 +163,7 @@ class Sample:
             skewed[path] = np.array([skewness[varies] for _, skewness in found])
         largest = max((np.max(each, initial=0.0) for each in relative.values()), default=0.0)
         for path, each in relative.items():
-            # Errors that cancel leave rounding, of any distribution.
+            # Errors that cancel leave only rounding.
             matters = each > _NEGLIGIBLE * largest
             number = np.maximum(matters.sum(axis=1), 1)
             heavy = np.sum(skewed[path] * matters, axis=1) / number > _HEAVY
@@ -185,7 +182,7 @@ class Sample:
         return layers
 
     def _warn_of_halves(self) -> None:
-        """Warn where the first and the second half of a stream are of two populations."""
+        """Warn if the two halves of a stream belong to different populations."""
         half = len(self.replicates) // 2
         if half < _FEWEST // 2:
             return
@@ -232,27 +229,27 @@ class Sample:
 
 
 def groups_of(batches: int) -> int:
-    """How many groups a number of batches makes."""
+    """Return the number of groups for a number of batches."""
     return max(1, min(GROUPS, batches))
 
 
 def probe_share(samples: int) -> float:
-    """The share of a sample, its first batches, that is swept once more for each group."""
+    """Return the share of a sample, its first batches, to sweep again for each group."""
     least, share = _PROBE
     return min(1.0, max(share, least / max(samples, 1)))
 
 
 def first_size(drawn: Draw | None) -> int:
-    """How many batches the first sweep has, given the size of some of them."""
+    """Return the number of batches in the first sweep, given the size of some of them."""
     if drawn is None:
         return GROUPS
     return max(GROUPS, math.ceil(_FIRST_SAMPLES * drawn.batches / drawn.samples))
 
 
 def next_size(sample: Sample, tolerance: float) -> int:
-    """How many batches to have next; no more than there are if these will do, or are all.
+    """Compute the number of batches of the next sample; the current number ends the sampling.
 
-    Errors fall with the square root of the number of batches.
+    Errors decrease with the square root of the number of batches.
     """
     batches, excess = sample.drawn.batches, sample.relative_error / tolerance
     endless = not sample.drawn.share and sample.drawn.samples > _ENDLESS / tolerance**2
@@ -268,14 +265,14 @@ def replicates_after(
     replicates: Sequence[SweepState],
     probed: Sequence[SweepState],
 ) -> list[SweepState]:
-    """The replicates of a state after a level.
+    """Compute the replicates of a state after a level.
 
     Args:
         after: The `SweepState` after the level.
         groups: The states after each group alone.
         replicates: The replicates before the level, one for each group.
-        probed: After the first few batches: the state from the one before the level, and the
-            states from each of the replicates; nothing at the first level.
+        probed: States after the first few batches: from the state before the level, then from each
+            replicate; empty at the first level.
     """
     sites = [site for site in after.settled if any(site in group.moments for group in groups)]
     if not sites:
@@ -306,7 +303,7 @@ def replicates_after(
 def _joined(
     by_site: dict[Site, Moments], sites: Sequence[Site], like: dict[Site, Moments]
 ) -> Moments:
-    """The moments of some sites as one; of those that are missing, without values."""
+    """Concatenate the moments of sites; missing sites get count 0."""
     rows = [
         by_site[site].rows if site in by_site else np.zeros_like(like[site].rows) for site in sites
     ]
@@ -314,7 +311,7 @@ def _joined(
 
 
 def _added(group: Moments, whole: Moments, method: str) -> tuple[np.ndarray, np.ndarray]:
-    """What a group adds to the errors of mean and variance, the layers before it being right."""
+    """Compute what a group adds to the errors of mean and variance, for exact layers before."""
     share = group.count / np.maximum(whole.count, 1)
     d = np.where(group.count > 0, group.mean - whole.mean, 0.0)
     e = moments.variance(group) - moments.variance(whole)
@@ -322,7 +319,7 @@ def _added(group: Moments, whole: Moments, method: str) -> tuple[np.ndarray, np.
 
 
 def _standard_errors(parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The standard errors from the parts of groups, and their squared skewness over groups."""
+    """Compute standard errors from the parts of groups, and the squared skewness of the parts."""
     groups = len(parts)
     if groups < _FEWEST:
         unknown = np.full(parts.shape[1:], np.nan)
@@ -336,7 +333,7 @@ def _standard_errors(parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's distribution (Abramowitz & Stegun, 26.7.5)."""
+    """Compute the 97.5 % quantile of Student's distribution (Abramowitz & Stegun, 26.7.5)."""
     z = _NORMAL_95
     return (
         z
@@ -347,7 +344,7 @@ def _student(freedom: int) -> float:
 
 
 def _apart(first: np.ndarray, second: np.ndarray, varies: np.ndarray) -> float:
-    """The difference of two means in standard errors, as the root mean square over channels."""
+    """Compute the difference of two means in standard errors, root mean square over channels."""
     error = np.sqrt(sum(half.var(axis=0, ddof=1) / len(half) for half in (first, second)))
     known = (error > 0) & varies
     if not known.any():

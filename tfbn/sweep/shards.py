@@ -1,4 +1,4 @@
-"""`collect_shards`: one sweep over data in many places, on any engine that has a map."""
+"""`collect_shards`: sweep data in many shards, on any engine with a map."""
 
 import abc
 import dataclasses
@@ -37,14 +37,14 @@ def collect_shards(
     tolerance: float | None = None,
     verbose: int | str = "auto",
 ) -> PopulationStats:
-    """Sweep data that lies in many shards, on the engine that `map` belongs to.
+    """Sweep data in many shards, on the engine that `map` belongs to.
 
-    The same as `tfbn.collect` on all the data: `"exact"` up to rounding whatever the shards, the
-    one-pass methods for the same batches. Every level is one call of `map`. A task brings the
-    populations of the levels before, three numbers a channel, sweeps one shard at one level and
-    returns the moments of the layers of that level, ten numbers a channel, seven of which are for
-    the standard errors; a task that the engine runs twice counts once. Every process loads the
-    model, and traces it, once a sweep.
+    Returns the same as `tfbn.collect` on all data: `"exact"` up to rounding for any shards, the
+    one-pass methods for the same batches. Every level is one call of `map`. A task contains the
+    populations of the levels before, three numbers per channel, sweeps one shard at one level and
+    returns the moments of the layers of that level, ten numbers per channel, seven of them for the
+    standard errors. A task that the engine runs twice counts once. Every process loads and traces
+    the model once per sweep.
 
     ```python
     spawn = multiprocessing.get_context("spawn")  # TensorFlow does not survive a fork.
@@ -54,28 +54,28 @@ def collect_shards(
 
     Args:
         model: The path of a `.keras` file that all processes can read, or a function without
-            arguments that returns the model, with the same weights in all of them. A model itself
-            does where `map` stays in this process.
-        shards: A sequence of whatever `load` turns into `x` of `tfbn.collect`: names of files,
-            keys, offsets. Without `load`, the data itself. A shard may be empty.
-        map: A function that works as the built-in `map` does. It may give results in any order.
+            arguments that returns the model, with the same weights in all of them. A model is
+            allowed if `map` stays in this process.
+        shards: A sequence of names of files, keys or offsets that `load` converts to `x` of
+            `tfbn.collect`; the data without `load`. A shard may be empty.
+        map: A function like the built-in `map`. It may return results in any order.
         load: Called with a shard, in the process that sweeps it.
         method: See `tfbn.collect`.
         batch_size: See `tfbn.collect`.
-        steps: Number of batches of every shard; endless data needs it.
+        steps: Number of batches of every shard; endless data requires it.
         include_frozen: See `tfbn.collect`.
-        tolerance: See `tfbn.collect`. Batches are drawn at random from those of all shards, from
-            a shard that is a stream the first ones. The number of batches must be known of every
-            shard, for which one more call of `map` asks.
+        tolerance: See `tfbn.collect`. Batches are drawn at random from all shards; from a stream,
+            the first ones. Every shard must have a known number of batches, which requires one
+            more call of `map`.
         verbose: 0 for silence, 1 for a progress bar over shards and levels. `"auto"` is 1.
 
     Returns:
         `tfbn.PopulationStats`.
 
     Raises:
-        ValueError: As `tfbn.collect`; if processes load other weights; if a shard is other data
-            at another level; if the engine loses one.
-        RuntimeError: If sweeping a shard fails, with the shard's name and the error's words.
+        ValueError: As `tfbn.collect`; if processes load different weights; if a shard changes
+            between levels; if the engine loses a shard.
+        RuntimeError: If the sweep of a shard fails, with the name of the shard and the error.
     """
     options = SweepOptions(
         method=method,
@@ -99,13 +99,13 @@ def collect_shards(
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """How a task reads its shard: with `load` of `collect_shards`, and the `SweepOptions`."""
+    """Reads a shard with `load` of `collect_shards` and the `SweepOptions`."""
 
     load: Callable | None
     options: SweepOptions
 
     def batches(self, number: int, shard: Any, model: keras.Model) -> Batches:
-        """The `Batches` of a shard, given its number too."""
+        """Return the `Batches` of a shard with a number."""
         x = shard if self.load is None else self.load(shard)
         return data.batches(x, self.options, model, may_be_empty=True, shard=number)
 
@@ -114,9 +114,9 @@ class _Size(NamedTuple):
     """The size of a shard.
 
     Attributes:
-        batches: How many batches it has.
-        samples: How many samples; 0 where that is not known.
-        drawn: Whether its batches come in random order.
+        batches: Number of batches.
+        samples: Number of samples; 0 if unknown.
+        drawn: Whether the batches are in random order.
     """
 
     batches: int
@@ -138,16 +138,16 @@ class _Task(abc.ABC):
 
     @abc.abstractmethod
     def run(self, here: Replica, number: int, batches: Batches) -> Any:
-        """The result for one shard."""
+        """Return the result for one shard."""
 
     def __call__(self, item: tuple[int, Any]) -> tuple[int, Any]:
-        """The number of a shard, and the result of `run` for it."""
+        """Return the number of a shard and the result of `run`."""
         number, shard = item
         try:
             here = replica_here(self.recipe)
             return number, self.run(here, number, self.reader.batches(number, shard, here.model))
         except Exception as error:
-            # A string alone: the error itself may not survive the way back.
+            # A string, because the error may not be picklable.
             raise RuntimeError(
                 f"Expected every shard to be swept. Received: from {_named(number, shard)}, "
                 f"{type(error).__name__}: {error}"
@@ -156,10 +156,10 @@ class _Task(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class _Measure(_Task):
-    """Asks for the `_Size` of a shard."""
+    """Compute the `_Size` of a shard."""
 
     def run(self, here: Replica, number: int, batches: Batches) -> _Size:
-        """The size."""
+        """Return the size."""
         if batches.total is None:
             raise ValueError(
                 "Expected a number of batches that is known for `tolerance`. Set `steps`."
@@ -173,8 +173,8 @@ class _Work:
 
     Attributes:
         state: The `SweepState` at the beginning of the level.
-        spans: Shard -> which of its batches, from and to; `None` for all batches of all shards.
-        probe: Whether these are the first few batches, which may be joined.
+        spans: Shard -> its batches (start, stop); `None` for all batches of all shards.
+        probe: Whether these are the first few batches, which may be concatenated.
     """
 
     state: SweepState
@@ -184,12 +184,12 @@ class _Work:
 
 @dataclasses.dataclass(frozen=True)
 class _RunLevel(_Task):
-    """Sweeps a shard at one level, for every `_Work` that it has batches for."""
+    """Sweep a shard at one level, for every `_Work` with batches of it."""
 
     works: Sequence[_Work]
 
     def run(self, here: Replica, number: int, batches: Batches) -> dict[int, bytes]:
-        """Number of the work -> the bytes of the state after it."""
+        """Return number of the work -> bytes of the state after it."""
         results, parts = {}, {}
         for place, work in enumerate(self.works):
             if not work.spans:
@@ -224,13 +224,13 @@ class _Tasks:
     reader: _Reader
 
     def sizes(self) -> list[_Size]:
-        """The `_Size` of every shard."""
+        """Compute the `_Size` of every shard."""
         numbers = range(len(self.shards))
         results = dict(self._results(_Measure(self.recipe, self.reader), numbers))
         return [_Size(*results[number]) for number in numbers]
 
     def run_level(self, works: Sequence[_Work]) -> Iterator[tuple[int, dict[int, SweepState]]]:
-        """Yield, for each shard that has work, its number, and by the work's number the state."""
+        """Yield (number, number of the work -> state) for each shard with work."""
         sent = [dataclasses.replace(work, state=_of_populations(work.state)) for work in works]
         recipe = dataclasses.replace(self.recipe, paths=works[0].state.paths)
         everywhere = range(len(self.shards))
@@ -240,7 +240,7 @@ class _Tasks:
             yield number, {at: state_bytes.unpack(state) for at, state in results.items()}
 
     def _results(self, task: _Task, numbers: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        """Yield number and result of some shards once, in the order in which they come."""
+        """Yield (number, result) once per shard, in the order of the engine."""
         missing = set(numbers)
         items = [(number, self.shards[number]) for number in numbers]
         for number, result in self.map(task, items) if items else ():
@@ -278,7 +278,7 @@ class _SameData:
 
 
 class _MapEngine:
-    """Sweeps all shards: one task for every shard and level."""
+    """Sweep all shards: one task for every shard and level."""
 
     def __init__(self, here: Replica, tasks: _Tasks, report: Report):
         self._here = here
@@ -287,29 +287,29 @@ class _MapEngine:
         self._same = _SameData(tasks.shards)
 
     def initial_state(self) -> SweepState:
-        """The state at which the sweep begins."""
+        """Return the state where the sweep begins."""
         return self._here.initial_state(self._tasks.reader.options.method)
 
     def run_level(self, state: SweepState) -> SweepState:
-        """The merged state of all shards after one level."""
+        """Return the merged state of all shards after one level."""
         self._report.begin_level(state.level)
         swept = {}
         for number, results in self._tasks.run_level([_Work(state)]):
             swept[number] = results[0]
             self._same.require(number, 0, results[0], state)
             self._report.batch(max(results[0].levels.values(), default=0))
-        # In the order of the shards, so that rounding is the same for any order of results.
+        # Merge in the order of the shards, so that rounding does not depend on the engine.
         return merge_shards((swept[number] for number in sorted(swept)), state)
 
     def finish(self, state: SweepState) -> PopulationStats:
-        """The result of a complete state."""
+        """Return the result of a complete state."""
         stats = self._here.finish(state)
         self._report.end()
         return stats
 
 
 class _MapSampler:
-    """Draws batches at random from those of all shards."""
+    """Draw batches of all shards at random."""
 
     def __init__(self, here: Replica, tasks: _Tasks):
         sizes = tasks.sizes()
@@ -323,7 +323,7 @@ class _MapSampler:
         self._tasks = tasks
 
     def draw(self, more: int) -> Draw:
-        """Draw that many more batches, or fewer where the shards end."""
+        """Draw `more` batches, or fewer if the shards end."""
         total = len(self._deal)
         self._taken = min(self._taken + more, total)
         ended = self._taken == total
@@ -337,23 +337,23 @@ class _MapSampler:
         return round(self._population_size * self._taken / max(len(self._deal), 1))
 
     def engine(self) -> "_MapGroups":
-        """An engine for all batches drawn so far."""
+        """Create an engine for all batches drawn so far."""
         return _MapGroups(self._here, self._tasks, self._deal, self._taken, self._samples())
 
     def finish(self, state: SweepState) -> PopulationStats:
-        """The result of a complete state."""
+        """Return the result of a complete state."""
         return self._here.finish(state)
 
 
 class _MapGroups:
-    """Sweeps a sample of all shards in groups: one task for every shard and level."""
+    """Sweep a sample of all shards in groups: one task for every shard and level."""
 
     def __init__(self, here: Replica, tasks: _Tasks, deal: Deal, taken: int, samples: int):
         self.groups = groups_of(taken)
         self._here = here
         self._tasks = tasks
         ends = [round(number * taken / self.groups) for number in range(self.groups + 1)]
-        begun: dict[int, int] = {}  # Shard -> the next of its batches.
+        begun: dict[int, int] = {}  # Shard -> its next batch.
         self._spans = []
         for start, stop in itertools.pairwise(ends):
             counts = deal.counts(start, stop)
@@ -365,7 +365,7 @@ class _MapGroups:
         self._same = _SameData(tasks.shards)
 
     def begin(self) -> SweepState:
-        """The state at which the sweep begins."""
+        """Return the state where the sweep begins."""
         return self._here.initial_state(self._tasks.reader.options.method)
 
     def run_level(
@@ -388,11 +388,11 @@ class _MapGroups:
 
 
 def _of_populations(state: SweepState) -> SweepState:
-    """The state with no more of the levels before than a shard needs: not the standard errors."""
+    """Return the state without the standard errors of the levels before, to send less."""
     settled = {site: moments.of_values(m.count, m.mean, m.m2) for site, m in state.settled.items()}
     return dataclasses.replace(state, settled=settled)
 
 
 def _named(number: int, shard: Any) -> str:
-    # Of data itself only the beginning, on one line.
+    # The beginning of the `repr`, on one line: a shard may be the data.
     return f"shard {number} ({' '.join(repr(shard).split())[:100]})"

@@ -1,4 +1,4 @@
-"""The state of a sweep: batches are added, shards merged, levels advanced."""
+"""The state of a sweep: add batches, merge shards, advance to the next level."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ class Site(NamedTuple):
 
     Attributes:
         path: The path of the layer.
-        call: Which of its calls in one run of the model, from 0.
+        call: The number of the call in one run of the model, from 0.
     """
 
     path: str
@@ -28,7 +28,7 @@ class Site(NamedTuple):
 
 
 class NetworkFacts(NamedTuple):
-    """What one trace of a network shows.
+    """Facts about a network from one trace.
 
     Attributes:
         levels: Path -> level of a layer; `None` if the network cannot be cut at levels, because a
@@ -37,7 +37,7 @@ class NetworkFacts(NamedTuple):
         looping: The paths of layers in loops that feed themselves.
         random: Whether the network draws random numbers.
         by_batch: The paths of layers that inference normalizes by the batch.
-        not_nan: The places of the inputs in which NaN is an error.
+        not_nan: The positions of the inputs where NaN is an error.
     """
 
     levels: dict[str, int] | None = None
@@ -88,7 +88,7 @@ def _by_site(
 
 
 def _field(merge: Callable[[Any, Any, str], Any], default: Any) -> Any:
-    """A field of `SweepState`, with the function that merges it from two shards."""
+    """Create a field of `SweepState` with the function that merges it from two shards."""
     return dataclasses.field(default=default, metadata={"merge": merge})
 
 
@@ -98,21 +98,22 @@ class SweepState:
 
     Attributes:
         method: The name of the method, see `tfbn.sweep.options`.
-        fingerprint: Of the weights, see `tfbn.models.fingerprints.fingerprint`.
+        fingerprint: Digest of the weights, see `tfbn.models.fingerprints.fingerprint`.
         paths: The layers to sweep.
-        fixed_point: If the network cannot be cut at levels, the passes that take their place.
-        level: The level whose calls are being observed, or the number of the pass, from 1.
+        fixed_point: The passes in place of levels, if the network cannot be cut.
+        level: The current level, or the number of the pass, from 1.
         settled: Site -> moments of the levels before, or of the pass before.
         first: `samples`, `data` and `keys` of level 1; `None` at level 1.
-        complete: Whether no level is left.
-        levels: Path -> level of every layer that a batch has shown.
+        complete: Whether all levels are done.
+        levels: Path -> level of every layer in the traces so far.
         by_batch: The paths of the layers that inference normalizes by the batch.
-        random: Whether the passes need the same batches, because the network draws random numbers,
-            which follow from the batches' keys, or normalizes by the batch.
-        samples: How many samples this level has seen; `batches` in how many batches;
-            `batch_size` the size of the largest.
-        data: The digests of these samples, summed: whatever their order and their batches.
-        keys: The keys of these batches, summed.
+        random: Whether the passes require the same batches, because the network draws random
+            numbers, seeded by the keys of the batches, or normalizes by the batch.
+        samples: Number of samples of this level so far.
+        batches: Number of batches of this level so far.
+        batch_size: Size of the largest batch.
+        data: Sum of the digests of these samples, independent of order and batches.
+        keys: Sum of the keys of these batches.
         moments: Site -> moments of this level.
     """
 
@@ -139,14 +140,14 @@ class SweepState:
     )
 
     def add(self, batch: Batch, site_moments: Iterable[tuple[Site, Moments]]) -> "SweepState":
-        """The state with one more batch.
+        """Return the state with one more batch.
 
         Args:
             batch: The `tfbn.sweep.batches.Batch`.
             site_moments: (site, moments) of the calls observed in the batch.
         """
         by_site: dict[Site, Moments] = {}
-        for site, of_call in site_moments:  # The body of a loop has several for one site.
+        for site, of_call in site_moments:  # A loop has several moments for one site.
             before = by_site.get(site)
             merge = functools.partial(moments.merge_one_batch, method=self.method)
             by_site[site] = of_call if before is None else merge(before, of_call)
@@ -161,7 +162,7 @@ class SweepState:
         )
 
     def note(self, facts: NetworkFacts) -> "SweepState":
-        """The state with the facts of one more trace, by which the sweep may turn out uncut."""
+        """Return the state with the facts of one more trace, which may switch to uncut passes."""
         fixed_point, levels = self.fixed_point, self.levels
         if fixed_point is not None:
             fixed_point = fixed_point.note(facts.recurrent)
@@ -179,24 +180,24 @@ class SweepState:
         )
 
     def turned_uncut(self, begin: "SweepState") -> bool:
-        """Whether a level that began at `begin` has shown that the network cannot be cut."""
+        """Return whether a level that began at `begin` has switched to uncut passes."""
         return self.fixed_point is not None and begin.fixed_point is None
 
     def without_batches(self) -> "SweepState":
-        """The state at the beginning of its level."""
+        """Return the state at the beginning of its level."""
         zero = dict.fromkeys(("samples", "batches", "batch_size", "data", "keys"), 0)
         nothing: dict[str, Any] = {**zero, "moments": {}, "levels": {}}
         return dataclasses.replace(self, **nothing)
 
     def uncut(self) -> "SweepState":
-        """The state of a sweep that begins anew, by passes over the whole network."""
+        """Return the first state of a sweep by passes over the whole network."""
         return SweepState(self.method, self.fingerprint, self.paths, FixedPoint())
 
     def merge(self, other: "SweepState") -> "SweepState":
-        """The state of two shards together.
+        """Merge the states of two shards.
 
         Raises:
-            ValueError: If they are not of one level of one sweep.
+            ValueError: If the states belong to different levels or sweeps.
         """
         self._check_same_sweep(other)
         merged = {
@@ -220,8 +221,8 @@ class SweepState:
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
                 raise ValueError(
-                    f"Expected shards of one sweep. Received: shards whose {name} differs, "
-                    f"{ours!r} and {theirs!r}. {advice}"
+                    f"Expected shards of one sweep. Received: {name} {ours!r} and {theirs!r}. "
+                    f"{advice}"
                 )
         if self.settled is not other.settled and not _same_moments(self.settled, other.settled):
             raise ValueError(
@@ -235,7 +236,7 @@ class SweepState:
 
     @property
     def populations(self) -> dict[Any, Moments]:
-        """Path, or site where a call has its own -> the moments that calls normalize with.
+        """Path, or site if calls differ -> the moments that calls normalize with.
 
         All calls of a layer share one mean and variance, as in inference.
         """
@@ -244,17 +245,17 @@ class SweepState:
         return self.fixed_point.populations(self.settled, self.layers)
 
     def advance(self, reached: "SweepState") -> "SweepState":
-        """The state to continue at, after a level that began at this state.
+        """Return the next state, after a level that began at this state.
 
         Args:
             reached: The state after all batches of the level.
 
         Returns:
             The next level, or the complete state after the last. If the network cannot be cut at
-            its levels, the beginning of a sweep by passes over the whole network.
+            its levels, the first state of a sweep by passes over the whole network.
 
         Raises:
-            ValueError: If there was no data, or other data than at the first level.
+            ValueError: For empty data, or other data than at the first level.
         """
         if reached.turned_uncut(self):
             return reached.uncut()
@@ -263,11 +264,11 @@ class SweepState:
         return reached.next_level()
 
     def next_level(self) -> "SweepState":
-        """The state at the beginning of the next level, or the complete one after the last.
+        """Return the state at the beginning of the next level, or the complete state.
 
         Raises:
-            ValueError: If the level was swept over other data than the first; if the passes of a
-                network that cannot be cut do not converge.
+            ValueError: If the data differs from the first level; if the passes of a network that
+                cannot be cut do not converge.
         """
         swept = self.samples, self.data, self.keys
         if self.first is not None:
@@ -284,7 +285,7 @@ class SweepState:
         return dataclasses.replace(begin, level=self.level + 1, fixed_point=fixed_point)
 
     def statistics(self) -> dict[str, LayerStats]:
-        """Path -> `LayerStats` of the layers of all settled levels."""
+        """Return path -> `LayerStats` of the layers of all settled levels."""
         calls: dict[str, list[Moments]] = {}
         for site, of_site in self.settled.items():
             calls.setdefault(site.path, []).append(of_site)
@@ -295,10 +296,10 @@ def merge_shards(states: Iterable[SweepState], begin: SweepState) -> SweepState:
     """Merge the states of several shards after one level; `begin` if no shard has a batch.
 
     Args:
-        states: Of the shards.
+        states: The states of the shards.
         begin: The `SweepState` at the beginning of the level.
     """
-    # An empty shard does not show which layers are called in training.
+    # The paths of an empty shard include layers that training does not call.
     filled = [state for state in states if state.batches or state.turned_uncut(begin)]
     shards = [dataclasses.replace(state, settled=begin.settled) for state in filled]
     return functools.reduce(SweepState.merge, shards) if shards else begin
@@ -337,5 +338,5 @@ def _same_moments(ours: Mapping[Site, Moments], theirs: Mapping[Site, Moments]) 
 
 
 def _disagree(ours: Mapping[str, int], theirs: Mapping[str, int]) -> bool:
-    """Whether two traces put one layer at different levels."""
+    """Return whether two traces differ in the level of a layer."""
     return any(theirs.get(path, level) != level for path, level in ours.items())

@@ -1,4 +1,4 @@
-"""The state of a sweep as bytes, for checkpoints and for other processes."""
+"""Convert the state of a sweep to bytes, for checkpoints and other processes."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ _KIND = "tfbn sweep state 1"
 
 
 def pack(state: SweepState) -> bytes:
-    """The bytes of a state."""
+    """Convert a state to bytes."""
     sites = {"settled": state.settled, "moments": state.moments}
     header = {
         field.name: getattr(state, field.name)
@@ -31,10 +31,10 @@ def pack(state: SweepState) -> bytes:
 
 
 def unpack(content: bytes) -> SweepState:
-    """The state that `pack` gave the bytes of.
+    """Load a state from the bytes of `pack`.
 
     Raises:
-        ValueError: If the bytes are damaged, or are something else.
+        ValueError: If the bytes are damaged or others.
     """
     header, arrays = sealed.unpack(content)
     try:
@@ -55,13 +55,12 @@ def unpack(content: bytes) -> SweepState:
         return state
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"Expected the state of a sweep. Received: {len(content)} other bytes "
-            f"({type(error).__name__}: {error})."
+            f"Expected the state of a sweep. Received: {len(content)} other bytes ({error!r})."
         ) from error
 
 
 def _check_types(state: SweepState) -> None:
-    """Raise `ValueError` for values that no sweep has."""
+    """Raise `ValueError` for impossible values."""
     passes = state.fixed_point or FixedPoint()
     whole = (state.level, passes.passes, state.samples, state.batches, state.batch_size)
     whole += (state.data, state.keys, *state.levels.values(), *(state.first or ()))
@@ -81,7 +80,7 @@ def _check_types(state: SweepState) -> None:
 
 
 def _possible(values: np.ndarray) -> Moments:
-    """The moments in an array, unless no data has such."""
+    """Validate an array and convert it to moments."""
     if values.ndim != 2 or len(values) != 10 or values.dtype != np.float64:
         raise ValueError("an array that is no moments")
     if not (np.isfinite(values).all() and (values[[0, 2, 3, 4, 7, 9]] >= 0).all()):

@@ -1,4 +1,4 @@
-"""One trace of an observed model: its graph, what the graph shows, and parts of it as functions."""
+"""Trace an observed model: its graph, facts, and parts of the graph as functions."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from tfbn.models.keras_models import Structure
 from tfbn.sweep.observation import Call, Observer, Run, UnobservableError
 from tfbn.sweep.state import NetworkFacts, Site
 
-# A call, and the moments of the values that entered it.
+# (call, moments of its input).
 SiteMoments = tuple[Site, list[tf.Tensor]]
 
 _HARMLESS = {"Placeholder", "ReadVariableOp", "VarHandleOp"}
@@ -27,11 +27,11 @@ class Part(NamedTuple):
     """A part of the network as a function.
 
     Attributes:
-        function: From values, and the populations of `sites`, to the fetches of `calls`, the
-            tensors of the part's frontier, and more.
-        sites: Whose populations the function takes.
-        calls: The calls that it observes.
-        outputs: How many outputs the function has up to its frontier.
+        function: Function from values, and the populations of `sites`, to the fetches of `calls`,
+            the tensors of the frontier, and more.
+        sites: Sites of the population arguments.
+        calls: The observed calls.
+        outputs: Number of outputs of the function up to its frontier.
     """
 
     function: Callable[..., list[tf.Tensor]]
@@ -59,13 +59,13 @@ class Trace:
         specs: The specs of the dense tensors of a batch, which may leave dimensions open.
         function: The function from `inputs` to `measured`, and more.
         inputs: The placeholders of the batch's dense tensors, and of its number.
-        measured: The tensors that the moments of a batch follow from: the fetches of all calls,
-            and the model's outputs where calls are in loops or branches.
+        measured: The tensors that the moments of a batch require: the fetches of all calls, and
+            the model's outputs if calls are in loops or branches.
         populations: Site -> the placeholder of the population that the call normalizes with.
         calls: The calls of observed layers in their order.
         by_batch: See `tfbn.sweep.observation.Run`.
         random: Whether the network draws random numbers.
-        lock: Held while parts are built, and while a graph with calls in loops runs.
+        lock: Locked while parts are built, and while a graph with calls in loops runs.
     """
 
     specs: list[tf.TensorSpec]
@@ -86,7 +86,7 @@ class Trace:
 
     @property
     def cuttable(self) -> bool:
-        """Whether no call is in the body of a loop or branch."""
+        """Whether all calls are outside of loops and branches."""
         return all(call.fetches is not None for call in self.calls)
 
     @property
@@ -96,7 +96,7 @@ class Trace:
 
     @functools.cached_property
     def facts(self) -> NetworkFacts:
-        """What the trace shows of the network."""
+        """The facts about the network."""
         before = cuts.dependencies(self._sources, self.calls)
         recurrent = cuts.recurrent(before, self.calls)
         looping = [
@@ -114,11 +114,11 @@ class Trace:
 
     @functools.cached_property
     def cut(self) -> Cut:
-        """The graph cut at its levels, if it has any."""
+        """The graph cut at its levels, if any."""
         return cuts.cut(self._sources, self.inputs, self.calls, self.facts.levels or {})
 
     def segment(self, level: int) -> Part:
-        """The part from the frontier of the level before to the calls and frontier of a level."""
+        """Build the part from the frontier of the level before to the calls of a level."""
         with self.lock:
             if level not in self._segments:
                 cut, levels = self.cut, self.facts.levels or {}
@@ -135,7 +135,7 @@ class Trace:
     def whole(self) -> Part:
         """The whole network, from a batch to all calls."""
         with self.lock:
-            # A function runs all operations of its graph that have effects, needed or not.
+            # A function runs all operations with side effects in its graph, used or not.
             if not self.populations and not self._has_effects:
                 return Part(self.function, [], self.calls, len(self.measured))
             return self._part(self.inputs, self.measured, self.calls)
@@ -176,8 +176,8 @@ def trace_model(
         observer: The `Observer` of the model.
         structure: A structure of `tf.TypeSpec`, as the model takes it.
         specs: The specs of the dense tensors in it.
-        settled: Whether every layer normalizes with the population that it is given when the
-            graph runs, or else with the moments of the batch, as in training.
+        settled: Whether every layer normalizes with a population argument of the graph; otherwise
+            with the moments of the batch, as in training.
 
     Raises:
         UnobservableError: If the inference on one batch depends on the batch before.
@@ -192,7 +192,7 @@ def trace_model(
         def population(site: Site, channels: int) -> list[tf.Tensor] | None:
             if not settled:
                 return None
-            with graph.as_default():  # Not in the body of a loop around the call.
+            with graph.as_default():  # Outside of a loop around the call.
                 placeholder = tf.compat.v1.placeholder(tf.float64, [2, channels])
             populations[site] = placeholder
             return tf.unstack(placeholder)
@@ -208,8 +208,8 @@ def trace_model(
         guards = [] if settled else walks.hiding_nan(graph.get_operations())
         return [*measured, *(tensor[:0] for tensor in guards)]
 
-    # A wrapped function has no automatic control dependencies, which would tie the calls to
-    # everything else in the model that has an effect.
+    # A wrapped function has no automatic control dependencies, which would make calls depend on all
+    # side effects in the model.
     function = tf.compat.v1.wrap_function(run, [*specs, tf.TensorSpec([], tf.int64)])
     [(made, measured)] = runs
     inputs = function.inputs[: len(specs) + 1]

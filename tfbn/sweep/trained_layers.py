@@ -1,7 +1,7 @@
-"""The batch norm layers to sweep, and which of their calls count: those that train.
+"""Choose the batch norm layers to sweep, and their calls that count: the ones that train.
 
-A trace of `call` in training mode shows them. A `train_step` of the user's own may do something
-else, so inside `fit` the moving statistics decide, see `tfbn.callbacks.movement`.
+A trace of `call` in training mode determines them. A custom `train_step` may train other layers, so
+inside `fit` the changes of the moving statistics decide, see `tfbn.callbacks.movement`.
 """
 
 import collections
@@ -18,13 +18,13 @@ from tfbn.sweep.state import Site
 
 
 class TrainedCalls(NamedTuple):
-    """What `call` does with a model's batch norm layers.
+    """How `call` uses a model's batch norm layers.
 
     Attributes:
         frozen: The paths of the layers that `call` uses and never trains.
-        partly: The paths of the layers that it trains in some calls, and not in others.
-        ignored: In inference, the calls of these layers that fix `training=False`. Training does
-            not train there, so their values do not count.
+        partly: The paths of the layers that `call` trains in some calls only.
+        ignored: The inference calls of these layers that fix `training=False`. Training does not
+            train there, so their values do not count.
     """
 
     frozen: frozenset[str] = frozenset()
@@ -33,9 +33,9 @@ class TrainedCalls(NamedTuple):
 
 
 class PassedOn(int):
-    """A `training=False` that can be told from one that a model's code fixes.
+    """A `training=False` that differs from a constant in the model's code.
 
-    A call receives it only if every call around it passes its own `training` on.
+    A call receives it only if every call around it passes `training` on.
     """
 
     def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> tf.Tensor:
@@ -53,18 +53,18 @@ class _Call(NamedTuple):
 def trained_calls(
     model: keras.Model, layers: Mapping[str, keras.Layer], inputs: Structure
 ) -> TrainedCalls:
-    """Trace a model in training mode, and where that leaves a doubt in inference mode.
+    """Trace a model in training mode, and in inference mode if the result is ambiguous.
 
-    The calls of the two modes are not matched with each other, because a model may make other
-    calls in training: an auxiliary loss, a second view.
+    The calls of the two modes are not matched, because a model may make other calls in training:
+    an auxiliary loss, a second view.
 
     Args:
         model: A built model.
-        layers: Its batch norm layers by path.
-        inputs: A batch of its inputs, or specs of one.
+        layers: Path -> batch norm layer.
+        inputs: A batch of inputs, or its specs.
 
     Returns:
-        The `TrainedCalls`; empty where the model cannot be traced.
+        The `TrainedCalls`; empty if the model cannot be traced.
     """
     if keras_models.always_passes_training_on(model):
         return TrainedCalls()
@@ -135,7 +135,7 @@ def all_layers(model: keras.Model) -> dict[str, keras.Layer]:
 def require_trained(
     model: keras.Model, layers: Mapping[str, keras.Layer], frozen: frozenset[str]
 ) -> None:
-    """Raise `ValueError` if `call` trains none of some layers."""
+    """Raise `ValueError` if `call` trains none of the layers."""
     if frozen >= layers.keys():
         raise ValueError(
             f"Expected BatchNormalization layers that train. Received: model {model.name!r}, which "
@@ -146,7 +146,7 @@ def require_trained(
 def _calls(
     model: keras.Model, layers: Mapping[str, keras.Layer], inputs: Structure, training: Any
 ) -> list[_Call] | None:
-    """The calls of some layers in their order, or `None` if the model cannot be traced."""
+    """Return the calls of layers in order, or `None` if the model cannot be traced."""
     calls: list[_Call] = []
 
     def observe(path, layer, call, x, training, mask):
@@ -165,7 +165,7 @@ def _calls(
     specs = [tf.TensorSpec(value.shape, value.dtype) for value in flat]
     try:
         tf.compat.v1.wrap_function(run, [tf.TensorSpec([], tf.int64), *specs])
-    except Exception:  # The sweep itself raises the error for a batch that the model refuses.
+    except Exception:  # The sweep raises the error for a batch that the model refuses.
         return None
     return calls
 
@@ -175,7 +175,7 @@ def _paths(calls: list[_Call] | None) -> list[str]:
 
 
 def _fixed(calls: list[_Call], paths: frozenset[str]) -> frozenset[Site]:
-    """The sites that fix `training=False`, of layers that other calls pass `training` on to."""
+    """Return the sites that fix `training=False`, of layers with calls that pass it on."""
     following = {call.path for call in calls if not (call.fixed or call.trains)}
     counts: collections.Counter[str] = collections.Counter()
     fixed = set()

@@ -1,4 +1,4 @@
-"""Passes that run the whole network for every batch, and observe all calls at once."""
+"""Run passes over the whole network for every batch, and observe all calls at once."""
 
 import contextlib
 
@@ -14,7 +14,7 @@ from tfbn.sweep.trace import Trace
 
 
 class UncutPasses:
-    """The passes of a sweep over a network that is not, or cannot be, cut at its levels.
+    """The passes of a sweep over a network that is not cut at its levels.
 
     In the first pass every call normalizes with the moments of the batch. In each later pass the
     layers normalize with the statistics of the pass before.
@@ -34,7 +34,7 @@ class UncutPasses:
     def run(
         self, batch: Batch, start: Frontier | None, level: int, populations: Populations
     ) -> Observed:
-        """Run a batch through the network. See `CutPasses.run`; no pass takes it further."""
+        """Run a batch through the network, see `CutPasses.run`. Returns no frontier."""
         run = self._run_eagerly if self._eager else self._run_graph
         return run(batch, populations)
 
@@ -50,7 +50,7 @@ class UncutPasses:
         return Observed(calls, None, facts._replace(random=run.draws > 0, by_batch=run.by_batch))
 
     def _trace_if_any(self, batch: Batch) -> Trace | None:
-        """The trace of a model that runs without a graph, for more facts; `None` if it fails."""
+        """Return a trace of a model that runs eagerly, for more facts; `None` if tracing fails."""
         if self._untraceable:
             return None
         try:
@@ -68,12 +68,12 @@ class UncutPasses:
             given = populations.get(site, populations.get(site.path))
             if given is not None:
                 return given
-            # Mean 0 and variance 1, for a layer that the pass before did not reach.
+            # Mean 0 and variance 1 for a layer that the pass before did not reach.
             _, channels = trace.populations[site].shape
             return tf.stack([tf.zeros(channels, tf.float64), tf.ones(channels, tf.float64)])
 
         whole = trace.whole
-        # Two runs at once would take the moments of calls in loops from one queue.
+        # Concurrent runs would mix the moments of calls in loops in one queue.
         with contextlib.nullcontext() if trace.cuttable else trace.lock:
             calls, _ = whole.run([*flatten(batch.inputs), batch.number], population)
         return Observed(calls, None, trace.facts)

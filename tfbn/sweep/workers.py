@@ -1,4 +1,4 @@
-"""The processes of a `tf.distribute` strategy that share a sweep, and the engine of all."""
+"""Share a sweep between the processes of a `tf.distribute` strategy."""
 
 import concurrent.futures
 import contextlib
@@ -20,19 +20,19 @@ from tfbn.sweep.state import Site, SweepState, merge_shards
 
 
 class Workers:
-    """The processes that share the sweep of a model, of which this is one.
+    """The processes that share the sweep of a model, including this one.
 
-    Under `tf.distribute.MultiWorkerMirroredStrategy` these are its workers, each of which has
-    to make the same calls in the same order; otherwise it is this process alone.
+    Under `tf.distribute.MultiWorkerMirroredStrategy` these are its workers, which must make the
+    same calls in the same order; otherwise only this process.
 
     Attributes:
         index: The number of this worker, from 0.
-        count: How many workers there are.
+        count: Number of workers.
     """
 
     def __init__(self, model: keras.Model):
         self.index, self.count = 0, 1
-        # Something that is no model is refused later.
+        # Anything but a model is refused later.
         strategy = getattr(model, "distribute_strategy", None)
         if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
             return
@@ -52,16 +52,16 @@ class Workers:
         )
 
     def own_name(self, path: str | os.PathLike) -> str:
-        """The name of a file of this worker: each of several adds its number."""
+        """Return the name of a file of this worker, with its number if there are several."""
         return os.fspath(path) if self.count == 1 else f"{os.fspath(path)}.{self.index}"
 
     def engine(self, local: LocalEngine) -> "LocalEngine | WorkersEngine":
-        """The engine of all workers; if this process is alone, its own."""
+        """Return the engine of all workers, or the local one for a single process."""
         return local if self.count == 1 else WorkersEngine(self, local)
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
-        """Within the context an error on one worker is raised on all.
+        """Context manager: raise an error of one worker on all.
 
         Raises:
             RuntimeError: If another worker raises an error or has ended.
@@ -79,17 +79,16 @@ class Workers:
     def gather(
         self, compute: Callable[[], SweepState], settled: dict[Site, Moments] | None = None
     ) -> list[SweepState]:
-        """The `SweepState`s that a function computes on every worker, in their order.
+        """Return the `SweepState`s that a function computes on every worker, in order.
 
         Args:
             compute: The function.
-            settled: The `settled` moments of the states where all workers have them, which then
-                need not be sent.
+            settled: The `settled` moments of the states if all workers have them, to send less.
 
         Raises:
             Exception: The error that `compute` raises here.
-            RuntimeError: If it raises on another worker, or another worker has ended. Workers
-                that take their time are waited for.
+            RuntimeError: If it raises on another worker, or another worker has ended. There is no
+                timeout for slow workers.
         """
         if self.count == 1:
             return [compute()]
@@ -106,7 +105,7 @@ class Workers:
         return [dataclasses.replace(state, settled=settled) for state in states]
 
     def gather_numbers(self, compute: Callable[[], Sequence[int]]) -> list[tuple[int, ...]]:
-        """Whole numbers that a function computes on every worker, in their order. See `gather`."""
+        """Return integers that a function computes on every worker, in order, see `gather`."""
         if self.count == 1:
             return [tuple(compute())]
         gathered = self._gather(lambda: np.array(compute(), np.int64).tobytes())
@@ -135,8 +134,8 @@ class Workers:
             return self._gather_words(tf.constant(words)).numpy()
 
     def _exchange(self, message: bytes) -> list[bytes]:
-        # In words, because bytes cannot be gathered, and with a header that says from whom,
-        # because they come in the order of the tasks' names: 10 before 2.
+        # int32, because bytes cannot be gathered. Header: worker and size, because messages are
+        # ordered by the names of the tasks, 10 before 2.
         words = np.zeros(2 + -(-len(message) // 4), np.int32)
         words[:2] = self.index, len(message)
         words[2:].view(np.uint8)[: len(message)] = np.frombuffer(message, np.uint8)
@@ -157,7 +156,7 @@ class Workers:
 
 
 class WorkersEngine:
-    """Several workers, each with an engine for its own data, that merge their states.
+    """Several workers, each with an engine for its shard, that merge their states.
 
     Args:
         workers: The `Workers`.
@@ -169,17 +168,17 @@ class WorkersEngine:
         self._local = local
 
     def initial_state(self) -> SweepState:
-        """The state at which all begin. After a crash a worker may be one level ahead."""
+        """Return the state where all begin. After a crash a worker may be one level ahead."""
         states = self._workers.gather(self._local.initial_state)
         return max(states, key=lambda state: state.level)
 
     def run_level(self, state: SweepState) -> SweepState:
-        """The merged state after one level."""
+        """Return the merged state after one level."""
         run = functools.partial(self._local.run_level, state)
         return merge_shards(self._workers.gather(run, settled=state.settled), state)
 
     def finish(self, state: SweepState) -> PopulationStats:
-        """The result, the same on all workers."""
+        """Return the result, the same on all workers."""
         return self._local.finish(state)
 
 
@@ -190,9 +189,9 @@ def _failure(error: Exception) -> bytes:
 def _interruptible(
     function: Callable[[np.ndarray], np.ndarray], argument: np.ndarray
 ) -> np.ndarray:
-    """The result of a function that runs in a thread of its own.
+    """Run a function in another thread and return its result.
 
-    While TensorFlow waits, Python hears of no Ctrl-C in that thread.
+    Python handles Ctrl-C in this thread, but not in a thread that waits for TensorFlow.
     """
     answer: concurrent.futures.Future[np.ndarray] = concurrent.futures.Future()
 
