@@ -155,12 +155,12 @@ def test_pooled_over_examples_pools_the_batches_that_they_fill(run):
 
 @pytest.fixture
 def processes(monkeypatch):
-    """Every stage loads the model anew, as it does in a process of its own."""
+    """Every stage loads the model again, as in a separate process."""
     monkeypatch.setattr(tfbn.beam, "replica_here", make_replica)
 
 
 def test_layers_go_by_their_paths_where_the_pipeline_was_built(run, processes, tmp_path):
-    build = networks.subclassed  # Its layers have no names of their own.
+    build = networks.subclassed  # Its layers are unnamed.
     model = build(layers.BatchNormalization)
     weights, log = model.get_weights(), tmp_path / "paths"
 

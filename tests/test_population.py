@@ -283,7 +283,7 @@ def test_an_empty_part_changes_no_bit(method):
 
 
 def test_counts_that_differ_between_channels_are_merged():
-    # A mask can tell channels apart, where they are not on the last axis.
+    # A mask may differ between channels that are not on the last axis.
     rng = np.random.default_rng(0)
     shards = [[rng.normal(size=n) for n in counts] for counts in ((3, 5, 2), (4, 1, 0))]
     parts = []
@@ -375,7 +375,7 @@ def test_summary_has_the_worst_layer_first(model, stats):
     worst, *_ = stats.compare(stats.previous)
     assert lines[2].split()[0] == worst
     assert lines[2].split()[1] == "100"
-    assert lines[2].split()[-1] == "-"  # One batch tells no error.
+    assert lines[2].split()[-1] == "-"  # One batch has no error estimate.
     assert len(lines) == 2 + len(stats)
     assert len({len(line) for line in lines[1:]}) == 1
 

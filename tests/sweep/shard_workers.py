@@ -12,7 +12,7 @@ from keras import layers
 
 @keras.saving.register_keras_serializable("tests")
 class Called(layers.Layer):
-    """Writes down the process and the shape of every call in Python, of which a trace is one."""
+    """Stores the process and the shape of every call in Python, including traces."""
 
     def __init__(self, log, **options):
         super().__init__(**options)

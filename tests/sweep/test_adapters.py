@@ -48,7 +48,7 @@ class Joined(keras.layers.Layer):
 
 
 class Net(keras.Model):
-    """Batch norm over whatever enters, which need not be declared."""
+    """Batch norm over inputs of any structure."""
 
     def __init__(self):
         super().__init__()

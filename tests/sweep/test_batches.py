@@ -1,4 +1,4 @@
-"""Tests of the digests by which data is known again."""
+"""Tests of the digests that identify data."""
 
 import keras
 import numpy as np

@@ -109,7 +109,7 @@ def test_again_and_again(tmp_path, runs):
     whole = tfbn.collect(model, Data(x), **options)
     runs.clear()
     for _ in range(3 * BATCHES):
-        # Three batches more each time, past those of this level that it has already.
+        # Three more batches each time, after the stored batches of this level.
         done = (len(runs) - 1) % BATCHES + 1 if runs else 0
         try:
             stats = tfbn.collect(model, Data(x, done + 3), checkpoint=tmp_path / "c", **options)

@@ -140,7 +140,7 @@ class Changing:
 
 
 def test_batches_that_reach_other_layers_in_a_later_pass():
-    # In the second pass levels differ, and the sweep begins anew, with the data as it is then.
+    # In the second pass levels differ, and the sweep restarts with the current data.
     [*_, last] = tfbn.collect(reached(Deeper), Changing(2), memory_limit=0, verbose=0)
     assert last == "fourth"
     with pytest.raises(ValueError, match="reaches layer 'second', which no batch of an earlier"):

@@ -108,7 +108,7 @@ class _Batches(keras.utils.PyDataset):
 
 
 class _Sequence:
-    """A sequence of batches that is no PyDataset."""
+    """A sequence of batches, not a PyDataset."""
 
     def __init__(self, batches):
         self._parts = batches

@@ -64,7 +64,7 @@ def test_two_devices_give_what_one_gives(build, method, two_devices):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("memory_limit", [0, None])
 def test_each_device_runs_its_own_replica(method, memory_limit, two_devices):
-    # Replicas with other weights, which no training leaves, tell who has run what.
+    # Replicas with different weights, unlike after training, show which one has run a batch.
     def build(bn):
         return keras.Sequential([keras.Input((3,)), layers.Dense(3), bn(), bn()])
 

@@ -135,7 +135,7 @@ def plans(draw):
 
 
 class Holding(layers.Layer):
-    """A batch norm layer inside a layer that is no model."""
+    """A batch norm layer inside a layer, not a model."""
 
     def __init__(self, bn):
         super().__init__()
@@ -152,7 +152,7 @@ class Holding(layers.Layer):
 
 
 class Compiled(Holding):
-    """The same in a function that is compiled by itself."""
+    """The same in a separately compiled function."""
 
     @tf.function
     def call(self, x, training=None):
@@ -161,7 +161,7 @@ class Compiled(Holding):
 
 
 class Inferring(Holding):
-    """A batch norm layer that never trains, whatever its flag says."""
+    """A batch norm layer that never trains, for any `trainable`."""
 
     def call(self, x, training=None):
         """Batch norm in inference."""
@@ -448,7 +448,7 @@ class Noting(layers.BatchNormalization):
         """Batch norm as Keras has it."""
         if isinstance(inputs, keras.KerasTensor) or not tf.executing_eagerly():
             return super().call(inputs, training=training, mask=mask)
-        inputs = tf.cast(inputs, self.compute_dtype)  # Keras computes with integers as they are.
+        inputs = tf.cast(inputs, self.compute_dtype)  # Keras does not convert integers.
         values = np.asarray(inputs, np.float64)
         kept = np.ones(values.shape[:-1], bool) if mask is None else np.asarray(mask)
         self.trains = self.trains or bool(training)
@@ -604,14 +604,14 @@ def check(plan, strategy):
             return
     for one, two in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(one, two)
-    if stats is None:  # A shard was lost, and that was said.
+    if stats is None:  # A lost shard raised its error.
         return
     assert "carrying" not in plan.parts
     compare(plan, model, stats, oracle(plan, model, batches_of(plan, x)))
 
 
 def compare(plan, model, stats, expected):
-    """Raise `AssertionError` unless statistics are those of the oracle."""
+    """Raise `AssertionError` unless statistics match the oracle."""
     tolerance = 2e-4 if plan.policy == "float32" else 2e-6
     found = {path.split("/")[-1]: layer for path, layer in stats.items()}
     noisy = [layer.name for layer in model._flatten_layers() if hasattr(layer, "is_noise")]
@@ -639,7 +639,7 @@ QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_to
 
 
 def pinned(root, *parts, **changes):
-    """A plan in which a fault once showed itself."""
+    """A plan that once showed a fault."""
     plain = {
         "stock": True,
         "policy": "float32",

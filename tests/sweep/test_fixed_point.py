@@ -122,7 +122,7 @@ def test_a_loop_keeps_precision_far_from_zero(method, eager):
     [stats] = tfbn.collect(model, x, method=method, batch_size=50, verbose=0).values()
     entered = x.astype("d") / np.sqrt(1 + 1e-3)
     np.testing.assert_allclose(stats.mean, entered.mean((0, 1)), rtol=1e-6)
-    # The values themselves are float32, and 1e4 away from zero.
+    # The values are float32, and 1e4 away from zero.
     np.testing.assert_allclose(stats.variance, entered.var((0, 1)), rtol=1e-3)
 
 

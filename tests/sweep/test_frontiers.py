@@ -168,7 +168,7 @@ def test_nothing_crosses_devices_between_levels(two_devices, runs):
     for entered, left in ran:
         [device] = {value.device for value in left}
         by_device[device[-5:]] += 1
-        if entered[0].shape != [8, *x.shape[1:]]:  # A batch itself comes from the CPU.
+        if entered[0].shape != [8, *x.shape[1:]]:  # The inputs are on the CPU.
             assert {value.device for value in entered} == {device}
     assert by_device == {"CPU:0": 3 * levels, "CPU:1": 3 * levels}
 

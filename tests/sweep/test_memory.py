@@ -98,7 +98,7 @@ def test_a_group_that_does_not_tell_its_inactive_files(tmp_path):
 
 
 def test_tensorflow_lists_devices_with_their_memory():
-    """A private function. A CPU's limit stands for a GPU's, of which there may be none."""
+    """A private function. A CPU's limit replaces a GPU's, which may not exist."""
     limits = {one.name: one.memory_limit for one in device_lib.list_local_devices()}
     assert limits["/device:CPU:0"] > 0
     assert "current" in tf.config.experimental.get_memory_info("CPU:0")

@@ -117,7 +117,7 @@ class Pairs(keras.utils.PyDataset):
 
 
 class Counter(layers.Layer):
-    """Counts its calls, of whatever mode, and scales by the count."""
+    """Counts its calls in any mode, and scales by the count."""
 
     def build(self, _):
         """One count."""

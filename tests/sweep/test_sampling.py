@@ -132,7 +132,7 @@ def test_a_smaller_tolerance_takes_more_and_is_closer(model, digits, population)
 
 @pytest.mark.parametrize("method", ["exact", "pooled"])
 def test_all_of_the_data_has_no_error_left(model, digits, population, method):
-    """Its population is the data itself."""
+    """The population is the data."""
     stats = tfbn.collect(model, digits[:200], method=method, tolerance=1e-6, verbose=0)
     assert stats.samples == stats.population_size == 200
     assert stats.relative_error == 0
@@ -212,7 +212,7 @@ def test_a_sample_that_does_not_fit_is_read_again_or_refused(model, digits):
 
 @pytest.mark.slow
 def test_halves_that_disagree_are_a_warning(model, digits):
-    """Not on data in random order, for which a tolerance is made."""
+    """Data in random order, which a tolerance requires, gives no warning."""
     dark = np.concatenate([digits[::4] * 0.3, digits[::4]])
     for images, expected in ((dark, 1), (digits[np.random.default_rng(0).permutation(1797)], 0)):
         dataset = tf.data.Dataset.from_tensor_slices(images).batch(8)
@@ -346,7 +346,7 @@ def test_batches_of_one_have_errors_behind_the_first_layer(model, digits, popula
 
 
 def test_shards_that_are_sorted_alike_are_drawn_from_unlike_places():
-    """By time of day, say: each draws in an order of its own."""
+    """By time of day, say: each shard has a different order."""
     model = keras.Sequential([keras.Input((1,)), layers.BatchNormalization(name="bn")])
     hours = (np.arange(960) * 10 // 960).astype("float32")[:, None]
     noise = np.random.default_rng(0).normal(0, 0.1, (50, 960, 1)).astype("float32")

@@ -157,7 +157,7 @@ def test_networks_that_need_whole_passes(kind, eager):
 
 
 class PartlyFrozen(keras.Model):
-    """Calls its second layer without training, whatever it is called with."""
+    """Calls its second layer with training=False in every mode."""
 
     def __init__(self):
         super().__init__()
@@ -381,7 +381,7 @@ def test_one_progress_bar(capsys):
 
 @pytest.fixture(autouse=True)
 def untouched():
-    """Whatever happens, the model is as it was."""
+    """The model does not change."""
     before = [weight.copy() for weight in _small.get_weights()]
     yield
     for held, now in zip(before, _small.get_weights(), strict=True):

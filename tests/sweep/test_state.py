@@ -30,7 +30,7 @@ def test_batches_add_up_and_calls_of_a_layer_are_joined():
     one = swept(begun(), [(FIRST, x)])
     two = one.note(NetworkFacts(LEVELS, random=True))
     two = two.add(batch(5, 7), [(FIRST, of(y)), (AGAIN, of(z))])
-    assert (one.samples, one.batches, len(one.moments)) == (3, 1, 1)  # It is as it was.
+    assert (one.samples, one.batches, len(one.moments)) == (3, 1, 1)  # Unchanged.
     assert (two.samples, two.batches, two.batch_size, two.random) == (8, 2, 5, True)
     assert (two.data, two.keys) == (7, 207)
     found = two.next_level().layers["a"]
@@ -186,7 +186,7 @@ def test_whole_batches_in_another_order(memory_limit):
 
 
 class Changing(keras.utils.PyDataset):
-    """Batches of ten, of which one sample differs in every pass."""
+    """Batches of ten; one sample differs in every pass."""
 
     def __init__(self, x, change):
         super().__init__()

@@ -152,7 +152,7 @@ class Rescaling(layers.Layer):
 
 
 class OwnReader(layers.BatchNormalization):
-    """A layer that reads its statistic beside the computation that it inherits."""
+    """A layer that reads its statistic outside of the inherited computation."""
 
     def call(self, inputs, training=None, mask=None):
         """The normalised inputs, moved."""

@@ -351,7 +351,7 @@ class Pretrained(keras.Model):
 
 
 def bn_of(mean):
-    """A layer whose moving mean tells whether it is used."""
+    """A layer whose moving mean shows whether it is used."""
     return layers.BatchNormalization(moving_mean_initializer=keras.initializers.Constant(mean))
 
 

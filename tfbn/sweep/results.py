@@ -128,10 +128,10 @@ def _warn_of_differing_calls(state: SweepState) -> None:
         if furthest["mean_shift"] > _SPREAD or abs(np.log(furthest["std_ratio"])) > _SPREAD:
             warn(
                 f"Layer {path!r} is called {len(single)} times on inputs whose statistics differ: "
-                f"those of one call are off from those of all by {furthest['mean_shift']:.2g} "
-                f"standard deviations in the mean, and by a factor of {furthest['std_ratio']:.2g} "
-                "in the standard deviation. In training every call is normalised by its own, in "
-                "inference all by the same. A layer for every call has no such difference."
+                f"one call differs from all by {furthest['mean_shift']:.2g} standard deviations in "
+                f"the mean, and by a factor of {furthest['std_ratio']:.2g} in the standard "
+                "deviation. Training normalizes each call by the statistics of that call, "
+                "inference all calls by the same. Use one layer per call to avoid it."
             )
 
 
