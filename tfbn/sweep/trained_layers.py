@@ -1,7 +1,7 @@
 """Choose the batch norm layers to sweep, and their calls that count: the ones that train.
 
 A trace of `call` in training mode determines them. A custom `train_step` may train other layers, so
-inside `fit` the changes of the moving statistics decide, see `tfbn.callbacks.movement`.
+inside `fit` the changes of the moving statistics decide, see `tfbn.callbacks.change_detector`.
 """
 
 import collections
