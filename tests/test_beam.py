@@ -486,10 +486,14 @@ def bad_arguments(tmp_path):
         "a broken file": ([broken], {}, "that Keras can load.*broken.keras"),
         "no Keras model": ([lambda: 3], {}, "Expected a Keras model. Received: 3"),
         "frozen": ([lambda: frozen], {}, "not frozen"),
-        "method": ([path, "fast"], {}, "method to be one of"),
+        "method": ([path], {"method": "fast"}, "Expected (a )?method.*fast"),
         "batch size": ([path], {"batch_size": 0}, "batch_size to be an integer >= 1"),
-        "eager": ([lambda: eager, "exact"], {}, "levels.*runs eagerly"),
-        "unknown inputs": ([lambda: recorded_nothing, "exact"], {}, "no recorded input shape"),
+        "eager": ([lambda: eager], {"method": "exact"}, "levels.*runs eagerly"),
+        "unknown inputs": (
+            [lambda: recorded_nothing],
+            {"method": "exact"},
+            "no recorded input shape",
+        ),
     }
 
 

@@ -190,7 +190,7 @@ def test_the_example_of_shards(names):
 
 
 def test_the_page_on_a_sweep_names_every_module():
-    folder = pathlib.Path(tfbn.__file__).parent / "sweep"
+    folder = README.parent / "tfbn" / "sweep"
     named = set(re.findall(r"`(\w+)`", (folder / "README.md").read_text()))
     assert {path.stem for path in folder.glob("*.py")} - named == {
         *("__init__", "first_trace", "report", "trained_layers")
