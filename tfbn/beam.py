@@ -21,10 +21,11 @@ except ImportError as error:
 from tfbn.models import keras_models
 from tfbn.models.keras_models import Structure
 from tfbn.population import PopulationStats
+from tfbn.stats.methods import METHODS
 from tfbn.sweep import data
 from tfbn.sweep.batches import Batch
 from tfbn.sweep.network import Network
-from tfbn.sweep.options import METHODS, SweepOptions
+from tfbn.sweep.options import SweepOptions
 from tfbn.sweep.processes import Recipe, check_source, replica_here
 from tfbn.sweep.replica import Replica
 from tfbn.sweep.state import SweepState

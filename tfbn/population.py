@@ -16,8 +16,9 @@ from tfbn.layer.sweep_records import SweepRecord
 from tfbn.models import assignment, fingerprints, keras_models
 from tfbn.stats import blending, drift, layer_stats, stats_file, summary
 from tfbn.stats.layer_stats import LayerStats
+from tfbn.stats.methods import METHODS
 
-_METHODS = ("exact", "pooled", "algorithm2", "assigned")
+_METHODS = (*METHODS, "assigned")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -208,7 +209,11 @@ class PopulationStats(collections.abc.Mapping):
         """
         if not isinstance(other, PopulationStats):
             raise ValueError(f"Expected PopulationStats to merge. Received: {type(other)}.")
-        if self.method != other.method or self.method not in ("pooled", "algorithm2"):
+        if (
+            self.method != other.method
+            or self.method not in METHODS
+            or METHODS[self.method].by_level
+        ):
             raise ValueError(
                 "Expected two sweeps with method='pooled' or two with 'algorithm2'. Received: "
                 f"{self.method!r} and {other.method!r}. Use tfbn.collect_shards for 'exact'."

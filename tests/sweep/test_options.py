@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from tfbn.sweep.options import METHODS, SweepOptions
+from tfbn.stats.methods import METHODS
+from tfbn.sweep.options import SweepOptions
 
 
 @pytest.mark.parametrize(

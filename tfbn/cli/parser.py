@@ -1,12 +1,10 @@
-"""The grammar of the command line. It imports nothing but argparse, so that help is instant."""
+"""The grammar of the command line. It imports no TensorFlow, so that help is instant."""
 
 import argparse
 import math
 
 from tfbn._version import __version__
-
-# The sweep's methods. A test compares them with those that `tfbn.collect` takes.
-METHODS = ("exact", "pooled", "algorithm2")
+from tfbn.stats.methods import METHODS
 
 _DESCRIPTION = """\
 Batch norm statistics of trained Keras models.
@@ -106,7 +104,7 @@ def _add_recalibrate(commands):
     )
     added.add_argument(
         "--method",
-        choices=METHODS,
+        choices=tuple(METHODS),
         default="exact",
         help="exact: the same for any batch size (default). pooled: one pass, which takes less "
         "time and wants large batches. algorithm2: one pass, the paper to the letter",

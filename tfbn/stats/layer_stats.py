@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tfbn.stats import blending, moments
+from tfbn.stats.methods import METHODS
 
 RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
 ERRORS = ("mean_error", "variance_error")
@@ -145,7 +146,7 @@ class LayerStats:
         """
         if share is None:
             share = self.counts / np.maximum(whole.counts, 1)
-        apart = 0.0 if method == "algorithm2" else 2 * np.abs(self.mean - whole.mean)
+        apart = 0.0 if METHODS[method].averages_variances else 2 * np.abs(self.mean - whole.mean)
         errors = np.stack([self.mean_error, self.variance_error + apart * self.mean_error])
         return np.where(self.counts > 0, share * errors, 0.0)
 

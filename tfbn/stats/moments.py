@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from tfbn.stats.methods import METHODS
+
 
 class Moments:
     """Moments of the values so far, per channel.
@@ -85,7 +87,7 @@ def of_batch(count: np.ndarray, mean: np.ndarray, variance: np.ndarray, *, metho
     mean = np.asarray(mean, np.float64)
     count = np.broadcast_to(np.asarray(count, np.float64), mean.shape)
     m2 = count * np.asarray(variance, np.float64)
-    if method == "algorithm2":
+    if METHODS[method].averages_variances:
         with np.errstate(invalid="ignore", divide="ignore"):
             # Channels without values skip the division.
             m2 = np.where(count == 0, m2, m2 * (count / (count - 1)))
@@ -125,7 +127,7 @@ def _values_together(a: Moments, b: Moments, method: str) -> Moments:
     with np.errstate(invalid="ignore", over="ignore"):
         delta = b.mean - a.mean
         m2 = a.m2 + b.m2
-        if method != "algorithm2":
+        if not METHODS[method].averages_variances:
             m2 = m2 + delta * delta * (a.count * share)
         mean = a.mean + delta * share
     only_a, only_b = b.count == 0, a.count == 0
@@ -145,7 +147,7 @@ def _spread_around(part: Moments, whole: Moments, method: str) -> np.ndarray:
         s = np.where(part.count == 0, 0.0, part.mean - whole.mean)
         c = np.where(part.count == 0, 0.0, variance(part) - variance(whole))
     t = 2 * s
-    if method == "algorithm2":  # Its variance does not depend on the means.
+    if METHODS[method].averages_variances:  # Its variance does not depend on the means.
         t = np.zeros_like(s)
     else:
         c = c + s * s

@@ -1,4 +1,4 @@
-"""Create a random order over the batches of several shards."""
+"""One random order over the batches of several shards: how many each of them draws next."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Run a sweep on any engine: level by level, or on a sample that a tolerance requires."""
+"""The loops that drive a sweep, and the protocols `Engine` and `Sampler` that they drive."""
 
 from collections.abc import Sequence
 from typing import Protocol

@@ -7,11 +7,12 @@ import keras
 import tensorflow as tf
 
 from tfbn.models.keras_models import Structure
+from tfbn.stats.methods import METHODS
 from tfbn.sweep import data, results
 from tfbn.sweep.adapters import specs_of
 from tfbn.sweep.batches import Batch, empty, flatten
 from tfbn.sweep.network import Network, devices
-from tfbn.sweep.options import METHODS, SweepOptions
+from tfbn.sweep.options import SweepOptions
 from tfbn.sweep.replica import naming
 from tfbn.sweep.state import NetworkFacts
 from tfbn.sweep.trained_layers import all_layers, layers_to_sweep, require_trained, trained_calls

@@ -5,10 +5,10 @@ import dataclasses
 from collections.abc import Iterator
 
 from tfbn.population import PopulationStats
+from tfbn.stats.methods import METHODS
 from tfbn.sweep.batches import Batch, Batches, nbytes, sequence_digest
 from tfbn.sweep.checkpoint import Checkpoint
 from tfbn.sweep.frontiers import Frontier, Frontiers
-from tfbn.sweep.options import METHODS
 from tfbn.sweep.replica import Replica
 from tfbn.sweep.report import Report
 from tfbn.sweep.state import SweepState

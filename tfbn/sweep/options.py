@@ -1,32 +1,10 @@
-"""The options and methods of a sweep."""
+"""The options of a sweep."""
 
 import dataclasses
 import os
-from typing import NamedTuple
 
 from tfbn import arguments
-
-
-class Method(NamedTuple):
-    """Properties of a method.
-
-    Attributes:
-        by_level: Whether a layer is observed while the layers before it normalize with their
-            population statistics, level by level. Otherwise they normalize with the moments of
-            the batch, as in training, and one pass observes all layers.
-        batches_matter: Whether the statistics depend on the split of the data into batches.
-    """
-
-    by_level: bool
-    batches_matter: bool
-
-
-# `tfbn.stats.moments` supports the same names.
-METHODS = {
-    "exact": Method(by_level=True, batches_matter=False),
-    "pooled": Method(by_level=False, batches_matter=True),
-    "algorithm2": Method(by_level=False, batches_matter=True),
-}
+from tfbn.stats.methods import METHODS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""A model in one process, without data, checkpoint and progress."""
+"""A model in one process: run batches through one level on each of its devices."""
 
 import collections
 import concurrent.futures
@@ -17,6 +17,7 @@ import tensorflow as tf
 from tfbn.models import assignment, keras_models
 from tfbn.population import PopulationStats
 from tfbn.stats import moments
+from tfbn.stats.methods import METHODS
 from tfbn.stats.moments import Moments
 from tfbn.sweep import results
 from tfbn.sweep.batches import Batch, BatchReader, flatten
@@ -25,7 +26,6 @@ from tfbn.sweep.fixed_point import FixedPoint
 from tfbn.sweep.frontiers import Frontier
 from tfbn.sweep.network import Network, devices
 from tfbn.sweep.observation import UnobservableError
-from tfbn.sweep.options import METHODS
 from tfbn.sweep.state import NetworkFacts, Site, SweepState
 from tfbn.sweep.trace import SiteMoments
 from tfbn.sweep.trained_layers import require_trained, trained_calls
@@ -322,9 +322,10 @@ def _refuse(
 ) -> NoReturn:
     """Raise the error for moments that are not finite."""
     finite = moments.finite(moments.of_batch(count, mean, variance, method=method))
-    if method == "algorithm2" and np.isfinite(variance).all() and count.min() == 1:
+    averaged = METHODS[method].averages_variances
+    if averaged and np.isfinite(variance).all() and count.min() == 1:
         raise ValueError(
-            "Expected two values per channel for method='algorithm2'. Received: m = 1 for layer "
+            f"Expected two values per channel for method={method!r}. Received: m = 1 for layer "
             f"{site.path!r}, in {batch.name}. Use another batch size, or method='pooled'."
         )
     channel = int(np.argmin(finite))

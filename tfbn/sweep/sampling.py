@@ -40,6 +40,7 @@ import numpy as np
 
 from tfbn.population import LayerStats, PopulationStats
 from tfbn.stats import moments
+from tfbn.stats.methods import METHODS
 from tfbn.stats.moments import Moments
 from tfbn.sweep import results
 from tfbn.sweep.state import Site, SweepState
@@ -315,7 +316,7 @@ def _added(group: Moments, whole: Moments, method: str) -> tuple[np.ndarray, np.
     share = group.count / np.maximum(whole.count, 1)
     d = np.where(group.count > 0, group.mean - whole.mean, 0.0)
     e = moments.variance(group) - moments.variance(whole)
-    return share * d, share * (e if method == "algorithm2" else e + d * d)
+    return share * d, share * (e if METHODS[method].averages_variances else e + d * d)
 
 
 def _standard_errors(parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 
 from tfbn.files import sealed
+from tfbn.stats.methods import METHODS
 from tfbn.stats.moments import Moments
 from tfbn.sweep.fixed_point import FixedPoint
-from tfbn.sweep.options import METHODS
 from tfbn.sweep.state import Site, SweepState
 
 _KIND = "tfbn sweep state 1"
