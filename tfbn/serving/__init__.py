@@ -1,6 +1,7 @@
-"""From a trained model to TensorFlow Serving and back.
+"""Export models to TensorFlow Serving, monitor their inputs, and recalibrate them.
 
 `export` writes a version, `monitor` compares its requests with the population, and `recalibrate`
-writes the next version from new data. All three share `provenance`, the record of where the
-statistics of a version came from, and `versions`, the numbered directories of a model.
+writes the next version from new data. They share four modules: `versions` creates the numbered
+directories of a model, `provenance` records where the statistics of a version come from, `sweeps`
+determines whether the statistics of a model are stale, and `saved_models` reads a SavedModel.
 """

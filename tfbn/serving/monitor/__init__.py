@@ -1,4 +1,5 @@
 """Compare the data that a served model receives with its population.
 
-`monitor` adds the measurement to an endpoint; `served_stats` collects answers; `alarm` is the test.
+`monitor` builds an endpoint that computes moments with `per_sample`, `answers` converts its answers
+to moments, `served_stats` accumulates them, and `alarm` computes the p-value.
 """

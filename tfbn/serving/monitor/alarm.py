@@ -1,43 +1,43 @@
-"""The alarm: a distance of samples from the population, and the limit that noise alone keeps.
+"""Compute the distance of samples from the population, and a p-value for an alarm.
 
 Take one channel of a layer with population mean mu and variance sigma^2, and s^2 = sigma^2 +
 epsilon, by which the layer divides. Samples of n values with mean m and variance v have moved by
 
     a = (m - mu) / s        and        b = (v + (m - mu)^2 - sigma^2) / (2 s^2),
 
-the second being about the logarithm of the ratio of standard deviations. Both are averages over
-values, so that for samples from the population they are 0 on average however few values a sample
-has. The distance of a layer is D, D^2 the mean over channels of a^2 + b^2. That of a network is the
-root mean square over its layers, weighted by 1 / (noise + 0.05^2), noise being its addition to the
-layer's D^2: first layers average over many positions, while of the few values of the last ones, one
-for a class, sixteen samples may miss some and not show it.
+where b is close to the logarithm of the ratio of standard deviations. Both are averages over
+values, so for samples from the population their expectation is 0 for any number of values. The
+distance of a layer is D, where D^2 is the mean of a^2 + b^2 over channels. The distance of a
+network is the root mean square over its layers, weighted by 1 / (noise + 0.05^2), where noise is
+its part of the layer's D^2. Early layers average over many positions. Late layers have few values,
+and sixteen samples may miss some of them (one class, for example) without a visible spread.
 
 Noise. With samples in G blocks (see `Blocks`) of n_i values, whose a and b make the vectors x_i
-of mean x, the sampling error of x has the covariance Sigma, estimated as in `tfbn.stats.moments` by
+with mean x, the sampling error of x has the covariance Sigma, estimated as in `tfbn.stats.moments`
+by
 
     G / (G - 1) sum_i n_i^2 (x_i - x) (x_i - x)' / N^2,  N = sum_i n_i,
 
-times 1 + N / M because the population is an average too, of M values. Noise alone gives D^2 the
-expectation tr Sigma (in units of the mean over channels), and D^2 / tr Sigma a distribution close
-to F with f and f (G - 1) degrees of freedom, f = (tr Sigma)^2 / tr(Sigma^2), however the channels
-depend on one another (Box 1954, "Some theorems on quadratic forms applied in the study of analysis
-of variance problems, I"; Brunner, Dette & Munk 1997, "Box-type approximations in nonparametric
-factorial designs"). There is one test for all channels of all layers, and nothing to correct for
-their number. The traces are estimated without bias as in Bai & Saranadasa (1996), "Effect of high
-dimension: by an example of a two sample problem", section 3.
+times 1 + N / M, because the population is an average of M values. With noise alone, D^2 has the
+expectation tr Sigma (in units of the mean over channels), and D^2 / tr Sigma has approximately an F
+distribution with f and f (G - 1) degrees of freedom, f = (tr Sigma)^2 / tr(Sigma^2), for any
+dependence between channels (Box 1954, "Some theorems on quadratic forms applied in the study of
+analysis of variance problems, I"; Brunner, Dette & Munk 1997, "Box-type approximations in
+nonparametric factorial designs"). One test covers all channels of all layers and requires no
+correction for their number. The unbiased estimates of the traces are from Bai & Saranadasa (1996),
+"Effect of high dimension: by an example of a two sample problem", section 3.
 
-While no rare value has occurred, the samples' own spread is next to nothing, and a and b lack that
-value's part in the population. So the noise of a channel is at least what the sweep has measured:
-its squared standard errors of mean and variance, times (M / N)(1 + N / M), in units of s^2 and
-4 s^4. The missing part is added to tr Sigma, and as a diagonal matrix to Sigma in tr(Sigma^2).
-Where the population has no standard errors (statistics that no sweep measured, or one batch), the
-alarm assumes that the samples' own spread is all the noise there is.
+Until a rare value occurs, the spread of the samples is close to 0, and a and b lack the part that
+the value has in the population. The noise of a channel is therefore at least the noise that the
+sweep measured: its squared standard errors of mean and variance, times (M / N)(1 + N / M), in units
+of s^2 and 4 s^4. The missing part is added to tr Sigma, and as a diagonal matrix to Sigma in
+tr(Sigma^2). If the population has no standard errors (statistics without a sweep, or a sweep of one
+batch), the spread of the samples counts as all of the noise.
 
-Samples that follow one another may be alike: frames of a film, a folder of one class. Blocks take
-that in where they are longer than what is alike. For what is longer than a block, Sigma and the
-second degrees of freedom are corrected by the Bartlett window over the 4 next blocks (Newey & West
-1987, "A simple, positive semi-definite, heteroskedasticity and autocorrelation consistent
-covariance matrix"), never downwards.
+Consecutive samples may be correlated: frames of a film, a folder of one class. Blocks absorb
+correlations shorter than a block. For longer ones, Sigma and the second degrees of freedom are
+corrected by the Bartlett window over the 4 next blocks (Newey & West 1987, "A simple, positive
+semi-definite, heteroskedasticity and autocorrelation consistent covariance matrix"), only upwards.
 """
 
 from typing import NamedTuple
@@ -49,11 +49,11 @@ from tfbn.stats import drift, moments
 from tfbn.stats.layer_stats import LayerStats
 from tfbn.stats.moments import Moments
 
-# A distance that is no drift however sure it is: data that a network was not trained on is this
-# far from the data it was trained on.
+# The largest distance that does not count as drift: validation data is this far from the training
+# data.
 TOLERANCE = 0.05
 
-# Fewer samples do not show their own spread well enough, nor whether neighbours are alike.
+# Fewer samples do not allow an estimate of their spread and correlation.
 FEWEST_SAMPLES = 16
 _LAG = 4
 _MOST_BLOCKS = 32
@@ -61,31 +61,30 @@ _MOST_DIMENSIONS = 100.0
 
 
 class Scaled(NamedTuple):
-    """Mean and variance as `tfbn.stats.drift` takes them."""
+    """Mean and squared divisor, in the form that `tfbn.stats.drift` requires."""
 
     mean: np.ndarray
     variance: np.ndarray
 
 
 class Blocks:
-    """Moments of samples in order, in at most 31 blocks of neighbours.
+    """Store moments of consecutive samples in at most 31 blocks.
 
-    Each block has the same number of samples, but for the last, which may be unfinished: 1 for
-    the first 31 samples, then 2, 4 and so on. So memory does not grow with their number, and
-    samples that are alike because they follow one another count as one.
+    All blocks have the same number of samples (1, then 2, 4 and so on); the last may have fewer.
+    Memory does not grow with the number of samples, and correlated neighbours count as one.
     """
 
     def __init__(self):
         self.samples = 0
         self._size = 1
-        self._blocks = []
+        self._blocks: list[Moments] = []
 
-    def add(self, found: Moments) -> None:
+    def add(self, sample: Moments) -> None:
         """Add the moments of one sample."""
         if self.samples % self._size:
-            self._blocks[-1] = _merged(self._blocks[-1], found)
+            self._blocks[-1] = _merged(self._blocks[-1], sample)
         else:
-            self._blocks.append(found)
+            self._blocks.append(sample)
         self.samples += 1
         if len(self._blocks) == _MOST_BLOCKS and not self.samples % self._size:
             pairs = zip(self._blocks[::2], self._blocks[1::2], strict=True)
@@ -93,7 +92,7 @@ class Blocks:
             self._size *= 2
 
     def total(self) -> Moments:
-        """The moments of all samples, with the spread between blocks: all merged at once."""
+        """Return the moments of all samples, with the spread between blocks."""
         n, means, variances = self.stacked()
         count = n.sum(0)
         mean = np.sum(n * means, 0) / np.maximum(count, 1)
@@ -105,7 +104,7 @@ class Blocks:
         return Moments(np.stack([count, mean, m2, np.sum(n > 0, 0), *spread]))
 
     def stacked(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Count, mean and variance, each of shape `(blocks, channels)`."""
+        """Return count, mean and variance, each of shape `(blocks, channels)`."""
         count, mean, variance = zip(
             *((block.count, block.mean, moments.variance(block)) for block in self._blocks),
             strict=True,
@@ -113,20 +112,20 @@ class Blocks:
         return np.stack(count), np.stack(mean), np.stack(variance)
 
 
-def _merged(a, b):
+def _merged(a: Moments, b: Moments) -> Moments:
     return moments.merge_one_batch(a, b, method="pooled")
 
 
 class Movement(NamedTuple):
-    """How far the samples of a layer, or of a network, have moved, and their noise.
+    """The distance of the samples of a layer or a network from the population, and its noise.
 
     Attributes:
         squared: The squared distance D^2.
-        noise: The covariance of the samples' own noise as its Gram matrix, of shape
-            `(blocks, blocks)`: its trace is tr Sigma, the sum of its squared entries tr(Sigma^2),
-            both before the bias is taken out.
-        unseen: What the sweep's standard errors add to tr Sigma.
-        unseen_squares: What they add to tr(Sigma^2).
+        noise: Gram matrix of the noise of the samples, of shape `(blocks, blocks)`. Its trace is tr
+            Sigma and the sum of its squared entries is tr(Sigma^2), both before the correction of
+            their bias.
+        unseen: The addition to tr Sigma from the sweep's standard errors.
+        unseen_squares: Their addition to tr(Sigma^2).
     """
 
     squared: float
@@ -136,29 +135,29 @@ class Movement(NamedTuple):
 
     @property
     def expected(self) -> float:
-        """The expectation of D^2 from noise alone; NaN for one block."""
-        return float(np.trace(self.noise) * self._alike + self.unseen)
+        """The expectation of D^2 with noise alone; NaN for one block."""
+        return float(np.trace(self.noise) * self._correlation + self.unseen)
 
     @property
     def distance(self) -> float:
-        """The distance without the part of noise; NaN for one block."""
+        """The distance, corrected for noise; NaN for one block."""
         return float(np.sqrt(np.maximum(0.0, self.squared - self.expected)))
 
     @property
-    def _alike(self):
-        """How much larger Sigma is because blocks are like their neighbours, at least 1."""
+    def _correlation(self) -> float:
+        """The factor by which correlated blocks increase Sigma, at least 1."""
         blocks, trace = len(self.noise), np.trace(self.noise)
-        apart = np.abs(np.subtract.outer(np.arange(blocks), np.arange(blocks)))
-        window = np.maximum(0.0, 1 - apart / (_LAG + 1))
-        # Without any likeness the ratio is this, since the blocks' average is subtracted.
+        lag = np.abs(np.subtract.outer(np.arange(blocks), np.arange(blocks)))
+        window = np.maximum(0.0, 1 - lag / (_LAG + 1))
+        # The expected ratio for independent blocks, since the average of the blocks is subtracted.
         independent = (blocks - window.sum() / blocks) / (blocks - 1) if blocks > 1 else 1.0
-        # Equal samples have no spread.
+        # Equal samples have a trace of 0.
         ratio = np.sum(window * self.noise) / trace if trace > 0 else 1.0
         return max(1.0, ratio / independent)
 
     @property
     def p_value(self) -> float:
-        """The probability of such a distance where the true one is at most `TOLERANCE`.
+        """The probability of a larger distance if the true one is `TOLERANCE`.
 
         NaN for fewer than 16 samples.
         """
@@ -166,29 +165,28 @@ class Movement(NamedTuple):
         if blocks < FEWEST_SAMPLES:
             return np.nan
         trace, squares = np.trace(self.noise), np.sum(self.noise**2)
-        free = blocks - 1
-        squares = free**2 / ((free - 1) * (free + 2)) * (squares - trace**2 / free)
-        dimensions = (trace + self.unseen) ** 2 - 2 * squares / free
+        degrees = blocks - 1
+        squares = degrees**2 / ((degrees - 1) * (degrees + 2)) * (squares - trace**2 / degrees)
+        dimensions = (trace + self.unseen) ** 2 - 2 * squares / degrees
         dimensions /= max(squares + self.unseen_squares, np.finfo(float).tiny)
-        # Equal samples have no spread, which would be 0 / 0; few blocks may give a spread over
-        # more dimensions than they can tell.
+        # Equal samples would give 0 / 0, and few blocks do not support more dimensions.
         dimensions = float(np.clip(dimensions, 1.0, _MOST_DIMENSIONS))
         ratio = self.squared / (self.expected + TOLERANCE**2)
-        return _survival(ratio, dimensions, dimensions * free / self._alike)
+        return _survival(ratio, dimensions, dimensions * degrees / self._correlation)
 
 
-def _survival(ratio, first, second):
-    """The probability that F with these degrees of freedom is larger than `ratio`."""
-    place = second / (second + first * ratio)
-    return float(tf.math.betainc(np.float64(second / 2), np.float64(first / 2), np.float64(place)))
+def _survival(ratio: float, first: float, second: float) -> float:
+    """Return the probability that F with these degrees of freedom is larger than `ratio`."""
+    x = second / (second + first * ratio)
+    return float(tf.math.betainc(np.float64(second / 2), np.float64(first / 2), np.float64(x)))
 
 
 def movement(blocks: Blocks, population: LayerStats, epsilon: float) -> Movement:
-    """How far the samples of one layer have moved from its population.
+    """Compute the distance of the samples of one layer from its population.
 
     Args:
-        blocks: Their moments.
-        population: A count of 0 is one that is not known, and taken as endless.
+        blocks: The moments of the samples.
+        population: The population; a count of 0 (not known) counts as infinite.
         epsilon: The epsilon of the layer.
     """
     n, means, variances = blocks.stacked()
@@ -197,20 +195,20 @@ def movement(blocks: Blocks, population: LayerStats, epsilon: float) -> Movement
     shift, _ = drift.by_channel(Scaled(mean, scale), Scaled(means, scale))
     second = (variances + (means - mean) ** 2 - variance) / (2 * scale)
     total = n.sum(0)
-    own = np.divide(total, count, out=np.zeros_like(mean), where=count > 0)
+    relative = np.divide(total, count, out=np.zeros_like(mean), where=count > 0)
     share = n / np.maximum(total, 1)
     errors = (population.mean_error / np.sqrt(scale), population.variance_error / (2 * scale))
     moved = Movement(0.0, np.zeros([len(n)] * 2), 0.0, 0.0)
     for each, error in zip((shift, second), errors, strict=True):
         each = np.where(n > 0, each, 0.0)
         average = np.sum(share * each, 0)
-        apart = np.sqrt(_free(n) * (1 + own)) * share * (each - average)
-        measured = np.sum(apart**2, 0)
-        known = np.divide(error**2, own, out=np.zeros_like(mean), where=own > 0) * (1 + own)
-        unseen = np.nan_to_num(np.maximum(0.0, known - measured))
+        deviation = np.sqrt(_correction(n) * (1 + relative)) * share * (each - average)
+        measured = np.sum(deviation**2, 0)
+        known = np.divide(error**2, relative, out=np.zeros_like(mean), where=relative > 0)
+        unseen = np.nan_to_num(np.maximum(0.0, known * (1 + relative) - measured))
         moved = Movement(
             moved.squared + float(np.mean(average**2)),
-            moved.noise + apart @ apart.T / mean.size,
+            moved.noise + deviation @ deviation.T / mean.size,
             moved.unseen + float(np.mean(unseen)),
             moved.unseen_squares + float(np.mean(unseen * (unseen + 2 * measured))) / mean.size,
         )
@@ -218,7 +216,7 @@ def movement(blocks: Blocks, population: LayerStats, epsilon: float) -> Movement
 
 
 def together(movements: list[Movement]) -> Movement:
-    """The movement of a network from those of its layers, weighted by how well each is known."""
+    """Combine the movements of layers to the movement of a network, weighted by their noise."""
     noise = np.array([np.trace(movement.noise) + movement.unseen for movement in movements])
     weights = 1 / (noise + TOLERANCE**2)
     weights /= weights.sum()
@@ -232,15 +230,16 @@ def together(movements: list[Movement]) -> Movement:
 
 
 def std_ratio_error(blocks: Blocks, variance: np.ndarray, epsilon: float) -> float:
-    """The standard error of `std_ratio`, see `tfbn.stats.drift.of_layer`, of samples in blocks.
+    """Compute the standard error of `std_ratio`, see `tfbn.stats.drift.of_layer`.
 
-    With m and v the mean and variance of all samples and u_i = v_i + (m_i - m)^2, that of its
-    logarithm, the mean over channels of log(v) / 2, is the root of G / (G - 1) times the sum over
-    blocks of the squared mean over channels of n_i (u_i - v) / (2 N v).
+    Let m and v be the mean and variance of all samples, and u_i = v_i + (m_i - m)^2. The logarithm
+    of the ratio is the mean of log(v) / 2 over channels, and its standard error is
+
+        sqrt(G / (G - 1) sum_i e_i^2),  e_i = mean over channels of n_i (u_i - v) / (2 N v).
 
     Args:
         blocks: The moments of the samples.
-        variance: Of the population, of shape `(channels,)`.
+        variance: The variance of the population, of shape `(channels,)`.
         epsilon: The epsilon of the layer.
     """
     n, means, variances = blocks.stacked()
@@ -250,14 +249,14 @@ def std_ratio_error(blocks: Blocks, variance: np.ndarray, epsilon: float) -> flo
     theirs = scaled(means, np.sum(share * around, 0), epsilon).variance
     logs = np.mean(share * (around + epsilon - theirs) / (2 * theirs), 1)
     ratio = np.exp(np.mean(np.log(theirs / ours)) / 2)
-    return float(ratio * np.sqrt(_free(n) * np.sum(logs**2)))
+    return float(ratio * np.sqrt(_correction(n) * np.sum(logs**2)))
 
 
-def _free(n):
-    """G / (G - 1) for an array of G rows; one row does not tell its spread."""
+def _correction(n: np.ndarray) -> float:
+    """Return G / (G - 1) for an array of G rows; NaN for one row."""
     return len(n) / (len(n) - 1) if len(n) > 1 else np.nan
 
 
 def scaled(mean: np.ndarray, variance: np.ndarray, epsilon: float) -> Scaled:
-    """A mean, and as its variance the square of a layer's divisor, never 0."""
+    """Return a mean with the squared divisor of a layer, variance + epsilon, which is never 0."""
     return Scaled(mean, np.maximum(variance + epsilon, float(np.finfo(np.float32).tiny)))

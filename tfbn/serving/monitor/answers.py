@@ -1,4 +1,4 @@
-"""Answers of the signature `monitor`, in the forms in which clients receive them, as samples."""
+"""Convert answers of the signature `monitor`, as clients receive them, to moments of samples."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,23 +10,23 @@ from tensorflow.core.framework import tensor_pb2
 from tfbn.serving.monitor import monitor
 from tfbn.stats import moments
 
-# Up to here every whole number is a float64 too.
+# Float64 represents all integers up to this one.
 _MOST = 2**53
 
 
 class Samples(NamedTuple):
-    """The values that entered a layer, for every sample of an answer.
+    """The moments of the values that entered a layer, for every sample of an answer.
 
     Attributes:
         count, mean, variance: float64, each of shape `(samples, channels)`.
     """
 
-    count: np.ndarray  # type: ignore[assignment]  # It hides a method of tuples.
+    count: np.ndarray  # type: ignore[assignment]  # Hides `tuple.count`.
     mean: np.ndarray
     variance: np.ndarray
 
     def together(self) -> moments.Moments:
-        """Return the moments of all samples as those of one batch."""
+        """Return the moments of all samples, merged into one batch."""
         count = self.count.sum(0)
         share = self.count / np.maximum(count, 1)
         mean = np.sum(share * self.mean, 0)
@@ -39,7 +39,7 @@ class Samples(NamedTuple):
 
 
 def outputs_of(answer: Any) -> Mapping[str, Any]:
-    """Return name of an output -> its values, of an answer over gRPC or REST.
+    """Return the outputs of an answer over gRPC or REST, name -> values.
 
     Raises:
         ValueError: If the answer has no outputs by name.
@@ -53,14 +53,14 @@ def outputs_of(answer: Any) -> Mapping[str, Any]:
             outputs = {name: [row.get(name) for row in rows] for name in rows[0]}
     if not isinstance(outputs, Mapping):
         raise ValueError(
-            "Expected an answer with outputs by name. Received: "
-            f"{str(answer)[:200]!r} of type {type(answer).__name__}. Ask the signature 'monitor'."
+            f"Expected an answer with outputs by name. Received: {str(answer)[:200]!r} of type "
+            f"{type(answer).__name__}."
         )
     return outputs
 
 
 def identities(outputs: Mapping[str, Any]) -> list[str]:
-    """Return for every sample by which statistics the network normalised."""
+    """Return for every sample the identity of the statistics that normalized it."""
     values = np.asarray(_entry(outputs, monitor.IDENTITY)).reshape(-1).tolist()
     return [v.decode(errors="replace") if isinstance(v, bytes) else str(v) for v in values]
 
@@ -74,8 +74,8 @@ def samples_of(outputs: Mapping[str, Any], path: str, shape: tuple[int, int]) ->
         shape: The number of samples, and of channels.
 
     Raises:
-        ValueError: If an entry is missing or has another shape, or if it has a value that no data
-            has.
+        ValueError: If an entry is missing, has another shape, or has an impossible value: not
+            finite, or negative.
     """
     count, mean, variance = (
         _numbers(outputs, f"{path}/{name}") for name in monitor.Moments._fields
@@ -84,43 +84,45 @@ def samples_of(outputs: Mapping[str, Any], path: str, shape: tuple[int, int]) ->
     why = _impossible(count, mean, variance, shape)
     if why is not None:
         raise ValueError(
-            f"Expected {shape[0]} samples of {shape[1]} channels that data can have for layer "
-            f"{path!r}. Received: {why}. Leave the answer out, and look for NaN in the request."
+            f"Expected moments of {shape[0]} samples and {shape[1]} channels for layer {path!r}. "
+            f"Received: {why}. Leave the answer out, and look for NaN in the request."
         )
     return Samples(np.broadcast_to(count, shape), mean, variance)
 
 
-def _impossible(count, mean, variance, shape):
-    """The first value that no samples have, in words, or `None`."""
+def _impossible(
+    count: np.ndarray, mean: np.ndarray, variance: np.ndarray, shape: tuple[int, int]
+) -> str | None:
+    """Return the first impossible value in words, or `None`."""
     if mean.shape != shape or variance.shape != shape or count.shape not in ((shape[0], 1), shape):
         shapes = [value.shape for value in (count, mean, variance)]
         return f"count, mean and variance of shapes {shapes}"
     whole = (count >= 0) & (count <= _MOST) & (count == np.floor(count))
     counted = count > 0
-    found = {
+    possible = {
         "mean": np.isfinite(mean) | ~counted,
         "variance": (np.isfinite(variance) & (variance >= 0)) | ~counted,
     }
     if not whole.all():
         return f"the count {count[~whole][0]}, no whole number"
-    for (name, possible), values in zip(found.items(), (mean, variance), strict=True):
-        if not possible.all():
-            sample, channel = np.argwhere(~possible)[0]
+    for (name, valid), values in zip(possible.items(), (mean, variance), strict=True):
+        if not valid.all():
+            sample, channel = np.argwhere(~valid)[0]
             return f"{name} {values[sample, channel]} in channel {channel} of sample {sample}"
     return None
 
 
-def _entry(outputs, name):
+def _entry(outputs: Mapping[str, Any], name: str) -> Any:
     if name not in outputs:
         raise ValueError(
-            f"Expected an answer of the signature 'monitor' with {name!r}. Received: one with "
-            f"{sorted(outputs)[:10]}. Ask for the signature 'monitor' of this version."
+            f"Expected an answer of the signature 'monitor' with {name!r}. Received: "
+            f"{sorted(outputs)[:10]}."
         )
     value = outputs[name]
     return tf.make_ndarray(value) if isinstance(value, tensor_pb2.TensorProto) else value
 
 
-def _numbers(outputs, name):
+def _numbers(outputs: Mapping[str, Any], name: str) -> np.ndarray:
     value = _entry(outputs, name)
     try:
         return np.asarray(value, np.float64)

@@ -1,13 +1,12 @@
-"""The inference network of a model with the inputs of its batch norm layers measured.
+"""Run a model for inference, and compute the moments of its batch norm layers' inputs.
 
-It normalises with the population statistics that its layers hold, as inference always does, so
-that its outputs are those of the model. Beside them it gives the moments of every sample.
+The layers normalize with their population statistics, so the outputs equal the model's.
 """
 
 import collections
 import pathlib
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import keras
 import tensorflow as tf
@@ -19,20 +18,20 @@ from tfbn.population import PopulationStats
 from tfbn.serving.monitor import per_sample
 from tfbn.serving.monitor.per_sample import Moments
 
-# Beside the provenance: the population to compare the answers of the endpoint with.
+# The population to compare the answers of the endpoint with.
 FILE = "assets.extra/population.safetensors"
 
-# The answer that tells by which statistics the network normalised.
+# The name of the output with the identity of the statistics that normalized a sample.
 IDENTITY = "monitor/population"
 
 
 class Measured(NamedTuple):
-    """A run of a model with the inputs of its batch norm layers measured.
+    """The result of `run`.
 
     Attributes:
         outputs: The model's outputs.
         samples: The number of samples in the batch, an int32 scalar.
-        moments: Path of a layer -> moments of the values that entered it, from all of its calls.
+        moments: Path of a layer -> moments of the values that entered it in all of its calls.
     """
 
     outputs: Any
@@ -43,12 +42,12 @@ class Measured(NamedTuple):
 def run(
     model: keras.Model, args: list, layers: Mapping[str, keras.Layer] | None = None
 ) -> Measured:
-    """Run a model for inference, to be called while a graph is traced or eagerly.
+    """Run a model for inference, eagerly or while a graph is traced.
 
-    A sample is a row of the inputs; where inputs differ in their number of rows, all are one
-    sample. The calls of a layer that is called several times are one population: their counts add
-    up. Masked positions do not count. A layer may have several rows for one sample (frames of a
-    film), side by side; any other number fails when the graph runs.
+    A sample is a row of the inputs. If inputs differ in their number of rows, the batch is one
+    sample. All calls of a layer are one population: their counts add up. Masked positions do not
+    count. A layer may have several contiguous rows for each sample (frames of a film); any other
+    number of rows is an error when the graph runs.
 
     Args:
         model: A built model.
@@ -56,17 +55,24 @@ def run(
         layers: The batch norm layers to measure by path, see `monitored_layers`; all if `None`.
 
     Raises:
-        ValueError: If the model does not call one of the layers, calls it in the body of a
-            loop or branch, out of which a graph hands nothing, or with the channels on axis 0.
+        ValueError: If the model does not call one of the layers, calls it in the body of a loop or
+            branch, whose tensors the graph cannot return, or with the channels on axis 0.
     """
     layers = keras_models.batch_norm_layers(model) if layers is None else layers
     calls, entered, inside = collections.defaultdict(list), [], []
     outer = _graph()
     samples = _number_of_samples(args)
 
-    def observe(path, layer, call, inputs, training, mask):
+    def observe(
+        path: str,
+        layer: keras.Layer,
+        call: Callable[..., tf.Tensor],
+        inputs: tf.Tensor,
+        training: bool | None,
+        mask: tf.Tensor | None,
+    ) -> tf.Tensor:
         x = tf.convert_to_tensor(inputs)
-        if not x.dtype.is_floating:  # As the layer itself does it.
+        if not x.dtype.is_floating:  # The layer casts too.
             x = tf.cast(x, layer.compute_dtype)
         if layer.axis % x.shape.rank == 0:
             _refuse(model, f"layer {path!r}, whose channels are on the axis of samples")
@@ -80,7 +86,8 @@ def run(
 
     with keras_models.observed_calls(layers, observe), keras_models.inlined_functions():
         outputs = model(*args, training=False)
-    for path in inside:  # Here: an error in the body of tf.map_fn spoils the strategies of later.
+    # An error inside the body of tf.map_fn would break later uses of tf.distribute strategies.
+    for path in inside:
         _refuse(model, f"layer {path!r}, which is called in a loop or branch")
     for path in layers:
         if path not in calls:
@@ -88,15 +95,15 @@ def run(
     if outer is not None and walks.is_vectorized(entered):
         _refuse(model, "a layer that is called in a tf.vectorized_map")
     rows = tf.stack([tf.shape(x)[0] for x in entered])
-    whole = tf.reduce_all(tf.equal(rows % tf.maximum(samples, 1), 0))
+    divisible = tf.reduce_all(tf.equal(rows % tf.maximum(samples, 1), 0))
     message = "Expected batch norm layers whose rows are those of samples. Received rows:"
-    with tf.control_dependencies([tf.debugging.Assert(whole, [message, rows])]):
+    with tf.control_dependencies([tf.debugging.Assert(divisible, [message, rows])]):
         samples = tf.identity(samples)
     return Measured(outputs, samples, {path: per_sample.merged(calls[path]) for path in layers})
 
 
-def _number_of_samples(args):
-    """The number of samples in a batch, an int32 scalar."""
+def _number_of_samples(args: list) -> tf.Tensor:
+    """Return the number of samples in a batch, an int32 scalar."""
     inputs = [x for x in tf.nest.flatten(args) if x.shape.rank]
     inputs = [x for x in inputs if x.shape[0] is None] or inputs
     if not inputs:
@@ -109,24 +116,24 @@ def _number_of_samples(args):
 def answers(
     model: keras.Model, layers: Mapping[str, keras.Layer], measured: Measured
 ) -> dict[str, tf.Tensor]:
-    """The answers of the endpoint beside the model's outputs, by name, with a row for each sample.
+    """Return the additional outputs of the endpoint, name -> tensor with a row for each sample.
 
-    For each layer `<path>/count` in int64, and `<path>/mean` and `<path>/variance` in float32,
-    float64 where the layer computes in that; and `IDENTITY`. So a server that merged requests can
-    split the answer.
+    The outputs are `<path>/count` in int64, `<path>/mean` and `<path>/variance` in float32 (float64
+    for layers that compute in float64), and `IDENTITY`. All of them have a row for each sample, so
+    a server that merges requests can split them.
     """
-    found = {IDENTITY: tf.fill([measured.samples], identity(model))}
+    outputs = {IDENTITY: tf.fill([measured.samples], identity(model))}
     for path, (count, mean, variance) in measured.moments.items():
         dtype = sums.statistics_dtype(tf.as_dtype(layers[path].compute_dtype))
         count = tf.cast(count, tf.int64)
-        found[f"{path}/count"] = count[:, 0] if count.shape[1] == 1 else count
-        found[f"{path}/mean"] = tf.cast(mean, dtype)
-        found[f"{path}/variance"] = tf.cast(variance, dtype)
-    return found
+        outputs[f"{path}/count"] = count[:, 0] if count.shape[1] == 1 else count
+        outputs[f"{path}/mean"] = tf.cast(mean, dtype)
+        outputs[f"{path}/variance"] = tf.cast(variance, dtype)
+    return outputs
 
 
 def identity(model: keras.Model) -> tf.Tensor:
-    """A digest, as a string, of the statistics by which a model normalises, read when it runs."""
+    """Return a digest of a model's batch norm statistics as a string, computed when it runs."""
     values = [tf.cast(variable, tf.float64) for variable in keras_models.all_statistics(model)]
     digest = tf.fingerprint(tf.reshape(tf.concat(values, 0), [1, -1]))
     return tf.strings.as_string(tf.bitcast(digest[0], tf.int64))
@@ -140,8 +147,8 @@ def write_population(
     Args:
         version: Its directory.
         layers: The batch norm layers that are monitored, by path.
-        swept: The sweep that the model's statistics come from, or `None` if they are not those
-            of a sweep. Layers that are not in it have the statistics that they hold.
+        swept: The sweep that the model's statistics come from, or `None` without one. For layers
+            that are not in it, the current statistics are written.
     """
     swept = PopulationStats({}, method="assigned") if swept is None else swept
     population = {
@@ -156,7 +163,7 @@ def write_population(
 def monitored_layers(
     model: keras.Model, chosen: bool | Iterable[str | keras.Layer]
 ) -> dict[str, keras.Layer]:
-    """The batch norm layers of a model that `monitor=` stands for, by path.
+    """Return the batch norm layers that `monitor=` selects, path -> layer.
 
     Args:
         model: A built model.
@@ -167,16 +174,13 @@ def monitored_layers(
     """
     layers = keras_models.batch_norm_layers(model)
     if not layers:
-        raise ValueError(
-            f"Expected a model with batch norm layers to monitor. Received: model {model.name!r}, "
-            "which has none. Export it without monitor."
-        )
+        raise ValueError(f"Expected batch norm layers. Received: {model.name!r}, which has none.")
     if chosen is True:
         return layers
     if isinstance(chosen, str | bytes | keras.Layer) or not isinstance(chosen, Iterable):
         raise ValueError(
-            "Expected monitor to be True, or a list of batch norm layers or their paths. "
-            f"Received: {chosen!r}. Put it in a list."
+            "Expected monitor to be True or a list of batch norm layers or paths. Received: "
+            f"{chosen!r}. Put it in a list."
         )
     paths = {id(layer): path for path, layer in layers.items()}
     wanted = set()
@@ -184,24 +188,23 @@ def monitored_layers(
         path = entry if isinstance(entry, str) else paths.get(id(entry))
         if path not in layers:
             raise ValueError(
-                f"Expected batch norm layers of model {model.name!r} in monitor. Received: "
-                f"{entry!r}, which is none of {list(layers)}."
+                f"Expected batch norm layers in monitor. Received: {entry!r}, which is none of "
+                f"{list(layers)}."
             )
         wanted.add(path)
     if not wanted:
         raise ValueError(
-            "Expected batch norm layers in monitor. Received: none. Export without monitor, or "
-            "give True for all."
+            "Expected layers in monitor. Received: none. Export without it, or use True."
         )
     return {path: layer for path, layer in layers.items() if path in wanted}
 
 
-def _refuse(model, received):
+def _refuse(model: keras.Model, received: str) -> NoReturn:
     raise ValueError(
-        "Expected batch norm layers that are called outside of loops and branches. Received: model "
-        f"{model.name!r}, with {received}. Give in monitor= the paths of other layers."
+        f"Expected batch norm layers outside of loops and branches. Received: model {model.name!r} "
+        f"with {received}. Pass other layers as monitor."
     )
 
 
-def _graph():
+def _graph() -> tf.Graph | None:
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()

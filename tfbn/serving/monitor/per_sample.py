@@ -1,4 +1,4 @@
-"""Moments of every channel in every sample of a batch, the same to the bit in any batch."""
+"""Compute moments of every channel and sample of a batch, bit-identical in any batch."""
 
 from typing import NamedTuple
 
@@ -27,15 +27,15 @@ def moments(
 ) -> Moments:
     """Return the moments of every sample.
 
-    mean = sum(x) / count and variance = sum(x^2) / count - mean^2, from sums in float32 over short
-    stretches and in float64 from there on. The norm of a stretch is one read of the data and
-    writes nothing, where squares would be written and read again. Samples with a channel whose
-    |mean| is over 8 sqrt(variance + scale) are measured again around their mean: there the
-    difference loses digits. Which samples these are decides each sample alone.
+    mean = sum(x) / count and variance = sum(x^2) / count - mean^2, from sums over short stretches
+    in float32 and sums over stretches in float64. The norm of a stretch reads the data once and
+    stores no squares. Channels of a sample with |mean| > 8 sqrt(variance + scale), where the
+    difference loses digits, are computed again around their mean, independently of the other
+    samples.
 
     Args:
         x: Floating tensor `[rows, ...]`. `rows` is a multiple of `samples`, and the rows of one
-            sample are neighbours.
+            sample are contiguous.
         axis: The axis of the channels, not 0.
         mask: As in `tfbn.layer.kernels.moments`.
         samples: The number of samples, a scalar.
@@ -48,7 +48,7 @@ def moments(
     shape = tf.shape(x, tf.int64)
     count = tf.fill([samples, 1], tf.cast(shape[1] * shape[within], tf.float64))
 
-    def around(shift):
+    def around(shift: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
         if shift is None:
             near = x
         else:
@@ -61,10 +61,10 @@ def moments(
         return mean, tf.where(count > 1, variance, tf.zeros_like(variance))
 
     mean, variance = around(None)
-    # Not the other way round: a mean that is not finite must not count as near.
+    # A mean that is not finite must not count as near, so the comparison is not inverted.
     near = tf.square(mean) <= sums.SAFE_RATIO**2 * (variance + tf.cast(scale, tf.float64))
 
-    def shifted():
+    def shifted() -> tuple[tf.Tensor, tf.Tensor]:
         shift = tf.cast(mean, x.dtype)
         rest, around_mean = around(shift)
         exact = tf.cast(shift, tf.float64) + rest
@@ -86,26 +86,27 @@ def merged(calls: list[Moments]) -> Moments:
     return first
 
 
-def _stretched(x, axis, samples):
-    """`x` as `[samples, stretches, stretch, channels]` or `[.., channels, stretch]`, and the axis
-    of the stretch."""
+def _stretched(x: tf.Tensor, axis: int, samples: tf.Tensor) -> tuple[tf.Tensor, int]:
+    """Return `x` with shape `[samples, stretches, stretch, channels]`, or `[samples, stretches,
+    channels, stretch]`, and the axis of the stretch.
+    """
     channels = sums.number_of_channels(x, axis)
     if axis != x.shape.rank - 1:
         after = x.shape[axis + 1 :].num_elements()
         after = tf.reduce_prod(tf.shape(x)[axis + 1 :]) if after is None else after
         return tf.reshape(x, [samples, -1, channels, after]), 3
-    # The rows of a sample may be any number, its stretches must not depend on other samples.
+    # A sample may have several rows, but its stretches must not depend on other samples.
     positions = x.shape[1:-1].num_elements()
     if positions is None:
         positions = tf.reduce_prod(tf.shape(x)[1:-1])
     stretch = sums.length_of_stretch(positions)
-    if isinstance(positions, int) and stretch < 8:  # Of a prime number, say.
+    if isinstance(positions, int) and stretch < 8:  # A prime number, for example.
         stretch = next((n for n in range(8, positions) if positions % n == 0), positions)
     return tf.reshape(x, [samples, -1, stretch, channels]), 2
 
 
-def _masked(x, axis, mask, samples):
-    """The same where the mask holds, from two passes in float64."""
+def _masked(x: tf.Tensor, axis: int, mask: tf.Tensor, samples: tf.Tensor) -> Moments:
+    """Return the moments of values where the mask is true, from two passes in float64."""
     mask = tf.broadcast_to(tf.cast(mask, tf.bool), tf.shape(x)[:-1])[..., tf.newaxis]
     mask = tf.broadcast_to(mask, tf.shape(x))
     order = [a for a in range(x.shape.rank) if a != axis] + [axis]
@@ -113,7 +114,7 @@ def _masked(x, axis, mask, samples):
     x, mask = (tf.reshape(tf.transpose(v, order), shape) for v in (tf.cast(x, tf.float64), mask))
     count = tf.math.count_nonzero(mask, 1, dtype=tf.float64)
 
-    def mean_of(values):
+    def mean_of(values: tf.Tensor) -> tf.Tensor:
         return tf.reduce_sum(tf.where(mask, values, 0.0), 1) / tf.maximum(count, 1)
 
     mean = mean_of(x)
