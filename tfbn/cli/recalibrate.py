@@ -53,7 +53,7 @@ def _file(args, read, options):
 
 def _served(args, read, options):
     with naming(args.model):
-        before = recalibration.opened(args.model)
+        before = recalibration.open_version(args.model)
     x, batch_size = read(args.data, before.network, options)
     with _naming_images(args.data), naming(*_files(args)):
         found = recalibration.next_version(

@@ -568,7 +568,7 @@ def test_serve_is_what_it_was_without_the_record(tmp_path):
 def test_the_paths_are_those_of_the_model(tmp_path, name):
     model, _ = made(name)
     tfbn.export(model, tmp_path / "m")
-    network = recalibration.opened(tmp_path / "m").network
+    network = recalibration.open_version(tmp_path / "m").network
     assert list(batch_norm_layers(network)) == list(batch_norm_layers(model))
 
 

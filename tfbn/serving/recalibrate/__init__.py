@@ -1,5 +1,6 @@
 """Sweep a SavedModel without the model's code, and write its next version.
 
-`recalibration` is the list of steps; `recognition` finds batch norm in a graph of another tool,
-`loading` runs the graph as a Keras model, `weights` reads and replaces single variables.
+`recalibration` contains the steps. `recognition` and `patterns` recognize batch norm in graphs of
+other tools, `loading` converts a graph to a Keras model, and `weights` loads and replaces
+variables.
 """

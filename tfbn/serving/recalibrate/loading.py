@@ -1,8 +1,8 @@
-"""A network that is served, from its SavedModel alone, as a Keras model that can be swept.
+"""Convert a SavedModel to a Keras model that can be swept.
 
-The graph of the endpoint is run piece by piece: the part before the first call of a batch norm
-layer, the call itself by a layer of tfbn, the part up to the second call, and so on. To Keras it
-is a model with these layers, in which everything else is its own code.
+The graph of the endpoint is executed in parts: the operations before the first call of a batch norm
+layer, the call by a `tfbn.BatchNormalization`, the operations up to the second call, and so on. For
+Keras it is a subclassed model with these layers.
 """
 
 import pathlib
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfbn.graphs.flattening import flattened
@@ -19,24 +20,24 @@ from tfbn.layer import BatchNormalization
 from tfbn.models.keras_models import Structure
 from tfbn.serving import saved_models
 from tfbn.serving.export import signature
-from tfbn.serving.export.batch_norms import BatchNorms
+from tfbn.serving.export.batch_norms import BatchNorms, Layer
 from tfbn.serving.recalibrate import weights
 
 
 class ServedNetwork(keras.Model):
-    """The network of an endpoint, with batch norm layers that can be observed and assigned to.
+    """The network of an endpoint as a Keras model with batch norm layers.
 
-    It takes the inputs of the endpoint, for several inputs as a dict by the endpoint's names or in
-    the structure of the endpoint's arguments, and it is called in graphs only.
+    The inputs are the endpoint's: a dict by its names, or the structure of its arguments. The model
+    can only be called in graphs.
 
     Args:
         function: The concrete function of the endpoint.
         owner: The SavedModel, which holds the variables that the function reads.
-        found: Its batch norm layers.
-        variables: By layer and name the values of the layers' variables.
+        record: The batch norm layers of the endpoint.
+        variables: Path of a layer -> name of a variable -> value.
         specs: The endpoint's inputs, `tf.TensorSpec` with the names that clients use, in the order
             of its arguments.
-        outputs: The names of its outputs, in the order of the graph's.
+        outputs: The names of the outputs, in the order of the graph's outputs.
         name: The name of the model.
     """
 
@@ -44,13 +45,13 @@ class ServedNetwork(keras.Model):
         self,
         function: Any,
         owner: Any,
-        found: BatchNorms,
-        variables: Mapping,
+        record: BatchNorms,
+        variables: Mapping[str, Mapping[str, np.ndarray]],
         specs: Sequence[tf.TensorSpec],
         outputs: Iterable[str],
         name: str,
     ):
-        # The graph takes the dtypes that it takes.
+        # The dtypes of the graph are fixed.
         super().__init__(name=re.sub(r"\W", "_", name) or "served", autocast=False)
         self._owner = _Plain(owner)
         arguments = len(specs)
@@ -59,52 +60,56 @@ class ServedNetwork(keras.Model):
         self._served = Subgraphs(function.graph, dict(captured))
         self._entered = tuple(names[:arguments])
         self._left = tuple(tensor.name for tensor in function.outputs)
-        self._ordered = found.function is not None
-        self._calls = tuple(found.calls)
+        self._ordered = record.function is not None
+        self._calls = tuple(record.calls)
         self._specs = tuple(specs)
         self._output_names = tuple(outputs)
         self.inputs = [
             keras.KerasTensor(tuple(spec.shape), spec.dtype.name, name=spec.name) for spec in specs
         ]
-        made = {}
-        self.inner: list = []
-        for path, layer in found.layers.items():
-            made[path] = _layer(path, layer, variables[path])
-            _add(self, path.split("/"), made[path])
-        self._by_path = _Plain(made)
+        layers = {}
+        self.inner: list[keras.layers.Layer] = []
+        for path, layer in record.layers.items():
+            layers[path] = _layer(path, layer, variables[path])
+            _add(self, path.split("/"), layers[path])
+        self._by_path = _Plain(layers)
         self.built = True
 
     @property
     def input(self) -> Structure:
-        """The inputs in the structure that data has: the only one, or all by name."""
+        """The inputs in the structure of data: the only input, or name -> input."""
         by_name = {tensor.name: tensor for tensor in self.inputs}
         return self.inputs[0] if len(self.inputs) == 1 else by_name
 
     def call(self, *args: Structure, training: bool | None = None) -> dict[str, tf.Tensor]:
-        """The outputs by name."""
+        """Return the outputs, name -> tensor."""
         named = self.by_name(*args)
         values = dict(zip(self._entered, named.values(), strict=True))
-        for made in self._calls:
-            layer = self._by_path.value[made.path]
-            entered = [name for name in (made.entered, made.mask) if name is not None]
+        for call in self._calls:
+            layer = self._by_path.value[call.path]
+            entered = [name for name in (call.entered, call.mask) if name is not None]
             x, *mask = self._served.tensors(entered, values)
             left = layer(x, mask=mask[0] if mask else None, training=training)
-            values[made.left] = left
+            values[call.left] = left
         outputs = self._served.tensors(list(self._left), values)
         return dict(zip(self._output_names, outputs, strict=True))
 
     def missing(self) -> list[str]:
-        """Return the recorded names that no tensor of the graph has."""
+        """Return the recorded names without a tensor in the graph."""
         names = (name for call in self._calls for name in call[1:] if name is not None)
         return self._served.missing(list(names))
 
     def by_name(self, *args: Structure) -> dict[str, tf.Tensor]:
-        """Inputs by the names that clients use, in the dtypes that the endpoint takes."""
+        """Return the inputs, name -> tensor, cast to the dtypes of the endpoint.
+
+        Raises:
+            ValueError: If structure, shapes or dtypes do not fit.
+        """
         names = [str(spec.name) for spec in self._specs]
         if len(args) == 1 and isinstance(args[0], dict) and set(args[0]) == set(names):
             flat = [args[0][name] for name in names]
         else:
-            # Other tools record no order of the inputs.
+            # Other tools do not store the order of the inputs.
             flat = keras.tree.flatten(args) if self._ordered or len(names) == 1 else []
         fitting = len(flat) == len(names) and all(
             spec.shape.is_compatible_with(value.shape)
@@ -114,8 +119,8 @@ class ServedNetwork(keras.Model):
         if not fitting:
             wanted = {spec.name: f"{spec.dtype.name}{spec.shape}" for spec in self._specs}
             raise ValueError(
-                f"Expected data for the inputs {wanted} of the served model, for several as a dict "
-                f"by these names. Received: {keras.tree.map_structure(_in_words, args)}."
+                f"Expected data for the inputs {wanted}, several as a dict. Received: "
+                f"{keras.tree.map_structure(_in_words, args)}."
             )
         return {
             spec.name: value if value.dtype == spec.dtype else tf.cast(value, spec.dtype)
@@ -123,32 +128,32 @@ class ServedNetwork(keras.Model):
         }
 
 
-def _in_words(value):
+def _in_words(value: tf.Tensor) -> str:
     return f"{value.dtype.name}{value.shape}"
 
 
 class _Plain:
-    """A value that Keras does not look into."""
+    """Hide a value from Keras's tracking of attributes."""
 
-    def __init__(self, value):
+    def __init__(self, value: Any):
         self.value = value
 
 
 class _Group(keras.layers.Layer):
-    """A part of the model's own tree of layers: with it a layer has the path that it had there."""
+    """A parent in the tree of layers, which gives a layer the path that it has in its model."""
 
-    def __init__(self, name):
+    def __init__(self, name: str):
         super().__init__(name=name)
-        self.inner = []
-        self.built = True  # Nobody calls it.
+        self.inner: list[keras.layers.Layer] = []
+        self.built = True  # It is never called.
 
 
-def _add(parent, path, layer):
-    """Add a layer at a path of names, in which `bn#2` is the second child of the name `bn`."""
+def _add(parent: Any, path: Sequence[str], layer: keras.layers.Layer) -> None:
+    """Add a layer at a path of names, where `bn#2` is the second child with the name `bn`."""
     name, *rest = path
     name, _, number = name.partition("#")
     same = [child for child in parent.inner if child.name == name]
-    # The others may have no batch norm in them, and are not here.
+    # Siblings without batch norm are not in the record.
     while len(same) < int(number or 1) - 1 or (rest and len(same) < int(number or 1)):
         same.append(_Group(name))
         parent.inner.append(same[-1])
@@ -158,62 +163,62 @@ def _add(parent, path, layer):
         parent.inner.append(layer)
 
 
-def _layer(path, found, variables):
+def _layer(path: str, record: Layer, variables: Mapping[str, np.ndarray]) -> BatchNormalization:
     layer = BatchNormalization(
-        axis=found.axis,
-        epsilon=found.epsilon,
+        axis=record.axis,
+        epsilon=record.epsilon,
         center="beta" in variables,
         scale="gamma" in variables,
-        dtype=found.dtype,
+        dtype=record.dtype,
         name=path.rpartition("/")[2].partition("#")[0],
     )
-    shape = list(found.shape)
-    shape[found.axis] = len(variables["moving_mean"])
+    shape = list(record.shape)
+    shape[record.axis] = len(variables["moving_mean"])
     layer.build(shape)
     for name, value in variables.items():
         getattr(layer, name).assign(value)
     return layer
 
 
-def load(version: pathlib.Path, loaded: Any, found: BatchNorms, flat: Any = None) -> ServedNetwork:
-    """The network of a version.
+def load(version: pathlib.Path, loaded: Any, record: BatchNorms, flat: Any = None) -> ServedNetwork:
+    """Load the network of a version.
 
     Args:
-        version: Its directory.
-        loaded: The SavedModel, as `tf.saved_model.load` gives it.
-        found: The record of its batch norm layers.
-        flat: The flattened default signature, if there is one already.
+        version: The directory of the version.
+        loaded: The SavedModel, as `tf.saved_model.load` returns it.
+        record: The record of its batch norm layers.
+        flat: The flattened default signature, if it exists already.
 
     Raises:
-        ValueError: If a layer is called where the graph does not let it be observed, or if the
-            record is not one of this graph.
+        ValueError: If a layer is called in a loop, branch or function, or if the record does not
+            match the graph.
     """
-    hidden = [call.path for call in found.calls if call.entered is None]
+    hidden = [call.path for call in record.calls if call.entered is None]
     if hidden:
         raise ValueError(
-            "Expected batch norm layers outside of loops, branches and functions of their own. "
-            f"Received: {str(version)!r}, whose layer {hidden[0]!r} is in one, where a graph does "
-            "not let it be observed. Recalibrate the model itself, and export it again."
+            "Expected batch norm outside of loops and branches. Received: "
+            f"{str(version)!r}, whose layer {hidden[0]!r} is in one. Recalibrate the model."
         )
-    if found.function is None:
+    if record.function is None:
         function = flat or flattened(loaded.signatures[saved_models.DEFAULT])
     else:
-        [function] = getattr(loaded, found.function).concrete_functions
+        [function] = getattr(loaded, record.function).concrete_functions
     specs = tf.nest.flatten(function.structured_input_signature)
     outputs = list(signature.named_outputs(function.structured_outputs))
     if isinstance(function.structured_outputs, Mapping):  # TensorFlow flattens these sorted.
         outputs.sort()
-    places = [place for layer in found.layers.values() for place in layer.variables.values()]
+    places = [place for layer in record.layers.values() for place in layer.variables.values()]
     values = dict(zip(places, weights.read(version, places), strict=True))
     variables = {
-        # Other tools keep axes of size 1 for broadcasting.
+        # Variables of other tools may have axes of size 1 for broadcasting.
         path: {name: values[place].reshape(-1) for name, place in layer.variables.items()}
-        for path, layer in found.layers.items()
+        for path, layer in record.layers.items()
     }
-    network = ServedNetwork(function, loaded, found, variables, specs, outputs, version.parent.name)
-    if strange := network.missing():
+    name = version.parent.name
+    network = ServedNetwork(function, loaded, record, variables, specs, outputs, name)
+    if missing := network.missing():
         raise ValueError(
-            f"Expected a SavedModel as tfbn.export wrote it. Received: {str(version)!r}, whose "
-            f"graph has no tensor {strange[0]!r}. Export the model again."
+            f"Expected a SavedModel of tfbn.export. Received: {str(version)!r}, whose graph has no "
+            f"tensor {missing[0]!r}. Export the model again."
         )
     return network

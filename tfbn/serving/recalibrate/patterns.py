@@ -1,9 +1,9 @@
-"""The forms that batch norm takes in inference graphs, and a matcher for them.
+"""Match the forms of batch norm in inference graphs.
 
-A pattern is a name or a tuple of operation types and patterns of the inputs. A name stands for the
-same value wherever it occurs. Inputs of commutative operations match in both orders. Casts between
-operations and reshapes of values per channel are skipped. Another form of batch norm is another
-entry of `_PATTERNS`.
+A pattern is a name, or a tuple of operation types and the patterns of their inputs. All occurrences
+of a name match the same value. Inputs of commutative operations match in both orders. Casts between
+operations and reshapes of values per channel are skipped. To support another form of batch norm,
+add it to `_PATTERNS`.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ def _affine(scale: tuple) -> list[tuple]:
     ]
 
 
-# From the largest to the smallest: a larger one contains smaller ones.
+# In descending order of size, because larger patterns contain smaller ones.
 _PATTERNS = [
     *_affine(_SCALE),
     *_affine(_RSQRT),
@@ -49,7 +49,7 @@ _PATTERNS = [
         for core in (_DIVIDED, _NORMALIZED)
         for pattern in ((_ADD, (_MUL, core, "gamma"), "beta"), (_ADD, core, "beta"))
     ),
-    # The layer of tfbn adds the mean of what is centred, 0, in inference too.
+    # tfbn.BatchNormalization adds the mean of the centered input, 0, in inference too.
     *(
         pattern
         for scale, zero in ((_SCALE, (_MUL, _ZERO, "gamma")), (_RSQRT, _ZERO))
@@ -69,7 +69,7 @@ class Match(NamedTuple):
     Attributes:
         x: The tensor that enters.
         y: The tensor that leaves.
-        parameters: `mean`, `variance`, and `gamma` and `beta` if there are any -> tensor.
+        parameters: `mean`, `variance`, and `gamma` and `beta` if the layer has them -> tensor.
         epsilon: The number added to the variance.
         axis: The axis of the channels.
         operations: The operations between `x`, the variables of mean and variance, and `y`.
@@ -86,7 +86,7 @@ class Match(NamedTuple):
 def matches(graph: tf.Graph) -> Iterator[Match]:
     """Yield the calls of batch norm layers in a graph."""
     matched: set[tf.Operation] = set()
-    # An operation behind others is the last one of the larger pattern.
+    # The last operation of a larger pattern comes after the smaller ones.
     for op in reversed(graph.get_operations()):
         if op not in matched and (match := _fused(op) or _unfused(op)):
             matched.update(match.operations)
@@ -114,7 +114,7 @@ def constant(tensor: tf.Tensor) -> np.ndarray | None:
 
 
 def _fused(op: tf.Operation) -> Match | None:
-    # With is_training=True the kernel normalizes by its own input, as layer norm uses it.
+    # With is_training=True the kernel normalizes by its input: it implements layer norm.
     if op.type not in FUSED or op.get_attr("is_training"):
         return None
     x, *parameters = op.inputs
@@ -155,14 +155,14 @@ def _bindings(
         return
     given = list(op.inputs)
     for order in [given, given[::-1]] if op.type in _COMMUTATIVE else [given]:
-        found = [(bound, [*operations, *casts, op])]
+        partial = [(bound, [*operations, *casts, op])]
         for inner, entering in zip(inputs, order, strict=True):
-            found = [more for one in found for more in _bindings(inner, entering, *one)]
-        yield from found
+            partial = [match for one in partial for match in _bindings(inner, entering, *one)]
+        yield from partial
 
 
 def _broadcasts(op: tf.Operation) -> bool:
-    """Return whether an operation gives a value per channel axes of size 1."""
+    """Return whether an operation adds axes of size 1 to one value per channel."""
     return op.type == "Reshape" and op.inputs[0].shape.rank == 1
 
 
@@ -187,11 +187,11 @@ def _same(a: tf.Tensor, b: tf.Tensor) -> bool:
 
 
 def _axis(x: tf.Tensor, mean: tf.Tensor) -> int:
-    """Return the axis of `x` along which the values of a mean lie."""
+    """Return the axis of `x` for the channels of a mean."""
     rank = mean.shape.rank or 1
     wide = [axis - rank for axis, size in enumerate(mean.shape) if size != 1]
     if len(wide) == 1 or x.shape.rank is None:
         return wide[0] if wide else -1
-    # Of a single channel, any axis of size 1 but that of the batch.
+    # For a single channel: any axis of size 1, except the batch axis.
     single = [axis - x.shape.rank for axis, size in enumerate(x.shape) if axis and size == 1]
     return single[-1] if single else -1

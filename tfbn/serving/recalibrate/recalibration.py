@@ -1,10 +1,11 @@
-"""`recalibrate`: the population statistics of a served model, moved to where its data is now."""
+"""Recalibrate a served model: sweep new data, and write its next version."""
 
 import dataclasses
 import functools
 import itertools
 import os
 import pathlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from tfbn.serving.export import batch_norms, checks, signature
 from tfbn.serving.monitor import answers, monitor
 from tfbn.serving.recalibrate import loading, recognition, weights
 from tfbn.stats import layer_stats, moments
+from tfbn.stats.layer_stats import LayerStats
 from tfbn.sweep.batches import empty
 from tfbn.sweep.options import SweepOptions
 from tfbn.sweep.run import check, collect
@@ -28,11 +30,11 @@ class Recalibrated:
 
     Attributes:
         path: The directory of the new version.
-        version: Its number.
-        stats: The statistics that it has, a `PopulationStats`; `stats.previous` are those of the
+        version: The number of the new version.
+        stats: The statistics of the new version. `stats.previous` are the statistics of the
             version before.
-        max_abs_difference: Largest absolute difference between outputs of the new version and of
-            the network with these statistics, over all outputs, on the first batch.
+        max_abs_difference: The largest absolute difference between the outputs of the new version
+            and of the network with these statistics, on the first batch.
     """
 
     path: pathlib.Path
@@ -51,43 +53,42 @@ def recalibrate(
     tolerance: float | None = None,
     verbose: Any = "auto",
 ) -> Recalibrated:
-    """Sweep data through a model that is served, and write its next version with the result.
+    """Sweep data through a served model, and write its next version with the new statistics.
 
-    It needs the SavedModel alone, not the model's code. All of the model but the means and
-    variances of its batch norm layers stays as it is: graphs, signatures, assets and warm-up
-    requests are those of the version before, to the byte. Unlabelled data from the field will do.
+    Requires only the SavedModel, not the model's code, and no labels. Only the means and variances
+    of the batch norm layers change: graphs, signatures, assets and warm-up requests are
+    byte-identical copies.
 
-    All batch norm layers are swept, those too that were frozen when the model was exported. The
-    version before is left untouched. The new one is verified, on the first batch of the data, and
-    appears in one step when it is complete, as with `tfbn.export`. Going back is to remove it.
+    All batch norm layers are swept, including layers that were frozen when the model was exported.
+    The version before is not changed. The new version is verified on the first batch of the data,
+    and appears in one step when it is complete, as with `tfbn.export`. To undo, remove it.
 
-    Statistics of other data are right for that data only. On digits, those of brighter or darker
-    images or of less contrast recovered most of the lost accuracy; those of inverted images cost
-    a little more of it. On Fashion-MNIST those of less contrast recovered less than half
+    The new statistics are right for the new data only. On digits, a recalibration recovered most of
+    the accuracy lost on brighter or darker images and on less contrast, and lost slightly more on
+    inverted images. On Fashion-MNIST with less contrast it recovered less than half
     (`examples/served_population.py`).
 
     ```python
-    found = tfbn.recalibrate("models/digits", x_field)
-    print(found.path)  # the next version
-    found.stats.summary()
+    recalibrated = tfbn.recalibrate("models/digits", x_field)
+    print(recalibrated.path)  # the next version
+    recalibrated.stats.summary()
     ```
 
     Args:
-        path: The model's directory, whose highest version is taken, or that of a version, or a
-            symbolic link to it. A model
-            that `tfbn.export` wrote. One of another tool will do if each of its batch norm layers
-            can be told from the operations in its graph: those of Keras 3's `model.export`, with
-            layers of tfbn too, and of fused kernels can, but for layers over sequences, where the
-            graph does not tell which positions are masked.
-        x: The data, as `tfbn.collect` takes it. For several inputs a dict by the names that
-            clients use.
+        path: The directory of a model (its highest version) or of a version, or a symbolic link to
+            a version. The model is from `tfbn.export`, or from another tool if all batch norm
+            layers can be recognized by the operations in its graph. Layers of Keras 3's
+            `model.export`, including tfbn's, and of fused kernels can, except layers over
+            sequences, because the graph does not specify which positions are masked.
+        x: The data, as for `tfbn.collect`. For several inputs, a dict by the names that clients
+            use.
         method: `"exact"`, `"pooled"` or `"algorithm2"`, see `tfbn.collect`.
-        batch_size: For arrays; 32 by default.
-        steps: Number of batches that make the data; endless data needs it.
-        blend_samples: N, as how many samples the statistics that the version holds count beside
-            those of the data, see `PopulationStats.blend`; 0 for the data's own. The signature
-            `monitor` then compares requests with the same data, as it enters the layers while
-            these normalise with the blended statistics.
+        batch_size: The batch size for arrays, 32 by default.
+        steps: The number of batches; required for infinite data.
+        blend_samples: The number of samples that the version's current statistics count as, see
+            `PopulationStats.blend`; 0 to replace them. With a blend, the signature `monitor`
+            compares requests with the same data, measured at the inputs of the layers while they
+            normalize with the blended statistics.
         tolerance: See `tfbn.collect`.
         verbose: See `tfbn.collect`.
 
@@ -95,15 +96,14 @@ def recalibrate(
         A `Recalibrated`.
 
     Raises:
-        OSError: If the version cannot be read, or its model's directory not written to.
-        ValueError: If there is no version there, or the highest has no batch norm layers (they were
-            folded away, say), has one in a loop or branch, or is of another tool and may have one
-            that is not recognized;
-            if the data cannot be swept, see `tfbn.collect`; or if the new version does not predict
-            as it should. Nothing is written then.
+        OSError: If the version cannot be read, or the model's directory cannot be written.
+        ValueError: If there is no version; if it has no batch norm layers (they may be folded), has
+            one in a loop or branch, or is from another tool and may have one that is not
+            recognized; if the data cannot be swept, see `tfbn.collect`; or if the outputs of the
+            new version are wrong. Nothing is written then.
     """
     return next_version(
-        opened(path),
+        open_version(path),
         x,
         blend_samples=blend_samples,
         batch_size=batch_size,
@@ -115,26 +115,26 @@ def recalibrate(
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
+class ServedVersion:
     """A version that can be recalibrated.
 
     Attributes:
-        path: Its directory.
-        network: Its network as a Keras model.
-        loaded: The SavedModel.
-        found: Where its batch norm layers are.
-        provenance: The provenance that `tfbn.export` wrote.
+        path: The directory of the version.
+        network: The network as a Keras model.
+        loaded: The SavedModel, as `tf.saved_model.load` returns it.
+        record: The record of its batch norm layers.
+        provenance: The provenance of the version.
     """
 
     path: pathlib.Path
     network: loading.ServedNetwork
     loaded: Any
-    found: batch_norms.BatchNorms
+    record: batch_norms.BatchNorms
     provenance: provenance.Provenance
 
 
-def opened(path: str | os.PathLike) -> Opened:
-    """The highest version in a model's directory, or the version of that directory.
+def open_version(path: str | os.PathLike) -> ServedVersion:
+    """Load a version, or the highest version in a model's directory.
 
     Raises:
         ValueError: See `recalibrate`.
@@ -143,40 +143,40 @@ def opened(path: str | os.PathLike) -> Opened:
     versions.require_readable(version)
     versions.target(version.parent)
     if not (version / provenance.FILE).exists():
-        return _opened_of_others(version)
+        return _open_foreign(version)
     written = provenance.read(version)
     if written.folded:
-        raise ValueError(
-            f"Expected a version with batch norm layers. Received: {str(version)!r}, whose batch "
-            "norm is folded into other weights. Export the model without fold."
-        )
-    found = batch_norms.read(version)
-    if found is None and written.statistics is None and written.stale is None:
-        raise ValueError(
-            f"Expected a version with batch norm layers. Received: {str(version)!r}, which has "
-            "none. There is nothing to recalibrate."
-        )
-    if found is None:
-        raise ValueError(
-            "Expected a version with a record of its batch norm layers. Received: "
-            f"{str(version)!r}, which tfbn {written.tfbn} wrote without one. Export the model "
-            "again."
+        raise _no_layers(version, "whose batch norm is folded. Export the model without fold")
+    record = batch_norms.read(version)
+    if record is None and written.statistics is None and written.stale is None:
+        raise _no_layers(version, "which has none")
+    if record is None:
+        raise _no_layers(
+            version, f"which tfbn {written.tfbn} wrote without one. Export the model again"
         )
     loaded = saved_models.load(version).loaded
-    return Opened(version, loading.load(version, loaded, found), loaded, found, written)
+    network = loading.load(version, loaded, record)
+    return ServedVersion(version, network, loaded, record, written)
 
 
-def _opened_of_others(version):
+def _open_foreign(version: pathlib.Path) -> ServedVersion:
+    """Load a version that another tool wrote."""
     model = saved_models.load(version)
     loaded = model.loaded
-    found, flat = recognition.recognized(version, model)
-    network = loading.load(version, loaded, found, flat)
+    record, flat = recognition.recognized(version, model)
+    network = loading.load(version, loaded, record, flat)
     written = recognition.described(loaded, fingerprints.fingerprint(network))
-    return Opened(version, network, loaded, found, written)
+    return ServedVersion(version, network, loaded, record, written)
+
+
+def _no_layers(version: pathlib.Path, why: str) -> ValueError:
+    return ValueError(
+        f"Expected a version with batch norm layers. Received: {str(version)!r}, {why}."
+    )
 
 
 def next_version(
-    before: Opened,
+    before: ServedVersion,
     x: Any,
     *,
     blend_samples: int = 0,
@@ -185,35 +185,35 @@ def next_version(
     tolerance: float | None = None,
     **options: Any,
 ) -> Recalibrated:
-    """Sweep, and write the next version; see `recalibrate`."""
+    """Sweep the data, and write the next version; see `recalibrate`."""
     network = before.network
     x, inputs = _with_first(network, x, batch_size, steps)
     served = _served(before.loaded, network, inputs)
-    # A concrete function: TensorFlow warns of retracing if many networks are called in one process.
+    # A concrete function avoids TensorFlow's warning about retracing after many networks.
     predict = tf.function(lambda x: network(x, training=False), autograph=False)
     predict = predict.get_concrete_function(inputs)
     _require_same(served, predict(inputs), before.path)
-    measured_again = blend_samples and before.provenance.monitor is not None
-    x, again = _twice(x) if measured_again else (x, x)
+    reads_twice = blend_samples and before.provenance.monitor is not None
+    x, second = _tee(x) if reads_twice else (x, x)
     options |= {"include_frozen": True, "tolerance": tolerance}
     stats = collect(network, x, batch_size=batch_size, steps=steps, **options)
-    stats = _of_weights(stats, before.provenance.fingerprint)
-    if blend_samples:
+    stats = _with_fingerprint(stats, before.provenance.fingerprint)
+    if blend_samples and stats.previous is not None:
         stats = stats.blend(stats.previous, samples=blend_samples)
     stats.assign(network)
     expected = predict(inputs)
     directory = before.path.parent
     with versions.unfinished(directory) as partial:
-        weights.copy_with(before.path, partial, _values(before.found, stats))
+        weights.copy_with(before.path, partial, _values(before.record, stats))
         loaded = saved_models.load(partial).loaded
         _require_numbers(expected, before.path)
         off = _require_same(_served(loaded, network, inputs), expected, before.path)
-        batch_norms.write(partial, before.found)
-        swept_again = SweepOptions(
+        batch_norms.write(partial, before.record)
+        same_batches = SweepOptions(
             batch_size=batch_size, steps=stats.batches, include_frozen=True, tolerance=tolerance
         )
-        swept = functools.partial(check, network, again, swept_again)
-        population = _write_monitored(partial, loaded, before, stats, inputs, swept)
+        read_again = functools.partial(check, network, second, same_batches)
+        population = _write_monitored(partial, loaded, before, stats, inputs, read_again)
         record = provenance.of_recalibration(
             before.provenance, int(before.path.name), stats, off, population
         )
@@ -222,46 +222,57 @@ def next_version(
     return Recalibrated(directory / str(version), version, stats, off)
 
 
-def _write_monitored(version, loaded, before, stats, inputs, swept):
-    """The identity of the new population that its monitor answers, `None` without a monitor."""
+def _write_monitored(
+    version: pathlib.Path,
+    loaded: Any,
+    before: ServedVersion,
+    stats: PopulationStats,
+    inputs: Any,
+    read_again: Callable[[], tuple[Any, Any]],
+) -> str | None:
+    """Write the population of the monitor, and return its identity; `None` without a monitor."""
     monitored = before.provenance.monitor
     if monitored is None:
         return None
 
-    def ask(inputs):
+    def ask(inputs: Any) -> dict[str, tf.Tensor]:
         return loaded.signatures["monitor"](**before.network.by_name(inputs))
 
     layers = keras_models.batch_norm_layers(before.network)
     layers = {path: layers[path] for path in monitored["epsilon"]}
     if stats.prior_samples:
-        _, batches = swept()
-        asked = (ask(batch.inputs) for batch in batches)
-        stats = stats.replace(layers=_measured(asked, layers))
+        _, batches = read_again()
+        outputs = (ask(batch.inputs) for batch in batches)
+        stats = stats.replace(layers=_measured(outputs, layers))
     monitor.write_population(version, layers, stats)
     return ask(inputs)[monitor.IDENTITY].numpy()[0].decode()
 
 
-def _measured(asked, paths):
-    """The statistics of the values that entered layers, by path, from answers of a monitor.
+def _measured(
+    outputs: Iterable[Mapping[str, tf.Tensor]], paths: Iterable[str]
+) -> dict[str, LayerStats]:
+    """Return path -> statistics of the values that entered a layer, from outputs of a monitor.
 
-    Where a version normalises with blended statistics, they are others than those of the sweep,
-    which has measured the values while its layers normalised with the data's own.
+    With blended statistics they differ from the sweep's, whose layers normalized with the
+    statistics of the data.
     """
     measured: dict[str, moments.Moments] = {}
-    for answer in asked:
+    for answer in outputs:
         for path in paths:
             shape = answer[f"{path}/mean"].shape
-            found = answers.samples_of(answer, path, tuple(shape)).together()
+            batch = answers.samples_of(answer, path, tuple(shape)).together()
             if path in measured:
-                found = moments.merge(measured[path], found, method="pooled")
-            measured[path] = found
-    return {path: layer_stats.of_calls([found], "pooled") for path, found in measured.items()}
+                batch = moments.merge(measured[path], batch, method="pooled")
+            measured[path] = batch
+    return {path: layer_stats.of_calls([total], "pooled") for path, total in measured.items()}
 
 
-def _with_first(network, x, batch_size, steps):
-    """The data, and the inputs of its first batch."""
+def _with_first(
+    network: loading.ServedNetwork, x: Any, batch_size: int | None, steps: int | None
+) -> tuple[Any, Any]:
+    """Return the data, and the inputs of its first batch."""
     head = x
-    if hasattr(x, "__next__"):  # A batch that was read does not come again.
+    if hasattr(x, "__next__"):  # An iterator yields each batch only once.
         start = list(itertools.islice(x, 1))
         x, head, steps = itertools.chain(start, x), start, None
     options = SweepOptions(batch_size=batch_size, steps=steps, include_frozen=True)
@@ -272,56 +283,55 @@ def _with_first(network, x, batch_size, steps):
     return x, first.inputs
 
 
-def _twice(x):
-    """The same data two times, the second to be read when the first was."""
+def _tee(x: Any) -> tuple[Any, Any]:
+    """Return the data twice. The second is read after the first."""
     if not hasattr(x, "__next__"):
         return x, x
     read: dict[int, Any] = {}
     return (read.setdefault(i, element) for i, element in enumerate(x)), read.values()
 
 
-def _of_weights(stats, fingerprint):
-    """The statistics with the fingerprint of the model that was exported."""
+def _with_fingerprint(stats: PopulationStats, fingerprint: str) -> PopulationStats:
+    """Return the statistics with the fingerprint of the model that was exported."""
+    assert stats.previous is not None
     previous = stats.previous.replace(fingerprint=fingerprint)
     return stats.replace(fingerprint=fingerprint, previous=previous)
 
 
-def _values(found, stats):
-    """The values of the statistics variables, by their places."""
+def _values(record: batch_norms.BatchNorms, stats: PopulationStats) -> dict[str, np.ndarray]:
+    """Return place -> value, for the variables of the statistics."""
     return {
-        found.layers[path].variables[name]: value
+        record.layers[path].variables[name]: value
         for path, layer in stats.items()
         for name, value in (("moving_mean", layer.mean), ("moving_variance", layer.variance))
     }
 
 
-def _served(loaded, network, inputs):
-    """The answer that a client gets."""
+def _served(loaded: Any, network: loading.ServedNetwork, inputs: Any) -> dict[str, tf.Tensor]:
+    """Return the outputs that a client receives."""
     return loaded.signatures[signature.DEFAULT](**network.by_name(inputs))
 
 
-def _require_numbers(outputs, path):
+def _require_numbers(outputs: Mapping[str, tf.Tensor], path: pathlib.Path) -> None:
     for name, y in outputs.items():
         if y.dtype.is_floating and not np.isfinite(np.asarray(y, np.float64)).any():
             raise ValueError(
-                f"Expected outputs that are numbers. Received: output {name!r} of {str(path)!r}, "
-                "which with the new statistics is NaN or infinite in every value of the first "
-                "batch. Look for a channel whose variance is near 0 in the data."
+                f"Output {name!r} of {str(path)!r} with the new statistics is NaN or infinite in "
+                "every value. Look for a channel whose variance in the data is close to 0."
             )
 
 
-def _require_same(answers, expected, path):
-    """The largest difference, or an error where outputs differ by more than rounding."""
+def _require_same(
+    answers: dict[str, tf.Tensor], expected: dict[str, tf.Tensor], path: pathlib.Path
+) -> float:
+    """Return the largest difference, or raise `ValueError` if it is larger than rounding."""
     low = any(y.dtype in (tf.float16, tf.bfloat16) for y in expected.values())
     largest = 0.0
     for name, (off, scale) in checks.differences(answers, expected).items():
         if off > scale * (2e-2 if low else 1e-3):
             raise ValueError(
-                "Expected a network whose graph, run with batch norm layers in the places that "
-                f"were recorded, predicts what it is served to predict. Received: {str(path)!r}, "
-                f"whose output {name!r} differs by {off:.3g} on the first batch. A batch norm "
-                "layer of a kind of its own, perhaps: recalibrate the model itself, and export it "
-                "again."
+                f"Expected the predictions of the served graph. Received: {str(path)!r}, whose "
+                f"output {name!r} differs by {off:.3g}. For a custom layer, recalibrate the model."
             )
         largest = max(largest, off)
     return largest

@@ -1,9 +1,9 @@
-"""Find the batch norm layers in the graph of a SavedModel that another tool wrote.
+"""Recognize the batch norm layers in the graph of a SavedModel that another tool wrote.
 
-The signature is flattened, and the forms of `patterns` are batch norm where mean and variance are
-variables that nothing else reads. The network that runs with these layers must predict what is
-served, so a wrong match is detected later. A missed layer is not: its variables are looked for by
-their use. Masks have no effect on inference, so a layer that may have a mask is refused.
+A form of `patterns` in the flattened signature is a batch norm layer if nothing else reads its mean
+and variance. A wrong match is detected later, because the network with these layers must predict
+what is served. A missed layer would not be detected, so an unused variable that could belong to one
+is an error. Masks have no effect on inference, so a layer that may have a mask is an error too.
 """
 
 import pathlib
@@ -26,10 +26,10 @@ class _Variable(NamedTuple):
     """A variable that a graph captures.
 
     Attributes:
-        place: Its path in the SavedModel's tree of objects.
-        name: The name that its tool gave it.
+        place: The path in the SavedModel's tree of objects.
+        name: The name from the tool that wrote it.
         trainable: Whether it is marked as trainable.
-        channels: Its number of values if it has one per channel, else 0.
+        channels: The number of values if there is one per channel, else 0.
     """
 
     place: str
@@ -42,7 +42,7 @@ def recognized(version: pathlib.Path, model: SavedModel) -> tuple[BatchNorms, An
     """Return the batch norm layers of a SavedModel's default signature, and its flat function.
 
     Args:
-        version: Its directory.
+        version: The directory of the version.
         model: The SavedModel.
 
     Raises:
@@ -74,8 +74,8 @@ def recognized(version: pathlib.Path, model: SavedModel) -> tuple[BatchNorms, An
 
 def _refusal(version: pathlib.Path, received: str) -> ValueError:
     return ValueError(
-        f"Cannot recalibrate {str(version)!r}, which tfbn did not export: it has {received}. "
-        "Recalibrate the model, and export it with tfbn.export."
+        f"Cannot recalibrate {str(version)!r} of another tool: it has {received}. Recalibrate the "
+        "model, and export it."
     )
 
 
@@ -145,8 +145,8 @@ def _path(mean: _Variable, taken: Iterable[str]) -> str:
 def _require_no_masks(version: pathlib.Path, graph: tf.Graph, layers: dict[str, Layer]) -> None:
     """Raise `ValueError` if the values that enter a layer may be masked.
 
-    Keras takes a mask for inputs of rank 3 and more. It is a boolean tensor of a lower rank, which
-    may have no reader in inference.
+    Keras allows a mask for inputs of rank 3 and more. It is a boolean tensor of a lower rank, which
+    no operation may read in inference.
     """
     booleans = [
         tensor.shape.rank
@@ -176,7 +176,7 @@ def _require_only_reader(version: pathlib.Path, graph: tf.Graph, matches: list[M
     )
     for op in graph.get_operations():
         inputs = op.inputs
-        if op.type == "IdentityN":  # A custom gradient keeps the values that it needs alive.
+        if op.type == "IdentityN":  # A custom gradient holds the values that it requires.
             pairs = zip(op.inputs, op.outputs, strict=True)
             inputs = [tensor for tensor, output in pairs if output.consumers()]
         if op not in inside and any(tensor.name in between for tensor in inputs):
@@ -192,16 +192,17 @@ def _require_all(
     """Raise `ValueError` if the graph may have batch norm that was not recognized."""
     known = {place for layer in layers.values() for place in layer.variables.values()}
     centers = _subtracted_from_data(graph)
-    for placeholder, held in variables.items():
-        unknown = held.channels and held.place not in known
-        if unknown and (not held.trainable or placeholder in centers):
-            raise _refusal(version, f"a variable {held.name!r} of no batch norm that is recognized")
+    for placeholder, variable in variables.items():
+        unknown = variable.channels and variable.place not in known
+        if unknown and (not variable.trainable or placeholder in centers):
+            name = variable.name
+            raise _refusal(version, f"a variable {name!r} of no batch norm that is recognized")
     if not layers:
         raise _refusal(version, "no batch norm layer that is recognized")
 
 
 def _subtracted_from_data(graph: tf.Graph) -> set[str]:
-    """Return the captured placeholders that are subtracted from data, as only a mean is."""
+    """Return the captured placeholders that are subtracted from data, like a mean."""
     data: set[str] = set()
     centers = set()
     for op in graph.get_operations():
@@ -216,16 +217,16 @@ def _subtracted_from_data(graph: tf.Graph) -> set[str]:
 
 
 def described(loaded: Any, fingerprint: str) -> Provenance:
-    """Return the provenance of such a SavedModel, as far as there is any."""
+    """Return the provenance of a SavedModel that another tool wrote."""
     return Provenance(
         tfbn=None,
         keras=None,
         tensorflow=loaded.tensorflow_version,
-        fingerprint=fingerprint,  # Of its known weights.
+        fingerprint=fingerprint,  # Of the batch norm layers only.
         stale="they are those of a model that tfbn did not export",
         folded=False,
         max_abs_difference=0.0,
-        inputs=None,  # The signature holds names, but no order.
+        inputs=None,  # The signature has names without an order.
         outputs=None,
         statistics=None,
     )

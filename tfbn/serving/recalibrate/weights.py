@@ -1,19 +1,21 @@
-"""The variables of a SavedModel on disk: read by their places, and written with other values.
+"""Load variables of a SavedModel on disk, and copy a SavedModel with other values.
 
-A SavedModel keeps its variables in a checkpoint, apart from its graphs. Only the checkpoint is
-written anew, so that the graphs, their signatures and assets stay those of before, to the byte.
+A SavedModel stores its variables in a checkpoint, separate from its graphs. Only the checkpoint is
+written again, so graphs, signatures and assets are byte-identical copies.
 """
 
 import os
 import pathlib
 import shutil
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import trackable_object_graph_pb2
 
-# Private. The fingerprint of a SavedModel has a hash of its checkpoint, and only saving a whole
-# model writes one in public.
+# Private. The fingerprint of a SavedModel includes a hash of its checkpoint, and the public API
+# computes it only when it saves a complete model.
 from tensorflow.python.saved_model.fingerprinting_utils import write_fingerprint
 
 _FOLDER, _NAME = "variables", "variables"
@@ -22,34 +24,34 @@ _VALUE = "VARIABLE_VALUE"
 
 
 def read(version: pathlib.Path, paths: list[str]) -> list[np.ndarray]:
-    """The values of some variables.
+    """Return the values of variables.
 
     Args:
         version: The directory of a SavedModel.
         paths: The paths of variables in its tree of objects: `"variables/3"`.
 
     Raises:
-        ValueError: If one of them is not there.
+        ValueError: If a variable does not exist.
     """
     reader = tf.train.load_checkpoint(_prefix(version))
     return [reader.get_tensor(key) for key in _keys(version, reader, paths)]
 
 
 def copy_with(version: pathlib.Path, target: pathlib.Path, values: dict[str, np.ndarray]) -> None:
-    """Write a copy of a SavedModel in which some variables have other values.
+    """Write a copy of a SavedModel with other values of some variables.
 
     Args:
         version: The directory of a SavedModel.
-        target: The directory to make.
-        values: By path, see `read`. They are cast to the variables' dtypes.
+        target: The directory to create.
+        values: Path of a variable (see `read`) -> value, which is cast to the variable's dtype.
 
     Raises:
-        ValueError: If a variable is not there or has another shape.
+        ValueError: If a variable does not exist or has another shape.
     """
     for parent, _, files in os.walk(version, followlinks=True):
         folder = target / os.path.relpath(parent, version)
         folder.mkdir()
-        for name in files:  # Without their modes: the version may be read-only.
+        for name in files:  # Without file modes: the version may be read-only.
             if not name.startswith(f"{_NAME}.data"):
                 shutil.copyfile(os.path.join(parent, name), folder / name)
     reader = tf.train.load_checkpoint(_prefix(version))
@@ -65,11 +67,11 @@ def copy_with(version: pathlib.Path, target: pathlib.Path, values: dict[str, np.
         tensors = dict(zip(names, restored, strict=True))
         keys = dict(zip(_keys(version, reader, list(values)), values.values(), strict=True))
         for key, value in (keys | _copies(reader, tensors, keys)).items():
-            # Other tools keep axes of size 1 for broadcasting.
+            # Variables of other tools may have axes of size 1 for broadcasting.
             if tensors[key].shape.num_elements() != value.size:
+                shape = tuple(tensors[key].shape)
                 raise ValueError(
-                    f"Expected values of shape {tuple(tensors[key].shape)} for {key!r}. Received: "
-                    f"{value.shape}."
+                    f"Expected shape {shape} for variable {key!r}. Received: {value.shape}."
                 )
             tensors[key] = tf.cast(tf.reshape(value, tensors[key].shape), tensors[key].dtype)
         tf.raw_ops.SaveV2(
@@ -81,8 +83,10 @@ def copy_with(version: pathlib.Path, target: pathlib.Path, values: dict[str, np.
     write_fingerprint(os.fspath(target))
 
 
-def _copies(reader, tensors, values):
-    """The values for further copies of the same variables, which no function reads.
+def _copies(
+    reader: Any, tensors: Mapping[str, tf.Tensor], values: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return the values of further copies of the same variables, which no function reads.
 
     Keras's `export` stores each variable twice. A copy has the variable's full name and value.
     """
@@ -101,20 +105,20 @@ def _copies(reader, tensors, values):
     return copies
 
 
-def _nodes(reader):
+def _nodes(reader: Any) -> Any:
     content = reader.get_tensor(_OBJECTS)
     return trackable_object_graph_pb2.TrackableObjectGraph.FromString(content).nodes
 
 
-def _prefix(version):
+def _prefix(version: pathlib.Path) -> str:
     return os.path.join(version, _FOLDER, _NAME)
 
 
-def _keys(version, reader, paths):
-    """The names in the checkpoint of the variables at some paths."""
+def _keys(version: pathlib.Path, reader: Any, paths: Iterable[str]) -> list[str]:
+    """Return the names in the checkpoint of the variables at some paths."""
     nodes = _nodes(reader)
     children = [{child.local_name: child.node_id for child in node.children} for node in nodes]
-    found = []
+    names = []
     for path in paths:
         node: int | None = 0
         for name in path.split("/"):
@@ -123,8 +127,8 @@ def _keys(version, reader, paths):
         keys = [attribute.checkpoint_key for attribute in keys if attribute.name == _VALUE]
         if len(keys) != 1:
             raise ValueError(
-                f"Expected a SavedModel with a variable at {path!r}. Received: {str(version)!r}, "
-                "which has none there. Export the model again."
+                f"Expected a variable at {path!r}. Received: {str(version)!r}, which has none. "
+                "Export the model again."
             )
-        found += keys
-    return found
+        names += keys
+    return names
