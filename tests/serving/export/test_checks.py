@@ -223,7 +223,7 @@ def test_a_sample_verifies_where_random_numbers_cannot(tmp_path, kind):
 
 def test_a_sample_needs_no_warmup_and_goes_before_it(tmp_path, monkeypatch):
     model = keras.Sequential([keras.Input((5,)), Between(0.0, 1.0)])
-    with pytest.raises(ValueError, match="with, sample"):
+    with pytest.raises(ValueError, match="called on sample"):
         export(model, tmp_path, sample=np.full((2, 5), 2.0))
     monkeypatch.setitem(sys.modules, "tensorflow_serving", None)
     export(model, tmp_path, sample=np.full((2, 5), 0.5))

@@ -1,5 +1,5 @@
 """Write a model as the next version of a SavedModel, verified.
 
-`exporting` is the list of steps; `signature` names inputs and outputs, `endpoint` writes the graph,
-`checks` has the tests that a version must pass, `batch_norms` and `warmup` write files beside it.
+`exporting` contains the steps. `signature` names inputs and outputs, `endpoint` writes the graph,
+`checks` verifies a version, and `batch_norms` and `warmup` write additional files.
 """

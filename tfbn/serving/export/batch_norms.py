@@ -1,8 +1,9 @@
-"""The record of the batch norm layers in a served graph: written beside it at export, read again.
+"""Store the batch norm layers of a served graph in a file.
 
-A SavedModel is a graph without layers. With the names of the tensors that enter and leave each
-call of a batch norm layer, and the places of its variables, the graph can be run with these calls
-replaced, which a sweep needs (`tfbn.serving.recalibrate.loading`). Nothing is added to the graph.
+A SavedModel is a graph without layers. The record has the names of the tensors that enter and leave
+each call of a batch norm layer, and the places of its variables. With it the graph can be executed
+with these calls replaced, as a sweep requires (`tfbn.serving.recalibrate.loading`). The graph does
+not change.
 """
 
 import json
@@ -24,8 +25,8 @@ class Call(NamedTuple):
 
     Attributes:
         path: The path of the layer in the model.
-        entered: The name of the tensor that enters; `None` for a call in the body of a loop, of a
-            branch or of another function, into which the graph does not let anybody see.
+        entered: The name of the tensor that enters; `None` for a call in the body of a loop, branch
+            or function, whose tensors cannot be accessed.
         mask: The name of its mask, or `None`.
         left: The name of the tensor that leaves.
     """
@@ -37,15 +38,15 @@ class Call(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A batch norm layer, as far as its sweep needs to know it.
+    """The configuration of a batch norm layer that its sweep requires.
 
     Attributes:
-        axis: As Keras has it.
-        epsilon: As Keras has it.
-        dtype: The name of its dtype policy.
-        shape: The shape of the input, `None` for sizes that are not known.
-        variables: By attribute of the layer (`gamma`, if it has one, and so on) the path of the
-            variable in the SavedModel's tree of objects.
+        axis: The axis of the channels, as in Keras.
+        epsilon: The number added to the variance.
+        dtype: The name of the dtype policy.
+        shape: The shape of the input, with `None` for unknown sizes.
+        variables: Attribute of the layer (`moving_mean`, `moving_variance`, and `gamma` and `beta`
+            if it has them) -> path of the variable in the SavedModel's tree of objects.
     """
 
     axis: int
@@ -59,10 +60,10 @@ class BatchNorms(NamedTuple):
     """The batch norm layers of an endpoint.
 
     Attributes:
-        layers: The layers, by path.
-        calls: Their calls, in order.
-        function: The name of the endpoint's function in the SavedModel; `None` if the names are
-            those of tensors in its flattened default signature.
+        layers: Path -> layer.
+        calls: The calls of the layers, in order.
+        function: The name of the endpoint's function in the SavedModel; `None` if the tensors are
+            in its flattened default signature.
     """
 
     layers: dict[str, Layer]
@@ -70,20 +71,20 @@ class BatchNorms(NamedTuple):
     function: str | None = "serve"
 
     def ordered(self, model: keras.Model) -> "BatchNorms":
-        """The same, with the layers in the order in which a model holds them."""
+        """Return a copy with the layers in the order of a model."""
         paths = keras_models.batch_norm_layers(model)
         return self._replace(layers={p: self.layers[p] for p in paths if p in self.layers})
 
 
 def call_of(path: str, graph: tf.Graph, entered: Any, mask: Any, left: Any) -> Call:
-    """The record of a call in the graph of an endpoint.
+    """Return the record of a call in the graph of an endpoint.
 
     Args:
         path: The path of the layer.
-        graph: The endpoint's own graph.
+        graph: The graph of the endpoint.
         entered: The input of the layer.
-        mask: Its mask, or `None`.
-        left: Its output.
+        mask: The mask of the layer, or `None`.
+        left: The output of the layer.
     """
     tensors = [entered, left] if mask is None else [entered, mask, left]
     if any(getattr(tensor, "graph", None) is not graph for tensor in tensors):
@@ -92,7 +93,7 @@ def call_of(path: str, graph: tf.Graph, entered: Any, mask: Any, left: Any) -> C
 
 
 def layer_of(layer: keras.layers.BatchNormalization, model: keras.Model, entered: Any) -> Layer:
-    """The record of a layer.
+    """Return the record of a layer.
 
     Args:
         layer: A layer of the model.
@@ -100,7 +101,7 @@ def layer_of(layer: keras.layers.BatchNormalization, model: keras.Model, entered
         entered: The input of the layer.
     """
     places = {id(variable): place for place, variable in enumerate(model.variables)}
-    held = {name: getattr(layer, name) for name in _VARIABLES}
+    variables = {name: getattr(layer, name) for name in _VARIABLES}
     low = layer.compute_dtype != layer.variable_dtype
     return Layer(
         axis=layer.axis,
@@ -109,43 +110,42 @@ def layer_of(layer: keras.layers.BatchNormalization, model: keras.Model, entered
         shape=list(entered.shape),
         variables={
             name: f"variables/{places[id(variable)]}"
-            for name, variable in held.items()
+            for name, variable in variables.items()
             if variable is not None
         },
     )
 
 
-def write(version: pathlib.Path, found: BatchNorms) -> None:
-    """Write the record into a version that is not yet in place; nothing without any layers."""
-    if not found.layers:
+def write(version: pathlib.Path, record: BatchNorms) -> None:
+    """Write the record into a version that is not yet in place. No layers, no file."""
+    if not record.layers:
         return
     file = version / FILE
     file.parent.mkdir(exist_ok=True)
-    layers = {path: layer._asdict() for path, layer in found.layers.items()}
-    file.write_text(json.dumps({**found._asdict(), "layers": layers}, indent=1))
+    layers = {path: layer._asdict() for path, layer in record.layers.items()}
+    file.write_text(json.dumps({**record._asdict(), "layers": layers}, indent=1))
 
 
 def read(version: pathlib.Path) -> BatchNorms | None:
-    """The record that lies beside a version, or `None` if there is none.
+    """Return the record of a version, or `None` without one.
 
     Raises:
-        ValueError: If it is damaged.
+        ValueError: If the record is damaged.
     """
     try:
         content = (version / FILE).read_bytes()
     except FileNotFoundError:
         return None
     try:
-        found = json.loads(content)
-        layers = {path: Layer(**layer) for path, layer in found["layers"].items()}
-        calls = [Call(*call) for call in found["calls"]]
+        entries = json.loads(content)
+        layers = {path: Layer(**layer) for path, layer in entries["layers"].items()}
+        calls = [Call(*call) for call in entries["calls"]]
         missing = [call.path for call in calls if call.path not in layers]
         if missing or not all(call.left is None or ":" in call.left for call in calls):
             raise ValueError("a call of no layer")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            "Expected the record of batch norm layers that tfbn.export wrote. Received: "
-            f"{str(version / FILE)!r}, which is damaged ({type(error).__name__}: {error}). Export "
-            "the model again."
+            f"Expected a record of batch norm layers. Received: {str(version / FILE)!r}, which is "
+            f"damaged ({type(error).__name__}: {error}). Export the model again."
         ) from error
-    return BatchNorms(layers, calls, found["function"])
+    return BatchNorms(layers, calls, entries["function"])

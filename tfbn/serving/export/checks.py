@@ -1,4 +1,4 @@
-"""The checks before an exported version is put in place, each one a function in `CHECKS`."""
+"""Verify an exported version before it is put in place, with the functions in `CHECKS`."""
 
 import functools
 import warnings
@@ -13,8 +13,8 @@ from tfbn.models import keras_models
 from tfbn.serving.export import signature
 from tfbn.serving.export.endpoint import Saved
 
-# How often the network's own rounding an export may be off. Folds of MobileNetV2, ResNet50,
-# EfficientNetB0 and of networks that cancel large numbers were off by 0.1 to 0.8 of it.
+# An export may differ by this multiple of the network's rounding. Folds of MobileNetV2, ResNet50,
+# EfficientNetB0 and of networks that cancel large numbers differed by 0.1 to 0.8 of it.
 _ROUNDINGS = 4
 _DRAWS = 3
 
@@ -22,31 +22,31 @@ _DRAWS = 3
 _EPSILON = {"float16": 2**-10, "bfloat16": 2**-7, "float64": 2**-52}
 
 
-class Written:
-    """A version that was written and loaded again, beside the model that it must be.
+class Candidate:
+    """A version to verify, loaded again, with the model that it is compared with.
 
     Args:
-        model: The model that was exported, before any folding.
-        serve: The endpoint as it was loaded.
-        specs: Its arguments.
-        inputs: The inputs that both are compared on.
-        origin: Where these are from, in words.
-        saved: The names of outputs and the ops of training, from when it was written.
-        allow_nan: Whether outputs may be without a finite value.
-        monitor: The endpoint `monitor` as it was loaded, or `None` without one.
+        model: The model that was exported, before folding.
+        serve: The loaded endpoint.
+        specs: The arguments of the endpoint.
+        inputs: The inputs for the comparison.
+        origin: The origin of the inputs in words, for messages.
+        saved: The names of outputs and the training operations, from the export.
+        allow_nan: Whether outputs may have no finite value.
+        monitor: The loaded endpoint `monitor`, or `None` without one.
     """
 
     def __init__(
         self,
         model: keras.Model,
-        serve: Callable,
+        serve: Callable[..., Any],
         specs: list,
         inputs: list,
         origin: str,
         saved: Saved,
         *,
         allow_nan: bool,
-        monitor: Callable | None = None,
+        monitor: Callable[..., dict[str, Any]] | None = None,
     ):
         self.model = model
         self.serve = serve
@@ -59,14 +59,13 @@ class Written:
 
     @functools.cached_property
     def expected(self) -> dict[str, Any]:
-        """The outputs of the model itself, by the names of the endpoint's."""
+        """The outputs of the model, by the endpoint's names."""
         try:
             return self._predict()
         except Exception as error:
             raise ValueError(
-                "Expected a model that can be called on the inputs that its export is verified "
-                f"with, {self.origin}. Received: {' '.join(str(error).split())}. Give inputs of "
-                "its own as sample or as warmup, and in input_signature the sizes that it needs."
+                f"Expected a model that can be called on {self.origin}. Received: "
+                f"{' '.join(str(error).split())}. Give inputs as sample or as warmup."
             ) from error
 
     @functools.cached_property
@@ -90,18 +89,17 @@ class Written:
             return self.monitor(*self.inputs)
         except tf.errors.InvalidArgumentError as error:
             raise ValueError(
-                "Expected batch norm layers whose rows are those of samples. Received: model "
-                f"{self.model.name!r} ({' '.join(str(error.message).split())[:200]}). Give in "
-                "monitor= the paths of other layers."
+                "Expected batch norm layers whose rows are those of samples. Received: "
+                f"{' '.join(str(error.message).split())[:200]}. Pass other layers as monitor."
             ) from error
 
     @functools.cached_property
     def rounding(self) -> dict[str, float]:
-        """How far outputs move when weights and inputs change by one unit in the last place.
+        """The change of each output when weights and inputs change by one unit in the last place.
 
-        For each output the largest absolute difference of three random draws, in each of which
-        every number moves up or down. Folding and other kernels round as much, so no export
-        can be asked to be closer. 0 for a model that cannot be called with other weights.
+        It is the largest absolute difference of three random draws, in which every number changes
+        up or down. Folding and other kernels have rounding errors of this size, so an export cannot
+        be closer. 0 for a model that cannot be called with other weights.
         """
         largest = dict.fromkeys(self.expected, 0.0)
         perturbed = tf.function(
@@ -110,7 +108,7 @@ class Written:
         generator = np.random.default_rng(0)
         epsilon = max(_EPSILON.get(dtype, 2**-23) for dtype in _compute_dtypes(self.model))
 
-        def moved(x):
+        def perturb(x: Any) -> tf.Tensor:
             x = tf.convert_to_tensor(x)
             if not x.dtype.is_floating:
                 return x
@@ -119,19 +117,19 @@ class Written:
 
         weights = [self.model.trainable_variables, self.model.non_trainable_variables]
         for _ in range(_DRAWS):
-            state = [[moved(v) for v in variables] for variables in weights]
-            inputs = keras.tree.map_structure(moved, self.inputs)
+            state = [[perturb(v) for v in variables] for variables in weights]
+            inputs = keras.tree.map_structure(perturb, self.inputs)
             try:
                 outputs = self._renamed(perturbed(*state, *inputs))
-            except Exception:  # Whatever a model's own code may raise.
+            except Exception:  # The model's code may raise anything.
                 return dict.fromkeys(self.expected, 0.0)
-            for name, (off, _) in differences(outputs, self.expected).items():
-                largest[name] = max(largest[name], off if np.isfinite(off) else 0.0)
+            for name, (change, _) in differences(outputs, self.expected).items():
+                largest[name] = max(largest[name], change if np.isfinite(change) else 0.0)
         return largest
 
     @functools.cached_property
     def expected_again(self) -> dict[str, Any]:
-        """The outputs of the model itself, called a second time."""
+        """The outputs of the model in a second call."""
         return self._predict()
 
     def _renamed(self, outputs: Any) -> dict[str, tf.Tensor]:
@@ -141,11 +139,11 @@ class Written:
     @property
     def max_abs_difference(self) -> float:
         """The largest absolute difference between the endpoint and the model."""
-        offs = [off for off, _ in differences(self.answers, self.expected).values()]
-        return max(offs, default=0.0)
+        pairs = differences(self.answers, self.expected).values()
+        return max((difference for difference, _ in pairs), default=0.0)
 
     def tolerance(self, scale: float) -> float:
-        """How far an output may be off: graphs that are optimised apart may round apart.
+        """Return the largest difference that is allowed between separately optimized graphs.
 
         Args:
             scale: The largest absolute value of the output, or 1 if that is larger.
@@ -158,125 +156,116 @@ def _compute_dtypes(model: keras.Model) -> set[str]:
     return {layer.compute_dtype for layer in keras_models.layers(model).values()}
 
 
-def no_layer_is_in_training_mode(written: Written) -> None:
-    """Batch norm layers use their population statistics, and update nothing."""
-    for layer, op in written.saved.training_ops:
+def no_layer_is_in_training_mode(candidate: Candidate) -> None:
+    """Require that batch norm layers use their population statistics and update nothing."""
+    for layer, op in candidate.saved.training_ops:
         raise ValueError(
-            "Expected every batch norm layer to use its population statistics. Received: model "
-            f"{written.model.name!r}, whose layer {layer!r} computes those of the batch ({op}) "
-            "although the model was called with training=False. Look for training=True where the "
-            "layer is called, or set its trainable to False."
+            f"Expected batch norm to use population statistics. Received: layer {layer!r}, which "
+            f"computes batch statistics ({op}) with training=False. Look for training=True in its "
+            "call, or set its trainable to False."
         )
 
 
-def outputs_are_numbers(written: Written) -> None:
-    """Every floating-point output has finite values: NaN and infinity prove nothing."""
-    values = {name: y for name, y in written.expected.items() if y.dtype.is_floating}
+def outputs_are_numbers(candidate: Candidate) -> None:
+    """Require finite values in every floating-point output: NaN and infinity verify nothing."""
+    values = {name: y for name, y in candidate.expected.items() if y.dtype.is_floating}
     finite = {name: np.isfinite(np.asarray(y, np.float64)) for name, y in values.items()}
-    if written.allow_nan:
+    if candidate.allow_nan:
         return
     for name, where in finite.items():
         if where.size and not where.any():
             raise ValueError(
-                f"Expected outputs that are numbers. Received: model {written.model.name!r}, whose "
-                f"output {name!r} is NaN or infinite in every value on {written.origin}. Look for "
-                "NaN in weights and statistics, give inputs of its own as sample, or export it "
-                "as it is with allow_nan=True."
+                f"Expected finite outputs. Received: {name!r} is NaN or infinite in every value on "
+                f"{candidate.origin}. Give a sample, or set allow_nan=True."
             )
         if not where.all():
             warnings.warn(
-                f"Output {name!r} of model {written.model.name!r} is NaN or infinite in "
-                f"{where.size - where.sum()} of {where.size} values on {written.origin}. The "
+                f"Output {name!r} of model {candidate.model.name!r} is NaN or infinite in "
+                f"{where.size - where.sum()} of {where.size} values on {candidate.origin}. The "
                 "export is verified on the others only; inputs of its own as sample verify more.",
                 stacklevel=3,
             )
 
 
-def calls_agree(written: Written) -> None:
-    """Two calls of the model on the same inputs have the same outputs.
+def calls_agree(candidate: Candidate) -> None:
+    """Require equal outputs of two calls of the model on the same inputs.
 
-    The other checks compare calls. A seed set for the whole process makes the first call of the
-    model and the first call of the endpoint draw alike, so neither shows random numbers alone.
+    A global seed gives the first calls of the model and of the endpoint the same random numbers, so
+    the other checks do not detect them.
     """
-    for name, (off, scale) in differences(written.expected_again, written.expected).items():
-        if off > written.tolerance(scale):
+    for name, (off, scale) in differences(candidate.expected_again, candidate.expected).items():
+        if off > candidate.tolerance(scale):
             raise ValueError(
-                f"Expected outputs that are the same in every call. Received: model "
-                f"{written.model.name!r}, whose outputs {name!r} differ by {off:.3g} between two "
-                f"calls on {written.origin}. Look for layers that draw random numbers in inference "
-                "mode too, or that keep a state between calls."
+                f"Expected equal outputs in every call. Received: {name!r} differ by {off:.3g} on "
+                f"{candidate.origin} between two calls. Look for layers that draw random numbers."
             )
 
 
-def predicts_like_the_model(written: Written) -> None:
-    """The endpoint's outputs are those of the model."""
-    for name, (off, scale) in differences(written.answers, written.expected).items():
-        if off <= written.tolerance(scale):
+def predicts_like_the_model(candidate: Candidate) -> None:
+    """Require that the endpoint predicts like the model."""
+    for name, (off, scale) in differences(candidate.answers, candidate.expected).items():
+        if off <= candidate.tolerance(scale):
             continue
-        rounding = written.rounding[name]
+        rounding = candidate.rounding[name]
         if not off <= _ROUNDINGS * rounding:
             raise ValueError(
-                f"Expected the SavedModel to predict the same as model {written.model.name!r}, "
-                f"within {written.tolerance(scale):.3g} or {_ROUNDINGS} times the network's own "
-                f"rounding, {rounding:.3g}. Received: outputs {name!r} that differ by {off:.3g} on "
-                f"{written.origin}. Give inputs of its own as sample."
+                f"Expected the model's predictions, within {candidate.tolerance(scale):.3g} or "
+                f"{_ROUNDINGS} times the rounding of {rounding:.3g}. Received: outputs {name!r} "
+                f"that differ by {off:.3g} on {candidate.origin}. Give other inputs as sample."
             )
         warnings.warn(
-            f"Output {name!r} of the export of model {written.model.name!r} differs by {off:.3g} "
-            f"on {written.origin}. The network itself is as inexact there: its output moves by "
+            f"Output {name!r} of the export of model {candidate.model.name!r} differs by {off:.3g} "
+            f"on {candidate.origin}. The network itself is as inexact there: its output moves by "
             f"{rounding:.3g} when its weights and inputs change by one unit in the last place.",
             stacklevel=3,
         )
 
 
-def samples_are_independent(written: Written) -> None:
-    """The outputs of the first sample do not depend on the other samples of its batch."""
-    alone, among = (_first(y) for y in (written.answers, _among_others(written, written.serve)))
+def samples_are_independent(candidate: Candidate) -> None:
+    """Require that the outputs of a sample do not depend on the other samples of its batch."""
+    alone = _first(candidate.answers)
+    among = _first(_among_others(candidate, candidate.serve))
     for name, (leak, scale) in differences(among, alone).items():
-        if leak <= written.tolerance(scale) or leak <= _ROUNDINGS * written.rounding[name]:
+        if leak <= candidate.tolerance(scale) or leak <= _ROUNDINGS * candidate.rounding[name]:
             continue
         raise ValueError(
-            "Expected outputs of a sample that do not depend on the other samples of its "
-            f"batch. Received: model {written.model.name!r}, where {name!r} differs by {leak:.3g} "
-            f"between two batches, one of {written.origin} and one with zeros in the place of "
-            "other samples. Look for layers that compute over the batch axis, as batch norm does "
-            "in training mode."
+            "Expected outputs that do not depend on other samples of the batch. Received: "
+            f"{name!r} differs by {leak:.3g} on {candidate.origin}. Look for layers that compute "
+            "over the batch axis."
         )
 
 
-def monitor_answers_like_serve(written: Written) -> None:
-    """The endpoint `monitor` has the outputs of `serve`, up to the rounding of another graph."""
-    if written.monitor is None:
+def monitor_answers_like_serve(candidate: Candidate) -> None:
+    """Require that the endpoint `monitor` has the outputs of `serve`, up to rounding."""
+    if candidate.monitor is None:
         return
-    for name, (off, scale) in differences(written.monitored, written.answers).items():
-        if off > written.tolerance(scale) and not off <= _ROUNDINGS * written.rounding[name]:
+    for name, (off, scale) in differences(candidate.monitored, candidate.answers).items():
+        if off > candidate.tolerance(scale) and not off <= _ROUNDINGS * candidate.rounding[name]:
             raise ValueError(
-                "Expected the endpoint monitor to predict as serve does. Received: model "
-                f"{written.model.name!r}, whose outputs {name!r} differ by {off:.3g} on "
-                f"{written.origin}. Export without monitor."
+                "Expected the endpoint monitor to predict as serve does. Received: outputs "
+                f"{name!r} that differ by {off:.3g} on {candidate.origin}. Export without monitor."
             )
 
 
-def monitor_measures_samples(written: Written) -> None:
-    """The moments of the first sample do not depend on the other samples of its batch."""
-    if written.monitor is None:
+def monitor_measures_samples(candidate: Candidate) -> None:
+    """Require that the moments of a sample do not depend on the other samples of its batch."""
+    if candidate.monitor is None:
         return
-    alone = _first(written.monitored)
-    among = _first(_among_others(written, written.monitor))
-    for name in [name for name in alone if name not in written.answers]:
+    alone = _first(candidate.monitored)
+    among = _first(_among_others(candidate, candidate.monitor))
+    for name in [name for name in alone if name not in candidate.answers]:
         [(off, scale)] = differences({name: among[name]}, {name: alone[name]}).values()
-        if off > written.tolerance(scale):
+        if off > candidate.tolerance(scale):
             raise ValueError(
-                f"{name!r} of a sample depends on the other samples of its batch in model "
-                f"{written.model.name!r}, by {off:.3g} on {written.origin}. Give in monitor= the "
-                "paths of other layers."
+                f"Expected independent samples. Received: {name!r} of a sample depends on the "
+                f"other samples of its batch, by {off:.3g}. Pass other layers as monitor."
             )
 
 
-def _among_others(written: Written, endpoint: Callable) -> dict[str, tf.Tensor]:
-    """The answers to the first sample and to zeros, or to itself again if zeros are an error."""
+def _among_others(candidate: Candidate, endpoint: Callable[..., Any]) -> dict[str, tf.Tensor]:
+    """Return the answers to the first sample and zeros, or to its copies if zeros are an error."""
 
-    def others(x, spec, value):
+    def others(x: tf.Tensor, spec: tf.TensorSpec, value: Callable[..., tf.Tensor]) -> tf.Tensor:
         if not x.shape.rank:
             return x
         rest = x[1:]
@@ -286,7 +275,7 @@ def _among_others(written: Written, endpoint: Callable) -> dict[str, tf.Tensor]:
 
     for value in (lambda first, rest: tf.zeros_like(rest), _repeated):
         inputs = keras.tree.map_structure(
-            lambda x, spec, value=value: others(x, spec, value), written.inputs, written.specs
+            lambda x, spec, value=value: others(x, spec, value), candidate.inputs, candidate.specs
         )
         try:
             return signature.named_outputs(endpoint(*inputs))
@@ -306,10 +295,10 @@ def _first(outputs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
 def differences(
     outputs: dict[str, Any], expected: dict[str, Any]
 ) -> dict[str, tuple[float, float]]:
-    """For each output the largest absolute difference, and the scale to judge it by.
+    """Return name of an output -> its largest absolute difference, and the scale for a tolerance.
 
-    The scale is the largest absolute value that was expected and is finite, or 1 if that is
-    larger. NaN and infinity are equal to themselves, and infinitely far from all else.
+    The scale is the largest finite absolute value that was expected, at least 1. NaN and infinity
+    are equal to themselves, and infinitely far from other values.
     """
     return {name: _difference(outputs[name], want) for name, want in expected.items()}
 
@@ -322,10 +311,10 @@ def _difference(got: tf.Tensor, want: tf.Tensor) -> tuple[float, float]:
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     same = (got == want) | (np.isnan(got) & np.isnan(want))
     with np.errstate(invalid="ignore"):
-        apart = np.where(same, 0.0, np.abs(got - want))
+        distance = np.where(same, 0.0, np.abs(got - want))
     finite = np.abs(want[np.isfinite(want)])
-    off = float(np.max(np.nan_to_num(apart, nan=np.inf), initial=0.0))
-    return off, max(1.0, float(np.max(finite, initial=0.0)))
+    largest = float(np.max(np.nan_to_num(distance, nan=np.inf), initial=0.0))
+    return largest, max(1.0, float(np.max(finite, initial=0.0)))
 
 
 CHECKS = (

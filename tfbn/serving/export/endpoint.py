@@ -1,11 +1,11 @@
-"""The endpoint of a model: the graph that is served, and the SavedModel that holds it."""
+"""Write the SavedModel of a model, with the endpoints `serve` and `monitor`."""
 
 import contextlib
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -14,8 +14,7 @@ from tfbn.models import keras_models
 from tfbn.serving.export import batch_norms, signature
 from tfbn.serving.monitor import monitor
 
-# Ops that no batch norm layer needs for inference: reductions over the data and new moving
-# averages.
+# Operations that batch norm requires only in training: reductions and new moving averages.
 _TRAINING_OPS = {
     "Mean",
     "SquaredDifference",
@@ -26,12 +25,12 @@ _TRAINING_OPS = {
 
 
 class Saved(NamedTuple):
-    """The facts about an endpoint that the trace of its network showed.
+    """The result of the trace of an endpoint.
 
     Attributes:
-        output_names: The endpoint's names of its outputs by the model's, in the model's order.
-        training_ops: Path of a batch norm layer and type of an op of training that it ran.
-        batch_norms: Where the batch norm layers are in the graph.
+        output_names: Name of an output in the model -> name in the endpoint, in the model's order.
+        training_ops: Pairs of the path of a batch norm layer and the type of a training operation.
+        batch_norms: The record of the batch norm layers in the graph.
     """
 
     output_names: dict[str, str]
@@ -51,35 +50,36 @@ def save(
     Args:
         model: A built model.
         specs: The endpoint's arguments, with the names that clients will use.
-        path: The directory to make.
-        name_outputs: Gives the endpoint's names of outputs, by the model's.
-        monitored: Batch norm layers by path: a second endpoint, `monitor`, tells their
-            inputs' statistics. It has a graph of its own, so that `serve` is as it is without.
+        path: The directory to create.
+        name_outputs: Returns name of an output in the model -> name in the endpoint.
+        monitored: Path -> batch norm layer, to add a second endpoint, `monitor`, which returns
+            moments of their inputs. Its graph is separate, so `serve` does not change.
     """
     traced = []
 
-    def serve(*args):  # The name is part of the endpoint: unnamed inputs become `args_0`.
+    def serve(*args: Any) -> Any:  # The name `args` is public: unnamed inputs become `args_0`.
         args = _checked(args, specs)
         training_ops: list[tuple[str, str]] = []
-        found = batch_norms.BatchNorms({}, [])
-        with _observed(model, training_ops, found):  # Here, since saving traces more than this.
+        record = batch_norms.BatchNorms({}, [])
+        # Only here, because saving traces other functions as well.
+        with _observed(model, training_ops, record):
             outputs = model(*args, training=False)
         named = signature.named_outputs(outputs)
         names = name_outputs({name: _spec(name, output) for name, output in named.items()})
-        traced.append(Saved(names, training_ops, found.ordered(model)))
+        traced.append(Saved(names, training_ops, record.ordered(model)))
         if all(name == new for name, new in names.items()) and signature.are_flat(outputs):
             return outputs
         return {names[name]: output for name, output in named.items()}
 
-    def monitor_(*args):
+    def monitor_(*args: Any) -> dict[str, tf.Tensor]:
         assert monitored is not None
         measured = monitor.run(model, _checked(args, specs), monitored)
         named = signature.named_outputs(measured.outputs)
-        beside = monitor.answers(model, monitored, measured)
-        return _apart({traced[0].output_names[name]: y for name, y in named.items()}, beside)
+        moments = monitor.answers(model, monitored, measured)
+        return _merged({traced[0].output_names[name]: y for name, y in named.items()}, moments)
 
     archive = keras.export.ExportArchive()
-    archive.track(model)  # For lookup tables, which are no variables.
+    archive.track(model)  # Lookup tables are not variables.
     archive.add_endpoint("serve", serve, input_signature=specs)
     if monitored is not None:
         archive.add_endpoint("monitor", monitor_, input_signature=specs)
@@ -90,7 +90,7 @@ def save(
 
 @contextlib.contextmanager
 def _without_notes() -> Iterator[None]:
-    """A context without TensorFlow's notes, which name the temporary folder."""
+    """Suppress TensorFlow's notes, which name the temporary folder."""
     logger = tf.get_logger()
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -100,11 +100,11 @@ def _without_notes() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _checked(args, specs):
-    """The arguments, behind a check of their shapes and of an empty batch.
+def _checked(args: Sequence[Any], specs: list) -> Any:
+    """Return the arguments, after a check of their shapes and for an empty batch.
 
-    The check is in the graph because whoever feeds a graph by the names of its tensors, as a
-    server does, goes past the shapes of the signature.
+    The check is part of the graph, because a server feeds tensors by name and does not check the
+    shapes of the signature.
     """
     args = tf.nest.map_structure(lambda x, spec: tf.ensure_shape(x, spec.shape), list(args), specs)
     sizes = [
@@ -114,57 +114,63 @@ def _checked(args, specs):
     ]
     if not sizes:
         return args
-    # Kernels of oneDNN answer an empty batch with errors about other things. One empty input
-    # among others may be right, a graph without edges, say.
+    # Kernels of oneDNN raise misleading errors for an empty batch. One empty input of several is
+    # allowed: a graph without edges, for example.
     message = "Expected at least one sample. Received: an empty batch."
     with tf.control_dependencies([tf.debugging.Assert(tf.add_n(sizes) > 0, [message])]):
         return tf.nest.map_structure(tf.identity, args)
 
 
-def _apart(outputs, beside):
-    """Two dicts as one."""
+def _merged(outputs: dict[str, tf.Tensor], moments: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """Return the union of two dicts without common names."""
     for name in outputs:
-        if name in beside:
+        if name in moments:
             raise ValueError(
-                "Expected outputs with names that the monitor's own answers do not have. Received: "
-                f"output {name!r}. Give it another name, or export without monitor."
+                f"Expected names that the monitor does not use. Received: output {name!r}. Rename "
+                "it, or export without monitor."
             )
-    return outputs | beside
+    return outputs | moments
 
 
-def _spec(name, output):
+def _spec(name: str, output: Any) -> tf.TensorSpec:
     if not tf.is_tensor(output):
         raise ValueError(
-            "Expected a model whose outputs are tensors, in lists and dicts. "
-            f"Received: {name!r} is {output!r}. Wrap the model in one with such outputs."
+            f"Expected tensors as outputs, in lists and dicts. Received: {name!r} is {output!r}."
         )
     return tf.TensorSpec(output.shape, output.dtype, name)
 
 
 @contextlib.contextmanager
 def _observed(
-    model: keras.Model, ops: list[tuple[str, str]], found: batch_norms.BatchNorms
+    model: keras.Model, ops: list[tuple[str, str]], record: batch_norms.BatchNorms
 ) -> Iterator[None]:
-    """Note the calls of batch norm layers while a model is traced.
+    """Record the calls of batch norm layers while a model is traced.
 
-    Only the layer itself knows which ops are its own: names of ops may be shared, and a
-    mean elsewhere in the model is no concern of batch norm.
+    Operations are attributed to a layer by its call, because their names may be shared, and other
+    layers may compute means too.
 
     Args:
         model: The model.
-        ops: (path, op type) is added for each op of training that a layer makes.
-        found: The calls are added, and their layers.
+        ops: Receives (path, type) of each training operation that a layer creates.
+        record: Receives the calls and their layers.
     """
     outer = tf.compat.v1.get_default_graph()
 
-    def observe(path, layer, call, inputs, training, mask):
+    def observe(
+        path: str,
+        layer: keras.layers.BatchNormalization,
+        call: Callable[..., tf.Tensor],
+        inputs: tf.Tensor,
+        training: bool | None,
+        mask: tf.Tensor | None,
+    ) -> tf.Tensor:
         graph = tf.compat.v1.get_default_graph()
-        before, calls = len(graph.get_operations()), len(found.calls)
+        before, calls = len(graph.get_operations()), len(record.calls)
         outputs = call(inputs, training=training, mask=mask)
         ops.extend((path, op.type) for op in graph.get_operations()[before:] if _is_of_training(op))
-        if len(found.calls) == calls:  # Else this is a subclass's call, around the layer's own.
-            found.layers[path] = batch_norms.layer_of(layer, model, inputs)
-            found.calls.append(batch_norms.call_of(path, outer, inputs, mask, outputs))
+        if len(record.calls) == calls:  # Otherwise this call of a subclass contains a recorded one.
+            record.layers[path] = batch_norms.layer_of(layer, model, inputs)
+            record.calls.append(batch_norms.call_of(path, outer, inputs, mask, outputs))
         return outputs
 
     layers = keras_models.batch_norm_layers(model)
@@ -172,6 +178,6 @@ def _observed(
         yield
 
 
-def _is_of_training(op):
+def _is_of_training(op: tf.Operation) -> bool:
     fused = op.type.startswith("FusedBatchNorm") and op.get_attr("is_training")
     return op.type in _TRAINING_OPS or fused

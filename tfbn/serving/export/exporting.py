@@ -1,11 +1,11 @@
-"""`export`: a model as a SavedModel for TensorFlow Serving."""
+"""Export a model as a SavedModel for TensorFlow Serving."""
 
 import dataclasses
 import functools
 import os
 import pathlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -25,9 +25,9 @@ class Exported:
 
     Attributes:
         path: The directory of the new version.
-        version: Its number.
-        max_abs_difference: Largest absolute difference between outputs of the loaded SavedModel
-            and of the model, over all outputs, on the inputs it was verified with.
+        version: The number of the new version.
+        max_abs_difference: The largest absolute difference between the outputs of the loaded
+            SavedModel and of the model, on the inputs for its verification.
     """
 
     path: pathlib.Path
@@ -49,32 +49,28 @@ def export(
     allow_nan: bool = False,
     monitor: bool | Iterable[str | keras.Layer] = False,
 ) -> Exported:
-    """Write a model's inference network to `path/<version>/` as TensorFlow Serving wants it.
+    """Write a model's inference network to `path/<version>/` for TensorFlow Serving.
 
-    The SavedModel has one endpoint, `serve` (`serving_default`). Loading it needs neither tfbn
-    nor Keras. The model is not changed, and its `trainable` flags do not matter.
+    The SavedModel has one endpoint, `serve` (`serving_default`), and requires neither tfbn nor
+    Keras to load. The model does not change, and its `trainable` flags have no effect.
 
-    Names of inputs and outputs are those that `model.export` gives, or those of the highest
-    version there if that has the same structure: an input without a name has another one in
-    every process, and clients of the old version go on as before.
+    Names of inputs and outputs are the same as in the highest version in `path` if its structure is
+    the same, and the same as from `model.export` otherwise. So clients of the old version also work
+    with the new one, although Keras gives unnamed inputs other names in every process.
 
-    The endpoint checks the rank and the known sizes of every input before anything else, so
-    that a request of a wrong shape is answered with an error: without the check some kernels
-    abort the server's process. Give every size that is known: one that is left open is not
-    checked. An empty batch is answered with an error too. NaN in a request is not refused, and
-    its answer may be finite: oneDNN's fused convolution and ReLU, which TensorFlow uses on many
-    processors, makes 0 of NaN. A refusal in the graph would fail the other requests that a server
-    merged into the batch, and NaN is the right input of some networks, so a client that may send
-    it looks for it itself.
+    The endpoint validates the rank and the known sizes of every input, because some kernels abort
+    the server's process on a wrong shape. Specify all sizes that are known. An empty batch is an
+    error too. NaN is allowed: an error in the graph would fail the other requests that a server
+    merges into the batch, and some networks support NaN. The output may be finite, because oneDNN's
+    fused convolution and ReLU returns 0 for NaN. Clients must check for NaN where it matters.
 
-    Before the version is put in place it is loaded again and verified, on `sample`, `warmup` or
-    random numbers in [0, 1): outputs are numbers, equal to the model's predictions, and those
+    Before the version is put in place, it is loaded again and verified on `sample`, `warmup` or
+    random numbers in [0, 1): outputs are finite and equal to the model's predictions, and outputs
     of the first sample do not depend on the other samples.
 
-    Everything is written into a hidden directory in `path`, flushed to the disk and renamed when
-    it is complete, so a server that polls `path` never sees a part of a version, and an export
-    that fails leaves nothing behind. The hidden directory of an export that was killed is
-    removed by the next one.
+    All files are written to a hidden directory in `path`, flushed to the disk and renamed. A server
+    that polls `path` never loads an incomplete version, and a failed export leaves no files. The
+    next export removes the hidden directory of an export that was killed.
 
     ```python
     exported = tfbn.export(model, "models/digits", sample=x_val[:8], monitor=True)
@@ -82,75 +78,68 @@ def export(
     ```
 
     Args:
-        model: A built Keras model, with tfbn's batch norm layers or Keras's own.
-        path: The model's directory, one that a server polls. It is made if it does not
-            exist.
-        version: A whole number from 0 to 2**63 - 1; by default one more than the highest
-            there, or 1, whatever other exports write at the same time.
-        input_signature: Shapes and dtypes of the inputs, as `model.export` takes them: a
-            list of the positional arguments, each a `tf.TensorSpec` or `keras.InputSpec` or
-            a list or dict of them, none ragged or sparse. By default the model's own inputs,
-            with a batch of any size. A subclassed model that takes other than one
-            floating-point dtype, or more than one argument, needs it.
-        fold: Whether to export `tfbn.fold(model)` in its place. It is verified against the
-            model itself.
-        sample: Inputs to verify the export on: a batch as the model takes it, or a
-            `tf.data.Dataset`, of which the first batch is taken. By default the first
-            request of `warmup`, or random numbers in [0, 1) with 64 for unknown sizes, which
-            may be far from the data of the network.
-        warmup: Requests that a server answers for itself before it says it is ready, so that
-            the first real one is not the slow one: a batch of inputs as the model takes
-            them, or a `tf.data.Dataset` of batches. At most 1000 requests are written (as many
-            as TensorFlow Serving allows). Needs the extra `serving`.
-        warmup_batch_size: The most samples in one of these requests; larger batches are
-            split. A server that batches requests does not start with a request larger than
-            its `max_batch_size`.
-        require_population: Whether stale batch norm statistics are an error, not a
-            warning. They are stale if no sweep of them is known (by
-            `tfbn.update_population_stats`, `tfbn.PopulationStatsCallback` or
-            `tfbn recalibrate`), or if they, or weights that they depend on, have changed since.
-            A sweep is known of every model with the layers that were swept, and of a `.keras` file
-            with `tfbn.BatchNormalization`; a file keeps nothing of it for Keras's layers.
-        allow_new_signature: Whether the inputs and outputs may be others than those of the
-            highest version there, with which its clients would fail.
+        model: A built Keras model, with `tfbn.BatchNormalization` or Keras's layer.
+        path: The model's directory, which a server polls. It is created if it does not exist.
+        version: An integer from 0 to 2**63 - 1. By default one more than the highest version in
+            `path`, or 1, also with concurrent exports.
+        input_signature: Shapes and dtypes of the inputs, as for `model.export`: a list of the
+            positional arguments, each a `tf.TensorSpec`, a `keras.InputSpec`, or a list or dict of
+            them, all dense. By default the model's inputs with a batch of any size. Required for a
+            subclassed model with several arguments, or whose inputs have several dtypes or are not
+            floating-point.
+        fold: Whether to export `tfbn.fold(model)`, which is verified against the model.
+        sample: Inputs for the verification: a batch for the model, or a `tf.data.Dataset`, whose
+            first batch is used. By default the first request of `warmup`, or random numbers in
+            [0, 1) with 64 for unknown sizes, which may be far from the data of the network.
+        warmup: Requests that a server executes before it reports that it is ready, so that the
+            first real request is not slow: a batch for the model, or a `tf.data.Dataset` of
+            batches. At most 1000 requests are written, the limit of TensorFlow Serving. Requires
+            the extra `serving`.
+        warmup_batch_size: The largest number of samples in a warm-up request; larger batches are
+            split. A server with batching does not start if a request is larger than its
+            `max_batch_size`.
+        require_population: Whether stale batch norm statistics are an error instead of a warning.
+            They are stale if no sweep of them is known (by `tfbn.update_population_stats`,
+            `tfbn.PopulationStatsCallback` or `tfbn recalibrate`), or if the statistics, or weights
+            that they depend on, have changed since. A sweep is stored in the layers in memory, and
+            in a `.keras` file only for `tfbn.BatchNormalization`, not for Keras's layer.
+        allow_new_signature: Whether the inputs and outputs may differ from the highest version in
+            `path`, which would break its clients.
         allow_nan: Whether an output may be NaN or infinite in every value.
         monitor: `True`, or a list of batch norm layers or their paths, to add the signature
-            `monitor` beside `serving_default`, which stays as it is. It takes the same inputs and
-            answers the same outputs, and beside them for each of these layers the moments of its
-            inputs in every sample, a row of the inputs: `<path>/count`, the number of values per
-            channel (int64, `(batch,)`, or `(batch, channels)` under a mask), `<path>/mean` and
-            `<path>/variance` (biased, `(batch, channels)`), and `monitor/population` (`(batch,)`).
-            All calls of a layer are one population, and masked positions do not count. A server
-            that merges requests (`--enable_batching`) can split them again. `tfbn.ServedStats`
-            makes an alarm of many such samples.
-            Requests are compared with the statistics that the model holds. Data has no blended
-            ones: to blend, give `blend_samples` to `tfbn.recalibrate`, whose next version
-            compares requests with the data.
+            `monitor`. It takes the same inputs as `serving_default`, and returns the same outputs
+            and the moments of the layers' inputs for every sample (row of the inputs):
+            `<path>/count`, the number of values per channel (int64, `(batch,)`, or
+            `(batch, channels)` under a mask), `<path>/mean` and `<path>/variance` (biased,
+            `(batch, channels)`), and `monitor/population` (`(batch,)`). All calls of a layer are
+            one population, and masked positions do not count. A server may merge requests
+            (`--enable_batching`). `tfbn.ServedStats` computes an alarm from many samples. Samples
+            are compared with the model's statistics, so these should not be blended: to blend, use
+            `blend_samples` of `tfbn.recalibrate`, whose next version compares samples with data.
 
     Returns:
-        An `Exported` with the version's directory and the difference that was found.
+        An `Exported` with the directory and number of the version.
 
     Raises:
         FileExistsError: If the version exists.
         ImportError: If `warmup` is given and tensorflow-serving-api is not installed.
-        OSError: If `path` cannot be written to.
-        ValueError: If `path` is a version or in one, if the model is not built, if an input has no
-            known rank, or is ragged or sparse, if `sample` or `warmup` does not fit the inputs, if
-            the model cannot be folded, if a batch norm layer computes batch statistics even in
-            inference mode, if statistics are stale and `require_population`, if the signature is
-            not that of the version before, or if the verification fails, or if `monitor` is asked
-            of a folded network, of layers that the model does not have, that it calls in loops
-            or branches, or whose rows do not belong to one sample each. An
-            output may differ by 1e-3 of its largest absolute value (or of 1, if that is larger),
-            2e-2 where layers compute in 16 bits, or by 4 times the network's own rounding: how far
-            the output moves when every weight and input changes by one unit in the last place.
+        OSError: If `path` cannot be written.
+        ValueError: If `path` is a version or in one; if the model is not built or cannot be folded;
+            if an input has unknown rank or is not dense; if `sample` or `warmup` does not fit the
+            inputs; if a batch norm layer computes batch statistics in inference mode; if statistics
+            are stale and `require_population`; if the signature differs from the version before; if
+            `monitor` is combined with `fold`, or selects layers that the model does not have, calls
+            in loops or branches, or calls with rows that are not samples; or if the verification
+            fails. An output may differ by 1e-3 of its largest absolute value (at least of 1), 2e-2
+            for layers that compute in 16 bits, or by 4 times the network's rounding: the change of
+            the output when every weight and input changes by one unit in the last place.
     """
     directory = versions.target(path)
     version = versions.checked(directory, version)
     specs = signature.arguments(model, input_signature)
     monitored = _monitored(model, monitor, fold)
     requests = _requests(warmup, specs, warmup_batch_size)
-    inputs, origin = _inputs_to_verify_on(specs, sample, requests)
+    inputs, origin = _verification_inputs(specs, sample, requests)
     sweep = sweeps.sweep_of(model)
     _require_population(model, sweep.stale, required=require_population)
     before = signature.of_highest_version(directory)
@@ -164,7 +153,7 @@ def export(
             network, specs, partial, functools.partial(kept, "outputs"), monitored
         )
         loaded = tf.saved_model.load(os.fspath(partial))
-        written = checks.Written(
+        candidate = checks.Candidate(
             model,
             loaded.serve,
             specs,
@@ -175,12 +164,12 @@ def export(
             monitor=None if monitored is None else loaded.monitor,
         )
         for check in checks.CHECKS:
-            check(written)
+            check(candidate)
         record = provenance.of_export(
             model,
             sweep,
             folded=fold,
-            max_abs_difference=written.max_abs_difference,
+            max_abs_difference=candidate.max_abs_difference,
             inputs=list(input_names.values()),
             outputs=list(saved.output_names.values()),
             monitored=monitored,
@@ -192,36 +181,37 @@ def export(
         if requests is not None:
             write_requests(partial, directory.name, list(input_names.values()), requests())
         version = versions.put_in_place(partial, directory, version)
-    return Exported(directory / str(version), version, written.max_abs_difference)
+    return Exported(directory / str(version), version, candidate.max_abs_difference)
 
 
-def _monitored(model, chosen, fold):
-    """The layers to monitor by path, or `None` without any."""
+def _monitored(
+    model: keras.Model, chosen: bool | Iterable[str | keras.Layer], fold: bool
+) -> dict[str, keras.Layer] | None:
+    """Return the layers to monitor, path -> layer, or `None` without a monitor."""
     if chosen is False or chosen is None:
         return None
     if fold:
         raise ValueError(
-            "Expected monitor without fold. Received: both, but a folded network has no batch norm "
-            "layers left to monitor. Give one of the two."
+            "Expected monitor or fold. Received: both, but a folded network has no batch norm "
+            "layers left."
         )
     return monitored_layers(model, chosen)
 
 
-def _requests(data, specs, batch_size):
-    """A function that gives the warm-up requests from the first on, or `None` without any."""
+def _requests(data: Any, specs: list, batch_size: int) -> Callable[[], Iterator[list]] | None:
+    """Return a function that returns the warm-up requests, or `None` without requests."""
     if data is None:
         return None
     require_serving_api()
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(
-            "Expected warmup_batch_size to be a whole number of samples, 1 or more. Received: "
-            f"{batch_size!r}."
-        )
+        raise ValueError(f"Expected an integer warmup_batch_size >= 1. Received: {batch_size!r}.")
     return lambda: requests_in(signature.batches(data, specs, "warmup"), specs, batch_size)
 
 
-def _inputs_to_verify_on(specs, sample, requests):
-    """One batch of inputs, and their origin in words."""
+def _verification_inputs(
+    specs: list, sample: Any, requests: Callable[[], Iterator[list]] | None
+) -> tuple[list, str]:
+    """Return a batch of inputs, and its origin in words."""
     if sample is not None:
         return next(signature.batches(sample, specs, "sample")), "sample"
     if requests is not None:
@@ -230,27 +220,26 @@ def _inputs_to_verify_on(specs, sample, requests):
     return inputs, "random numbers in [0, 1), with 64 for unknown sizes"
 
 
-def _random(spec):
+def _random(spec: tf.TensorSpec) -> tf.Tensor:
     shape = [64 if size is None else size for size in spec.shape]
     if shape and spec.shape[0] is None:
         shape[0] = 3
     generator = np.random.default_rng(0)
     if spec.dtype == tf.string:
         return tf.fill(shape, "a")
-    # Non-negative and small, so that logarithms of images and indices of two classes are fine.
+    # Non-negative and small, to support logarithms of images and indices of two classes.
     if spec.dtype.is_integer or spec.dtype.is_bool:
         return tf.cast(generator.integers(0, 2, shape), spec.dtype)
     return tf.cast(generator.random(shape), spec.dtype)
 
 
-def _require_population(model, stale, *, required):
+def _require_population(model: keras.Model, stale: str | None, *, required: bool) -> None:
     if not stale:
         return
     if required:
         raise ValueError(
-            "Expected batch norm statistics from a sweep over exactly these weights. "
-            f"Received: model {model.name!r}, {stale}. Run tfbn.update_population_stats(model, "
-            "data) or `tfbn recalibrate` first, or export without require_population."
+            f"Expected statistics from a sweep over these weights. Received: model {model.name!r}, "
+            f"{stale}. Run tfbn.update_population_stats(model, data) first."
         )
     warnings.warn(
         f"The batch norm statistics of model {model.name!r} are not known to be those of its "

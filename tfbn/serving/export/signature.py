@@ -1,4 +1,4 @@
-"""The signature of an endpoint: shapes, dtypes and names, and whether old clients can go on."""
+"""Create the signature of an endpoint: shapes, dtypes, and names that clients can still use."""
 
 import inspect
 import keyword
@@ -15,18 +15,18 @@ from tfbn.models import keras_models
 from tfbn.serving import provenance, saved_models, versions
 from tfbn.serving.saved_models import DEFAULT
 
-# Names that Keras or TensorFlow make up for tensors without one. They count the tensors that the
-# process made before, so the same model may have others in the next process.
+# Names that Keras or TensorFlow generate. They include a counter of the process, so the same model
+# may have other names in another process.
 _MADE_UP = re.compile(r"(keras_tensor|input_layer|args)(_\d+)*")
 
 
 class Endpoint(NamedTuple):
-    """The tensors that a client names, `tf.TensorSpec` by name.
+    """The inputs and outputs that a client uses, name -> `tf.TensorSpec`.
 
     Attributes:
         inputs: The inputs, in the order of the model's arguments if `ordered`.
         outputs: The outputs, in the order of the model's outputs if `ordered`.
-        ordered: Whether the orders are known. A SavedModel alone does not tell them.
+        ordered: Whether the orders are known. A SavedModel does not store them.
     """
 
     inputs: dict[str, tf.TensorSpec]
@@ -35,32 +35,35 @@ class Endpoint(NamedTuple):
 
 
 def arguments(model: keras.Model, given: Any = None) -> list:
-    """The positional arguments of an endpoint: a list of structures of named `tf.TensorSpec`.
+    """Return the positional arguments of an endpoint: structures of named `tf.TensorSpec`.
 
     Args:
         model: A built model.
-        given: `input_signature` as the user gave it, or `None` for the model's own inputs.
+        given: The argument `input_signature`, or `None` for the model's inputs.
+
+    Raises:
+        ValueError: If `given` does not fit the model, or if an input has unknown rank or is not
+            dense.
     """
     keras_models.require_built(model)
     given = _own_arguments(model) if given is None else given
     if not isinstance(given, (list, tuple)):
         raise ValueError(
-            "Expected input_signature to be a list with one entry for each positional argument "
-            f"of the model. Received: {given!r}. Put it in a list."
+            f"Expected input_signature to be a list of arguments. Received: {given!r}."
         )
     specs = [keras.tree.map_structure(_tensor_spec, argument) for argument in given]
     try:
         inspect.signature(model.call).bind(*specs)
     except TypeError as error:
         raise ValueError(
-            f"Expected inputs for every argument of model {model.name!r}. Received: {specs} "
-            f"({error}). Give input_signature, with an entry for each argument."
+            f"Expected an input for every argument. Received: {specs} ({error}). Give "
+            "input_signature."
         ) from error
     for spec in keras.tree.flatten(specs):
         if spec.shape.rank is None:
             raise ValueError(
-                f"Expected inputs of known rank, so that the endpoint can check it. Received: "
-                f"{spec}. Give input_signature, with None for unknown sizes."
+                f"Expected inputs of known rank. Received: {spec}. Give input_signature, with None "
+                "for unknown sizes."
             )
     return renamed(specs, _names(specs))
 
@@ -71,10 +74,8 @@ def _own_arguments(model: keras.Model) -> list:
     specs = keras_models.input_specs(model)
     if specs is None:
         raise ValueError(
-            "Expected a model whose inputs are known. Received: subclassed model "
-            f"{model.name!r}, of which Keras recorded {model.get_build_config() or 'nothing'}. "
-            "Give input_signature, for example "
-            "[tf.TensorSpec((None, 28, 28, 1), tf.float32)]."
+            f"Expected a model whose inputs are known. Received: model {model.name!r}. Give "
+            "input_signature: [tf.TensorSpec((None, 28, 28, 1), tf.float32)]."
         )
     return specs
 
@@ -85,8 +86,8 @@ def _tensor_spec(spec: Any) -> tf.TensorSpec:
     _require_dense(spec)
     if getattr(spec, "dtype", None) is None:
         raise ValueError(
-            "Expected entries of input_signature that have a shape and a dtype. "
-            f"Received: {spec!r}. Use tf.TensorSpec(shape, dtype)."
+            "Expected a shape and a dtype in input_signature. Received: "
+            f"{spec!r}. Use tf.TensorSpec(shape, dtype)."
         )
     return tf.TensorSpec(spec.shape, spec.dtype, getattr(spec, "name", None))
 
@@ -101,9 +102,8 @@ def _require_dense(spec: Any) -> None:
         or getattr(spec, "ragged", False)
     ):
         raise ValueError(
-            f"Expected dense inputs, which alone a server takes. Received: {spec}. Give "
-            "input_signature with tf.TensorSpec, and convert in the model's `call`: "
-            "tf.RaggedTensor.from_tensor, tf.sparse.from_dense."
+            f"Expected dense inputs. Received: {spec}. Use tf.TensorSpec in input_signature, and "
+            "convert in `call`: tf.RaggedTensor.from_tensor, tf.sparse.from_dense."
         )
 
 
@@ -111,33 +111,32 @@ def _names(specs: list) -> list[str]:
     """Return the names that TensorFlow gives to the arguments of an endpoint `serve(*args)`.
 
     Raises:
-        ValueError: If a chosen name would not be kept.
+        ValueError: If TensorFlow would change a given name.
     """
 
-    def serve(*args):
+    def serve(*args: Any) -> None:
         return None
 
     traced = tf.function(serve, input_signature=specs, autograph=False).get_concrete_function()
     names = [tensor.op.name for tensor in traced.inputs]
-    # Each is a parameter of a Python function too, and there they must differ.
+    # They are also the parameters of a Python function, so they must differ.
     parameters = [re.sub(r"\W", "_", name).lower() for name in names]
     for spec, name, parameter in zip(keras.tree.flatten(specs), names, parameters, strict=True):
         kept = spec.name in (None, "", name)
         if not kept or keyword.iskeyword(name) or parameters.count(parameter) > 1:
             raise ValueError(
-                "Expected different input names of letters, digits and underscores, a letter "
-                f"first. Received: {spec.name!r}, which TensorFlow would change. Give "
-                f"input_signature with tf.TensorSpec({tuple(spec.shape)}, tf.{spec.dtype.name}, "
-                "name)."
+                "Expected different input names of letters, digits and underscores. Received: "
+                f"{spec.name!r}. Give input_signature with tf.TensorSpec({tuple(spec.shape)}, "
+                f"tf.{spec.dtype.name}, name)."
             )
     return names
 
 
 def renamed(specs: list, names: list[str]) -> list:
-    """Return the same arguments under other names, one for each tensor in their order.
+    """Return the arguments with other names, one for each tensor, in order.
 
     Raises:
-        ValueError: If TensorFlow would not keep one of the names.
+        ValueError: If TensorFlow would change one of the names.
     """
     flat = [
         tf.TensorSpec(spec.shape, spec.dtype, name)
@@ -148,18 +147,18 @@ def renamed(specs: list, names: list[str]) -> list:
 
 
 def named_inputs(specs: list) -> dict[str, tf.TensorSpec]:
-    """The inputs of an endpoint by name, in the order of its arguments."""
+    """Return the inputs of an endpoint, name -> spec, in the order of its arguments."""
     return {spec.name: spec for spec in keras.tree.flatten(specs)}
 
 
 def named_outputs(outputs: Any) -> dict[str, Any]:
-    """The outputs of a model by the names that TensorFlow gives to those of an endpoint.
+    """Return the outputs of a model, name -> output, with the names of TensorFlow's endpoints.
 
-    An endpoint has no structure in its outputs. Those in a list or dict of a dict are named by
-    all keys on the way, `boxes_0`; where the outermost is a list, they are counted through.
+    The outputs of an endpoint are flat. Nested outputs of a dict are named by the joined keys
+    (`boxes_0`); the outputs of a list are numbered.
 
     Raises:
-        ValueError: If two have the same name.
+        ValueError: If two outputs have the same name.
     """
     if not isinstance(outputs, Mapping):
         return {f"output_{i}": output for i, output in enumerate(tf.nest.flatten(outputs))}
@@ -168,13 +167,12 @@ def named_outputs(outputs: Any) -> dict[str, Any]:
     if len(named) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(
-            "Expected outputs that have different names when keys on the way to each are joined "
-            f"by '_'. Received: {names}. Rename one."
+            f"Expected different names of outputs, as keys joined by '_'. Received: {names}."
         )
     return named
 
 
-def _named(name, value):
+def _named(name: str, value: Any) -> list[tuple[str, Any]]:
     items: Iterable[tuple]
     if isinstance(value, Mapping):
         items = value.items()
@@ -186,15 +184,15 @@ def _named(name, value):
 
 
 def are_flat(outputs: Any) -> bool:
-    """Whether an endpoint can give a model's outputs in their own structure."""
+    """Return whether an endpoint can return a model's outputs without a change of structure."""
     inner = outputs.values() if isinstance(outputs, Mapping) else outputs
     return tf.is_tensor(outputs) or all(map(tf.is_tensor, inner))
 
 
 def of_highest_version(directory: pathlib.Path) -> tuple[int, Endpoint] | None:
-    """The highest version in a model's directory that can be read, and its signature.
+    """Return the number and signature of the highest readable version in a model's directory.
 
-    `None` if there is none. It may be of any tool that writes SavedModels.
+    Returns `None` without one. Any tool may have written it.
     """
     for version in versions.newest(directory):
         endpoint = read(version)
@@ -204,7 +202,7 @@ def of_highest_version(directory: pathlib.Path) -> tuple[int, Endpoint] | None:
 
 
 def read(version: str | os.PathLike) -> Endpoint | None:
-    """The default signature of a SavedModel, or `None` if the directory has none."""
+    """Return the default signature of a SavedModel, or `None` if the directory has none."""
     version = pathlib.Path(version)
     try:
         graph = saved_models.meta_graph(version)
@@ -239,32 +237,31 @@ def kept_names(
     *,
     allow_new: bool,
 ) -> dict[str, str]:
-    """Names that the clients of an older version can use, by those that the tensors have.
+    """Return name of a new tensor -> name that clients of an older version can use.
 
     Args:
-        side: "inputs": every request that fits the old ones must fit the new ones, so dtypes
-            are equal and sizes equal or open. Or "outputs": dtypes are equal, and sizes
-            wherever both are known.
-        new: The tensors of the version to be written.
+        side: `"inputs"`: every request for the old version must fit the new one, so dtypes are
+            equal, and sizes are equal or unknown. `"outputs"`: dtypes are equal, and sizes are
+            equal if both are known.
+        new: The tensors of the new version.
         before: Number and endpoint of an older version, or `None` without one.
-        allow_new: Whether tensors that old clients cannot use keep names of their own.
+        allow_new: Whether to return the new names if old clients cannot use the version.
 
     Raises:
-        ValueError: If there is no such name for each of them, unless `allow_new`.
+        ValueError: If old clients cannot use the version, unless `allow_new`.
     """
-    own = {name: name for name in new}
+    unchanged = {name: name for name in new}
     if before is None:
-        return own
+        return unchanged
     version, endpoint = before
     old = getattr(endpoint, side)
     names = _matched(new, old, endpoint.ordered, _FITS[side])
     if names is None and not allow_new:
         raise ValueError(
-            f"Expected {side} with which clients of version {version} can go on, "
-            f"{_in_words(old)}. Received: {_in_words(new)}. Export to another directory, or with "
-            "allow_new_signature=True (--allow-new-signature) once no client needs the old one."
+            f"Expected {side} with which clients of version {version} can go on, {_in_words(old)}. "
+            f"Received: {_in_words(new)}. Set allow_new_signature=True (--allow-new-signature)."
         )
-    return own if names is None else {name: names[name] for name in new}
+    return unchanged if names is None else {name: names[name] for name in new}
 
 
 _FITS = {
@@ -273,24 +270,28 @@ _FITS = {
 }
 
 
-def _matched(new: dict, old: dict, ordered: bool, fits: Callable) -> dict[str, str] | None:
-    """Old names by new ones.
+def _matched(
+    new: dict[str, tf.TensorSpec],
+    old: dict[str, tf.TensorSpec],
+    ordered: bool,
+    fits: Callable[[tf.TensorSpec, tf.TensorSpec], bool],
+) -> dict[str, str] | None:
+    """Return new name -> old name, or `None` without a unique match.
 
-    A name that somebody chose is kept where both have it. Names that were made up tell
-    nothing, so they go by order; and chosen names of which the other side has none go by
-    dtype and shape, where these leave one way only.
+    A chosen name matches if both sides have it. Generated names match by order. Other chosen names
+    match by dtype and shape, if this is unique.
     """
     same = {name: name for name in new if name in old and not _MADE_UP.fullmatch(name)}
-    left, free = ([name for name in side if name not in same] for side in (new, old))
-    if len(left) != len(free) or not all(fits(old[name], new[name]) for name in same):
+    left, unused = ([name for name in side if name not in same] for side in (new, old))
+    if len(left) != len(unused) or not all(fits(old[name], new[name]) for name in same):
         return None
-    made_up = any(side and all(map(_MADE_UP.fullmatch, side)) for side in (left, free))
-    by_order = dict(zip(left, free, strict=True))
+    made_up = any(side and all(map(_MADE_UP.fullmatch, side)) for side in (left, unused))
+    by_order = dict(zip(left, unused, strict=True))
     by_name = dict(zip(left, left, strict=True))
     for guess in [by_order] if ordered and made_up else [by_name]:
-        if all(b in free and fits(old[b], new[a]) for a, b in guess.items()):
+        if all(b in unused and fits(old[b], new[a]) for a, b in guess.items()):
             return same | guess
-    choices = {a: [b for b in free if fits(old[b], new[a])] for a in left}
+    choices = {a: [b for b in unused if fits(old[b], new[a])] for a in left}
     by_spec = {a: names[0] for a, names in choices.items() if len(names) == 1}
     return same | by_spec if len(set(by_spec.values())) == len(left) else None
 
@@ -300,15 +301,18 @@ def _in_words(specs: Mapping[str, tf.TensorSpec]) -> str:
 
 
 def batches(data: Any, specs: list, argument: str) -> Iterator[list]:
-    """A batch of inputs, or those of a dataset, as the arguments of an endpoint.
+    """Yield a batch of inputs, or the batches of a dataset, as the arguments of an endpoint.
 
     Args:
-        data: A batch as the model takes it, or a `tf.data.Dataset` of batches.
+        data: A batch for the model, or a `tf.data.Dataset` of batches.
         specs: The endpoint's arguments.
-        argument: The name of the argument that `data` was given as, for messages.
+        argument: The name of the user's argument, for messages.
 
     Yields:
-        Batches with the structure and the dtypes of `specs`, none of them empty.
+        Batches with the structure and the dtypes of `specs`, without empty batches.
+
+    Raises:
+        ValueError: If a batch does not fit `specs`, or if all batches are empty.
     """
     given: Iterable[Any] = [data]
     if isinstance(data, tf.data.Dataset):
@@ -321,9 +325,7 @@ def batches(data: Any, specs: list, argument: str) -> Iterator[list]:
             empty = False
             yield inputs
     if empty:
-        raise ValueError(
-            f"Expected batches in {argument}. Received: {data!r}, which is empty. Leave it out."
-        )
+        raise ValueError(f"Expected batches in {argument}. Received: {data!r}, which is empty.")
 
 
 def _as_arguments(data: Any, specs: list, argument: str) -> list:
@@ -336,9 +338,8 @@ def _as_arguments(data: Any, specs: list, argument: str) -> list:
     )
     if not fitting:
         raise ValueError(
-            f"Expected batches of {flat} in {argument}. Received: shapes "
-            f"{[tuple(x.shape) for x in inputs]} of {[x.dtype.name for x in inputs]}. Give "
-            "inputs as the model takes them, with their batch axis."
+            f"Expected batches of {flat} in {argument}, with a batch axis. Received: shapes "
+            f"{[tuple(x.shape) for x in inputs]} of {[x.dtype.name for x in inputs]}."
         )
     cast = [tf.cast(x, spec.dtype) for x, spec in zip(inputs, flat, strict=True)]
     return keras.tree.pack_sequence_as(specs, cast)

@@ -1,4 +1,4 @@
-"""Requests that a server answers for itself before it says that it is ready."""
+"""Write warm-up requests, which a server executes before it reports that it is ready."""
 
 import itertools
 import os
@@ -12,18 +12,18 @@ from tfbn.serving.export import signature
 
 FILE = "assets.extra/tf_serving_warmup_requests"
 
-# TensorFlow Serving refuses to load a model with more.
+# TensorFlow Serving does not load a model with more.
 MAX_REQUESTS = 1000
 
 
 def requests_in(batches: Iterable[list], specs: list, batch_size: int) -> Iterator[list]:
-    """The first 1000 requests of at most `batch_size` samples that batches of inputs make.
+    """Return at most 1000 requests of at most `batch_size` samples.
 
     Args:
         batches: Inputs, see `signature.batches`.
-        specs: The arguments of the endpoint. Where one of them has no axis of any size in
-            front, a batch is one request.
-        batch_size: The most samples of one request.
+        specs: The arguments of the endpoint. If the first axis of one of them has a fixed size, a
+            batch is one request.
+        batch_size: The largest number of samples of one request.
     """
     parts = (part for batch in batches for part in _split(batch, specs, batch_size))
     return itertools.islice(parts, MAX_REQUESTS)
@@ -32,7 +32,7 @@ def requests_in(batches: Iterable[list], specs: list, batch_size: int) -> Iterat
 def _split(batch: list, specs: list, batch_size: int) -> Iterator[list]:
     is_open = all(spec.shape.rank and spec.shape[0] is None for spec in keras.tree.flatten(specs))
     sizes = {x.shape[0] for x in keras.tree.flatten(batch)} if is_open else set()
-    if len(sizes) != 1:  # Axes of different sizes count no samples: nodes and edges of a graph.
+    if len(sizes) != 1:  # The axes are not samples: nodes and edges of a graph, for example.
         yield batch
         return
     [size] = sizes
@@ -46,23 +46,21 @@ def require_serving_api() -> None:
         from tensorflow_serving.apis import prediction_log_pb2  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "Expected tensorflow-serving-api, which has the format of warm-up requests. Received: "
-            "an environment without it. Run `pip install 'tfbn[serving]'`; beside "
-            "tensorflow-cpu, `pip install --no-deps tensorflow-serving-api` in the version of "
-            "TensorFlow."
+            "warmup needs tensorflow-serving-api: pip install 'tfbn[serving]' (tensorflow-cpu: "
+            "pip install --no-deps tensorflow-serving-api in TensorFlow's version)"
         ) from error
 
 
 def write_requests(
     version: pathlib.Path, model_name: str, input_names: list[str], requests: Iterable[list]
 ) -> None:
-    """Write requests into a version, where TensorFlow Serving looks for them.
+    """Write requests into a version, in the file that TensorFlow Serving loads.
 
     Args:
         version: The directory of a version that is not yet in place.
-        model_name: The name that clients will ask for.
-        input_names: Names of the inputs, in the order of the endpoint's arguments.
-        requests: Inputs, as `requests_in` yields them.
+        model_name: The name of the model in requests.
+        input_names: The names of the inputs, in the order of the endpoint's arguments.
+        requests: The inputs, as `requests_in` returns them.
     """
     from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 

@@ -316,8 +316,8 @@ def _require_numbers(outputs: Mapping[str, tf.Tensor], path: pathlib.Path) -> No
     for name, y in outputs.items():
         if y.dtype.is_floating and not np.isfinite(np.asarray(y, np.float64)).any():
             raise ValueError(
-                f"Output {name!r} of {str(path)!r} with the new statistics is NaN or infinite in "
-                "every value. Look for a channel whose variance in the data is close to 0."
+                f"Expected finite outputs. Received: {str(path)!r}, whose output {name!r} with the "
+                "new statistics is NaN or infinite in every value. Look for variances close to 0."
             )
 
 
