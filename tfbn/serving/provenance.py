@@ -1,4 +1,4 @@
-"""Where an exported model came from: one record beside it, written, read and printed."""
+"""Store and print the provenance of an exported model."""
 
 import dataclasses
 import hashlib
@@ -22,32 +22,32 @@ from tfbn.stats import blending
 
 FILE = "assets.extra/tfbn.json"
 
-# Monitored layers that are named in the first lines of a description.
+# The largest number of monitored layers that a description lists by name.
 _FEW = 8
 
-# Digits of a fingerprint that are printed.
+# The number of digits of a fingerprint in a description.
 _DIGITS = 12
 
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """The record of a version. Its fields are the entries of the file, which is JSON.
+    """The record of a version. Its fields are the entries of a JSON file.
 
     Attributes:
-        tfbn, keras, tensorflow: Versions of what exported it; `tfbn` and `keras` are `None` if
-            another tool did.
-        fingerprint: Of the model's weights.
-        stale: Why the statistics are not those of the population, or `None`.
+        tfbn, keras, tensorflow: The versions of the packages that exported it. `tfbn` and `keras`
+            are `None` for another tool.
+        fingerprint: The fingerprint of the model's weights.
+        stale: Why the statistics are stale, or `None`.
         folded: Whether batch norm is folded into other weights.
-        max_abs_difference: Between the version and the model.
-        inputs, outputs: The names in requests and answers in the model's order; `None` where
-            another tool recorded none.
-        statistics: The sweep, see `swept`; `None` if none is known.
+        max_abs_difference: The largest difference between outputs of the version and of the model.
+        inputs, outputs: The names in requests and answers, in the model's order; `None` if another
+            tool stored no order.
+        statistics: The sweep, see `swept`; `None` if no sweep is known.
         monitor: The `epsilon` of the monitored layers and the identity of their `population`, or
             `None` without a monitor.
-        recalibrated_by: Versions of what recalibrated it, or `None`.
-        history: `version`, `tfbn`, `stale`, `max_abs_difference` and `statistics` without layers of
-            the versions that it came from, oldest first.
+        recalibrated_by: The versions of the packages that recalibrated it, or `None`.
+        history: `version`, `tfbn`, `stale`, `max_abs_difference` and `statistics` without layers
+            for each of the versions before, oldest first.
     """
 
     tfbn: str | None
@@ -65,7 +65,7 @@ class Provenance:
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def entries(self) -> dict[str, Any]:
-        """Return the entries of the file: the fields and a `checksum` of them."""
+        """Return the entries of the file: the fields and their `checksum`."""
         fields = dataclasses.asdict(self)
         text = json.dumps(fields, sort_keys=True)
         return {**fields, "checksum": hashlib.sha256(text.encode()).hexdigest()}
@@ -97,7 +97,7 @@ def of_export(
     )
 
 
-def _monitored(model, layers):
+def _monitored(model: keras.Model, layers: Mapping[str, keras.Layer]) -> dict[str, Any]:
     return {
         "population": monitor.identity(model).numpy().decode(),
         "epsilon": {path: layer.epsilon for path, layer in layers.items()},
@@ -114,11 +114,11 @@ def of_recalibration(
     """Return the record of a version that was recalibrated.
 
     Args:
-        before: That of the version that it came from.
-        version: The number of that version.
-        stats: The statistics of the new one.
+        before: The record of the version before.
+        version: The number of the version before.
+        stats: The statistics of the new version.
         max_abs_difference: See `Provenance`.
-        population: The identity of its statistics that the monitor answers, `None` without one.
+        population: The identity of the monitored statistics, `None` without a monitor.
     """
     kept = {name: getattr(before, name) for name in ("tfbn", "stale", "max_abs_difference")}
     statistics = before.statistics and {**before.statistics, "layers": {}}
@@ -134,10 +134,10 @@ def of_recalibration(
 
 
 def swept(stats: PopulationStats | None) -> dict[str, Any] | None:
-    """Return the sweep behind a version: its attributes, its errors, and those of its layers."""
+    """Return the attributes and standard errors of a sweep and of its layers as plain values."""
     if stats is None:
         return None
-    off = stats.compare(stats.previous) if stats.previous is not None else {}
+    drift = stats.compare(stats.previous) if stats.previous is not None else {}
     return {
         **stats.attributes,
         "relative_error": _known(stats.relative_error),
@@ -146,15 +146,15 @@ def swept(stats: PopulationStats | None) -> dict[str, Any] | None:
                 "channels": len(layer.mean),
                 "count": layer.count,
                 "relative_error": _known(layer.relative_error),
-                **off.get(path, {}),
+                **drift.get(path, {}),
             }
             for path, layer in stats.items()
         },
     }
 
 
-def _known(error):
-    # NaN is no JSON.
+def _known(error: float) -> float | None:
+    # JSON does not support NaN.
     return None if math.isnan(error) else error
 
 
@@ -166,13 +166,13 @@ def write(version: pathlib.Path, provenance: Provenance) -> None:
 
 
 def read(path: str | os.PathLike) -> Provenance:
-    """Return the record that `tfbn.export` wrote beside a model.
+    """Return the record that `tfbn.export` wrote with a version.
 
     Args:
-        path: A model's directory (its highest version is taken) or that of a version.
+        path: The directory of a model (its highest version) or of a version.
 
     Raises:
-        ValueError: If there is none, or if it is damaged.
+        ValueError: If the record does not exist or is damaged.
     """
     return _read(file_of(path), path)
 
@@ -185,41 +185,41 @@ def file_of(path: str | os.PathLike) -> pathlib.Path:
     return next(versions.newest(path), path) / FILE
 
 
-def _read(file, path):
+def _read(file: pathlib.Path, path: str | os.PathLike) -> Provenance:
     try:
         content = file.read_bytes()
     except OSError as error:
         raise ValueError(
             f"Expected a model that tfbn.export wrote. Received: {os.fspath(path)!r}, where "
-            f"{str(file)!r} cannot be read. Give the model's directory or that of one of its "
-            "versions."
+            f"{str(file)!r} cannot be read."
         ) from error
     try:
         entries = json.loads(content)
         provenance = Provenance(**{k: value for k, value in entries.items() if k != "checksum"})
         if provenance.entries() != entries:
-            raise ValueError("its checksum is another")
-    # Whatever a program may meet in a document of another form.
+            raise ValueError("its checksum is wrong")
+    # All errors that a document of another form may cause.
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"Expected provenance that tfbn.export wrote. Received: {str(file)!r}, which is "
-            f"damaged or another kind of file ({type(error).__name__}: {error}). Export the model "
-            "again."
+            f"Expected provenance that tfbn.export wrote. Received: {str(file)!r}, damaged or another "
+            f"kind of file ({error!r}). Export the model again."
         ) from error
     return provenance
 
 
 def names(version: pathlib.Path) -> tuple[list[str], list[str]] | None:
-    """Names of the inputs and outputs of a version in their order, `None` if not recorded."""
+    """Return the ordered names of a version's inputs and outputs, `None` if not stored."""
     try:
-        found = _read(version / FILE, version)
+        record = _read(version / FILE, version)
     except ValueError:
         return None
-    return None if found.inputs is None or found.outputs is None else (found.inputs, found.outputs)
+    if record.inputs is None or record.outputs is None:
+        return None
+    return record.inputs, record.outputs
 
 
 class Description(dict[str, Any]):
-    """The provenance of a version, whose repr is one line: `describe` has printed it."""
+    """The entries of a version's provenance, with a repr of one line."""
 
     def __repr__(self) -> str:
         return f"<Description of {self.path}: {', '.join(self)}>"
@@ -230,7 +230,7 @@ class Description(dict[str, Any]):
 
 
 def describe(path: str | os.PathLike) -> Description:
-    """Print where an exported model came from, as `export` wrote it down beside it.
+    """Print the provenance of an exported model.
 
     ```python
     tfbn.describe("models/digits")
@@ -238,16 +238,16 @@ def describe(path: str | os.PathLike) -> Description:
     ```
 
     Args:
-        path: A model's directory (its highest version is taken) or that of a version.
+        path: The directory of a model (its highest version) or of a version.
 
     Returns:
         A dict of the fields of `tfbn.serving.provenance.Provenance` and their `checksum`.
         `statistics` has the attributes of the `PopulationStats`, its `relative_error` (`None` if
-        it is not known), and for each of `layers` its `channels`, values per channel (`count`),
-        `relative_error` and how far its moving averages were off, see `PopulationStats.compare`.
+        not known), and for each of `layers` its `channels`, values per channel (`count`),
+        `relative_error`, and the drift of its moving averages, see `PopulationStats.compare`.
 
     Raises:
-        ValueError: If there is no such description, or if it is damaged.
+        ValueError: If the provenance does not exist or is damaged.
     """
     file = file_of(path)
     provenance = _read(file, path)
@@ -257,36 +257,36 @@ def describe(path: str | os.PathLike) -> Description:
 
 
 def lines(directory: pathlib.Path, provenance: Provenance) -> list[str]:
-    """Return a record in words."""
+    """Return the lines of a description."""
     by = f"tfbn {provenance.tfbn} with Keras {provenance.keras}"
-    if provenance.tfbn is None:  # `tfbn.recalibrate` takes models of others too.
+    if provenance.tfbn is None:  # `tfbn.recalibrate` supports models of other tools.
         by = "another tool"
-    found = [
+    text = [
         f"{directory}: exported by {by} and TensorFlow {provenance.tensorflow}",
         f"weights: {provenance.fingerprint[:_DIGITS]}",
     ]
     if provenance.folded:
-        found.append("batch norm is folded away")
-    found.append(f"differs from the model by at most {provenance.max_abs_difference:.3g}")
+        text.append("batch norm is folded away")
+    text.append(f"differs from the model by at most {provenance.max_abs_difference:.3g}")
     statistics = provenance.statistics
-    found.append(f"batch norm statistics: {_sweep_in_words(statistics, provenance.stale)}")
+    text.append(f"batch norm statistics: {_sweep_in_words(statistics, provenance.stale)}")
     for name, layer in (statistics["layers"] if statistics else {}).items():
         off = f", mean off by {layer['mean_shift']:.3f} std before" if "mean_shift" in layer else ""
-        found.append(f"  {name}: {layer['channels']} channels, {layer['count']} values each{off}")
+        text.append(f"  {name}: {layer['channels']} channels, {layer['count']} values each{off}")
     if provenance.history:
-        found.append(f"recalibrated by {provenance.recalibrated_by}, after:")
-        found += [
+        text.append(f"recalibrated by {provenance.recalibrated_by}, after:")
+        text += [
             f"  version {step['version']}: {_sweep_in_words(step['statistics'], step['stale'])}"
             for step in provenance.history
         ]
     if provenance.monitor is not None:
         paths = list(provenance.monitor["epsilon"])
         few = f", {', '.join(paths)}" if len(paths) <= _FEW else ""
-        found.append(f"monitored batch norm layers: {len(paths)}{few}")
-    return found
+        text.append(f"monitored batch norm layers: {len(paths)}{few}")
+    return text
 
 
-def _sweep_in_words(statistics, stale):
+def _sweep_in_words(statistics: Mapping[str, Any] | None, stale: str | None) -> str:
     if statistics is None:
         return stale or "the model has no batch norm layers"
     text = (

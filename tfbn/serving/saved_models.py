@@ -1,4 +1,4 @@
-"""Read a SavedModel: its meta graph, its functions, and the places of its variables."""
+"""Load a SavedModel: its meta graph, its functions, and the places of its variables."""
 
 import os
 import pathlib
@@ -16,7 +16,7 @@ class SavedModel(NamedTuple):
     """A SavedModel in memory.
 
     Attributes:
-        loaded: Its objects, as `tf.saved_model.load` returns them.
+        loaded: The objects, as `tf.saved_model.load` returns them.
         meta_graph: The `MetaGraphDef` that a server loads.
     """
 
@@ -30,7 +30,7 @@ def load(version: pathlib.Path) -> SavedModel:
     graph = _served(graphs, version)
     if len(graphs) == 1:
         return SavedModel(tf.saved_model.load(os.fspath(version)), graph)
-    # TensorFlow restores the objects of a SavedModel only if it has a single meta graph.
+    # TensorFlow loads the objects of a SavedModel only if it has a single meta graph.
     single = saved_model_pb2.SavedModel(saved_model_schema_version=1, meta_graphs=[graph])
     with tempfile.TemporaryDirectory() as folder:
         pathlib.Path(folder, "saved_model.pb").write_bytes(single.SerializeToString())
@@ -44,7 +44,7 @@ def meta_graph(version: pathlib.Path) -> Any:
     """Return the `MetaGraphDef` that a server loads.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the file is damaged, or if no meta graph has the tag `serve`.
     """
     return _served(_meta_graphs(version), version)
 
@@ -57,7 +57,7 @@ def _served(graphs: list[Any], version: pathlib.Path) -> Any:
         return graphs[0]
     raise ValueError(
         f"Expected a SavedModel with a meta graph tagged 'serve'. Received: {str(version)!r} with "
-        f"{[sorted(graph.meta_info_def.tags) for graph in graphs]}. Export the model again."
+        f"{[sorted(graph.meta_info_def.tags) for graph in graphs]}."
     )
 
 
@@ -68,30 +68,30 @@ def _meta_graphs(version: pathlib.Path) -> list[Any]:
     except DecodeError as error:
         raise ValueError(
             f"Expected a SavedModel. Received: {str(version)!r}, whose saved_model.pb is damaged "
-            f"({error}). Export the model again."
+            f"({error})."
         ) from error
 
 
 def places(objects: Any) -> dict[int, str]:
-    """Return node -> the first path that leads to it, in an `object_graph_def`."""
-    found, pending = {0: ""}, [0]
+    """Return node -> its first path, in an `object_graph_def`."""
+    paths, pending = {0: ""}, [0]
     for node in pending:
         for child in objects.nodes[node].children if objects.nodes else ():
-            if child.node_id not in found:
-                prefix = f"{found[node]}/" if found[node] else ""
-                found[child.node_id] = prefix + child.local_name
+            if child.node_id not in paths:
+                prefix = f"{paths[node]}/" if paths[node] else ""
+                paths[child.node_id] = prefix + child.local_name
                 pending.append(child.node_id)
-    return found
+    return paths
 
 
 def bound_inputs(objects: Any, signature: str) -> list[int] | None:
-    """Return the nodes that a signature captures, in order, or `None` without a record of it."""
+    """Return the nodes that a signature captures, in order, or `None` if they are not stored."""
     node = 0
     for name in ("signatures", signature):
         children = objects.nodes[node].children if objects.nodes else ()
-        found = [child.node_id for child in children if child.local_name == name]
-        if not found:
+        nodes = [child.node_id for child in children if child.local_name == name]
+        if not nodes:
             return None
-        [node] = found
+        [node] = nodes
     function = objects.nodes[node].bare_concrete_function.concrete_function_name
     return list(objects.concrete_functions[function].bound_inputs)

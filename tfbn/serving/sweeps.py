@@ -1,6 +1,7 @@
-"""Which sweep the statistics of a model come from, and whether they are stale."""
+"""Determine which sweep the statistics of a model come from, and whether they are stale."""
 
 import collections
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import keras
@@ -15,9 +16,9 @@ class Sweep(NamedTuple):
     """The sweep that the statistics of a model come from.
 
     Attributes:
-        stats: Its statistics for the batch norm layers of this model, by their paths in it, or
-            `None` if no sweep is known.
-        stale: Why the model's statistics are not those of its population, or `None`.
+        stats: The statistics of the sweep for the batch norm layers of this model, with their paths
+            in it, or `None` if no sweep is known.
+        stale: Why the model's statistics are stale, or `None`.
     """
 
     stats: PopulationStats | None
@@ -25,45 +26,45 @@ class Sweep(NamedTuple):
 
 
 def sweep_of(model: keras.Model) -> Sweep:
-    """The sweep behind a model's statistics.
+    """Return the sweep that a model's statistics come from.
 
-    Each batch norm layer is judged by itself, wherever it was swept: in this model, in another
-    one that has it too (the encoder of a siamese network, a backbone under a new head), or in the
-    one that was saved in a `.keras` file. Its statistics are those of the population if it holds
-    the statistics of the sweep, and every weight upstream of it has the values of a weight that the
-    swept model had. Weights downstream, of a new head say, and layers without weights do not
-    matter. A layer that the sweep left out, because it was frozen, is only to be as it was then.
+    Each batch norm layer is checked separately, and may have been swept in this model, in another
+    model that shares it (the encoder of a siamese network, a backbone under a new head), or in a
+    model that was saved in a `.keras` file. Its statistics are current if they equal the statistics
+    of the sweep, and if every weight upstream has the values of a weight of the swept model.
+    Weights downstream (a new head) and layers without weights have no effect. A layer that was
+    frozen during the sweep must only be unchanged.
 
-    Of layers from different sweeps, `stats` has those of the sweep that most are from.
+    If layers come from different sweeps, `stats` has the layers of the most frequent sweep.
     """
     layers = keras_models.batch_norm_layers(model)
     if not layers:
         return Sweep(None, None)
     try:
-        found = {path: origin_of(layer) for path, layer in layers.items()}
+        origins = {path: origin_of(layer) for path, layer in layers.items()}
     except ValueError as error:
         return Sweep(None, f"the record of their sweep in the model's file is damaged ({error})")
-    found = {path: origin for path, origin in found.items() if origin is not None}
-    if not found:
+    records = {path: origin for path, origin in origins.items() if origin is not None}
+    if not records:
         return Sweep(None, "no sweep of them is known")
-    return Sweep(_combined(found), _stale(model, layers, found))
+    return Sweep(_combined(records), _stale(model, layers, records))
 
 
 def origin_of(layer: keras.Layer) -> SweepRecord | None:
-    """Where the statistics of a layer come from, or `None` if it is not known.
+    """Return the sweep record of a layer, or `None` if it is not known.
 
     Raises:
-        ValueError: If the layer is from a file in which that is damaged.
+        ValueError: If the layer was loaded from a file with a damaged record.
     """
     origin = sweep_records.get(layer)
     return origin_from_bytes(origin) if isinstance(origin, bytes) else origin
 
 
 def origin_from_bytes(content: bytes) -> SweepRecord:
-    """Read the bytes of a `SweepRecord`.
+    """Convert bytes to a `SweepRecord`.
 
     Raises:
-        ValueError: If they are damaged, of a later format or something else.
+        ValueError: If they are damaged or have another format.
     """
     packed, weights = sweep_records.unpack(content)
     stats = PopulationStats.from_bytes(packed)
@@ -73,34 +74,36 @@ def origin_from_bytes(content: bytes) -> SweepRecord:
     return SweepRecord(stats, path, weights)
 
 
-def _combined(found):
-    """The statistics of the sweep that most layers are from, by their paths in the model."""
+def _combined(records: Mapping[str, SweepRecord]) -> PopulationStats:
+    """Return the statistics of the most frequent sweep, with the paths of the model."""
 
-    def sweep(origin):
-        return tuple(origin.stats.attributes.values())
+    def sweep(record: SweepRecord) -> tuple:
+        return tuple(record.stats.attributes.values())
 
-    [(largest, _)] = collections.Counter(map(sweep, found.values())).most_common(1)
-    found = {path: origin for path, origin in found.items() if sweep(origin) == largest}
+    [(largest, _)] = collections.Counter(map(sweep, records.values())).most_common(1)
+    chosen = {path: record for path, record in records.items() if sweep(record) == largest}
     before = {
-        path: origin.stats.previous[origin.path]
-        for path, origin in found.items()
-        if origin.path in (origin.stats.previous or ())
+        path: record.stats.previous[record.path]
+        for path, record in chosen.items()
+        if record.stats.previous is not None and record.path in record.stats.previous
     }
-    return next(iter(found.values())).stats.replace(
-        layers={path: origin.stats[origin.path] for path, origin in found.items()},
-        previous=PopulationStats(before, method="assigned") if len(before) == len(found) else None,
+    return next(iter(chosen.values())).stats.replace(
+        layers={path: record.stats[record.path] for path, record in chosen.items()},
+        previous=PopulationStats(before, method="assigned") if len(before) == len(chosen) else None,
     )
 
 
-def _stale(model, layers, found):
-    """Why statistics are not those of the population, or `None`.
+def _stale(
+    model: keras.Model, layers: Mapping[str, keras.Layer], records: Mapping[str, SweepRecord]
+) -> str | None:
+    """Return why statistics are stale, or `None`.
 
     Args:
         model: A built model.
-        layers: Its batch norm layers by path.
-        found: Path -> record, of some of them.
+        layers: Path -> batch norm layer of the model.
+        records: Path -> record, for some of the layers.
     """
-    for path, origin in found.items():
+    for path, origin in records.items():
         name = assignment.changed_variable(origin.stats[origin.path], layers[path])
         if name is not None:
             return f"{name} of layer {path!r} has changed since the sweep"
@@ -109,19 +112,21 @@ def _stale(model, layers, found):
         if origin.weights is None:
             return "the weights have changed since the sweep"
     held = fingerprints.digests(model)
-    others = {  # Weights that a swept model did not have, for each sweep.
+    # Weights of a sweep -> variables with values that the swept model did not have.
+    others: dict[frozenset[int] | None, set[int]] = {
         weights: {id(variable) for variable, digest in held if digest not in weights}
-        for weights in {origin.weights for origin in found.values()}
+        for weights in {origin.weights for origin in records.values()}
+        if weights is not None
     }
-    for path in [path for path in layers if path not in found]:
-        own = {id(variable) for variable in keras_models.statistics(layers[path]).values()}
-        if all(own & other for other in others.values()):
+    for path in [path for path in layers if path not in records]:
+        variables = {id(variable) for variable in keras_models.statistics(layers[path]).values()}
+        if all(variables & other for other in others.values()):
             return f"layer {path!r} was not part of the sweep, or has changed since"
     if not any(others.values()):
-        return None  # As after any sweep of the model itself, without a trace.
+        return None  # The common case requires no trace.
     every = {id(variable) for variable, _ in held}
     before = upstream.variables(model)
-    for path, origin in found.items():
+    for path, origin in records.items():
         depends_on = every if before is None else before.get(path, set())
         for variable, _ in held:
             if id(variable) in depends_on & others[origin.weights]:

@@ -1,4 +1,4 @@
-"""The directory of a model: its versions, and how a new one gets there, whole and at once."""
+"""Create and list the numbered versions in a model's directory."""
 
 import contextlib
 import errno
@@ -13,11 +13,11 @@ import numpy as np
 
 from tfbn.files import atomic
 
-# TensorFlow Serving reads the name of a version as a signed integer of 64 bits.
+# TensorFlow Serving parses the name of a version as a signed integer of 64 bits.
 MAX_VERSION = 2**63 - 1
 
 
-# A scheme in front of a path: gs://, dbfs:/, file:///. One letter is a drive.
+# The scheme of a URL: gs://, dbfs:/, file:///. A single letter is a drive.
 _SCHEME = re.compile(r"([A-Za-z][\w+.-]+):(?=/)")
 
 
@@ -25,7 +25,7 @@ def local(path: str | os.PathLike) -> pathlib.Path:
     """Return an absolute path in the local file system, where a directory is renamed in one step.
 
     Raises:
-        ValueError: If it is in an object store or on another host.
+        ValueError: If the path is in an object store or on another host.
     """
     text = os.fspath(path)
     scheme = _SCHEME.match(text)
@@ -35,25 +35,24 @@ def local(path: str | os.PathLike) -> pathlib.Path:
             host, _, text = text[2:].partition("/")
             if host not in ("", "localhost"):
                 raise ValueError(
-                    f"Expected file:/// before an absolute path. Received: {os.fspath(path)!r}, "
-                    f"on a host {host!r}. Give the path alone."
+                    f"Expected file:/// and a local path. Received: {text!r} on host {host!r}."
                 )
             text = f"/{text}"
     elif scheme is not None:
         raise ValueError(
-            f"Expected a local directory. Received: {os.fspath(path)!r}. Object stores cannot "
-            "rename a directory in one step: export locally, then copy the version."
+            f"Expected a local directory. Received: {os.fspath(path)!r}. For an object store, "
+            "export locally and copy the version."
         )
     absolute = pathlib.Path(text).absolute()
     return absolute.resolve() if ".." in absolute.parts else absolute
 
 
 def target(path: str | os.PathLike) -> pathlib.Path:
-    """Return a model's directory that a version can be written into; it need not exist.
+    """Return a model's directory, which need not exist, after a check that it can be written.
 
     Raises:
-        ValueError: If it is a version, in one, or in the place of one.
-        OSError: If it cannot be written to.
+        ValueError: If it is a version or in one.
+        OSError: If it cannot be written.
     """
     directory = local(path)
     for folder in (*_and_parents(directory), *_and_parents(directory.resolve())):
@@ -76,7 +75,7 @@ def target(path: str | os.PathLike) -> pathlib.Path:
 
 
 def require_writable(directory: pathlib.Path) -> None:
-    """Raise `OSError` unless files can be made in a directory, which need not exist."""
+    """Raise `OSError` unless files can be created in a directory, which need not exist."""
     at = next(folder for folder in _and_parents(directory) if os.path.lexists(folder))
     if not os.path.isdir(at):
         raise NotADirectoryError(errno.ENOTDIR, "Not a directory", str(at))
@@ -94,21 +93,20 @@ def require_readable(version: pathlib.Path) -> None:
 
 
 def existing(path: str | os.PathLike) -> pathlib.Path:
-    """Return a version's directory, or the highest one that holds a SavedModel.
+    """Return a version's directory, or the highest version of a model's directory.
 
-    A symbolic link to a version (`current -> 1`) is followed until a folder has a number.
+    A symbolic link to a version (`current -> 1`) is followed to a numbered folder.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the path is not a version and has none.
     """
     version = local(path)
     if not is_saved_model(version):
-        for found in filter(is_saved_model, newest(version)):
-            return found
+        for highest in filter(is_saved_model, newest(version)):
+            return highest
         raise ValueError(
-            "Expected a model's directory with numbered versions. Received: "
-            f"{os.fspath(path)!r}, which has none. Give the directory that was given to "
-            "tfbn.export."
+            f"Expected a directory with versions. Received: {os.fspath(path)!r}, which has none. "
+            "Give the directory of tfbn.export."
         )
     while _number(version.name) is None and version.is_symlink():
         version = version.parent / os.readlink(version)
@@ -127,7 +125,7 @@ def is_saved_model(folder: pathlib.Path) -> bool:
 
 
 def _moved(folder: pathlib.Path) -> str:
-    """Return a command that moves a SavedModel into the numbered folder `1` of its own name."""
+    """Return a command that moves a SavedModel into a subfolder `1`."""
     old, new = shlex.quote(str(folder)), shlex.quote(f"{folder}.versions")
     return f"mkdir {new} && mv {old} {new}/1 && mv {new} {old}"
 
@@ -137,35 +135,39 @@ def _and_parents(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
 
 
 def _number(name: str) -> int | None:
-    """Return the number that a server reads in a name; `007` is 7."""
-    # More than 19 digits without leading zeros are over MAX_VERSION: no need to read them.
+    """Return the number that a server parses from a name; `007` is 7."""
+    # More than 19 digits without leading zeros are over MAX_VERSION.
     if name.isascii() and name.isdigit() and len(name.lstrip("0")) <= 19:
         return int(name) if int(name) <= MAX_VERSION else None
     return None
 
 
 def numbered(directory: pathlib.Path) -> dict[int, str]:
-    """Return the versions in a model's directory: number -> name."""
+    """Return the versions in a model's directory, number -> name."""
     names = os.listdir(directory) if directory.is_dir() else []
     return {number: name for name in names if (number := _number(name)) is not None}
 
 
 def newest(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The directories of a model's versions, from the highest to the lowest."""
+    """Yield the directories of a model's versions in descending order."""
     for _, name in sorted(numbered(directory).items(), reverse=True):
         yield directory / name
 
 
 def checked(directory: pathlib.Path, version: int | None) -> int | None:
-    """The number of a version that can be written, or `None` for the next free one."""
+    """Return the number of a version that can be written, or `None` for the next free number.
+
+    Raises:
+        FileExistsError: If the version exists.
+        ValueError: If it is not an integer in the range, or if no number is free.
+    """
     if version is None:
         _next(directory)
         return None
     integer = isinstance(version, (int, np.integer)) and not isinstance(version, bool)
     if not (integer and 0 <= version <= MAX_VERSION):
         raise ValueError(
-            "Expected a version that is a whole number from 0 to 2**63 - 1, as TensorFlow "
-            f"Serving reads them. Received: {version!r}. Leave it out for the next free one."
+            f"Expected version to be a whole number from 0 to 2**63 - 1. Received: {version!r}."
         )
     if version in numbered(directory):
         raise _exists(directory, version)
@@ -174,28 +176,28 @@ def checked(directory: pathlib.Path, version: int | None) -> int | None:
 
 @contextlib.contextmanager
 def unfinished(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A place for a version that is being written, where no server looks for one.
+    """Yield a path for a version that is being written, which no server loads.
 
-    It lies in a hidden directory that is gone afterwards, and if an error is raised so are the
-    parents that had to be made. The hidden directories of processes that were killed are removed.
+    It is in a hidden directory that is removed afterwards. After an error, parents that were
+    created are removed too. Hidden directories of killed processes are removed.
     """
-    with _made(directory), atomic.temporary_directory(directory, "export") as folder:
+    with _created(directory), atomic.temporary_directory(directory, "export") as folder:
         yield folder / "version"
 
 
 def put_in_place(written: pathlib.Path, directory: pathlib.Path, version: int | None) -> int:
-    """Give a written version its number, once all of it is on the disk.
+    """Flush a version to the disk, and rename it to its number.
 
     Args:
         written: A directory in the file system of `directory`.
         directory: The model's directory.
-        version: A number, or `None` for the next free one, whatever other processes take.
+        version: A number, or `None` for the next free number, also with concurrent processes.
 
     Returns:
         The number.
 
     Raises:
-        FileExistsError: If another process was faster with this number.
+        FileExistsError: If another process has created this version.
     """
     atomic.flush(written)
     while True:
@@ -216,9 +218,8 @@ def _next(directory: pathlib.Path) -> int:
     version = max(numbered(directory), default=0) + 1
     if version > MAX_VERSION:
         raise ValueError(
-            "Expected a model's directory with a number left after its highest version. Received: "
-            f"{str(directory)!r} with version {MAX_VERSION}, the last that TensorFlow Serving can "
-            "read. Give a version that is free."
+            f"Expected a number left after the highest version. Received: {str(directory)!r} with "
+            f"version {MAX_VERSION}. Give a free version."
         )
     return version
 
@@ -231,16 +232,16 @@ def _exists(directory: pathlib.Path, version: int) -> FileExistsError:
 
 
 @contextlib.contextmanager
-def _made(path: pathlib.Path) -> Iterator[None]:
-    """A directory that exists; if an error follows, the directories that had to be made go."""
+def _created(path: pathlib.Path) -> Iterator[None]:
+    """Create a directory and its parents, and remove them again after an error."""
     missing = [p for p in (path, *path.parents) if not p.exists()]
     path.mkdir(parents=True, exist_ok=True)
     try:
         yield
-        for made in missing:
-            atomic.flush_directory(made.parent)
+        for folder in missing:
+            atomic.flush_directory(folder.parent)
     except BaseException:
-        for made in missing:
-            with contextlib.suppress(OSError):  # Another export has put something there.
-                made.rmdir()
+        for folder in missing:
+            with contextlib.suppress(OSError):  # Another export has written to it.
+                folder.rmdir()
         raise

@@ -145,7 +145,7 @@ def read(version: pathlib.Path) -> BatchNorms | None:
             raise ValueError("a call of no layer")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"Expected a record of batch norm layers. Received: {str(version / FILE)!r}, which is "
-            f"damaged ({type(error).__name__}: {error}). Export the model again."
+            f"Expected a record of layers. Received: {str(version / FILE)!r}, which is damaged "
+            f"({error!r})."
         ) from error
     return BatchNorms(layers, calls, entries["function"])

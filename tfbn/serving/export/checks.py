@@ -160,9 +160,8 @@ def no_layer_is_in_training_mode(candidate: Candidate) -> None:
     """Require that batch norm layers use their population statistics and update nothing."""
     for layer, op in candidate.saved.training_ops:
         raise ValueError(
-            f"Expected batch norm to use population statistics. Received: layer {layer!r}, which "
-            f"computes batch statistics ({op}) with training=False. Look for training=True in its "
-            "call, or set its trainable to False."
+            f"Expected population statistics. Received: layer {layer!r}, which computes batch "
+            f"statistics ({op}). Look for training=True in its call, or set its trainable to False."
         )
 
 

@@ -126,8 +126,7 @@ def _merged(outputs: dict[str, tf.Tensor], moments: dict[str, tf.Tensor]) -> dic
     for name in outputs:
         if name in moments:
             raise ValueError(
-                f"Expected names that the monitor does not use. Received: output {name!r}. Rename "
-                "it, or export without monitor."
+                f"Expected other names than the monitor's. Received: output {name!r}. Rename it."
             )
     return outputs | moments
 

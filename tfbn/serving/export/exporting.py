@@ -192,8 +192,7 @@ def _monitored(
         return None
     if fold:
         raise ValueError(
-            "Expected monitor or fold. Received: both, but a folded network has no batch norm "
-            "layers left."
+            "Expected monitor or fold, not both: a folded network has no batch norm layers left."
         )
     return monitored_layers(model, chosen)
 
@@ -239,7 +238,7 @@ def _require_population(model: keras.Model, stale: str | None, *, required: bool
     if required:
         raise ValueError(
             f"Expected statistics from a sweep over these weights. Received: model {model.name!r}, "
-            f"{stale}. Run tfbn.update_population_stats(model, data) first."
+            f"{stale}. Run tfbn.update_population_stats or `tfbn recalibrate` first."
         )
     warnings.warn(
         f"The batch norm statistics of model {model.name!r} are not known to be those of its "

@@ -56,14 +56,12 @@ def arguments(model: keras.Model, given: Any = None) -> list:
         inspect.signature(model.call).bind(*specs)
     except TypeError as error:
         raise ValueError(
-            f"Expected an input for every argument. Received: {specs} ({error}). Give "
-            "input_signature."
+            f"Expected an input for every argument. Received: {specs} ({error})."
         ) from error
     for spec in keras.tree.flatten(specs):
         if spec.shape.rank is None:
             raise ValueError(
-                f"Expected inputs of known rank. Received: {spec}. Give input_signature, with None "
-                "for unknown sizes."
+                f"Expected inputs of known rank. Received: {spec}. Give input_signature."
             )
     return renamed(specs, _names(specs))
 
@@ -74,8 +72,8 @@ def _own_arguments(model: keras.Model) -> list:
     specs = keras_models.input_specs(model)
     if specs is None:
         raise ValueError(
-            f"Expected a model whose inputs are known. Received: model {model.name!r}. Give "
-            "input_signature: [tf.TensorSpec((None, 28, 28, 1), tf.float32)]."
+            f"Expected a model whose inputs are known. Received: {model.name!r}. Give "
+            "input_signature, for example [tf.TensorSpec((None, 9), tf.float32)]."
         )
     return specs
 
@@ -85,10 +83,7 @@ def _tensor_spec(spec: Any) -> tf.TensorSpec:
         return spec
     _require_dense(spec)
     if getattr(spec, "dtype", None) is None:
-        raise ValueError(
-            "Expected a shape and a dtype in input_signature. Received: "
-            f"{spec!r}. Use tf.TensorSpec(shape, dtype)."
-        )
+        raise ValueError(f"Expected a shape and a dtype in input_signature. Received: {spec!r}.")
     return tf.TensorSpec(spec.shape, spec.dtype, getattr(spec, "name", None))
 
 

@@ -85,7 +85,7 @@ def samples_of(outputs: Mapping[str, Any], path: str, shape: tuple[int, int]) ->
     if why is not None:
         raise ValueError(
             f"Expected moments of {shape[0]} samples of {shape[1]} channels for layer {path!r}. "
-            f"Received: {why}. Leave the answer out, and look for NaN in the request."
+            f"Received: {why}."
         )
     return Samples(np.broadcast_to(count, shape), mean, variance)
 

@@ -170,7 +170,8 @@ def monitored_layers(
         chosen: `True` for all of them, or a list of paths and layers.
 
     Raises:
-        ValueError: If there are none, or one is not a batch norm layer of the model.
+        ValueError: If the model or the list has no layers, or if an entry is not a batch norm
+            layer of the model.
     """
     layers = keras_models.batch_norm_layers(model)
     if not layers:
@@ -179,8 +180,7 @@ def monitored_layers(
         return layers
     if isinstance(chosen, str | bytes | keras.Layer) or not isinstance(chosen, Iterable):
         raise ValueError(
-            "Expected monitor to be True or a list of batch norm layers or paths. Received: "
-            f"{chosen!r}. Put it in a list."
+            f"Expected monitor=True or a list of layers. Received: {chosen!r}. Put it in a list."
         )
     paths = {id(layer): path for path, layer in layers.items()}
     wanted = set()

@@ -129,8 +129,7 @@ class ServedStats:
         recorded = provenance.read(path).monitor
         if recorded is None:
             raise ValueError(
-                f"Expected a model exported with monitor. Received: {os.fspath(path)!r}. Export it "
-                "again with monitor=True."
+                f"Expected a model exported with monitor=True. Received: {os.fspath(path)!r}."
             )
         self._version = provenance.file_of(path).parent.parent
         self._identity = recorded["population"]
@@ -236,8 +235,7 @@ def _population(path: str | os.PathLike, layers: Iterable[str]) -> PopulationSta
             raise ValueError(f"it has layers {list(population)}, not {list(layers)}")
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"Expected a population that tfbn.export wrote. Received: {str(file)!r} ({error}). "
-            "Export the model again."
+            f"Expected a population. Received: {str(file)!r} ({error}). Export the model again."
         ) from error
     return population.replace(
         layers={path: _with_errors_of_source(population, path) for path in population}

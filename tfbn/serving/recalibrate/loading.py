@@ -218,7 +218,7 @@ def load(version: pathlib.Path, loaded: Any, record: BatchNorms, flat: Any = Non
     network = ServedNetwork(function, loaded, record, variables, specs, outputs, name)
     if missing := network.missing():
         raise ValueError(
-            f"Expected a SavedModel of tfbn.export. Received: {str(version)!r}, whose graph has no "
-            f"tensor {missing[0]!r}. Export the model again."
+            f"Expected a recorded graph. Received: {str(version)!r}, which has no tensor "
+            f"{missing[0]!r}. Export the model again."
         )
     return network

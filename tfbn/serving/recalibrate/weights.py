@@ -127,8 +127,7 @@ def _keys(version: pathlib.Path, reader: Any, paths: Iterable[str]) -> list[str]
         keys = [attribute.checkpoint_key for attribute in keys if attribute.name == _VALUE]
         if len(keys) != 1:
             raise ValueError(
-                f"Expected a variable at {path!r}. Received: {str(version)!r}, which has none. "
-                "Export the model again."
+                f"Expected a variable at {path!r}. Received: {str(version)!r}, which has none."
             )
         names += keys
     return names
