@@ -1,4 +1,4 @@
-"""Checks of files and options that need no TensorFlow, which takes seconds to import."""
+"""Validate files and options before TensorFlow is imported, which takes seconds."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ MODEL_FILE = "a .keras file (or .h5, .hdf5), as model.save writes it"
 
 _FUNCTION = re.compile(r"(?:[^\W\d]\w*\.)*[^\W\d]\w*:[^\W\d]\w*")
 
-# Suffix of a data file -> its kind. Folders hold images.
+# Suffix of a data file -> kind. Folders contain images.
 _DATA_KINDS = {
     ".npy": "array",
     ".npz": "archive",
@@ -22,22 +22,22 @@ _DATA_KINDS = {
 
 
 def check(args: argparse.Namespace) -> None:
-    """Validate the arguments of a command as far as files and options show it.
+    """Validate the files and options of a command.
 
     Raises:
-        FileError: A file is missing or of another kind, options exclude each other, or a new file
-            cannot be written.
+        FileError: If a file is missing or of another kind, if options exclude each other, or if a
+            new file cannot be written.
     """
     _CHECKS[args.command](args)
 
 
 def suffix(path: str) -> str:
-    """The suffix of a path in lower case."""
+    """Return the suffix of a path in lower case."""
     return pathlib.Path(path).suffix.lower()
 
 
 def is_model(path: str) -> bool:
-    """Whether a path has the suffix of a model file."""
+    """Return whether a path has the suffix of a model file."""
     return suffix(path) in (".keras", *HDF5)
 
 
@@ -50,10 +50,10 @@ def require_model(path: str) -> None:
     folder = pathlib.Path(path)
     if any(next(folder.glob(name), None) for name in ("saved_model.pb", "*/saved_model.pb")):
         raise FileError(
-            f"Expected {MODEL_FILE}. Received: {path}, a SavedModel, which is a graph without "
-            "layers. Give the model file that it was exported from."
+            f"Expected {MODEL_FILE}. Received: {path}, a SavedModel. Give the model file that it "
+            "was exported from."
         )
-    # A pipe or device would keep the process waiting for ever.
+    # A pipe or device would block the process forever.
     kind = "a directory" if folder.is_dir() else "another kind of file"
     raise FileError(f"Expected {MODEL_FILE}. Received: {path}, {kind}.")
 
@@ -64,26 +64,23 @@ def require_free(path: str) -> None:
     if suffix(path) != ".keras":
         raise FileError(f"Expected a name for --out that ends in .keras. Received: {path}.")
     if os.path.lexists(path):
-        raise FileError(
-            f"Expected a name that is free. Received: {path}, which exists. Nothing is ever "
-            "overwritten: give another name, or move it away."
-        )
+        raise FileError(f"Expected a new file. Received: {path}, which exists. Give another name.")
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise FileError(
-            f"Expected a folder that can be written to. Received: --out {path}, whose folder "
-            f"{folder} {'is read-only' if os.path.isdir(folder) else 'does not exist'}."
+            f"Expected a writable folder. Received: --out {path}, whose folder {folder} "
+            f"{'is read-only' if os.path.isdir(folder) else 'does not exist'}."
         )
 
 
 def data_kind(path: str, scale: float | None) -> str:
-    """The kind of data: `"array"`, `"archive"`, `"images"` for a folder, or `"function"`.
+    """Return the kind of data: `"array"`, `"archive"`, `"images"` for a folder, or `"function"`.
 
     Args:
         path: The file or folder, or `package.module:function`.
         scale: The option `--scale`, for images.
 
     Raises:
-        FileError: There is no such file, it is of another kind, or an option is for other kinds.
+        FileError: If the file is missing or of another kind, or if an option is for other kinds.
     """
     kind: str | None
     if os.path.isdir(path):
@@ -92,7 +89,7 @@ def data_kind(path: str, scale: float | None) -> str:
         kind = _DATA_KINDS.get(suffix(path))
     elif not os.path.exists(path) and _FUNCTION.fullmatch(path):
         kind = "function"
-    else:  # A pipe can be read only once, and a device has no end.
+    else:  # A pipe can be read only once, and a device may be endless.
         received = "neither a file nor a folder" if os.path.exists(path) else "no such file"
         raise FileError(
             "Expected a file or folder with data, or package.module:function. Received: "
@@ -100,8 +97,8 @@ def data_kind(path: str, scale: float | None) -> str:
         )
     if kind is None:
         raise FileError(
-            f"Expected a .npy or .npz file, or a folder of images. Received: {path}. For other "
-            "data give --data package.module:function, which returns what model.fit takes as x."
+            f"Expected a .npy or .npz file, or a folder of images. Received: {path}. For others, "
+            "give --data package.module:function."
         )
     if scale is not None and kind != "images":
         raise FileError(
@@ -115,35 +112,33 @@ def require_inputs(path: str | None) -> None:
     _require(path, (".npy", ".npz"), "a .npy or .npz file with inputs")
 
 
-def _require(path, suffixes, kind):
-    """Raise `FileError` unless an optional path is a file with one of these suffixes, or any."""
+def _require(path: str | None, suffixes: tuple[str, ...] | None, kind: str) -> None:
+    """Raise `FileError` unless an optional path is a file with an allowed suffix."""
     if path is None or (os.path.isfile(path) and (not suffixes or suffix(path) in suffixes)):
         return
     received = "another kind of file" if os.path.exists(path) else "no such file"
     raise FileError(f"Expected {kind}. Received: {path}, {received}.")
 
 
-def _check_recalibrate(args):
+def _check_recalibrate(args: argparse.Namespace) -> None:
     served = os.path.isdir(args.model)
     if served and (args.out or args.include_frozen or args.unsafe or args.validation):
         raise FileError(
             "Expected a model's directory without --out, --include-frozen, --unsafe and "
-            "--validation: its next version is written into it, all its layers are swept, no code "
-            f"in it is run, and it has no metrics. Received: {args.model} with one of them."
+            f"--validation. Received: {args.model}."
         )
     if not served:
         require_model(args.model)
         if not args.out:
             raise FileError(
-                "Expected --out with a name for the new .keras file. Received: none, for "
-                f"{args.model}."
+                f"Expected --out with a new .keras file. Received: none for {args.model}."
             )
         require_free(args.out)
     data_kind(args.data, args.scale)
     _require(args.validation, (".npz",), "a .npz file with inputs and targets y")
 
 
-def _check_export(args):
+def _check_export(args: argparse.Namespace) -> None:
     require_model(args.model)
     require_inputs(args.sample)
     require_inputs(args.warmup)
@@ -151,24 +146,24 @@ def _check_export(args):
         versions.target(args.path)
 
 
-def _check_compare(args):
+def _check_compare(args: argparse.Namespace) -> None:
     require_model(args.model)
     for path in (args.a, args.b):
         _require(path, None, "a model file, or one that PopulationStats.save wrote")
 
 
-def _check_copy(args):
+def _check_copy(args: argparse.Namespace) -> None:
     require_model(args.model)
     require_free(args.out)
 
 
-def _check_drift(args):
+def _check_drift(args: argparse.Namespace) -> None:
     with naming(args.model):
         versions.local(args.model)
     _require(args.answers, None, "a file of answers of the monitor")
 
 
-# Command -> its checks.
+# Command -> function that validates its arguments.
 _CHECKS: dict[str, Callable[[argparse.Namespace], None]] = {
     "inspect": lambda args: require_model(args.model),
     "recalibrate": _check_recalibrate,

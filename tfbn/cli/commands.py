@@ -1,7 +1,10 @@
-"""The commands of the command line. Each takes the parsed arguments and returns the exit code."""
+"""Run the commands: functions that take the parsed arguments and return the exit code."""
 
 import argparse
 from collections.abc import Callable
+from typing import Any
+
+import keras
 
 import tfbn
 from tfbn.cli import checks, model_files
@@ -11,46 +14,47 @@ from tfbn.cli.recalibrate import recalibrate
 from tfbn.cli.served import describe, drift, export
 from tfbn.files import atomic
 from tfbn.models import keras_models
+from tfbn.serving import sweeps
 from tfbn.stats import drift as layer_drift
 from tfbn.stats.blending import in_words
 from tfbn.stats.layer_stats import require_same_shape
 
-# Exit codes: the answer of `inspect --check` and `drift` may be no.
+# Exit codes. `inspect --check` and `drift` may return NO.
 DONE, NO = 0, 1
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """List a model's batch norm layers, and say whether a sweep is recorded in its file."""
+    """Print a model's batch norm layers, and whether their statistics come from a sweep."""
     model = model_files.load(args.model, args.unsafe)
     sweep = model_files.sweep_of(model, args.model)
     state, text = _state(model, sweep)
     swept = sweep.stats
-    off = swept.compare(swept.previous) if swept and swept.previous else {}
+    moved = swept.compare(swept.previous) if swept and swept.previous else {}
     layers = keras_models.batch_norm_layers(model)
     if args.json:
-        described = {path: _layer(layer) | off.get(path, {}) for path, layer in layers.items()}
-        print_json({"model": model.name, "layers": described, "state": state, "why": text})
+        values = {path: _layer(layer) | moved.get(path, {}) for path, layer in layers.items()}
+        print_json({"model": model.name, "layers": values, "state": state, "why": text})
     else:
         print_lines(f"{args.model}: model {model.name!r}, {len(layers)} batch norm layers")
         head = ["layer", "channels", "momentum", "epsilon", "trainable", *layer_drift.COLUMNS]
         rows = [
-            [path, *_cells(layer), *layer_drift.cells(off.get(path))]
+            [path, *_cells(layer), *layer_drift.cells(moved.get(path))]
             for path, layer in layers.items()
         ]
         print_lines(*layer_drift.table(head, rows))
-        if off:
-            print("off by: the statistics before the sweep, against those that it found")
+        if moved:
+            print("off by: the statistics before the sweep, compared with the sweep")
         print_lines(f"population statistics: {text}")
     return NO if args.check and state not in ("swept", "none to sweep") else DONE
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Show how far statistics B are from statistics A."""
+    """Print the differences between statistics A and B."""
     model = model_files.load(args.model, args.unsafe)
-    held = tfbn.PopulationStats.read(model)
+    current = tfbn.PopulationStats.read(model)
     a, b = (_statistics(path, args.unsafe) for path in (args.a, args.b))
     for stats, name in ((a, args.a), (b, args.b)):
-        strange = [path for path in stats if path not in held]
+        strange = [path for path in stats if path not in current]
         if strange or not stats:
             received = f"with layer {strange[0]!r}" if strange else "without any"
             raise FileError(
@@ -58,20 +62,21 @@ def compare(args: argparse.Namespace) -> int:
             )
         with naming(name, args.model):
             for path in stats:
-                require_same_shape(path, held[path], stats[path])
-    # Sweeps leave frozen layers out, so both can be right and have none in common.
+                require_same_shape(path, current[path], stats[path])
+    # Sweeps skip frozen layers, so valid statistics may have no layer in common.
     if not any(path in b for path in a):
         raise FileError(
-            f"Expected two files with statistics of the same layers. Received: {args.a} with "
-            f"{next(iter(a))!r} and {args.b} with {next(iter(b))!r}. Sweep both with "
-            "--include-frozen."
+            f"Expected the same layers. Received: {args.a} with {next(iter(a))!r} and {args.b} "
+            f"with {next(iter(b))!r}. Sweep both with --include-frozen."
         )
-    off = layer_drift.of_layers(a, b)
-    others = [name for name, s in ((args.a, a), (args.b, b)) if s.fingerprint != held.fingerprint]
+    differences = layer_drift.of_layers(a, b)
+    others = [
+        name for name, s in ((args.a, a), (args.b, b)) if s.fingerprint != current.fingerprint
+    ]
     if args.json:
-        print_json({"layers": off, "of_other_weights": others})
+        print_json({"layers": differences, "of_other_weights": others})
         return DONE
-    rows = [[path, *layer_drift.cells(of_layer)] for path, of_layer in off.items()]
+    rows = [[path, *layer_drift.cells(of_layer)] for path, of_layer in differences.items()]
     title = f"{args.b} against {args.a}, layers that differ most first:"
     notes = [f"Note that {name} is of other weights than those of {args.model}." for name in others]
     print_lines(title, *layer_drift.table(["layer", *layer_drift.COLUMNS], rows), *notes)
@@ -88,16 +93,18 @@ def fold(args: argparse.Namespace) -> int:
     return _write_copy(args, tfbn.fold, "for inference, with batch norm folded away")
 
 
-def _write_copy(args, copied, text):
+def _write_copy(
+    args: argparse.Namespace, copied: Callable[[keras.Model], keras.Model], text: str
+) -> int:
     model = model_files.load(args.model, args.unsafe)
     sweep = model_files.sweep_of(model, args.model)
     with naming(args.model):
         copy = copied(model)
-    left = len(keras_models.batch_norm_layers(copy))
-    stats = sweep.stats if left and sweep.stale is None else None
+    count = len(keras_models.batch_norm_layers(copy))
+    stats = sweep.stats if count and sweep.stale is None else None
     model_files.save(copy, stats, args.out)
     if args.json:
-        print_json({"out": args.out, "batch_norm_layers": left})
+        print_json({"out": args.out, "batch_norm_layers": count})
     else:
         print_lines(f"Wrote {args.out}, {text}. It is not compiled. {args.model} is as it was.")
     return DONE
@@ -109,8 +116,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 }
 
 
-def _state(model, sweep):
-    """A word, and a sentence for people, on where a model's statistics are from."""
+def _state(model: keras.Model, sweep: sweeps.Sweep) -> tuple[str, str]:
+    """Return the origin of a model's statistics as a word for programs and as a sentence."""
     if not keras_models.batch_norm_layers(model):
         return "none to sweep", "the model has no batch norm layers"
     swept = sweep.stats
@@ -127,7 +134,7 @@ def _state(model, sweep):
     )
 
 
-def _statistics(path, unsafe):
+def _statistics(path: str, unsafe: bool) -> tfbn.PopulationStats:
     if checks.is_model(path):
         return tfbn.PopulationStats.read(model_files.load(path, unsafe))
     kind = "a model file, or one that PopulationStats.save wrote"
@@ -135,7 +142,7 @@ def _statistics(path, unsafe):
         return model_files.unpack(atomic.read(path), path, kind)
 
 
-def _layer(layer):
+def _layer(layer: keras.layers.BatchNormalization) -> dict[str, Any]:
     return {
         "class": type(layer).__name__,
         "channels": int(layer.moving_mean.shape[0]),
@@ -145,7 +152,7 @@ def _layer(layer):
     }
 
 
-def _cells(layer):
+def _cells(layer: keras.layers.BatchNormalization) -> list[Any]:
     return [
         int(layer.moving_mean.shape[0]),
         f"{layer.momentum:g}",

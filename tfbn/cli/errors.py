@@ -1,33 +1,33 @@
-"""Errors in one sentence that names the file, as the user gave it."""
+"""Convert errors to one line of text that names the user's file."""
 
 import contextlib
 import re
 import traceback
 from collections.abc import Iterator
 
-# Characters of an error's text: Keras prints whole configs, and terminals have an end.
+# The largest number of characters of an error: Keras prints complete configs.
 _LONGEST, _LONGEST_OF_OTHERS = 800, 300
-# Names of graph nodes, operations and colors, in the texts of TensorFlow and Keras.
+# Names of graph nodes and operations, and colors, in the errors of TensorFlow and Keras.
 _NOISE = re.compile(r"\{\{[^}]*\}\}|\[\[[^]]*\]\]|\[Op:\w+\]( name: ?)?|\x1b\[\d*m")
 
 
 class FileError(ValueError):
-    """An error whose text is ready for the user and names its file."""
+    """An error with a complete text for the user, which names the file."""
 
 
 @contextlib.contextmanager
 def reading(path: str, expected: str, advice: str) -> Iterator[None]:
-    """Whatever is raised on a file becomes a `FileError`: it is not the kind of file `expected`.
+    """Convert every error to a `FileError`: the file is not of the kind `expected`.
 
     Args:
-        path: The file, as the user gave it.
-        expected: The kind of file, with its article.
-        advice: The sentence of advice at the end.
+        path: The user's path of the file.
+        expected: The kind of file, with an article.
+        advice: The last sentence of the error.
     """
     with naming(path):
         try:
             yield
-        except Exception as error:  # The errors of damaged files are documented nowhere.
+        except Exception as error:  # The errors for damaged files are not documented.
             if _is_ours(error):
                 raise
             why = f"which is damaged or another kind of file ({describe(error)}). {advice}"
@@ -38,7 +38,7 @@ def reading(path: str, expected: str, advice: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming(*paths: str) -> Iterator[None]:
-    """Whatever is raised becomes a `FileError` that names these files, as the user gave them."""
+    """Convert every error to a `FileError` that names the user's files."""
     try:
         yield
     except FileError:
@@ -46,7 +46,7 @@ def naming(*paths: str) -> Iterator[None]:
     except OSError as error:
         if not error.strerror:
             raise FileError(f"{describe(error)} Files: {', '.join(paths)}.") from error
-        # The error may name a file inside one of these, or a hidden one.
+        # The error may name a file inside one of the paths, or a hidden file.
         within = [path for path in paths if str(error.filename or "").startswith(path)]
         raise FileError(
             "Expected files that can be read and written. "
@@ -59,10 +59,10 @@ def naming(*paths: str) -> Iterator[None]:
 
 
 def describe(error: Exception) -> str:
-    """An error's text in one line. That of another library begins with its type."""
+    """Return the text of an error in one line. Errors of other libraries start with their type."""
     if isinstance(error, FileError):
         return str(error)
-    # TensorFlow's `str` adds nodes and stacks to its message.
+    # `str` of TensorFlow's errors includes nodes and stacks.
     text = " ".join(_NOISE.sub("", str(getattr(error, "message", error))).split())
     if _is_ours(error):
         return _cut(text, _LONGEST)
@@ -71,15 +71,15 @@ def describe(error: Exception) -> str:
 
 
 def visible(text: str) -> str:
-    """One line of text, with characters that a terminal would act on or not show as escapes.
+    """Return a line of text with unprintable characters as escapes.
 
-    Names of files and layers may hold any.
+    Names of files and layers may contain any character.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether code of tfbn has raised an error with a sentence, no part of one."""
+    """Return whether code of tfbn raised an error with a complete sentence."""
     raised_by = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         raised_by = frame.f_globals.get("__name__", "")
@@ -88,5 +88,5 @@ def _is_ours(error: Exception) -> bool:
     return isinstance(error, FileError) or (sentence and raised_by.startswith("tfbn."))
 
 
-def _cut(text, length):
+def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[:length]}..."

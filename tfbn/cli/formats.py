@@ -1,4 +1,4 @@
-"""The data of a sweep from files, folders or a function: one reader for each kind."""
+"""Read the data of a sweep from files, folders or a function, with a reader for each kind."""
 
 import collections
 import importlib
@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -27,20 +27,20 @@ class Options(NamedTuple):
     """The options of the command line for data.
 
     Attributes:
-        batch_size: In samples; 32 by default.
-        scale: The factor on the pixels of images, which are 0 to 255.
+        batch_size: The number of samples in a batch, 32 by default.
+        scale: The factor for the pixels of images, which are 0 to 255.
     """
 
     batch_size: int | None = None
     scale: float | None = None
 
 
-# Takes the path, the model and the options, and returns `x` and `batch_size` of `tfbn.collect`.
+# (path, model, options) -> `x` and `batch_size` of `tfbn.collect`
 Reader = Callable[[str, keras.Model, Options], tuple[Any, int | None]]
 
 
 def find_reader(path: str, options: Options) -> Reader:
-    """The reader of a file by its suffix, of a folder or of a function. It reads no data yet.
+    """Return the reader for a file (by its suffix), a folder or a function. No data is read.
 
     Raises:
         FileError: See `checks.data_kind`.
@@ -50,14 +50,14 @@ def find_reader(path: str, options: Options) -> Reader:
 
 
 def read_array(path: str, model: keras.Model, options: Options) -> tuple[Any, int | None]:
-    """A .npy file with one array, which stays on disk."""
+    """Open a .npy file with one array, which stays on disk."""
     with reading(path, "a .npy file with one array", "Write it with numpy.save."):
-        # Unlike numpy.load it takes no file for a pickle.
+        # Unlike numpy.load, it never loads a pickle.
         return _real(np.lib.format.open_memmap(path, mode="r"), path), options.batch_size
 
 
 def read_archive(path: str, model: keras.Model, options: Options) -> tuple[Any, int | None]:
-    """A .npz file with an array for each of the model's inputs, and perhaps others."""
+    """Read the model's inputs from the arrays of a .npz file."""
     with (
         reading(path, "a .npz file with arrays", "Write it with numpy.savez."),
         zipfile.ZipFile(path) as archive,
@@ -66,12 +66,12 @@ def read_archive(path: str, model: keras.Model, options: Options) -> tuple[Any, 
 
 
 def read_images(path: str, model: keras.Model, options: Options) -> tuple[Any, int | None]:
-    """A folder of images, also in folders in it, resized to the model's input."""
+    """Read a folder of images and its subfolders, resized to the model's input."""
     height, width, channels = _image_shape(model.inputs[0] if model.inputs else None, path)
     paths = np.array(image_files(path))
     scale = 1.0 if options.scale is None else options.scale
 
-    @tf.autograph.experimental.do_not_convert  # It rewrites the text of errors.
+    @tf.autograph.experimental.do_not_convert  # AutoGraph changes the text of errors.
     def read(path: tf.Tensor) -> tf.Tensor:
         content = tf.io.read_file(path)
         image = tf.io.decode_image(content, channels=channels, expand_animations=False)
@@ -83,7 +83,7 @@ def read_images(path: str, model: keras.Model, options: Options) -> tuple[Any, i
         input_signature=[tf.TensorSpec([None], tf.string)],
         autograph=False,
     )
-    # TensorFlow prepares places for a whole batch, however few images there are.
+    # TensorFlow allocates memory for a complete batch, also for few images.
     batch_size = min(options.batch_size or _BATCH_SIZE, len(paths))
     images = tf.data.Dataset.from_tensor_slices(paths).map(read, tf.data.AUTOTUNE)
     batches = images.batch(batch_size)
@@ -91,78 +91,78 @@ def read_images(path: str, model: keras.Model, options: Options) -> tuple[Any, i
 
 
 def image_files(folder: str) -> list[str]:
-    """The images in a folder and in the folders in it, sorted, and a warning about other files.
+    """Return the images in a folder and its subfolders, sorted. Other files cause a warning.
 
     Raises:
-        FileError: There are none.
+        FileError: If the folder has no images.
     """
     with reading(folder, "a folder of images", "Put JPEG, PNG, GIF or BMP files into it."):
-        found, left = _listed(folder)
-    why = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()))
-    if not found:
+        images, others = _listed(folder)
+    why = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
+    if not images:
         raise FileError(
             f"Expected JPEG, PNG, GIF or BMP files. Received: {folder} with {why or 'no files'}."
         )
     if why:
         warnings.warn(
-            f"{len(found)} images in {folder} are read, others are not: {why}. Convert them, or "
+            f"{len(images)} images in {folder} are read, others are not: {why}. Convert them, or "
             "give --data a function.",
             stacklevel=2,
         )
-    return found
+    return images
 
 
-def _listed(folder):
-    """The images in a folder, and kind -> number of the things in it that are not read."""
-    found: list[str] = []
-    left: collections.Counter[str] = collections.Counter()
+def _listed(folder: str) -> tuple[list[str], collections.Counter[str]]:
+    """Return the images in a folder, and kind -> number of other entries."""
+    images: list[str] = []
+    others: collections.Counter[str] = collections.Counter()
 
-    def cannot_be_read(error):
+    def cannot_be_read(error: OSError) -> None:
         raise error
 
     for directory, folders, names in os.walk(folder, onerror=cannot_be_read):
         folders.sort()
         for name in list(folders):
             if name.startswith("."):
-                left["hidden folders"] += 1
+                others["hidden folders"] += 1
                 folders.remove(name)
             elif os.path.islink(os.path.join(directory, name)):
-                left["links to folders"] += 1
+                others["links to folders"] += 1
         for name in sorted(names):
             if name.startswith("."):
-                left["hidden files"] += 1
+                others["hidden files"] += 1
             elif checks.suffix(name) in _IMAGES:
-                found.append(os.path.join(directory, name))
+                images.append(os.path.join(directory, name))
             else:
-                left[checks.suffix(name) or "without a suffix"] += 1
-    return found, left
+                others[checks.suffix(name) or "without a suffix"] += 1
+    return images, others
 
 
 def function_reader(path: str) -> Reader:
-    """The reader of what a function returns, given as `package.module:function`.
+    """Return a reader for the data that a function `package.module:function` returns.
 
     Raises:
-        FileError: There is no such function.
+        FileError: If the function does not exist.
     """
     module, _, name = path.partition(":")
     here = os.getcwd()
-    sys.path.insert(0, here)  # As `python -m` has it.
+    sys.path.insert(0, here)  # As in `python -m`.
     try:
         with naming(path):
-            found = getattr(importlib.import_module(module), name, None)
+            function = getattr(importlib.import_module(module), name, None)
     finally:
         sys.path.remove(here)
-    if not callable(found):
+    if not callable(function):
         raise FileError(f"Expected a function {name!r} in module {module!r} for --data {path}.")
 
     def read(path: str, model: keras.Model, options: Options) -> tuple[Any, int | None]:
         with naming(path):
-            return found(), options.batch_size
+            return function(), options.batch_size
 
     return read
 
 
-# Kind of data -> its reader.
+# Kind of data -> reader.
 READERS: dict[str, Reader] = {
     "array": read_array,
     "archive": read_archive,
@@ -171,10 +171,11 @@ READERS: dict[str, Reader] = {
 
 
 def read_inputs(path: str, model: keras.Model, count: int) -> Any:
-    """The first inputs of a .npy or .npz file as one batch.
+    """Return the first inputs of a .npy or .npz file as one batch.
 
     Raises:
-        FileError: It is no such file, is damaged, or has no array for an input of the model.
+        FileError: If the file is missing, of another kind or damaged, or lacks an array for an
+            input of the model.
     """
     checks.require_inputs(path)
     arrays, _ = find_reader(path, Options())(path, model, Options())
@@ -183,12 +184,12 @@ def read_inputs(path: str, model: keras.Model, count: int) -> Any:
 
 
 def read_labelled(path: str, model: keras.Model) -> tuple[Any, Any]:
-    """The inputs of a .npz file, as `--data` has them, and its targets.
+    """Return the inputs of a .npz file, as for `--data`, and its targets.
 
     Targets are named `y`, `y_val`, `y_test` or `y_train`.
 
     Raises:
-        FileError: It is no such file, is damaged, or lacks an input or targets.
+        FileError: If the file is missing, of another kind or damaged, or lacks an input or targets.
     """
     with (
         reading(path, "a .npz file with arrays", "Write it with numpy.savez."),
@@ -206,7 +207,7 @@ def read_labelled(path: str, model: keras.Model) -> tuple[Any, Any]:
 
 
 def damaged_image(folder: str) -> str | None:
-    """The first image of a folder that cannot be decoded. TensorFlow's own error names none."""
+    """Return the first image of a folder that cannot be decoded, which TensorFlow does not name."""
     for file in _listed(folder)[0] if os.path.isdir(folder) else ():
         try:
             tf.io.decode_image(tf.io.read_file(file))
@@ -216,19 +217,19 @@ def damaged_image(folder: str) -> str | None:
 
 
 class _Arrays(Mapping):
-    """The arrays of a .npz file by name. Each is read when it is asked for, with its checksum."""
+    """Name -> array of a .npz file. Each access reads an array and validates its checksum."""
 
-    def __init__(self, archive, path):
+    def __init__(self, archive: zipfile.ZipFile, path: str):
         self._archive = archive
         self._path = path
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return (name.removesuffix(".npy") for name in self._archive.namelist())
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._archive.namelist())
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> np.ndarray:
         member = f"{name}.npy"
         with self._archive.open(member) as file:
             try:
@@ -237,14 +238,14 @@ class _Arrays(Mapping):
                 if "pickle" not in str(error):
                     raise
                 raise ValueError(f"{member} has Python objects, which may run code") from error
-            # zipfile compares the checksum at the end of a member, which a damaged header hides.
+            # zipfile validates the checksum at the end of a member, which a wrong header hides.
             if file.read():
                 raise ValueError(f"{member} has more bytes than its header says")
         return _real(array, f"{self._path}, whose array {name!r}")
 
 
-def _for_inputs(model, arrays, path):
-    """The arrays of the model's inputs, by name, in the structure of these inputs."""
+def _for_inputs(model: keras.Model, arrays: Mapping[str, Any], path: str) -> Any:
+    """Return the arrays of the model's inputs, by name, in the structure of these inputs."""
     names = list(arrays)
     inputs = getattr(model, "inputs", None) or []
     if len(inputs) <= 1:
@@ -252,8 +253,8 @@ def _for_inputs(model, arrays, path):
         chosen = [name for name in wanted if name in names] or (names if len(names) == 1 else [])
         if not chosen:
             raise FileError(
-                f"Expected one array, or one that is named {' or '.join(map(repr, wanted))}. "
-                f"Received: {names} in {path}."
+                f"Expected an array named {' or '.join(map(repr, wanted))}. Received: {names} in "
+                f"{path}."
             )
         return arrays[chosen[0]]
     missing = [tensor.name for tensor in inputs if tensor.name not in names]
@@ -265,21 +266,19 @@ def _for_inputs(model, arrays, path):
     return keras.tree.map_structure(lambda tensor: arrays[tensor.name], model.input)
 
 
-def _real(array, where):
+def _real(array: np.ndarray, where: str) -> np.ndarray:
     if array.dtype.kind not in "biufSU":
         raise FileError(
-            f"Expected real numbers. Received: {where} of dtype {array.dtype}. Write complex "
-            "numbers as two channels, and anything else as numbers."
+            f"Expected real numbers. Received: {where} of dtype {array.dtype}. Convert the array."
         )
     return array
 
 
-def _image_shape(tensor, path):
+def _image_shape(tensor: keras.KerasTensor | None, path: str) -> tuple[int, int, int]:
     shape = () if tensor is None else tuple(tensor.shape)
     if len(shape) != 4 or None in shape[1:] or shape[3] not in _COLORS:
         raise FileError(
-            "Expected a model that takes images of a known size, of shape (batch, height, width, "
-            f"channels) with 1, 3 or 4 channels. Received: images in {path} for an input of shape "
-            f"{shape}. Put the data into a .npz file."
+            "Expected an input of shape (batch, height, width, 1, 3 or 4). Received: images in "
+            f"{path} for an input of shape {shape}. Use a .npz file."
         )
     return shape[1:]

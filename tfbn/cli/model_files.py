@@ -1,4 +1,4 @@
-"""Model files: read with the sweep that is recorded in them, written whole or not at all."""
+"""Load model files with the sweep that they record, and save them atomically."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import re
 import shlex
 import warnings
 import zipfile
+from typing import Any
 
 import h5py
 import keras
@@ -16,25 +17,25 @@ from tfbn.cli.errors import FileError, describe, naming, reading
 from tfbn.files import atomic
 from tfbn.serving import sweeps
 
-# The member of a .keras file in which `recalibrate` writes down its sweep, also of Keras's layers.
-# Keras ignores it, and leaves it out when it saves the model again after more training.
+# The member of a .keras file in which `recalibrate` stores its sweep, also of Keras's layers. Keras
+# ignores it, and drops it when the model is saved again after more training.
 RECORD = "tfbn_population_stats.safetensors"
 
-# How Keras names a class that it does not know, in both formats.
+# Keras's errors for unknown classes, in both formats.
 _UNKNOWN = re.compile(r"(?:Could not locate \w+|Unknown \w+:) '([^']+)'")
 
 
 def load(path: str, unsafe: bool = False, compiled: bool = False) -> keras.Model:
-    """The model in a file.
+    """Load a model.
 
     Args:
         path: A .keras, .h5 or .hdf5 file.
-        unsafe: Whether code in the file may run, as Lambda layers hold it.
-        compiled: Whether the optimizer and its state are wanted too.
+        unsafe: Whether to run code in the file (Lambda layers).
+        compiled: Whether to load the optimizer and its state.
 
     Raises:
-        FileError: It is no such file, is damaged, or holds code or classes that Keras does not
-            know.
+        FileError: If the file is missing, of another kind or damaged, or contains code or unknown
+            classes.
     """
     checks.require_model(path)
     with reading(path, checks.MODEL_FILE, "Save the model again."):
@@ -46,8 +47,8 @@ def load(path: str, unsafe: bool = False, compiled: bool = False) -> keras.Model
         return _compiled(model, path, unsafe) if compiled else model
 
 
-def _written_by(path):
-    """The version of the Keras that wrote a file, `""` if it is not recorded."""
+def _written_by(path: str) -> str:
+    """Return the version of Keras that wrote a file, `""` if it is not stored."""
     if checks.suffix(path) == ".keras":
         with zipfile.ZipFile(path) as archive:
             return json.loads(archive.read("metadata.json")).get("keras_version", "")
@@ -57,7 +58,7 @@ def _written_by(path):
 
 
 def recorded_sweep(path: str) -> tfbn.PopulationStats | None:
-    """The sweep that `save` recorded in a file, or `None` where none is recorded."""
+    """Return the sweep that `save` stored in a file, or `None` without one."""
     if checks.suffix(path) in checks.HDF5:
         return None
     with zipfile.ZipFile(path) as archive:
@@ -68,35 +69,41 @@ def recorded_sweep(path: str) -> tfbn.PopulationStats | None:
 
 
 def sweep_of(model: keras.Model, path: str) -> sweeps.Sweep:
-    """The sweep that a file records, as `recalibrate` does or in the layers of tfbn.
+    """Return the sweep of a file, stored by `recalibrate` or by `tfbn.BatchNormalization`.
 
-    Its layers, those of Keras too, then hold the record of it.
+    Also stores the sweep record in the model's layers, including Keras's layers.
     """
     recorded = recorded_sweep(path)
     why = None if recorded is None else recorded.mismatch(model)
     if why is not None:
         return sweeps.Sweep(recorded, why)
     if recorded is not None:
-        recorded.assign(model)  # Its own values.
+        recorded.assign(model)  # The values do not change.
     return sweeps.sweep_of(model)
 
 
 def unpack(content: bytes, path: str, kind: str) -> tfbn.PopulationStats:
-    """`PopulationStats.from_bytes`, whose error names the file that the bytes are from."""
+    """Convert bytes to statistics, with errors that name the file.
+
+    Raises:
+        FileError: If the bytes are damaged or of another kind.
+    """
     try:
         return tfbn.PopulationStats.from_bytes(content)
     except ValueError as error:
         raise FileError(
-            f"Expected {kind}. Received: {path}, whose statistics are damaged, or which is another "
-            "kind of file. Make the sweep again."
+            f"Expected {kind}. Received: {path}, whose statistics are damaged. Sweep again."
         ) from error
 
 
 def save(model: keras.Model, stats: tfbn.PopulationStats | None, path: str) -> None:
-    """Write a .keras file with the sweep that it had, if any, whole or not at all.
+    """Write a .keras file with an optional sweep, atomically.
 
-    The name appears once the content is on disk. A file that has come to it in the meantime
-    stays, and is an error.
+    The file gets its name when the content is on disk. An existing file is an error and is not
+    changed.
+
+    Raises:
+        FileError: If the file exists or cannot be written.
     """
     try:
         with naming(path), atomic.new_file(path) as partial:
@@ -110,7 +117,7 @@ def save(model: keras.Model, stats: tfbn.PopulationStats | None, path: str) -> N
         raise
 
 
-def _load(path, compiled, unsafe):
+def _load(path: str, compiled: bool, unsafe: bool) -> keras.Model:
     try:
         return keras.models.load_model(path, compile=compiled, safe_mode=not unsafe)
     except Exception as error:
@@ -128,15 +135,14 @@ def _load(path, compiled, unsafe):
         unknown = _UNKNOWN.search(str(error))
         if unknown:
             raise FileError(
-                f"Expected a model of classes that Keras knows. Received: {path}, with "
-                f"{unknown[1]!r}. Load it in Python, where its code is, and call "
-                "tfbn.update_population_stats or tfbn.export there."
+                f"Expected a model of Keras's classes. Received: {path}, with {unknown[1]!r}. Load "
+                "it in Python, and call tfbn.update_population_stats or tfbn.export."
             ) from error
         raise
 
 
-def _compiled(model, path, unsafe):
-    """The model of an HDF5 file with its optimizer, if Keras can read that: not with loss="mse"."""
+def _compiled(model: keras.Model, path: str, unsafe: bool) -> keras.Model:
+    """Return the model of an HDF5 file with its optimizer. Keras cannot load it with loss="mse"."""
     try:
         return _load(path, True, unsafe)
     except Exception as error:
@@ -148,35 +154,35 @@ def _compiled(model, path, unsafe):
         return model
 
 
-def _check_archive(path):
-    """Compare checksums. A reader that jumps about, as that of weights does, may miss them."""
+def _check_archive(path: str) -> None:
+    """Validate the checksums, which a reader with random access (h5py) does not."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} is wrong")
 
 
-def _check_hdf5(path, unsafe):
+def _check_hdf5(path: str, unsafe: bool) -> None:
     with h5py.File(path) as file:
         config = file.attrs.get("model_config")
     if config is None:
         raise FileError(
-            f"Expected {checks.MODEL_FILE}. Received: {path}, with weights alone. Build the model "
-            "in Python, load them into it with model.load_weights, and save it with model.save."
+            f"Expected {checks.MODEL_FILE}. Received: {path}, with weights alone. Load them with "
+            "model.load_weights."
         )
-    # Keras before 3.11.3 runs such code whatever `safe_mode` says.
+    # Keras before 3.11.3 ignores `safe_mode` for HDF5.
     if not unsafe and _has_lambda(json.loads(config)):
         raise _code_inside(path)
 
 
-def _has_lambda(config):
+def _has_lambda(config: Any) -> bool:
     if isinstance(config, dict):
         return config.get("class_name") == "Lambda" or any(map(_has_lambda, config.values()))
     return isinstance(config, list) and any(map(_has_lambda, config))
 
 
-def _code_inside(path):
+def _code_inside(path: str) -> FileError:
     return FileError(
         f"Expected a model without code in it. Received: {path}, with a Lambda layer or another "
-        "function that would run whatever its author wrote. If you trust the file, give --unsafe."
+        "function. If you trust the file, give --unsafe."
     )

@@ -1,4 +1,4 @@
-"""Lines on stdout, and JSON."""
+"""Print lines and JSON to stdout."""
 
 import json
 from typing import Any
@@ -12,6 +12,6 @@ def print_json(content: Any) -> None:
 
 
 def print_lines(*lines: str) -> None:
-    """Print lines, with characters that a terminal would act on as escapes."""
+    """Print lines, with unprintable characters as escapes."""
     for line in lines:
         print(visible(line))

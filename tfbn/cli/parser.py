@@ -1,10 +1,14 @@
-"""The grammar of the command line. It imports no TensorFlow, so that help is instant."""
+"""Build the parser of the command line. Imports no TensorFlow, so that help is fast."""
 
 import argparse
 import math
+from typing import TYPE_CHECKING
 
 from tfbn._version import __version__
 from tfbn.stats.methods import METHODS
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _DESCRIPTION = """\
 Batch norm statistics of trained Keras models.
@@ -51,7 +55,7 @@ answers of the signature monitor of a model that was exported with --monitor:
 
 
 def build() -> argparse.ArgumentParser:
-    """The parser. Its result has the name of the command as `command`."""
+    """Build the parser. Its namespace has the name of the command as `command`."""
     parser = argparse.ArgumentParser(
         prog="tfbn",
         description=_DESCRIPTION,
@@ -71,7 +75,7 @@ def build() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_inspect(commands):
+def _add_inspect(commands: "Commands") -> None:
     added = _add(
         commands, "inspect", "list a model's batch norm layers and where their stats are from"
     )
@@ -83,7 +87,7 @@ def _add_inspect(commands):
     )
 
 
-def _add_recalibrate(commands):
+def _add_recalibrate(commands: "Commands") -> None:
     added = _add(
         commands,
         "recalibrate",
@@ -144,7 +148,7 @@ def _add_recalibrate(commands):
     )
 
 
-def _add_compare(commands):
+def _add_compare(commands: "Commands") -> None:
     added = _add(
         commands,
         "compare",
@@ -156,13 +160,13 @@ def _add_compare(commands):
     added.add_argument("b", metavar="B")
 
 
-def _add_copy(commands, name, text):
+def _add_copy(commands: "Commands", name: str, text: str) -> None:
     added = _add(commands, name, text)
     _add_model(added)
     added.add_argument("--out", required=True, metavar="MODEL2", help="a new .keras file")
 
 
-def _add_export(commands):
+def _add_export(commands: "Commands") -> None:
     added = _add(
         commands,
         "export",
@@ -210,12 +214,12 @@ def _add_export(commands):
     )
 
 
-def _add_describe(commands):
+def _add_describe(commands: "Commands") -> None:
     added = _add(commands, "describe", "say where a SavedModel that export wrote comes from")
     added.add_argument("path", metavar="SAVED_MODEL", help="its directory, or a version's")
 
 
-def _add_drift(commands):
+def _add_drift(commands: "Commands") -> None:
     added = _add(
         commands,
         "drift",
@@ -226,7 +230,13 @@ def _add_drift(commands):
     added.add_argument("answers", metavar="ANSWERS", help="a file of the monitor's answers")
 
 
-def _add(commands, name, text, epilog=None, usage=None):
+def _add(
+    commands: "Commands",
+    name: str,
+    text: str,
+    epilog: str | None = None,
+    usage: str | None = None,
+) -> argparse.ArgumentParser:
     added = commands.add_parser(
         name,
         help=text,
@@ -239,7 +249,7 @@ def _add(commands, name, text, epilog=None, usage=None):
     return added
 
 
-def _add_model(command, more=""):
+def _add_model(command: argparse.ArgumentParser, more: str = "") -> None:
     command.add_argument(
         "--unsafe",
         action="store_true",
@@ -249,15 +259,15 @@ def _add_model(command, more=""):
     command.add_argument("model", metavar="MODEL", help=f"a .keras, .h5 or .hdf5 file{more}")
 
 
-def _size(text):
-    # TensorFlow counts samples in 64 bits.
+def _size(text: str) -> int:
+    # TensorFlow stores sizes in 64 bits.
     if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
 
 
-def _tolerance(text):
-    """A number over 0 and up to 1, from the command line."""
+def _tolerance(text: str) -> float:
+    """Convert text to a number over 0 and up to 1."""
     try:
         number = float(text)
     except ValueError:
@@ -267,7 +277,8 @@ def _tolerance(text):
     return number
 
 
-def _factor(text):
+def _factor(text: str) -> float:
+    """Convert text, a number or a fraction such as `1/255`, to a finite number."""
     numerator, _, denominator = text.partition("/")
     try:
         value = float(numerator) / float(denominator or 1)

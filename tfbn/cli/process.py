@@ -1,4 +1,4 @@
-"""The process of the command line: its exit code, and all that it writes to stderr."""
+"""Run the command line: exit codes and stderr."""
 
 import contextlib
 import logging
@@ -7,6 +7,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from tfbn.cli import parser
 from tfbn.cli.errors import describe, visible
@@ -19,15 +20,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: A list of strings; those of the process by default.
+        arguments: The arguments, by default of the process.
 
     Returns:
-        The exit code: 0 if done; 1 if the answer is no, because `drift` found drift, or
-        `inspect --check` statistics that are not known to be those of a sweep; 2 if it failed, as
-        for wrong usage; 130 if it was interrupted.
+        The exit code: 0 for success; 1 if `drift` detects drift, or `inspect --check` finds
+        statistics without a known sweep; 2 for an error, including wrong usage; 130 for an
+        interrupt.
     """
     _require_stderr()
-    # Names of files and layers may hold characters that the encoding lacks.
+    # Names of files and layers may contain characters that the encoding does not support.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from tfbn.cli import checks
 
             checks.check(args)
-            # TensorFlow takes seconds to import, which help and mistakes need not wait for.
+            # Imports TensorFlow, which takes seconds, only after the checks.
             with _startup_notes_dropped():
                 from tfbn.cli import commands
             code = commands.COMMANDS[args.command](args)
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:  # The reader has seen enough: `tfbn inspect model.keras | head`.
+    except BrokenPipeError:  # The reader has closed the pipe: `tfbn inspect model.keras | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
@@ -58,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def _say(text):
-    if sys.stderr is not None:  # Closed, and `print` would take stdout.
+def _say(text: str) -> None:
+    if sys.stderr is not None:  # `print` would use stdout if stderr is closed.
         print(f"tfbn: {visible(text)}", file=sys.stderr)
 
 
@@ -76,12 +77,11 @@ def _require_stderr() -> None:
 
 @contextlib.contextmanager
 def _startup_notes_dropped() -> Iterator[None]:
-    """Import TensorFlow and look for its devices without the notes that C++ writes to stderr.
+    """Import TensorFlow and list its devices without the notes that C++ writes to stderr.
 
-    Some are written before the log level is read, and the absence of a GPU is logged as an error,
-    so only another file in the place of stderr keeps them out. If the import fails, they are
-    written to stderr after all. With `TF_CPP_MIN_LOG_LEVEL` in the environment they stay, which
-    also shows the last words of a process that the import aborts.
+    Some notes are written before the log level is read, and a missing GPU is logged as an error, so
+    stderr is replaced by a temporary file. If the import fails, the notes are written to stderr.
+    Set `TF_CPP_MIN_LOG_LEVEL` to see them, for example if the import aborts the process.
     """
     if _LOG_LEVEL in os.environ or "tensorflow" in sys.modules:
         yield
@@ -114,7 +114,7 @@ def _in_place_of_stderr(descriptor: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Keep notes of TensorFlow and Keras off stderr, which is for errors and our warnings."""
+    """Suppress notes of TensorFlow and Keras on stderr, which is for tfbn's errors and warnings."""
     loggers = [logging.getLogger(name) for name in ("absl", "tensorflow")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -128,7 +128,7 @@ def _quiet_libraries() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _warnings_of_one_line() -> Iterator[None]:
-    def show(message, category, filename, lineno, file=None, line=None):
+    def show(message: Warning | str, *args: Any, **options: Any) -> None:
         _say("warning: " + " ".join(str(message).split()))
 
     with warnings.catch_warnings():

@@ -1,11 +1,11 @@
-"""`tfbn export`, `describe` and `drift`: models that are served."""
+"""Run `tfbn export`, `describe` and `drift`."""
 
 import argparse
 import contextlib
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,13 @@ from tfbn.cli.errors import FileError, naming, reading
 from tfbn.cli.output import print_json, print_lines
 from tfbn.files import atomic
 
-_VERIFIED = 32  # Inputs of a sample.
+_VERIFIED = 32  # The number of inputs of --sample that are used.
 _WARM_UP = 1000 * 32  # As many requests of 32 inputs as TensorFlow Serving allows.
 _ANSWERS = "answers of the signature monitor, as JSON or .npz"
 
 
 def export(args: argparse.Namespace) -> int:
-    """Write a model as a SavedModel, as TensorFlow Serving wants it."""
+    """Write a model as a SavedModel for TensorFlow Serving."""
     model = model_files.load(args.model, args.unsafe)
     sample, warmup = (
         None if path is None else formats.read_inputs(path, model, count)
@@ -30,7 +30,7 @@ def export(args: argparse.Namespace) -> int:
     )
     files = (args.model, args.path, args.sample, args.warmup)
     with naming(*(path for path in files if path is not None)):
-        model_files.sweep_of(model, args.model)  # Its layers hold the record now, for export.
+        model_files.sweep_of(model, args.model)  # Stores the record in the layers, for export.
         exported = tfbn.export(
             model,
             args.path,
@@ -50,48 +50,48 @@ def export(args: argparse.Namespace) -> int:
             }
         )
     else:
-        off = f"{exported.max_abs_difference:.1e}"
-        print_lines(f"Wrote {exported.path}. It predicts as the model does, within {off}.")
+        error = f"{exported.max_abs_difference:.1e}"
+        print_lines(f"Wrote {exported.path}. It predicts as the model does, within {error}.")
     return 0
 
 
 def describe(args: argparse.Namespace) -> int:
-    """Say where a SavedModel that `export` wrote comes from."""
+    """Print the provenance of a SavedModel that `export` wrote."""
     text = io.StringIO()
     expected = "a model's directory, or a version's, that tfbn.export wrote"
     with reading(args.path, expected, "Export it again."), contextlib.redirect_stdout(text):
-        found = tfbn.describe(args.path)
+        description = tfbn.describe(args.path)
     if args.json:
-        print_json(found)
+        print_json(description)
     else:
         print_lines(*text.getvalue().splitlines())
     return 0
 
 
 def drift(args: argparse.Namespace) -> int:
-    """Compare what a served model met with its population. Return 1 if it has drifted."""
+    """Compare the data that a served model received with its population. Return 1 for drift."""
     with naming(args.model):
         served = tfbn.ServedStats(args.model)
     with reading(args.answers, _ANSWERS, "Ask the signature 'monitor'."):
         for answer in _answers(args.answers):
             served.add(answer)
     with naming(args.model, args.answers):
-        found = served.compare()
+        result = served.compare()
     if args.json:
-        layers = {path: _known(layer) for path, layer in found.layers.items()}
-        whole = {"p_value": found.p_value, "distance": found.distance}
-        told = {"drifted": found.drifted, "samples": found.samples, **_known(whole)}
-        print_json({**told, "layers": layers})
+        layers = {path: _known(layer) for path, layer in result.layers.items()}
+        network = _known({"p_value": result.p_value, "distance": result.distance})
+        verdict = {"drifted": result.drifted, "samples": result.samples}
+        print_json({**verdict, **network, "layers": layers})
     else:
         text = io.StringIO()
         with contextlib.redirect_stdout(text):
-            found.summary()
+            result.summary()
         print_lines(*text.getvalue().splitlines())
-    return int(found.drifted)
+    return int(result.drifted)
 
 
 def _answers(path: str) -> Iterator[Any]:
-    """The answers in a .npz archive, or in a file of JSON: one, a list, or one after the other."""
+    """Yield the answers in a .npz file, or in a JSON file: one, a list, or concatenated."""
     if checks.suffix(path) == ".npz":
         try:
             with np.load(path, allow_pickle=False) as archive:
@@ -100,8 +100,8 @@ def _answers(path: str) -> Iterator[Any]:
             if "pickle" not in str(error):
                 raise
             raise FileError(
-                f"Expected arrays without Python objects, which may run code. Received: {path}. "
-                "Save text with numpy.asarray(text).astype(bytes)."
+                f"Expected arrays without Python objects. Received: {path}. Save text with "
+                "numpy.asarray(text).astype(bytes)."
             ) from error
         return
     text = atomic.read(path).decode().strip()
@@ -109,11 +109,11 @@ def _answers(path: str) -> Iterator[Any]:
         raise FileError(f"Expected {_ANSWERS}. Received: {path}, an empty file.")
     decoder = json.JSONDecoder()
     while text:
-        found, end = decoder.raw_decode(text)
-        yield from found if isinstance(found, list) else [found]
+        answer, end = decoder.raw_decode(text)
+        yield from answer if isinstance(answer, list) else [answer]
         text = text[end:].lstrip()
 
 
-def _known(numbers):
-    """Numbers by name, `None` for NaN, which JSON has not."""
+def _known(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    """Return name -> number, `None` for NaN, which JSON does not support."""
     return {name: None if math.isnan(value) else value for name, value in numbers.items()}

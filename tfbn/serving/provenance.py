@@ -201,8 +201,8 @@ def _read(file: pathlib.Path, path: str | os.PathLike) -> Provenance:
     # All errors that a document of another form may cause.
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"Expected provenance that tfbn.export wrote. Received: {str(file)!r}, damaged or another "
-            f"kind of file ({error!r}). Export the model again."
+            f"Expected provenance that tfbn.export wrote. Received: {str(file)!r}, damaged or "
+            f"another kind of file ({error!r}). Export the model again."
         ) from error
     return provenance
 

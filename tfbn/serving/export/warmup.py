@@ -46,8 +46,8 @@ def require_serving_api() -> None:
         from tensorflow_serving.apis import prediction_log_pb2  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "warmup needs tensorflow-serving-api: pip install 'tfbn[serving]' (tensorflow-cpu: "
-            "pip install --no-deps tensorflow-serving-api in TensorFlow's version)"
+            "Warm-up needs tensorflow-serving-api: pip install 'tfbn[serving]' (tensorflow-cpu: "
+            "pip install --no-deps tensorflow-serving-api in TensorFlow's version)."
         ) from error
 
 
