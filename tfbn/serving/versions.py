@@ -105,7 +105,7 @@ def existing(path: str | os.PathLike) -> pathlib.Path:
         for highest in filter(is_saved_model, newest(version)):
             return highest
         raise ValueError(
-            f"Expected a directory with versions. Received: {os.fspath(path)!r}, which has none. "
+            f"Expected numbered versions. Received: {os.fspath(path)!r}, which has none. "
             "Give the directory of tfbn.export."
         )
     while _number(version.name) is None and version.is_symlink():
