@@ -1,4 +1,4 @@
-"""Figures: that what they draw and say is what NumPy finds."""
+"""Tests of figures: their data and texts, compared with NumPy."""
 
 import itertools
 import os
@@ -19,14 +19,14 @@ from tfbn.plots import plot_drift, plot_history
 
 @pytest.fixture(autouse=True)
 def no_windows():
-    """No window is opened, and no figure of one test is the current one of the next."""
+    """Open no window, and close all figures after a test."""
     plt.switch_backend("Agg")
     yield
     plt.close("all")
 
 
 def statistics(seed, samples=100, layers=("first", "block/second")):
-    """Made-up statistics of two layers."""
+    """Return random statistics of two layers."""
     rng = np.random.default_rng(seed)
     found = {
         path: LayerStats(samples, rng.normal(size=5), rng.uniform(0.5, 2, 5)) for path in layers
@@ -35,18 +35,18 @@ def statistics(seed, samples=100, layers=("first", "block/second")):
 
 
 def bars(axes):
-    """Ends of the bars of a panel's standard errors, from the top."""
+    """Return the ends of the bars of a panel's standard errors, from the top."""
     return np.array([line.get_xdata() for line in axes.lines if line.get_linewidth() == 7])
 
 
 def dots(axes):
-    """Positions of the dots of a panel, from the top."""
+    """Return the positions of the dots of a panel, from the top."""
     found = [line.get_xydata()[0] for line in axes.lines if line.get_marker() == "o"]
     return np.array(found)[:, 0]
 
 
 def spans(axes):
-    """Ends of the lines of a panel's layers, from the top."""
+    """Return the ends of the lines of a panel's layers, from the top."""
     lines = [
         line.get_xdata()
         for line in axes.lines
@@ -115,12 +115,12 @@ def test_a_ratio_axis_has_numbers_on_both_sides_of_1(factor):
 
 
 def overlaps(figure):
-    """Pairs of texts of a figure that overlap, and texts that reach out of it."""
+    """Return pairs of texts of a figure that overlap, and texts outside of it."""
     figure.draw_without_rendering()
     found = [
         *figure.findobj(lambda t: isinstance(t, Text) and t.get_visible() and t.get_text().strip())
     ]
-    for axes in figure.axes:  # Numbers past the end of an axis are not drawn.
+    for axes in figure.axes:  # Numbers beyond the ends of an axis are not drawn.
         for place, axis in enumerate((axes.xaxis, axes.yaxis)):
             low, high = sorted(axis.get_view_interval())
             labels = [*axis.get_majorticklabels(), *axis.get_minorticklabels()]
@@ -137,7 +137,7 @@ def overlaps(figure):
 @pytest.mark.parametrize("name", ["drift", "history"])
 @pytest.mark.parametrize("own", [False, True])
 def test_no_text_is_cut_or_overprinted(name, own):
-    """Also in axes of the size that pyplot gives them, made as documented."""
+    """Also in axes of the default size, created as documented."""
     draw, panels = FIGURES[name]
     ax = plt.subplots(1, panels, layout="constrained")[1] if own else None
     assert not overlaps(draw(ax))
@@ -188,7 +188,7 @@ def test_a_channel_that_never_varies_is_drawn():
 
 
 def history(population_end=0.25):
-    """Three epochs of two metrics, with others that are not for the figure."""
+    """Return three epochs of two metrics, and other metrics."""
     return {
         "loss": [2.0, 1.0, 0.5],
         "val_loss": [9.0, 9.0, 9.0],
@@ -225,7 +225,7 @@ def test_history_has_a_panel_for_each_metric():
 
 
 def drawn(path):
-    """Whether a picture has more than its background."""
+    """Return whether a picture has more than its background."""
     return len(np.unique(plt.imread(path)[..., :3])) > 10
 
 
@@ -262,7 +262,7 @@ def test_axes_that_are_given_are_drawn_in(name, sharey, tmp_path):
     assert draw(ax=own) is figure
     assert len(plt.get_fignums()) == 1
     assert list(untouched.lines) == list(lines) and untouched.spines["top"].get_visible()
-    # All that the function adds belongs to its axes, none to the figure of others.
+    # The function adds artists only to its axes, not to the figure.
     assert not figure.legends and not figure.get_suptitle()
     assert axes[1, 0].get_legend() and axes[1, 0].get_title()
     alone = draw()
@@ -293,7 +293,7 @@ def test_other_axes_are_refused(name):
 
 
 class Fitted:
-    """As `keras.callbacks.History` is."""
+    """Like `keras.callbacks.History`."""
 
     history = {"loss": [1.0]}  # noqa: RUF012
 
@@ -310,13 +310,13 @@ def test_wrong_arguments_are_told_what_to_do():
     for wrong in (Fitted(), Fitted.history, stats, keras.Sequential(), None, partial, none):
         with pytest.raises(ValueError, match=r"StatsTracker .* Received: history .*plot_drift"):
             plot_history(wrong)
-    # An error leaves no empty figure behind.
+    # An error creates no empty figure.
     assert not plt.get_fignums()
 
 
 @pytest.mark.slow
 def test_no_display_is_needed(tmp_path):
-    """Not even where matplotlib is told to use windows."""
+    """Not even if matplotlib is configured to use windows."""
     code = (
         "import sys; from test_plots import *;"
         "plot_drift(statistics(0), statistics(1)).savefig(sys.argv[1]);"

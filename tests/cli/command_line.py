@@ -1,4 +1,4 @@
-"""The command line as the tests run it: in this process, with its output; a network for it."""
+"""Run the command line in this process, and return its output."""
 
 import json
 
@@ -10,7 +10,7 @@ from tfbn.cli import main
 
 
 def network():
-    """Two convolutions with batch norm on images of 6 by 5 pixels."""
+    """Build two convolutions with batch norm on images of 6 by 5 pixels."""
     keras.utils.set_random_seed(0)
     return keras.Sequential(
         [
@@ -28,21 +28,21 @@ def network():
 
 
 def run(capsys, *arguments):
-    """Exit code, and the text on stdout and on stderr."""
+    """Return the exit code, stdout and stderr."""
     capsys.readouterr()
     code = main([str(argument) for argument in arguments])
     return code, *capsys.readouterr()
 
 
 def run_for_json(capsys, *arguments):
-    """The output of a command that succeeds with --json."""
+    """Return the output of a command that succeeds with --json."""
     code, out, err = run(capsys, *arguments, "--json")
     assert (code, err) == (0, "")
     return json.loads(out)
 
 
 def fails(capsys, *arguments):
-    """The one line on stderr of a command that fails."""
+    """Return the only line on stderr of a command that fails."""
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "")
     assert err.count("\n") == 1 and err.startswith("tfbn: Expected")

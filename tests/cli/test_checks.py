@@ -1,4 +1,4 @@
-"""What is checked before TensorFlow is imported: in a process that could not import it."""
+"""Tests of the checks before the import of TensorFlow, in a process that cannot import it."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ for line in sys.stdin.read().splitlines():
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A model's file, a SavedModel in a version, data, an answer."""
+    """Create a model file, a SavedModel in a version, data, and an answer."""
     home = tmp_path_factory.mktemp("home")
     keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).save(home / "m.keras")
     np.save(home / "x.npy", np.zeros((3, 2)))
@@ -55,7 +55,7 @@ LINES = {
 
 
 def test_mistakes_are_found_without_tensorflow(home):
-    """One process for all, in which the import of TensorFlow or Keras is an error."""
+    """Run all cases in one process, where importing TensorFlow or Keras is an error."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         input="\n".join(LINES),

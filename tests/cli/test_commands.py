@@ -1,4 +1,4 @@
-"""The command line. What it computes is checked against Keras alone, on files it never wrote."""
+"""Tests of the commands, compared with Keras on files that tfbn did not write."""
 
 import json
 import os
@@ -29,7 +29,7 @@ IMAGES = (PIXELS / 255).astype("float32")
 
 
 def two_inputs():
-    """Batch norm of two inputs, and of their sum."""
+    """Build batch norm of two inputs and of their sum."""
     keras.utils.set_random_seed(0)
     a, b = keras.Input((3,), name="a"), keras.Input((3,), name="b")
     sum_of_both = layers.Add()(
@@ -40,7 +40,7 @@ def two_inputs():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The file of a model that was trained for a little while."""
+    """Save a model after a short training."""
     path = tmp_path_factory.mktemp("models") / "model.keras"
     model = network()
     model.compile("sgd", "mse")
@@ -50,7 +50,7 @@ def saved(tmp_path_factory):
 
 
 def whole_batch(path, x):
-    """Mean and variance of each layer's input in training mode over all data, by Keras alone."""
+    """Compute mean and variance of each layer's input over all data with Keras."""
     twin = keras.models.load_model(path)
     norms = [layer for layer in twin.layers if isinstance(layer, layers.BatchNormalization)]
     for layer in norms:
@@ -60,7 +60,7 @@ def whole_batch(path, x):
 
 
 def held(path):
-    """Mean and variance that the layers of a file's model hold."""
+    """Return mean and variance of the layers of a file's model."""
     return [
         (layer.moving_mean.numpy(), layer.moving_variance.numpy())
         for layer in keras.models.load_model(path).layers
@@ -69,7 +69,7 @@ def held(path):
 
 
 def assert_equal(found, expected, rtol=2e-5):
-    """Statistics are equal up to float32's rounding."""
+    """Compare statistics up to float32's rounding."""
     assert len(found) == len(expected)
     for (mean, variance), (right_mean, right_variance) in zip(found, expected, strict=True):
         scale = np.sqrt(right_variance.max())
@@ -78,25 +78,25 @@ def assert_equal(found, expected, rtol=2e-5):
 
 
 def as_npy(directory):
-    """The images as one array."""
+    """Write the images as one array."""
     np.save(directory / "x.npy", IMAGES)
     return [directory / "x.npy"]
 
 
 def as_npz(directory):
-    """The images beside their targets."""
+    """Write the images and their targets."""
     np.savez(directory / "data.npz", y=np.zeros(30), x_train=IMAGES)
     return [directory / "data.npz"]
 
 
 def as_npz_named(directory):
-    """The images under the name of the model's input, beside arrays with common names."""
+    """Write the images under the name of the model's input, with other arrays of common names."""
     np.savez(directory / "data.npz", x=np.zeros((3, 2)), image=IMAGES)
     return [directory / "data.npz"]
 
 
 def as_folder(directory):
-    """The images as PNG files, in a folder for each class."""
+    """Write the images as PNG files, in a folder for each class."""
     for number, image in enumerate(PIXELS):
         file = directory / "images" / str(number % 3) / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def as_folder(directory):
 
 
 def as_function(directory):
-    """The images as a function of a module returns them."""
+    """Write a module with a function that returns the images."""
     name = f"data_of_{directory.parent.name}_{directory.name}".replace("-", "_")
     (directory / f"{name}.py").write_text(
         f"import numpy\ndef train():\n    return numpy.load({str(directory / 'x.npy')!r})\n"
@@ -179,7 +179,7 @@ def test_inspect_says_not_known_then_swept_then_stale(capsys, tmp_path, saved):
     model = keras.models.load_model(swept)
     model.layers[0].kernel.assign_add(keras.ops.ones_like(model.layers[0].kernel))
     model.save(tmp_path / "changed.keras")
-    # Keras has left the record out. A file that somebody puts together has a false one.
+    # Keras drops the record. A manually combined file has a wrong one.
     with (
         zipfile.ZipFile(swept) as source,
         zipfile.ZipFile(tmp_path / "changed.keras", "a") as target,
@@ -208,7 +208,7 @@ def test_a_sweep_in_python_is_known_of_a_file_with_our_layers(capsys, tmp_path, 
     model.save(tmp_path / "changed.keras")
     code, out, _ = run(capsys, "inspect", tmp_path / "changed.keras", "--check")
     assert code == 1 and "stale: the weights have changed since the sweep" in out
-    stock = two_inputs()  # Of which Keras's own layers a file keeps nothing.
+    stock = two_inputs()  # A file stores no sweep of Keras's layers.
     tfbn.update_population_stats(stock, dict.fromkeys("ab", IMAGES[:, 0, :3, 0]), verbose=0)
     stock.save(tmp_path / "stock.keras")
     code, out, _ = run(capsys, "inspect", tmp_path / "stock.keras", "--check")
@@ -306,14 +306,14 @@ def test_export_passes_the_sweep_on(capsys, tmp_path, saved):
     assert found["statistics"]["samples"] == 30
     code, out, _ = run(capsys, "describe", exported["path"])
     assert code == 0 and "30 samples" in out
-    # One that was never swept is exported with a warning.
+    # A model without a sweep is exported with a warning.
     code, _, err = run(capsys, "export", saved, tmp_path / "serving" / "never")
     assert code == 0 and err.startswith("tfbn: warning: ") and err.count("\n") == 1
     assert run_for_json(capsys, "describe", tmp_path / "serving" / "never")["stale"]
 
 
 def test_export_is_verified_on_a_sample(capsys, tmp_path):
-    """Random numbers in [0, 1) are no data of this network, which makes NaN of them."""
+    """The network returns NaN for random numbers in [0, 1)."""
     a, b = keras.Input((3,), name="a"), keras.Input((3,), name="b")
     root = layers.Rescaling(1.0, offset=-2.0)(a)
     outputs = layers.Activation("log_softmax")(keras.ops.sqrt(root) + b)
@@ -321,7 +321,7 @@ def test_export_is_verified_on_a_sample(capsys, tmp_path):
     line = fails(capsys, "export", tmp_path / "model.keras", tmp_path / "served")
     assert "random numbers" in line
     rows = rng.uniform(3, 9, (100, 3)).astype("float32")
-    rows[40:] = 0  # Only the first are looked at.
+    rows[40:] = 0  # Only the first inputs are used.
     np.savez(tmp_path / "x.npz", b=rows, a=rows, other=np.zeros(7))
     sample = ["--sample", tmp_path / "x.npz"]
     found = run_for_json(capsys, "export", tmp_path / "model.keras", tmp_path / "served", *sample)
@@ -388,13 +388,13 @@ def test_a_name_that_is_taken_during_the_sweep_is_not_overwritten(
 
 
 class Touch:
-    """Pickles to a command."""
+    """Run a command when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
 
     def __reduce__(self):
-        """Make a file when it is loaded."""
+        """Create a file when it is loaded."""
         return os.system, (f"touch {self.path}",)
 
 
@@ -472,10 +472,10 @@ def test_control_c_ends_the_process_at_once(tmp_path, saved):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell's background job, and what it starts, ignores Ctrl-C.
+        # A shell's background job and its children ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    process.stdout.readline()  # The sweep has begun.
+    process.stdout.readline()  # The sweep has started.
     time.sleep(2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -502,13 +502,13 @@ def test_a_tolerance_sweeps_a_sample(capsys, tmp_path, saved):
 
 
 def sorted_by_class():
-    """1,500 images of ten classes, one class after the other, each of its own brightness."""
+    """Return 1,500 images of ten classes of different brightness, sorted by class."""
     values = np.random.default_rng(0).integers(0, 24, (1500, 6, 5, 1))
     return (values + 23 * np.arange(10).repeat(150)[:, None, None, None]).astype("uint8")
 
 
 def folder_by_class(directory):
-    """A PNG file for each image, in a folder for each class."""
+    """Write a PNG file for each image, in a folder for each class."""
     for number, image in enumerate(sorted_by_class()):
         file = directory / "images" / str(number // 150) / f"{number:04}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -517,19 +517,19 @@ def folder_by_class(directory):
 
 
 def npy_by_class(directory):
-    """One array."""
+    """Write one array."""
     np.save(directory / "x.npy", sorted_by_class().astype("float32"))
     return [directory / "x.npy"]
 
 
 def npz_by_class(directory):
-    """An archive of it."""
+    """Write a .npz file."""
     np.savez(directory / "x.npz", image=sorted_by_class().astype("float32"))
     return [directory / "x.npz"]
 
 
 def stream_by_class(directory):
-    """A dataset, of which nothing can be read but the next batch."""
+    """Write a function that returns a dataset, which supports only sequential reads."""
     np.save(directory / "x.npy", sorted_by_class().astype("float32"))
     (directory / "sorted_stream.py").write_text(
         "import numpy, pathlib, tensorflow as tf\n"
@@ -545,7 +545,7 @@ def stream_by_class(directory):
     [(folder_by_class, True), (npy_by_class, True), (npz_by_class, True), (stream_by_class, False)],
 )
 def test_a_sample_of_data_sorted_by_class(capsys, monkeypatch, tmp_path, data, at_random):
-    """It has all classes where it can be drawn at random; else a warning says that it may not."""
+    """It has all classes if it can be drawn at random; otherwise a warning is issued."""
     monkeypatch.syspath_prepend(str(tmp_path))
     inputs = keras.Input((6, 5, 1), name="image")
     model = keras.Model(inputs, layers.BatchNormalization(name="norm")(inputs))

@@ -1,4 +1,4 @@
-"""Readers of data: what they give, and what they refuse."""
+"""Tests of the readers of data: their results and errors."""
 
 import os
 import pathlib
@@ -20,23 +20,23 @@ X = np.random.default_rng(0).normal(size=(7, 4, 5, 1)).astype("float32")
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """Every test has an empty working directory."""
+    """Create an empty working directory for every test."""
     monkeypatch.chdir(tmp_path)
 
 
 def network(shape=(4, 5, 1)):
-    """A model with one input."""
+    """Build a model with one input."""
     return keras.Sequential([keras.Input(shape, name="image"), layers.Flatten()])
 
 
 def read(path, options=None, model=None):
-    """What the command line gives to the sweep."""
+    """Return the arguments of the sweep."""
     options = options or Options()
     return formats.find_reader(path, options)(path, model or network(), options)
 
 
 def refused(path, options=None, model=None):
-    """The text of the error that data is refused with."""
+    """Return the text of the error for data."""
     with pytest.raises(FileError) as error:
         read(path, options, model)
     text = str(error.value)
@@ -82,7 +82,7 @@ def test_several_inputs_have_their_structure():
 @pytest.mark.parametrize("dtype", ["complex64", "complex128", "datetime64[s]", "f4,f4", "O"])
 @pytest.mark.parametrize("save", ["npy", "npz"])
 def test_arrays_of_anything_but_real_numbers_are_refused(dtype, save):
-    """Complex numbers must not lose their imaginary part without a word."""
+    """Complex numbers must not silently lose their imaginary part."""
     x = np.zeros((4, 5), dtype)
     if save == "npy":
         np.save("x.npy", x)
@@ -99,13 +99,13 @@ def test_arrays_of_numbers_and_of_strings_are_taken(dtype):
 
 
 def test_a_damaged_header_is_noticed_in_an_archive():
-    """NumPy stops reading where the header says, before the checksum is compared."""
+    """NumPy stops at the end from the header, before zipfile validates the checksum."""
     np.savez("x.npz", x=np.arange(100000.0).reshape(1000, 100))
     content = pathlib.Path("x.npz").read_bytes()
     assert content.count(b"(1000, 100)") == 1
     pathlib.Path("x.npz").write_bytes(content.replace(b"(1000, 100)", b"(1000, 10) "))
     with np.load("x.npz") as archive:
-        assert archive["x"].shape == (1000, 10)  # Other numbers, and no error.
+        assert archive["x"].shape == (1000, 10)  # Wrong numbers without an error.
     refused("x.npz")
 
 
@@ -133,7 +133,7 @@ def test_images_are_resized_and_scaled():
 
 
 def test_a_batch_of_images_is_no_larger_than_there_are_images(monkeypatch):
-    """TensorFlow loops over all places in a batch, and would be at it for years."""
+    """TensorFlow loops over all elements of a batch, which would take years."""
     pathlib.Path("images").mkdir()
     png = tf.io.encode_png(np.zeros((4, 5, 1), "uint8")).numpy()
     for number in range(3):

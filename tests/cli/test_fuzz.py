@@ -1,7 +1,7 @@
 """Damaged and wrong files for every argument of every command, and command lines of any kind.
 
-Whatever is given, a command either does its work, right, or fails with one line that names the
-file as it was given; it leaves nothing behind, and it never takes long.
+For any input, a command either succeeds with the right result, or fails fast with one line that
+names the user's path, and leaves no files.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ import tensorflow as tf
 import tfbn
 from tfbn.cli import main
 
-# Words of other libraries' advice that means nothing on a command line, and names of ours that
-# nobody gave.
+# Words from advice of other libraries that do not apply to a command line, and names that the user
+# did not choose.
 FORBIDDEN = (
     "allow_pickle",
     "safe_mode",
@@ -35,7 +35,7 @@ FORBIDDEN = (
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with a good file of every kind that a command reads."""
+    """Create a folder with a valid file of every kind."""
     folder = tmp_path_factory.mktemp("files")
     x = np.random.default_rng(0).uniform(0, 255, (12, 4, 4, 1)).astype("float32")
     model = keras.Sequential([keras.Input((4, 4, 1), name="x"), tfbn.BatchNormalization()])
@@ -54,8 +54,8 @@ def files(tmp_path_factory):
     return folder
 
 
-# For every argument that names something to read: the command with `{}` in its place, the good
-# file for it, and whether damage to it is always noticed, or harmless.
+# Argument -> command with `{}` for the file, valid file, and whether every damage is either detected
+# or harmless.
 ARGUMENTS = {
     "inspect MODEL": ("inspect {} --json", "swept.keras", True),
     "inspect HDF5": ("inspect {} --json", "model.h5", False),
@@ -77,40 +77,40 @@ ARGUMENTS = {
 
 
 def nothing(content, rng):
-    """An empty file."""
+    """Return an empty file."""
     return b""
 
 
 def text(content, rng):
-    """Another kind of file."""
+    """Return another kind of file."""
     return b"This is a letter and no file of numbers.\n" * 9
 
 
 def cut(content, rng):
-    """A file whose end is missing."""
+    """Remove the end of a file."""
     return content[: rng.integers(1, len(content))]
 
 
 def flipped(content, rng):
-    """One wrong bit."""
+    """Flip one bit."""
     content = bytearray(content)
     content[rng.integers(len(content))] ^= 1 << rng.integers(8)
     return bytes(content)
 
 
 def overwritten(content, rng):
-    """A stretch of other bytes."""
+    """Overwrite some bytes."""
     start, length = rng.integers(len(content)), rng.integers(1, 200)
     return content[:start] + rng.bytes(length) + content[start + length :]
 
 
 def noise(content, rng):
-    """Bytes without a meaning."""
+    """Return random bytes."""
     return rng.bytes(len(content))
 
 
 def twice(content, rng):
-    """The file written behind itself."""
+    """Append the file to its content."""
     return content + content
 
 
@@ -118,7 +118,7 @@ DAMAGES = (nothing, text, cut, flipped, overwritten, noise, twice)
 
 
 def run(capsys, command, *given):
-    """Exit code, stdout and the lines on stderr of a command, in which `{}` stands for a file."""
+    """Return exit code, stdout and the lines on stderr of a command; `{}` is a file."""
     capsys.readouterr()
     code = main([given[0] if word == "{}" else word for word in command.split()])
     out, err = capsys.readouterr()
@@ -126,7 +126,7 @@ def run(capsys, command, *given):
 
 
 def check(capsys, folder, command, given):
-    """The output of a command that did its work, or `None` if it failed as it should."""
+    """Return the output of a command, or `None` if it failed with a valid error."""
     before = snapshot(folder)
     started = time.process_time()
     code, out, lines = run(capsys, command, given)
@@ -147,12 +147,12 @@ def check(capsys, folder, command, given):
 
 
 def snapshot(folder):
-    """Everything in a folder, with sizes."""
+    """Return all files in a folder with their sizes."""
     return {(str(file), file.lstat().st_size) for file in sorted(folder.rglob("*"))}
 
 
 def clean(folder):
-    """Remove what a command wrote."""
+    """Remove the output of a command."""
     (folder / "new.keras").unlink(missing_ok=True)
     shutil.rmtree(folder / "new", ignore_errors=True)
 
@@ -174,7 +174,7 @@ def fuzz(capsys, files, argument, seeds):
 
 @contextlib.contextmanager
 def another_place(files, good):
-    """A path to a file that is not there yet, in a form that must be repeated as it is."""
+    """Yield a path of a new file, whose form the output must repeat."""
     (files / "a  folder").mkdir()
     try:
         yield f"./a  folder//other{pathlib.Path(good).suffix}"
@@ -200,16 +200,16 @@ def test_many_damaged_files(capsys, monkeypatch, files, argument):
 
 
 def missing(path):
-    """No such file."""
+    """Remove the file."""
 
 
 def link_to_nowhere(path):
-    """A link whose file is gone."""
+    """Create a dangling link."""
     os.symlink("nowhere", path)
 
 
 def link_to_itself(path):
-    """A link that never ends."""
+    """Create a circular link."""
     os.symlink(os.path.basename(path), path)
 
 

@@ -1,4 +1,4 @@
-"""Model files: what is read, what is refused, and that a file is written whole or not at all."""
+"""Tests of model files: loading, errors, and atomic saves."""
 
 import os
 import pathlib
@@ -20,12 +20,12 @@ from tfbn.files import atomic
 
 
 def network():
-    """Two layers, one of them batch norm."""
+    """Build two layers, one of them batch norm."""
     return keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), tfbn.BatchNormalization()])
 
 
 def statistics(model):
-    """What a sweep might have found."""
+    """Return statistics as if from a sweep."""
     read = tfbn.PopulationStats.read(model)
     layers = {
         path: tfbn.LayerStats(10, held.mean + 1.0, held.variance) for path, held in read.items()
@@ -43,13 +43,13 @@ def statistics(model):
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """An empty working directory."""
+    """Create an empty working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def saved():
-    """A model with the statistics that are saved with it, in out.keras."""
+    """Save a model with its statistics in out.keras."""
     model = network()
     stats = statistics(model)
     stats.assign(model)
@@ -84,11 +84,11 @@ def test_a_loss_that_keras_cannot_read_again_is_left_out_and_told(home):
 
 
 class Custom(keras.layers.Layer):
-    """A layer that no process but this knows."""
+    """A layer that only this process defines."""
 
 
 def refused(path):
-    """The text of the error that a file is refused with."""
+    """Return the text of the error for a file."""
     with pytest.raises(FileError) as error:
         model_files.load(path)
     text = str(error.value)
@@ -110,7 +110,7 @@ def test_code_and_unknown_classes_are_refused(home, suffix):
 
 
 def test_code_in_hdf5_is_refused_by_us_and_not_by_keras_alone(home, monkeypatch):
-    """Keras before 3.11.3 runs it."""
+    """Keras before 3.11.3 runs the code."""
     inner = keras.Sequential([keras.Input((3,)), keras.layers.Lambda(lambda x: 2 * x)])
     keras.Sequential([keras.Input((3,)), inner]).save("nested.h5")
     monkeypatch.setattr(keras.models, "load_model", lambda *args, **options: pytest.fail("loaded"))
@@ -126,14 +126,14 @@ def test_other_things_are_refused_with_a_way_out(home):
     assert "a directory" in refused("folder.keras")
     network().save_weights("model.weights.h5")
     assert "weights alone" in refused("model.weights.h5")
-    os.mkfifo("pipe.keras")  # Reading it would never end.
+    os.mkfifo("pipe.keras")  # Reading it would block forever.
     assert "another kind of file" in refused("pipe.keras")
     pathlib.Path("model.txt").write_text("text")
     assert "another kind of file" in refused("model.txt")
 
 
 def test_weights_that_are_damaged_are_noticed(home):
-    """Whether Keras compares their checksum depends on how it reads them."""
+    """Keras validates their checksum only for some ways of reading."""
     saved()
     content = bytearray(pathlib.Path("out.keras").read_bytes())
     mean = np.float32(1.0).tobytes() * 2  # The moving mean of both channels.
@@ -208,7 +208,7 @@ def test_a_name_that_is_taken_while_the_model_is_written_is_left_alone(home, mon
 
 
 def no_links(source, target):
-    """As on a file system that has no hard links."""
+    """Raise the error of a file system without hard links."""
     raise PermissionError(1, "Operation not permitted", source)
 
 

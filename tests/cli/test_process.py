@@ -1,4 +1,4 @@
-"""The process: what it imports, its exit code, and what it writes to stderr."""
+"""Tests of the process: its imports, exit codes and stderr."""
 
 import contextlib
 import io
@@ -78,7 +78,7 @@ def test_fractions(text, value):
 
 @pytest.mark.slow
 def test_stderr_has_nothing_but_our_lines(tmp_path):
-    """TensorFlow and Keras write notes to it, in C++ and in Python."""
+    """TensorFlow and Keras write notes to stderr, in C++ and in Python."""
     model = network()
     model.compile("sgd", "mse")  # Keras says of each such HDF5 file that it compiled the model.
     model.save(tmp_path / "model.h5")
@@ -112,7 +112,7 @@ def test_a_closed_stderr(tmp_path):
 
 @pytest.fixture
 def before_tensorflow(monkeypatch):
-    """The process as it is before the import of TensorFlow, to be ended by calling this."""
+    """Remove TensorFlow from the modules, and return a function that restores it."""
     loaded = sys.modules["tensorflow"]
     monkeypatch.delitem(sys.modules, "tensorflow")
     monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
@@ -210,7 +210,7 @@ def test_names_that_a_terminal_would_act_on(capsys, monkeypatch, tmp_path, name,
 
 
 def network():
-    """A model with batch norm."""
+    """Save a model with batch norm."""
     return keras.Sequential([keras.Input((2,)), keras.layers.BatchNormalization()])
 
 
@@ -227,7 +227,7 @@ LINES = st.lists(st.sampled_from(WORDS) | st.text(max_size=5), max_size=9)
 @settings(max_examples=150)
 @given(LINES)
 def test_any_command_line(line):
-    """It is wrong usage with the usage and one error, or names a file that does not exist."""
+    """It prints the usage and one error, or names a file that does not exist."""
     check_line(line)
 
 
@@ -239,7 +239,7 @@ def test_very_many_command_lines(line):
 
 
 def check_line(line):
-    """Exit code and stderr of a line that can do nothing, as its files do not exist."""
+    """Return exit code and stderr of a command whose files do not exist."""
     line = [word.replace("\0", "") for word in line]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -1,4 +1,4 @@
-"""`tfbn recalibrate` for models that are served, and with few samples."""
+"""Tests of `tfbn recalibrate` for served models and with few samples."""
 
 import os
 
@@ -16,7 +16,7 @@ IMAGES = np.random.default_rng(0).random((30, 6, 5, 1)).astype("float32")
 
 @pytest.fixture
 def files(tmp_path):
-    """A model's file, the directory of its export, and data from the field."""
+    """Return a model file, the directory of its export, and data from the field."""
     model = network()
     tfbn.update_population_stats(model, IMAGES, verbose=0)
     model.save(tmp_path / "model.keras")
@@ -26,13 +26,13 @@ def files(tmp_path):
 
 
 def held(model):
-    """Mean and variance of its layers, one after the other."""
+    """Return mean and variance of the layers."""
     norms = [layer for layer in model.layers if isinstance(layer, layers.BatchNormalization)]
     return [np.float64(v) for n in norms for v in (n.moving_mean, n.moving_variance)]
 
 
 def of_one_batch(path, x):
-    """What the layers hold of all data as a batch, by Keras alone."""
+    """Compute the statistics of all data as a single batch with Keras."""
     twin = keras.models.load_model(path)
     for layer in twin.layers:
         if isinstance(layer, layers.BatchNormalization):
@@ -55,7 +55,7 @@ def test_few_samples_are_blended_with_what_the_file_holds(capsys, tmp_path, file
         np.testing.assert_allclose(blended, (10 * source + 30 * own) / 40, rtol=1e-4, atol=1e-5)
     code, text, _ = run(capsys, "inspect", out, "--check")
     assert code == 0 and "blended: 30 field samples, 10 prior samples" in text
-    # Its export knows, too.
+    # The export describes it too.
     run(capsys, "export", out, tmp_path / "served")
     code, text, _ = run(capsys, "describe", tmp_path / "served")
     assert "blended: 30 field samples, 10 prior samples" in text
@@ -109,7 +109,7 @@ def test_errors_leave_the_versions_alone(capsys, tmp_path, files):
 
 
 def test_validation_is_printed_before_and_after(capsys, tmp_path):
-    """With the metrics of Keras on the file before and the file after."""
+    """Compare with the metrics of Keras on both files."""
     model = network()
     model.compile("sgd", "mse", metrics=["mae"])
     model.save(tmp_path / "model.keras")
@@ -138,7 +138,7 @@ def test_validation_is_printed_before_and_after(capsys, tmp_path):
 
 
 def test_averages_that_lag_cannot_explain_are_another_preprocessing(capsys, tmp_path):
-    """Pixels of 0 to 255 in fit and in [0, 1] now, or the other way round; then plain lag."""
+    """Pixels of 0 to 255 in fit and in [0, 1] in the sweep, or the reverse; then only lag."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [keras.Input((6, 5, 1), name="image"), layers.BatchNormalization(name="first")]

@@ -1,4 +1,4 @@
-"""The path to a monitored server without Python: export, convert, fold, drift."""
+"""Tests of export, convert, fold and drift."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ IMAGES = np.random.default_rng(0).random((30, 6, 5, 1)).astype("float32")
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The file of a model that was swept by the command line, which records that."""
+    """Save a model that the command line has swept, which records the sweep."""
     home = tmp_path_factory.mktemp("models")
     network().save(home / "before.keras")
     np.save(home / "x.npy", IMAGES)
@@ -29,14 +29,14 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(saved, tmp_path_factory):
-    """The directory of its export with the monitor."""
+    """Return the directory of an export with the monitor."""
     path = tmp_path_factory.mktemp("served") / "model"
     assert tfbn.cli.main(["export", str(saved), str(path), "--monitor", "--json"]) == 0
     return path
 
 
 def answers(served, images):
-    """What a server answers to requests of one image, in the JSON of its REST interface."""
+    """Return the JSON answers of the REST interface to requests of one image."""
     monitor = tf.saved_model.load(os.fspath(served / "1")).signatures["monitor"]
 
     def plain(value):
@@ -79,7 +79,7 @@ def test_drift_is_exit_status_1(capsys, tmp_path, served, form):
 
 
 def test_an_archive_is_one_answer(capsys, tmp_path, served):
-    """Fewer than 16 samples are too few for an alarm, however far off they are."""
+    """Fewer than 16 samples raise no alarm at any distance."""
     monitor = tf.saved_model.load(os.fspath(served / "1")).signatures["monitor"]
     for count, code, says in ((16, 1, "16 samples have moved"), (5, 0, "5 of 16 samples: too few")):
         answer = monitor(tf.constant(0.1 * IMAGES[:count]))
@@ -157,7 +157,7 @@ def test_copies_predict_the_same(capsys, tmp_path, saved, command, layers):
     np.testing.assert_allclose(
         copy.predict(IMAGES, verbose=0), model.predict(IMAGES, verbose=0), rtol=1e-5, atol=1e-6
     )
-    # The statistics are still known to be those of a sweep.
+    # The sweep of the statistics is still known.
     assert run(capsys, "inspect", out, "--check")[0] == 0
 
 

@@ -1,4 +1,4 @@
-"""Models to export, and what a server would do with a version."""
+"""Build models to export, and call versions like a server."""
 
 import os
 
@@ -16,7 +16,7 @@ BATCH_NORMS = [tfbn.BatchNormalization, keras.layers.BatchNormalization]
 
 
 def sweep(model):
-    """Assign statistics as of a sweep, random ones, so that no test passes by mean 0, var 1."""
+    """Assign random statistics as if from a sweep, because mean 0 and variance 1 hide errors."""
     rng = np.random.default_rng(1)
     found = {}
     for path, layer in batch_norm_layers(model).items():
@@ -65,7 +65,7 @@ def conv_model():
 
 
 def by_numpy(model, x):
-    """Dense, batch norm, Dense in float64."""
+    """Build Dense, batch norm, Dense in float64."""
     first, bn, last = model.layers
     w = [np.float64(v.numpy()) for v in (*first.weights, *last.weights)]
     gamma, beta, mean, variance = (np.float64(v.numpy()) for v in bn.weights)
@@ -74,7 +74,7 @@ def by_numpy(model, x):
 
 
 def serve(path):
-    """What a server does: call the default signature with tensors by name."""
+    """Call the default signature with tensors by name, like a server."""
     loaded = tf.saved_model.load(os.fspath(path))
     signature = loaded.signatures["serving_default"]
 

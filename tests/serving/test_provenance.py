@@ -1,4 +1,4 @@
-"""Where a version came from: fresh or stale, written, read and printed."""
+"""Tests of provenance: fresh or stale, written, read and printed."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def test_changed_since_the_sweep_is_a_warning_or_an_error(tmp_path, what):
 @pytest.mark.filterwarnings("error:The batch norm statistics")
 def test_a_fresh_sweep_and_no_batch_norm_are_silent(tmp_path):
     model = dense_model()
-    model.trainable = False  # As Algorithm 2 leaves it.
+    model.trainable = False  # After Algorithm 2.
     export(model, tmp_path, require_population=True)
     plain = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
     export(plain, tmp_path, require_population=True)
@@ -59,13 +59,13 @@ def test_provenance_travels_with_the_model(tmp_path, capsys):
     capsys.readouterr()
     assert describe(exported.path) == written
     printed = capsys.readouterr().out
-    # As the last line of a notebook's cell it is not shown as a long dict again.
+    # The last line of a notebook's cell does not print a long dict.
     shown = repr(describe(exported.path))
     assert shown.startswith(f"<Description of {exported.path}: tfbn, ") and "320" not in shown
     assert "method='pooled' over 20 samples in 2 batches of at most 10" in printed
     assert "bn: 3 channels, 320 values each" in printed
     assert "changed" not in printed
-    assert describe(str(tmp_path))["stale"] is not None  # The latest.
+    assert describe(str(tmp_path))["stale"] is not None  # The highest version.
     assert written["stale"] is None
     assert written["statistics"]["fingerprint"] == written["fingerprint"]
     assert written["fingerprint"] != describe(tmp_path)["fingerprint"]
@@ -96,14 +96,14 @@ def file_of(tmp_path):
 
 @pytest.fixture(scope="module")
 def content(tmp_path_factory):
-    """The provenance of a swept model, as it is written."""
+    """Return the provenance of a swept model as bytes."""
     directory = tmp_path_factory.mktemp("whole")
     export(dense_model(), directory)
     return file_of(directory).read_bytes()
 
 
 def read_back(directory, content):
-    """What `read` gives for other content, `None` for its one error, which names the file."""
+    """Return the result of `read` for other content, `None` for an error that names the file."""
     file = file_of(directory)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(content)
@@ -136,7 +136,7 @@ def test_a_damaged_file_is_one_error_that_names_it(tmp_path, capsys):
         with pytest.raises(ValueError, match=r"tfbn\.json.*damaged or another kind of file"):
             describe(tmp_path)
         assert capsys.readouterr().out == ""
-    # A server does not mind, and the next export finds the clients of that version all the same.
+    # A server ignores it, and the next export still keeps the names of that version.
     assert export(dense_model(), tmp_path).version == 2
 
 
@@ -154,7 +154,7 @@ def test_entries_are_the_fields(tmp_path, content):
 
 
 def damage(content, rng):
-    """A copy with a bit flipped, a stretch cut out, doubled, overwritten, or the end cut off."""
+    """Return a copy with a flipped bit, a removed, doubled or overwritten part, or no end."""
     content = bytearray(content)
     at, to = sorted(rng.integers(0, len(content), 2))
     kind = rng.integers(0, 5)
@@ -180,7 +180,7 @@ def test_damage_is_seen_or_harmless(tmp_path, content):
         found = read_back(tmp_path, damage(content, rng))
         assert found is None or found == whole
         seen += found is None
-    assert seen > 0.8 * count  # Blanks between entries may go.
+    assert seen > 0.8 * count  # Blanks between entries may be removed.
 
 
 def test_standard_errors_go_with_the_model(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Whether a model's statistics are those of a sweep over its weights, or stale."""
+"""Tests of stale statistics: whether they come from a sweep over the model's weights."""
 
 import gc
 import json
@@ -17,7 +17,7 @@ from tfbn.serving import provenance, sweeps
 
 
 def siamese():
-    """An encoder with two batch norm layers, and a model that calls it twice."""
+    """Return an encoder with two batch norm layers, and a model that calls it twice."""
     encoder = keras.Sequential(
         [
             keras.Input((4,)),
@@ -43,7 +43,7 @@ def test_the_encoder_of_a_swept_network_is_swept(tmp_path):
     swept = sweeps.sweep_of(network).stats
     for path, layer in written["statistics"]["layers"].items():
         off = swept.compare(swept.previous)[f"encoder/{path}"]
-        # Its sweep was over one batch, which tells no errors.
+        # A sweep over one batch has no standard errors.
         known = {"channels": 3 if path == "first" else 2, "count": 320, "relative_error": None}
         assert layer == {**known, **off}
 
@@ -78,7 +78,7 @@ def test_a_changed_part_is_stale(change, alive):
 
 
 def test_what_is_after_the_last_batch_norm_does_not_matter():
-    """Its own scale and shift neither."""
+    """Neither do its scale and shift."""
     encoder, network = siamese()
     encoder.layers[-1].gamma.assign([5.0, 5.0])
     network.layers[-1].kernel.assign([[5.0], [5.0]])
@@ -122,7 +122,7 @@ def test_a_batch_norm_in_the_new_head_is_not_part_of_the_sweep_until_it_is_swept
 
 
 def test_the_statistics_of_a_frozen_layer_upstream_are_weights_to_the_sweep():
-    """It has no sweep of its own, and what is below it in the network rests on it."""
+    """It was not swept, and the layers after it depend on it."""
     base = keras.Sequential([keras.Input((4,)), layers.BatchNormalization(name="base")])
     base.trainable = False
     x = keras.Input((4,), name="x")
@@ -135,7 +135,7 @@ def test_the_statistics_of_a_frozen_layer_upstream_are_weights_to_the_sweep():
 
 
 class Subclassed(keras.Model):
-    """Names its layers in another order than it calls them, and has a head it may train."""
+    """Define layers in another order than their calls, with a trainable head."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -165,7 +165,7 @@ def test_the_order_of_calls_decides_and_not_that_of_attributes(where, stale):
 
 
 class Untraceable(keras.Model):
-    """Takes a batch of known size only."""
+    """Require a batch of known size."""
 
     def __init__(self):
         super().__init__()
@@ -186,7 +186,7 @@ def test_where_the_network_cannot_be_traced_every_weight_counts():
 
 
 def test_a_layer_that_comes_back_from_its_own_output_depends_on_what_is_after_it():
-    """A shared layer that is called twice, with a Dense layer between."""
+    """Build a shared layer that is called twice, with a Dense layer in between."""
     x = keras.Input((3,), name="x")
     bn, dense = layers.BatchNormalization(name="bn"), layers.Dense(3, name="between")
     head = layers.Dense(1, name="head")
@@ -298,7 +298,7 @@ def test_statistics_whose_weights_are_not_known_say_so():
 
 
 class Unrecorded(keras.Model):
-    """Keras records no input of it."""
+    """Keras stores no input spec of it."""
 
     def __init__(self):
         super().__init__()

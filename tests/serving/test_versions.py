@@ -1,4 +1,4 @@
-"""The directory of a model: numbers, and whole versions or none."""
+"""Tests of version numbers and atomic versions."""
 
 import concurrent.futures
 import contextlib
@@ -28,7 +28,7 @@ def test_versions_count_up_and_are_never_overwritten(tmp_path):
     assert export(model, tmp_path / "m").path == tmp_path / "m" / "1"
     assert export(model, str(tmp_path / "m")).version == 2
     assert export(model, tmp_path / "m", version=9).version == 9
-    # To a server `012` is version 12, and `notes` and `-1` are none.
+    # A server parses `012` as version 12, and ignores `notes` and `-1`.
     for name in ("012", "notes", "-1", "1.5"):
         (tmp_path / "m" / name).mkdir()
     assert export(model, tmp_path / "m").version == 13
@@ -78,7 +78,7 @@ def test_a_poll_never_sees_a_part(tmp_path, monkeypatch):
 )
 def test_a_failed_export_leaves_nothing_behind(tmp_path, monkeypatch, when, error):
     model = dense_model()
-    export(model, tmp_path / "once")  # After this every module of TensorFlow is in its place.
+    export(model, tmp_path / "once")  # After this, all modules of TensorFlow are imported.
     shutil.rmtree(tmp_path / "once")
 
     def fail(*args, **kwargs):
@@ -143,7 +143,7 @@ def test_of_many_exporters_at_once_each_gets_a_number(tmp_path, monkeypatch):
 
     def together(*args):
         with contextlib.suppress(threading.BrokenBarrierError):
-            barrier.wait(5)  # Everybody has made up their mind about the same number.
+            barrier.wait(5)  # All processes have chosen the same number.
         rename(*args)
 
     monkeypatch.setattr(os, "rename", together)
@@ -153,7 +153,7 @@ def test_of_many_exporters_at_once_each_gets_a_number(tmp_path, monkeypatch):
         written.mkdir()
         (written / "content").write_text(str(i))
         number = versions.put_in_place(written, tmp_path, None)
-        barrier.abort()  # Once all have tried, there is nobody to wait for.
+        barrier.abort()  # After all attempts, no process waits.
         return number, i
 
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
@@ -168,7 +168,7 @@ def test_numbers_that_no_server_can_read(tmp_path):
     with pytest.raises(ValueError, match=r"2\*\*63 - 1.*Received: 9223372036854775808"):
         export(dense_model(), tmp_path / "m", version=2**63)
     assert everything_under(tmp_path) == []
-    # To a server that is no version, so it is none to count on from.
+    # A server ignores it, so it does not count.
     (tmp_path / "m" / str(2**63)).mkdir(parents=True)
     (tmp_path / "m" / ("9" * 5000)[:200]).mkdir()
     assert versions.checked(tmp_path / "m", None) is None
@@ -198,7 +198,7 @@ def test_everything_is_on_the_disk_before_a_version_has_its_name(tmp_path, monke
     contents = [version, *version.rglob("*")]
     flushed = {source + event[len(source) :] for event in events[:at]}
     assert {source + str(p)[len(str(version)) :] for p in contents} <= flushed
-    # The new name is in the directory's list, and the directories that were made in theirs.
+    # The new name is flushed in its directory, and the created directories in their parents.
     after = events[at + 1 :]
     assert {str(tmp_path / "new" / "m"), str(tmp_path / "new"), str(tmp_path)} <= set(after)
 
@@ -216,7 +216,7 @@ with versions.unfinished(pathlib.Path(sys.argv[1])) as partial:
 
 @pytest.fixture
 def writer(tmp_path):
-    """A process that writes a version and does not end."""
+    """Run a process that writes a version and does not end."""
     process = subprocess.Popen(
         [sys.executable, "-c", WRITE_FOR_EVER, tmp_path], stdout=subprocess.PIPE, text=True
     )
@@ -232,9 +232,9 @@ def test_an_export_clears_what_a_killed_one_left(tmp_path, writer):
     [left] = tmp_path.iterdir()
     assert left.name.startswith(f".tfbn-export-{writer.pid}-{socket.gethostname()}-")
     with versions.unfinished(tmp_path):
-        assert (left / "version" / "saved_model.pb").exists()  # Its owner lives.
+        assert (left / "version" / "saved_model.pb").exists()  # The process is alive.
     assert list(tmp_path.iterdir()) == [left]
-    os.kill(writer.pid, signal.SIGSTOP)  # Asleep is not dead.
+    os.kill(writer.pid, signal.SIGSTOP)  # A suspended process is alive.
     with versions.unfinished(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == [left]
@@ -327,7 +327,7 @@ def test_a_file_url_of_another_host_is_refused():
 
 
 def saved_model(folder):
-    """A folder that a server takes for a SavedModel."""
+    """Create a folder that a server loads as a SavedModel."""
     folder.mkdir(parents=True)
     (folder / "saved_model.pb").write_bytes(b"")
     return folder

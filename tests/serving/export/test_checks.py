@@ -1,4 +1,4 @@
-"""Versions that must not be put in place, and versions that must."""
+"""Tests of the checks that a version must pass before it is put in place."""
 
 import os
 import sys
@@ -55,7 +55,7 @@ def test_training_mode_in_a_functional_model_is_never_exported(tmp_path):
     given = np.random.default_rng(9).normal(size=(5, 4)).astype("float32")
     gamma, beta, mean, variance = (np.float64(v.numpy()) for v in model.layers[1].weights)
     want = (given - mean) / np.sqrt(variance + 1e-3) * gamma + beta
-    # Which of the two `training` counts is another matter in older versions of Keras 3.
+    # Older versions of Keras 3 use the other of the two `training` arguments.
     if np.allclose(model(given, training=False), want, rtol=1e-4, atol=1e-4):
         served = serve(export(model, tmp_path).path)(**{x.name: given})["output_0"]
         np.testing.assert_allclose(served, want, rtol=1e-5, atol=1e-5)
@@ -114,7 +114,7 @@ def test_training_mode_is_refused_where_outputs_do_not_show_it(tmp_path, batch_n
         export(model, tmp_path)
     model = called(HardWired(batch_norm), ONES)
     sweep(model)
-    with pytest.raises(ValueError, match=r"'sequential.*/inner'"):  # A batch of one has no others.
+    with pytest.raises(ValueError, match=r"'sequential.*/inner'"):  # A batch of one sample.
         export(model, tmp_path, input_signature=[tf.TensorSpec((1, 4), tf.float32)])
     assert everything_under(tmp_path) == []
 
@@ -127,7 +127,7 @@ def test_outputs_that_depend_on_the_batch_are_refused(tmp_path):
     model = keras.Sequential([keras.Input((4,)), Centred()])
     with pytest.raises(ValueError, match="other samples"):
         export(model, tmp_path)
-    with pytest.raises(ValueError, match="other samples"):  # Of a batch of one, too.
+    with pytest.raises(ValueError, match="other samples"):  # A batch of one sample.
         export(model, tmp_path, sample=np.array([[1.0, 2.0, 3.0, 4.0]]))
     assert everything_under(tmp_path) == []
 
@@ -144,7 +144,7 @@ def test_what_cannot_be_verified_is_refused(tmp_path):
 
 
 class Constant(layers.Layer):
-    """One output of a value, whatever the input, and one of the input."""
+    """Return a constant output, and an output that depends on the input."""
 
     def __init__(self, *values):
         super().__init__()
@@ -188,7 +188,7 @@ def test_an_empty_output_is_no_nan(tmp_path):
 
 
 class Between(layers.Layer):
-    """Refuses inputs outside an interval, and lengths other than five."""
+    """Raise an error for inputs outside an interval, and for lengths other than five."""
 
     def __init__(self, low, high):
         super().__init__()
@@ -205,7 +205,7 @@ class Between(layers.Layer):
 
 @pytest.mark.parametrize("kind", ["array", "dataset", "dataset with labels"])
 def test_a_sample_verifies_where_random_numbers_cannot(tmp_path, kind):
-    # Zeros in the place of other samples are an error here too.
+    # Zeros as the other samples are an error too.
     model = keras.Sequential([keras.Input((None,)), Between(100.0, 255.0)])
     with pytest.raises(ValueError, match=r"random numbers in \[0, 1\).*as sample"):
         export(model, tmp_path)
@@ -230,7 +230,7 @@ def test_a_sample_needs_no_warmup_and_goes_before_it(tmp_path, monkeypatch):
 
 
 def cancelling(offset=3e6):
-    """Batch norm whose mean takes away a bias: what is left are the last digits."""
+    """Build a network whose mean cancels a bias, so that only the last digits remain."""
     model = keras.Sequential(
         [keras.Input((4,), name="x"), layers.Dense(3), layers.BatchNormalization()]
     )
@@ -310,7 +310,7 @@ class Counter(layers.Layer):
 @pytest.mark.parametrize("seed", [None, 1])
 @pytest.mark.parametrize("layer", [Noise, SeededNoise, Counter])
 def test_a_model_whose_calls_differ_is_refused_with_the_reason(tmp_path, layer, seed):
-    if seed is not None:  # Then functions that are traced alike draw alike in their first calls.
+    if seed is not None:  # With a seed, equal functions draw equal numbers in their first calls.
         tf.random.set_seed(seed)
     with pytest.raises(ValueError, match=r"differ by .* between two calls.*draw random numbers"):
         export(keras.Sequential([keras.Input((4,)), layer()]), tmp_path)

@@ -1,4 +1,4 @@
-"""The graph that is served: requests that it refuses, and with which words."""
+"""Tests of the served graph: requests that raise errors, and their messages."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""What is served, and that loading it needs nothing of ours."""
+"""Tests of exported versions: their outputs, and that loading them requires no tfbn."""
 
 import logging
 import os
@@ -135,7 +135,7 @@ def test_integers_strings_and_unknown_sizes(tmp_path):
     got = call(**{text.name: strings, numbers.name: integers})["output_0"]
     table = np.float64(embed.embeddings.numpy())
     gamma, beta, mean, variance = (np.float64(v.numpy()) for v in model.layers[-2].weights)
-    # Index 0 is for what is not in the vocabulary, so "c" is 3.
+    # Index 0 is for unknown tokens, so "c" is 3.
     summed = table[[3, 0]] + table[[1, 4]]
     want = ((summed - mean) / np.sqrt(variance + 1e-3) * gamma + beta).max(0)
     np.testing.assert_allclose(got[0], want, rtol=1e-5, atol=1e-5)
@@ -170,7 +170,7 @@ def test_a_folded_export_serves_the_same(tmp_path, batch_norm):
     served = serve(exported.path)(**{name: x})["output_0"]
     np.testing.assert_allclose(served, by_numpy(model, x), rtol=1e-5, atol=1e-5)
     assert signature_of(exported.path) == signature_of(export(model, tmp_path).path)
-    # Kernels and biases of two layers, and nothing of batch norm.
+    # Kernels and biases of two layers, without batch norm.
     assert len(tf.saved_model.load(os.fspath(exported.path)).variables) == 4
     assert describe(exported.path)["folded"]
     assert not describe(tmp_path)["folded"]

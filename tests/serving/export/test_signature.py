@@ -1,4 +1,4 @@
-"""Names, dtypes and shapes of an endpoint, and clients of the version before."""
+"""Tests of names, dtypes and shapes of an endpoint, and of clients of the version before."""
 
 import keras
 import numpy as np
@@ -64,7 +64,7 @@ def test_nested_outputs_are_named_by_the_way_to_them(tmp_path, structure, fold):
     for name, expected in zip(names, keras.tree.flatten(model(ONES)), strict=True):
         np.testing.assert_allclose(answers[name], expected, rtol=1e-5, atol=1e-6)
     with pytest.warns(UserWarning, match="no sweep"):
-        assert export(model, tmp_path).version == 2  # Clients can go on.
+        assert export(model, tmp_path).version == 2  # Clients still work.
 
 
 def test_nested_outputs_of_one_name_are_refused(tmp_path):
@@ -103,7 +103,7 @@ def test_errors_of_models_and_signatures(tmp_path):
 
 
 def unnamed(width=4, outputs=2):
-    """A model whose input Keras names, each time otherwise."""
+    """Build a model whose input has a new generated name each time."""
     inputs = keras.Input((width,))
     return keras.Model(inputs, layers.Dense(outputs)(inputs))
 
@@ -140,7 +140,7 @@ def test_clients_of_a_named_input_and_output_go_on(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_clients_of_stock_exports_go_on(tmp_path):
     unnamed().export(tmp_path / "7", verbose=False)
-    (tmp_path / "8").mkdir()  # Holds no model, so it has no clients.
+    (tmp_path / "8").mkdir()  # Contains no model, so it has no clients.
     [(name, _)] = signature_of(tmp_path / "7")[0][1].items()
     export(unnamed(), tmp_path)
     assert [*signature_of(tmp_path / "9")[0][1]] == [name]
@@ -149,7 +149,7 @@ def test_clients_of_stock_exports_go_on(tmp_path):
 def test_several_unnamed_inputs_keep_their_order(tmp_path):
     def model(reverse):
         a, b = keras.Input((4,)), keras.Input((4,))
-        inputs = [b, a] if reverse else [a, b]  # Numbers of their names, or the other way.
+        inputs = [b, a] if reverse else [a, b]  # The numbers in their names, or the reverse.
         first, second = layers.Dense(2)(inputs[0]), layers.Dense(2)(inputs[1])
         return keras.Model(inputs, layers.Subtract()([first, second]))
 
@@ -239,7 +239,7 @@ def test_old_requests_always_fit(old, new, shapes, ordered):
             "inputs", new, (1, signature.Endpoint(old, {}, ordered)), allow_new=False
         )
     except ValueError:
-        # Never refused: the very same names, which somebody chose, with the same specs.
+        # Equal chosen names with equal specs are always allowed.
         assert old != new or any(name[0] in "kia" and len(name) > 1 for name in new)
         return
     assert sorted(kept.values()) == sorted(old)
@@ -267,7 +267,7 @@ def test_another_structure_is_refused_unless_told_to(tmp_path):
     model = unnamed(width=5)
     export(model, tmp_path, allow_new_signature=True)
     assert [*signature_of(tmp_path / "2")[0][1]] == [model.inputs[0].name]
-    # Told to, names are still kept where the structure is the same.
+    # With allow_new, names are still kept if the structure is the same.
     export(unnamed(width=5), tmp_path, allow_new_signature=True)
     assert signature_of(tmp_path / "3") == signature_of(tmp_path / "2")
 
@@ -326,7 +326,7 @@ def test_signatures_that_are_not_dense_are_refused_before_the_model_runs(tmp_pat
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("kind", ["sparse", "ragged"])
 def test_models_with_inputs_that_are_not_dense(tmp_path, kind, nested):
-    """They are refused, and the advice works: a dense input, converted in `call`."""
+    """They raise an error with advice that works: a dense input, converted in `call`."""
     inputs = keras.Input((4,), name="x", **{kind: True})
     dense = inputs if kind == "sparse" else keras.ops.convert_to_tensor(inputs)
     model = keras.Model({"x": inputs} if nested else inputs, layers.Dense(2)(dense))

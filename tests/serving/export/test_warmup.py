@@ -1,4 +1,4 @@
-"""Warm-up requests, as a server reads them."""
+"""Tests of warm-up requests, parsed like a server does."""
 
 import os
 import sys
@@ -32,7 +32,7 @@ def test_warmup_requests_are_what_a_client_would_send(tmp_path, structure):
     model = STRUCTURES[structure]()
     sizes = [4, 4] if structure == "subclassed with dicts" else [4, 3]
     rng = np.random.default_rng(7)
-    x = [rng.normal(size=(2, n)) for n in sizes]  # float64, as NumPy has it.
+    x = [rng.normal(size=(2, n)) for n in sizes]  # float64, the default of NumPy.
     if structure == "one":
         given = x
     else:

@@ -1,4 +1,4 @@
-"""The alarm: noise is never taken as less than what the sweep has measured."""
+"""Tests of the alarm: noise is at least the sweep's standard errors."""
 
 import functools
 
@@ -15,14 +15,14 @@ def samples(x):
 
 
 def swept(x):
-    """The statistics of a sweep in batches of 32."""
+    """Return the statistics of a sweep in batches of 32."""
     batches = [samples(batch).together() for batch in np.split(x, range(32, len(x), 32))]
     merge = functools.partial(moments.merge, method="pooled")
     return layer_stats.of_calls([functools.reduce(merge, batches)], "pooled")
 
 
 def p_values(population, x):
-    """The p-value after every sample from the 16th on."""
+    """Return the p-value after every sample from the 16th on."""
     blocks, found = alarm.Blocks(), []
     for number, sample in enumerate(samples(x).each(), 1):
         blocks.add(sample)
@@ -41,7 +41,7 @@ RARE = {
 
 @pytest.mark.parametrize("kind", RARE)
 def test_rare_values_are_no_alarm_while_none_has_come(kind):
-    """Of 12 runs; 200 runs of ten populations: `benchmarks/monitor.py noise`."""
+    """12 runs; for 200 runs of ten populations see `benchmarks/monitor.py noise`."""
     unknown = []
     for seed in range(12):
         rng = np.random.default_rng(seed)
@@ -50,7 +50,7 @@ def test_rare_values_are_no_alarm_while_none_has_come(kind):
         assert min(p_values(population, x)) > 0.001
         nothing = np.full_like(population.mean, np.nan)
         unknown.append(min(p_values(population.with_errors(nothing, nothing), x[:40])) < 0.001)
-    assert sum(unknown) > 3  # What the errors of the sweep are needed for.
+    assert sum(unknown) > 3  # This requires the sweep's standard errors.
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -63,7 +63,7 @@ def test_moved_data_is_seen_with_the_errors_of_the_sweep(seed):
 
 
 def test_the_noise_is_what_repeated_samples_show():
-    """D^2 of other samples of the population has the expected size, whichever part it is from."""
+    """D^2 of new samples of the population has the expected size for every part."""
     rng = np.random.default_rng(0)
     found = []
     for _ in range(60):

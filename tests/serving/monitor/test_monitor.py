@@ -1,4 +1,4 @@
-"""The signature `monitor`: what it measures, and that `serve` is what it is without it."""
+"""Tests of the signature `monitor`: its moments, and that it does not change `serve`."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tfbn.serving.monitor import monitor, per_sample
 
 
 def monitored(path):
-    """What a server does: call the signature `monitor` with tensors by name."""
+    """Call the signature `monitor` with tensors by name, like a server."""
     loaded = tf.saved_model.load(os.fspath(path))
     signature = loaded.signatures["monitor"]
 
@@ -31,7 +31,7 @@ def monitored(path):
 
 
 def assert_moments(answer, path, values, rtol=1e-5):
-    """An answer has the float64 moments of values of shape (samples, values, channels)."""
+    """Compare an answer with float64 moments of values of shape (samples, values, channels)."""
     values = np.float64(values)
     np.testing.assert_array_equal(answer[f"{path}/count"], [values.shape[1]] * len(values))
     std = values.std(1)
@@ -40,7 +40,7 @@ def assert_moments(answer, path, values, rtol=1e-5):
 
 
 def network(batch_norm=layers.BatchNormalization):
-    """Convolutions, a layer that is called twice, and two siblings of one name."""
+    """Build convolutions, a layer that is called twice, and two siblings with the same name."""
     shared = batch_norm(name="shared")
     x = inputs = keras.Input((6, 6, 3), name="image")
     x = layers.ReLU()(shared(layers.Conv2D(4, 3, name="first")(x)))
@@ -87,7 +87,7 @@ def test_inputs_of_rank_2_are_their_own_mean(tmp_path):
 
 
 def test_a_server_that_merges_requests_gives_each_client_its_own_answer(tmp_path):
-    """TensorFlow's own batch scheduler, and eight clients of one image each."""
+    """Send one image from each of eight clients to TensorFlow's batch scheduler."""
     loaded = tf.saved_model.load(os.fspath(export(network(), tmp_path, monitor=True).path))
     signature = loaded.signatures["monitor"]
     names = sorted(signature.structured_outputs)
@@ -101,7 +101,7 @@ def test_a_server_that_merges_requests_gives_each_client_its_own_answer(tmp_path
             return [tf.identity(output) for output in outputs]
 
     ask = tf.function(batched, input_signature=[tf.TensorSpec((None, 6, 6, 3))])
-    ask = ask.get_concrete_function()  # One scheduler: each trace has its own.
+    ask = ask.get_concrete_function()  # One scheduler, because each trace creates another.
     x = images(8)
     with futures.ThreadPoolExecutor(8) as clients:
         answers = list(clients.map(lambda image: ask(tf.constant(image[None])), x))
@@ -121,7 +121,7 @@ def test_a_server_that_merges_requests_gives_each_client_its_own_answer(tmp_path
 def test_moments_of_a_sample_do_not_depend_on_its_batch(axis, far, masked):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(6, 12, 35)).astype("float32")
-    x[3] += far  # Another way for this sample alone.
+    x[3] += far  # Only this sample is shifted.
     mask = rng.random((6, 12)) < 0.6 if masked else None
     scale = np.ones(x.shape[axis])
 
@@ -136,7 +136,7 @@ def test_moments_of_a_sample_do_not_depend_on_its_batch(axis, far, masked):
 
 
 def test_frames_of_a_sample_are_its_own(tmp_path):
-    """A layer with several rows for one sample, and one that mixes them."""
+    """Call a layer with several rows for each sample, and one that mixes samples."""
 
     class Frames(keras.Model):
         def __init__(self, mixed):
@@ -260,11 +260,11 @@ def test_moments_are_right_far_from_zero(axis, far):
     np.testing.assert_allclose(variance, exact.var(others), rtol=2e-5)
 
 
-# What cannot be monitored.
+# Layers that cannot be monitored.
 
 
 class Within(keras.Model):
-    """Calls its layer in the body of a loop of some kind, or not at all."""
+    """Call a layer in the body of a loop, or not at all."""
 
     def __init__(self, loop):
         super().__init__(name="within")
@@ -298,7 +298,7 @@ def test_layers_in_loops_and_branches_are_refused(tmp_path, kind):
         export(model, tmp_path, monitor=True)
     assert everything_under(tmp_path) == []
     assert export(model, tmp_path).version == 1
-    # An error in the body of tf.map_fn would leave its mark on all of TensorFlow.
+    # An error in the body of tf.map_fn would change global state of TensorFlow.
     scope = tf.compat.v1.get_variable_scope()
     assert scope.caching_device is None
 
@@ -341,7 +341,7 @@ def test_an_output_with_a_name_of_the_monitors_is_refused(tmp_path):
     assert everything_under(tmp_path) == []
 
 
-# What lies beside the model.
+# Files of a version.
 
 
 def test_the_population_of_the_sweep_is_written(tmp_path):

@@ -1,4 +1,4 @@
-"""The client of the example, against servers that answer as TensorFlow Serving does."""
+"""Tests of the example's client, with servers that answer like TensorFlow Serving."""
 
 import contextlib
 import http.server
@@ -31,7 +31,7 @@ def client():
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A swept model of images, and images of its population."""
+    """Return a swept model of images, and images of its population."""
     rng = np.random.default_rng(0)
     images = rng.gamma(2.0, 0.2, (300, 5, 5, 1)).astype("float32")
     x = keras.Input((5, 5, 1), name="image")

@@ -1,4 +1,4 @@
-"""`ServedStats`: merging answers, telling drift from noise, and refusing what does not belong."""
+"""Tests of `ServedStats`: merged answers, drift and noise, and errors for other answers."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ CHANNELS = 6
 
 
 def network():
-    """Values of an image pass a batch norm layer as they are, then a convolution and another."""
+    """Build batch norm on the raw image, a convolution, and a second batch norm."""
     x = keras.Input((4, 4, CHANNELS), name="image")
     y = layers.BatchNormalization(name="first")(x)
     y = layers.BatchNormalization(name="second")(layers.Conv2D(4, 3, name="conv")(y))
@@ -29,7 +29,7 @@ def network():
 
 
 def images(rng, count):
-    """Skewed data whose samples differ from one another, and whose channels are correlated."""
+    """Return skewed data with different samples and correlated channels."""
     brightness = rng.gamma(3.0, 1.0, (count, 1, 1, 1))
     return (brightness + rng.gamma(1.0, 1.0, (count, 4, 4, CHANNELS))).astype("float32")
 
@@ -75,7 +75,7 @@ def test_requests_of_any_size_add_up(exported, ask, sizes):
 
 
 def test_standard_errors_are_those_of_merged_batches(exported, ask):
-    """Of up to 31 samples each is a batch of `tfbn.stats.moments`, in any requests."""
+    """Up to 31 samples are separate batches of `tfbn.stats.moments`, for any requests."""
     x = images(np.random.default_rng(1), 29)
     found = served_by(exported, map(ask, np.split(x, [1, 5, 6, 17, 18, 24]))).layers()["first"]
     batches = [np.float64(b).reshape(-1, CHANNELS) for b in x]
@@ -100,7 +100,7 @@ def test_drift_is_by_the_one_formula(exported, ask):
 
 
 def test_the_errors_are_those_of_repeated_samples(exported, ask):
-    """They say how far what was found scatters when all is done again with other requests."""
+    """They estimate the spread of the results over repetitions with other requests."""
     rng = np.random.default_rng(3)
     found = []
     for _ in range(40):
@@ -175,7 +175,7 @@ def test_samples_that_come_together_count_for_less(exported, ask, scenes, frames
 
 
 def test_channels_that_never_vary_and_rounding_are_no_drift(tmp_path):
-    """A dead channel has variance 0, and any rounding would be infinitely far from it."""
+    """A dead channel has variance 0, so any rounding would be infinitely far away."""
     x = np.random.default_rng(0).normal(size=(200, 3)).astype("float32")
     inputs = keras.Input((3,), name="x")
     constant = layers.Dense(
@@ -189,7 +189,7 @@ def test_channels_that_never_vary_and_rounding_are_no_drift(tmp_path):
     answers = []
     for i in range(40):
         answer = {k: v.numpy() for k, v in loaded.signatures["monitor"](x=x[i : i + 1]).items()}
-        answer["bn/mean"] = np.nextafter(answer["bn/mean"], np.float32(9))  # Another kernel's.
+        answer["bn/mean"] = np.nextafter(answer["bn/mean"], np.float32(9))  # From another kernel.
         answers.append(answer)
     found = served_by(path, answers).compare()
     assert found.p_value > 0.01
@@ -214,7 +214,7 @@ def test_all_that_clients_receive_is_taken(exported, ask):
     assert all(other == first for other in rest)
 
 
-# Answers that do not belong.
+# Invalid answers.
 
 WRONG = {
     "no mapping": (lambda a: [1.0], "with outputs by name"),

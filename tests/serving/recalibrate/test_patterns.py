@@ -20,7 +20,7 @@ def scale(v):
     return root(v) * v["gamma"]
 
 
-# Ways in which people write batch norm.
+# Common formulas of batch norm.
 AFFINE = {
     "of TensorFlow": lambda x, v: tf.nn.batch_normalization(
         x, v["mean"], v["variance"], v["beta"], v["gamma"], EPSILON
@@ -67,12 +67,12 @@ class Written(tf.Module):
         self.serve = tf.function(self.infer, input_signature=[spec])
 
     def infer(self, x):
-        """The network."""
+        """Return the output of the network."""
         return {"y": self.formula(tf.nn.tanh(self.formula(x, self.sets[0])), self.sets[1])}
 
 
 def expected(x, shape, gamma, beta):
-    """What is served with population statistics, in float64."""
+    """Return the output with population statistics, in float64."""
     axes = (0, *(axis for axis in range(1, x.ndim) if x.shape[axis] != max(shape)))
     y = np.float64(x)
     for last in (False, True):
@@ -83,7 +83,7 @@ def expected(x, shape, gamma, beta):
 
 
 def served(path, x):
-    """The answer of the highest version."""
+    """Return the answer of the highest version."""
     newest = max(os.listdir(path), key=int)
     signature = tf.saved_model.load(os.fspath(path / newest)).signatures["serving_default"]
     return signature(x=tf.constant(x))["y"].numpy()
@@ -135,7 +135,7 @@ def test_a_single_channel(tmp_path, shape, inputs):
     np.testing.assert_allclose(served(tmp_path, x), right, rtol=1e-4, atol=1e-5)
 
 
-# Batch norm in forms that no pattern has.
+# Forms of batch norm without a pattern.
 UNKNOWN = {
     "a power": lambda x, v: (x - v["mean"]) * (v["variance"] + EPSILON) ** -0.5,
     "no epsilon": lambda x, v: (x - v["mean"]) / tf.sqrt(v["variance"]),

@@ -27,19 +27,19 @@ rng = np.random.default_rng(0)
 
 
 def field(*shape):
-    """Data that is unlike what the statistics are from."""
+    """Return data from another distribution than the statistics."""
     return (rng.normal(size=(23, *shape)) * 3 + 2).astype("float32")
 
 
 class Doubled(layers.BatchNormalization):
-    """Adds something of its own to the layer."""
+    """Double the output of batch norm, and add the input."""
 
     def call(self, inputs, training=None, mask=None):
         return 2 * super().call(inputs, training=training, mask=mask) + inputs
 
 
 def nested():
-    """Layers in a model in a model, of one name, and one that is shared."""
+    """Build nested models with layers of equal names and a shared layer."""
     inner = keras.Sequential([layers.Dense(4), layers.BatchNormalization(name="bn")], name="inner")
     shared = layers.BatchNormalization(name="shared")
     x = inputs = keras.Input((4,))
@@ -49,7 +49,7 @@ def nested():
 
 
 class Siblings(keras.Model):
-    """Children of one name, not all with batch norm, called in another order."""
+    """Build children with equal names, some without batch norm, called in another order."""
 
     def __init__(self):
         super().__init__()
@@ -84,7 +84,7 @@ def residual():
 
 
 def several():
-    """Inputs and outputs with names."""
+    """Build a model with named inputs and outputs."""
     a, b = keras.Input((4,), name="a"), keras.Input((3,), name="b")
     u = layers.BatchNormalization()(layers.Dense(2, name="first")(a))
     v = tfbn.BatchNormalization()(layers.Dense(2)(b))
@@ -117,19 +117,19 @@ MODELS = {
 
 
 def made(name):
-    """A model with statistics that are not the initial ones, and data from the field."""
+    """Return a model with assigned statistics, and data from the field."""
     keras.utils.set_random_seed(0)
     build, data = MODELS[name]
     return exported_models.sweep(build()), data()
 
 
 def contents(directory):
-    """All files by name, with their bytes."""
+    """Return path -> bytes of all files."""
     return {p.relative_to(directory): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
 def answers(version, x):
-    """What a client gets, by name."""
+    """Return the outputs that a client receives."""
     signature = tf.saved_model.load(os.fspath(version)).signatures["serving_default"]
     [name, *others] = signature.structured_input_signature[1]
     inputs = x if others else {name: x}
@@ -137,13 +137,13 @@ def answers(version, x):
 
 
 def assert_close(found, expected, tolerance=1e-5):
-    """By name or one, up to float32's rounding."""
+    """Compare outputs, by name or a single one, up to float32's rounding."""
     if not isinstance(expected, dict):
         [found] = found.values()
         found, expected = {"": found}, {"": expected}
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        # In float64, as NumPy 1 cannot compare bfloat16.
+        # In float64, because NumPy 1 does not support bfloat16.
         answer, value = np.asarray(found[name], "float64"), np.asarray(value, "float64")
         scale = np.abs(value).max()
         np.testing.assert_allclose(answer, value, rtol=tolerance, atol=tolerance * scale)
@@ -183,7 +183,7 @@ def test_the_next_version_is_the_model_swept_over_the_data(tmp_path, name, metho
     assert_close(answers(found.path, x), model.predict(x, verbose=0))
     found.stats.assign(model)
     assert found.stats.mismatch(model) is None
-    # Nothing but the variables has changed, and nothing at all of the version before.
+    # Only the variables have changed, and the version before has not.
     assert contents(tmp_path / "m" / "1") == before
     changed = {str(p) for p, b in contents(found.path).items() if before.get(p) != b}
     assert changed == {
@@ -196,7 +196,7 @@ def test_the_next_version_is_the_model_swept_over_the_data(tmp_path, name, metho
 
 
 def test_the_statistics_by_numpy(tmp_path):
-    """Of what enters the only layer, in float64."""
+    """Compute the statistics of the only layer's input in float64."""
     model, x = made("dense")
     tfbn.export(model, tmp_path / "m")
     tfbn.recalibrate(tmp_path / "m", x, verbose=0)
@@ -262,7 +262,7 @@ def test_the_provenance_tells_the_history(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "blended: 5 field samples, 15 prior samples" in out
     assert "version 2: method='pooled' over 9 samples" in out
-    # Blended with what version 2 holds, not with what the first was trained on.
+    # Blended with the statistics of version 2, not of version 1.
     [entered] = [layer(x[:9] + 5) for layer in model.layers[:1]]
     [own] = [layer(x[:5] - 5) for layer in model.layers[:1]]
     mean = (15 * np.mean(entered, 0) + 5 * np.mean(own, 0)) / 20
@@ -347,7 +347,7 @@ def test_warm_up_requests_and_assets_go_along(tmp_path):
 
 
 def test_the_fingerprint_is_that_of_the_new_weights(tmp_path):
-    """As TensorFlow itself writes it; a private function of it does here."""
+    """It is written by a private function of TensorFlow, which must still exist."""
     model, x = made("dense")
     tfbn.export(model, tmp_path / "m")
     tfbn.recalibrate(tmp_path / "m", x, verbose=0)
@@ -360,7 +360,7 @@ def test_the_fingerprint_is_that_of_the_new_weights(tmp_path):
 
 
 class InLoop(keras.Model):
-    """Calls its batch norm layer where the graph does not let anybody look."""
+    """Call batch norm inside a loop."""
 
     def __init__(self):
         super().__init__()
@@ -373,27 +373,27 @@ class InLoop(keras.Model):
 
 
 class OfItsOwn(layers.BatchNormalization):
-    """Does something else than normalise."""
+    """Subtract the mean only."""
 
     def call(self, inputs, training=None, mask=None):
         return inputs - self.moving_mean
 
 
 def exported(tmp_path, model, **options):
-    """A model's directory with one version."""
+    """Create a model's directory with one version."""
     tfbn.export(exported_models.sweep(model), tmp_path / "m", **options)
     return tmp_path / "m"
 
 
 def without_record(tmp_path):
-    """As an older tfbn wrote it."""
+    """Remove the record."""
     directory = exported(tmp_path, exported_models.dense_model())
     (directory / "1" / batch_norms.FILE).unlink()
     return directory
 
 
 def with_record_of_another(tmp_path):
-    """The record names tensors that are not in the graph."""
+    """Rename tensors in the record that the graph does not have."""
     directory = exported(tmp_path, exported_models.dense_model())
     file = directory / "1" / batch_norms.FILE
     file.write_text(file.read_text().replace("sequential", "consequential"))
@@ -401,7 +401,7 @@ def with_record_of_another(tmp_path):
 
 
 def with_damaged_record(tmp_path):
-    """Half a record."""
+    """Truncate the record."""
     directory = exported(tmp_path, exported_models.dense_model())
     file = directory / "1" / batch_norms.FILE
     file.write_text(file.read_text()[:100])
@@ -409,7 +409,7 @@ def with_damaged_record(tmp_path):
 
 
 def sequential(*inner):
-    """A network with some layers."""
+    """Build a network from layers."""
     return keras.Sequential([keras.Input((4,)), *inner])
 
 
@@ -456,7 +456,7 @@ BAD_DATA = {
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    """An exported model that no test changes, and its data."""
+    """Return an exported model that no test changes, and its data."""
     model, x = made("dense")
     return tfbn.export(model, tmp_path_factory.mktemp("dense") / "m").path.parent, x
 
@@ -517,13 +517,13 @@ def test_a_server_that_polls_sees_a_version_when_it_is_complete(tmp_path, monkey
     monkeypatch.setattr(atomic, "flush_directory", look)
     found = tfbn.recalibrate(tmp_path / "m", x, verbose=0)
     assert [1] in seen and seen[-1] == [1, 2]
-    # All of it was flushed to the disk, with its list of files, before it had its name.
+    # All files and directories were flushed to the disk before the rename.
     assert seen.index([1, 2]) == len(seen) - 1
     assert sorted(os.listdir(tmp_path / "m")) == ["1", "2"] and found.version == 2
 
 
 def test_a_version_that_does_not_predict_as_it_should_is_not_put_in_place(tmp_path, monkeypatch):
-    """The checkpoint is written without the variances, say."""
+    """A checkpoint without the variances is detected."""
     model, x = made("dense")
     tfbn.export(model, tmp_path / "m")
     values = recalibration._values
@@ -539,7 +539,7 @@ def test_a_version_that_does_not_predict_as_it_should_is_not_put_in_place(tmp_pa
 
 @pytest.mark.slow
 def test_serve_is_what_it_was_without_the_record(tmp_path):
-    """The record is a file beside the graph: nothing is added to the graph for it."""
+    """The record is a separate file and does not change the graph."""
     model, x = made("residual")
     exported = tfbn.export(model, tmp_path / "m")
     loaded = tf.saved_model.load(os.fspath(exported.path))

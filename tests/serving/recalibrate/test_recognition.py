@@ -16,12 +16,12 @@ rng = np.random.default_rng(0)
 
 
 def field(*shape):
-    """Data that is unlike what the statistics are from."""
+    """Return data from another distribution than the statistics."""
     return (rng.normal(size=(23, *shape)) * 3 + 2).astype("float32")
 
 
 def residual():
-    """All forms of Keras's layer on images."""
+    """Build all forms of Keras's layer on images."""
     x = inputs = keras.Input((6, 6, 2))
     for options in ({}, {"scale": False}, {"center": False}, {"scale": False, "center": False}):
         y = layers.Conv2D(4, 3, padding="same")(x)
@@ -31,7 +31,7 @@ def residual():
 
 
 class TwoOfAName(keras.Model):
-    """Keras gives the variables of both layers one name."""
+    """Build two layers whose variables have the same name in Keras."""
 
     def __init__(self):
         super().__init__()
@@ -44,13 +44,13 @@ class TwoOfAName(keras.Model):
 
 
 def shared():
-    """One layer, two calls."""
+    """Build a layer that is called twice."""
     layer = layers.BatchNormalization()
     return keras.Sequential([keras.Input((4,)), layer, layers.ReLU(), layer])
 
 
 def own():
-    """The layers of tfbn, with `model.export` of Keras."""
+    """Build layers of tfbn for `model.export` of Keras."""
     stack = [tfbn.BatchNormalization(**options) for options in ({}, {"axis": 1}, {"center": False})]
     x = inputs = keras.Input((6, 6, 2))
     for layer in stack:
@@ -72,7 +72,7 @@ MODELS = {
 
 
 def answers(version, x):
-    """What a client gets, of the only output."""
+    """Return the only output that a client receives."""
     signature = tf.saved_model.load(os.fspath(version)).signatures["serving_default"]
     [name] = signature.structured_input_signature[1]
     [answer] = signature(**{name: x}).values()
@@ -96,7 +96,7 @@ def test_what_keras_exports(tmp_path, capsys, name):
     expected = model.predict(x, verbose=0)
     np.testing.assert_allclose(answers(found.path, x), expected, rtol=1e-4, atol=1e-4)
     assert before == {p: p.read_bytes() for p in (tmp_path / "m" / "1").rglob("*") if p.is_file()}
-    # Again, by the record that lies beside the new version, and blended.
+    # A second recalibration uses the record of the new version, with a blend.
     again = tfbn.recalibrate(tmp_path / "m", x + 1, blend_samples=46, verbose=0)
     assert (again.version, again.stats.prior_samples) == (3, 46)
     described = tfbn.describe(tmp_path / "m")
@@ -106,7 +106,7 @@ def test_what_keras_exports(tmp_path, capsys, name):
 
 
 class Fused(tf.Module):
-    """As TensorFlow 1 and `tf.keras` infer: one kernel."""
+    """Batch norm in one kernel, as in TensorFlow 1 and `tf.keras`."""
 
     def __init__(self):
         super().__init__()
@@ -153,7 +153,7 @@ def test_look_alikes_are_left_alone(tmp_path):
 
 
 class Reader(tf.Module):
-    """Uses the mean for something else too."""
+    """Read the mean in another operation too."""
 
     def __init__(self):
         super().__init__()
@@ -162,13 +162,13 @@ class Reader(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec((None, 3), name="x")])
     def infer(self, x):
-        """Batch norm, and its mean besides."""
+        """Batch norm and another read of its mean."""
         y = tf.nn.batch_normalization(x, self.mean, self.variance, None, None, 0.01)
         return {"y": y + self.mean}
 
 
 class Frozen(tf.Module):
-    """Statistics that are constants, as of a frozen graph."""
+    """Batch norm with constant statistics, as in a frozen graph."""
 
     @tf.function(input_signature=[tf.TensorSpec((None, 5, 5, 3), name="x")])
     def infer(self, x):
@@ -179,7 +179,7 @@ class Frozen(tf.Module):
 
 
 class Hidden(tf.Module):
-    """Its signature is a function that the object does not have."""
+    """A signature with a function that the object does not have."""
 
 
 class SharedMean(tf.Module):
@@ -193,14 +193,14 @@ class SharedMean(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec((None, 3), name="x")])
     def infer(self, x):
-        """One behind the other."""
+        """Two batch norms in sequence."""
         for variance in self.variances:
             x = tf.nn.batch_normalization(x, self.mean, variance, None, None, 0.01)
         return {"y": x}
 
 
 class OfAnyRank(Reader):
-    """How many axes its inputs have is not known."""
+    """Batch norm on an input of unknown rank."""
 
     @tf.function(input_signature=[tf.TensorSpec(None, name="x")])
     def infer(self, x):
@@ -210,7 +210,7 @@ class OfAnyRank(Reader):
 
 
 class LookAlikes(Reader):
-    """Batch norm, and reciprocal roots that are none."""
+    """Batch norm, and other reciprocal roots."""
 
     def __init__(self):
         super().__init__()
@@ -218,28 +218,28 @@ class LookAlikes(Reader):
 
     @tf.function(input_signature=[tf.TensorSpec((None, 3), name="x")])
     def infer(self, x):
-        """Each of them changes the answer."""
+        """Every root changes the answer."""
         a, b, c = (tf.convert_to_tensor(variable) for variable in self.held)
         root = tf.math.rsqrt
         y = tf.nn.batch_normalization(x, self.mean, self.variance, None, None, 0.01)
-        y += root(a)  # No epsilon.
-        y += x * root(a + b)  # None that is constant.
-        y += root(a + 0.01) + x  # No product.
-        y += x * root(b + 0.01)  # No mean.
+        y += root(a)  # Without epsilon.
+        y += x * root(a + b)  # Without a constant epsilon.
+        y += root(a + 0.01) + x  # Without a product.
+        y += x * root(b + 0.01)  # Without a mean.
         inverse = root(c + 0.01)
         shift = a * inverse
         y += x * inverse + (shift - b)  # The mean is added.
         inverse = root(c + 0.02)
         y += (x * inverse) * (b - a * inverse)  # A product of both.
         inverse = root(c + 0.04)
-        y += x * inverse + (a - (b + inverse))  # One product alone.
+        y += x * inverse + (a - (b + inverse))  # A single product.
         inverse = root(c + 0.03)
         shift = a * inverse
         return {"y": y + x * inverse + (b - shift) + (c - shift)}  # The mean is used twice.
 
 
 def keras_model(*inner):
-    """A network with some layers, as Keras exports it."""
+    """Export a network with Keras."""
 
     def write(path):
         exported_models.sweep(keras.Sequential(list(inner))).export(path, verbose=False)
@@ -248,7 +248,7 @@ def keras_model(*inner):
 
 
 def module(make, function=lambda made: made.infer):
-    """A module, as TensorFlow saves it."""
+    """Save a module with TensorFlow."""
 
     def write(path):
         made = make()
@@ -258,12 +258,12 @@ def module(make, function=lambda made: made.infer):
 
 
 def without_signature(path):
-    """A module that nobody can ask by a signature."""
+    """Save a module without signatures."""
     tf.saved_model.save(tf.Module(), path)
 
 
 def of_hidden(made):
-    """A function that the module does not hold."""
+    """Save a module with a function that is not its attribute."""
     spec = tf.TensorSpec((None, 3), name="x")
     return tf.function(lambda x: {"y": x}).get_concrete_function(spec)
 
@@ -327,7 +327,7 @@ def test_a_function_that_is_no_attribute(tmp_path):
 
 
 class Fixed(tf.Module):
-    """Batch norm in a branch, out of which nothing can be observed."""
+    """Batch norm in a branch, whose tensors cannot be accessed."""
 
     def __init__(self):
         super().__init__()
@@ -383,7 +383,7 @@ def test_no_order_is_recorded_where_none_is_known(tmp_path):
     tfbn.recalibrate(tmp_path, data, verbose=0)
     described = tfbn.describe(tmp_path)
     assert (described["inputs"], described["outputs"]) == (None, None)
-    # Unnamed inputs would go by order, and clients' inputs be swapped.
+    # Matching unnamed inputs by order would swap clients' inputs.
     p, q = keras.Input((2,)), keras.Input((2,))
     unnamed = keras.Model([p, q], layers.BatchNormalization()(p - 2 * q))
     with pytest.raises(ValueError, match="allow_new_signature"):
