@@ -279,7 +279,7 @@ def sounds(population, samples):
     blocks = alarms.Blocks()
     for number, sample in enumerate(samples.each(), 1):
         blocks.add(sample)
-        moved = alarms.together([alarms.movement(blocks, population, 1e-3)])
+        moved = alarms.network_distance([alarms.layer_distance(blocks, population, 1e-3)])
         if number >= 16 and moved.p_value < 0.001:
             return number
     return None

@@ -140,7 +140,7 @@ def test_recalibrate_changes_nothing_but_the_statistics(capsys, tmp_path, saved)
 
 
 def test_one_pass_sweep_is_of_batches_of_the_size_asked_for(capsys, tmp_path, saved):
-    """With batches of 10, the second layer's mean is that of three batches in training mode."""
+    """With batches of 10, the second layer's mean is the mean of three batches in training mode."""
     out = tmp_path / "out.keras"
     data = as_npy(tmp_path)
     arguments = ["recalibrate", saved, "--method", "pooled", "--data", *data]

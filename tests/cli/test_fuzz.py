@@ -54,7 +54,7 @@ def files(tmp_path_factory):
     return folder
 
 
-# Argument -> command with `{}` for the file, valid file, and whether every damage is either detected
+# Argument -> command with `{}` for the file, valid file, and whether all damage is either detected
 # or harmless.
 ARGUMENTS = {
     "inspect MODEL": ("inspect {} --json", "swept.keras", True),

@@ -175,7 +175,7 @@ def specs(**shapes):
 
 V, W, M = (None, 4), (None, 5), (None, 8, 8)
 
-# The inputs of the old version in their order, those of the new one, and the old names that
+# The inputs of the old version in order, the inputs of the new version, and the old names that
 # the new ones go by, in their order; `None` if clients would fail.
 MATCHES = [
     (specs(a=V), specs(b=V), ["a"]),

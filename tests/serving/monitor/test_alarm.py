@@ -27,7 +27,9 @@ def p_values(population, x):
     for number, sample in enumerate(samples(x).each(), 1):
         blocks.add(sample)
         if number >= 16:
-            found.append(alarm.together([alarm.movement(blocks, population, 1e-3)]).p_value)
+            found.append(
+                alarm.network_distance([alarm.layer_distance(blocks, population, 1e-3)]).p_value
+            )
     return found
 
 
@@ -71,7 +73,7 @@ def test_the_noise_is_what_repeated_samples_show():
         blocks = alarm.Blocks()
         for sample in samples(RARE["five normals and five flags of 0.3 %"](rng, 64)).each():
             blocks.add(sample)
-        moved = alarm.movement(blocks, swept(x), 1e-3)
+        moved = alarm.layer_distance(blocks, swept(x), 1e-3)
         found.append((moved.squared, moved.expected))
     squared, expected = np.mean(found, 0)
     assert 0.8 * squared < expected < 3 * squared

@@ -60,7 +60,7 @@ _MOST_BLOCKS = 32
 _MOST_DIMENSIONS = 100.0
 
 
-class Scaled(NamedTuple):
+class ScaledMoments(NamedTuple):
     """Mean and squared divisor, in the form that `tfbn.stats.drift` requires."""
 
     mean: np.ndarray
@@ -116,7 +116,7 @@ def _merged(a: Moments, b: Moments) -> Moments:
     return moments.merge_one_batch(a, b, method="pooled")
 
 
-class Movement(NamedTuple):
+class DistanceEstimate(NamedTuple):
     """The distance of the samples of a layer or a network from the population, and its noise.
 
     Attributes:
@@ -181,7 +181,7 @@ def _survival(ratio: float, first: float, second: float) -> float:
     return float(tf.math.betainc(np.float64(second / 2), np.float64(first / 2), np.float64(x)))
 
 
-def movement(blocks: Blocks, population: LayerStats, epsilon: float) -> Movement:
+def layer_distance(blocks: Blocks, population: LayerStats, epsilon: float) -> DistanceEstimate:
     """Compute the distance of the samples of one layer from its population.
 
     Args:
@@ -192,13 +192,13 @@ def movement(blocks: Blocks, population: LayerStats, epsilon: float) -> Movement
     n, means, variances = blocks.stacked()
     mean, variance, count = population.mean, population.variance, population.counts
     scale = scaled(mean, variance, epsilon).variance
-    shift, _ = drift.by_channel(Scaled(mean, scale), Scaled(means, scale))
+    shift, _ = drift.by_channel(ScaledMoments(mean, scale), ScaledMoments(means, scale))
     second = (variances + (means - mean) ** 2 - variance) / (2 * scale)
     total = n.sum(0)
     relative = np.divide(total, count, out=np.zeros_like(mean), where=count > 0)
     share = n / np.maximum(total, 1)
     errors = (population.mean_error / np.sqrt(scale), population.variance_error / (2 * scale))
-    moved = Movement(0.0, np.zeros([len(n)] * 2), 0.0, 0.0)
+    moved = DistanceEstimate(0.0, np.zeros([len(n)] * 2), 0.0, 0.0)
     for each, error in zip((shift, second), errors, strict=True):
         each = np.where(n > 0, each, 0.0)
         average = np.sum(share * each, 0)
@@ -206,7 +206,7 @@ def movement(blocks: Blocks, population: LayerStats, epsilon: float) -> Movement
         measured = np.sum(deviation**2, 0)
         known = np.divide(error**2, relative, out=np.zeros_like(mean), where=relative > 0)
         unseen = np.nan_to_num(np.maximum(0.0, known * (1 + relative) - measured))
-        moved = Movement(
+        moved = DistanceEstimate(
             moved.squared + float(np.mean(average**2)),
             moved.noise + deviation @ deviation.T / mean.size,
             moved.unseen + float(np.mean(unseen)),
@@ -215,17 +215,17 @@ def movement(blocks: Blocks, population: LayerStats, epsilon: float) -> Movement
     return moved
 
 
-def together(movements: list[Movement]) -> Movement:
-    """Combine the movements of layers to the movement of a network, weighted by their noise."""
-    noise = np.array([np.trace(movement.noise) + movement.unseen for movement in movements])
+def network_distance(layers: list[DistanceEstimate]) -> DistanceEstimate:
+    """Combine the distances of layers to the distance of a network, weighted by their noise."""
+    noise = np.array([np.trace(layer.noise) + layer.unseen for layer in layers])
     weights = 1 / (noise + TOLERANCE**2)
     weights /= weights.sum()
-    pairs = list(zip(weights, movements, strict=True))
-    return Movement(
-        float(sum(w * movement.squared for w, movement in pairs)),
-        sum(w * movement.noise for w, movement in pairs),
-        float(sum(w * movement.unseen for w, movement in pairs)),
-        float(sum(w**2 * movement.unseen_squares for w, movement in pairs)),
+    pairs = list(zip(weights, layers, strict=True))
+    return DistanceEstimate(
+        float(sum(w * layer.squared for w, layer in pairs)),
+        sum(w * layer.noise for w, layer in pairs),
+        float(sum(w * layer.unseen for w, layer in pairs)),
+        float(sum(w**2 * layer.unseen_squares for w, layer in pairs)),
     )
 
 
@@ -257,6 +257,6 @@ def _correction(n: np.ndarray) -> float:
     return len(n) / (len(n) - 1) if len(n) > 1 else np.nan
 
 
-def scaled(mean: np.ndarray, variance: np.ndarray, epsilon: float) -> Scaled:
+def scaled(mean: np.ndarray, variance: np.ndarray, epsilon: float) -> ScaledMoments:
     """Return a mean with the squared divisor of a layer, variance + epsilon, which is never 0."""
-    return Scaled(mean, np.maximum(variance + epsilon, float(np.finfo(np.float32).tiny)))
+    return ScaledMoments(mean, np.maximum(variance + epsilon, float(np.finfo(np.float32).tiny)))

@@ -207,10 +207,10 @@ class ServedStats:
             ValueError: If no answers were added.
         """
         served = self.layers()
-        moved, layers, channels = [], {}, {}
+        distances, layers, channels = [], {}, {}
         for path, ours in self.population.items():
             blocks, theirs, epsilon = self._blocks[path], served[path], self._epsilon[path]
-            moved.append(alarm.movement(blocks, ours, epsilon))
+            distances.append(alarm.layer_distance(blocks, ours, epsilon))
             scaled = [alarm.scaled(stats.mean, stats.variance, epsilon) for stats in (ours, theirs)]
             channels[path] = drift.by_channel(*scaled)
             errors = theirs.mean_error / np.sqrt(scaled[0].variance)
@@ -218,10 +218,10 @@ class ServedStats:
                 **drift.of_layer(*scaled),
                 "mean_shift_error": float(np.sqrt(np.mean(errors**2))),
                 "std_ratio_error": alarm.std_ratio_error(blocks, ours.variance, epsilon),
-                "distance": moved[-1].distance,
-                "p_value": moved[-1].p_value,
+                "distance": distances[-1].distance,
+                "p_value": distances[-1].p_value,
             }
-        network = alarm.together(moved)
+        network = alarm.network_distance(distances)
         known = not any(np.isnan(stats.mean_error).any() for stats in self.population.values())
         return ServedDrift(network.p_value, self.samples, network.distance, layers, channels, known)
 
