@@ -125,7 +125,7 @@ def test_examples_of_serving(names, capsys):
     assert names["stale"] is None
     assert [path.name for path in sorted(pathlib.Path("models/digits").iterdir())] == ["1", "2"]
     entered = model.layers[0](names["x_field"]).numpy().astype("float64")
-    mean = names["found"].stats["norm"].mean
+    mean = names["recalibrated"].stats["norm"].mean
     np.testing.assert_allclose(mean, entered.mean(0), rtol=1e-4, atol=1e-6)
     folded = keras.models.load_model("folded.keras")
     assert not [layer for layer in folded.layers if isinstance(layer, layers.BatchNormalization)]
