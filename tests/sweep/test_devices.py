@@ -66,7 +66,7 @@ def test_each_device_runs_its_own_replica(method, memory_limit, two_devices):
     entered = x.astype("d") @ first.numpy().astype("d")
     entered[8:16] *= 3  # The second batch, on the second device.
     stats = next(iter(found.values()))
-    np.testing.assert_allclose(stats.mean, entered.mean(0), rtol=1e-5)
+    assert np.all(np.abs(stats.mean - entered.mean(0)) <= 1e-5 * entered.std(0))
     if method == "algorithm2":
         expected = entered.reshape(3, 8, 3).var(1, ddof=1).mean(0)
     else:
