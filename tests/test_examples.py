@@ -166,6 +166,7 @@ def experiment(tmp_path_factory):
     return run(name, out, "--seeds", 2, "--steps", 200, "--epochs", 1), out
 
 
+@pytest.mark.xdist_group("experiment")
 def test_experiment_figure_1(experiment):
     """The network without batch norm, trained again by Keras alone."""
     import moving_average_vs_population as example
@@ -198,6 +199,7 @@ def test_experiment_figure_1(experiment):
     assert len([run for run in results["runs"] if run["batch_norm"]]) == 2
 
 
+@pytest.mark.xdist_group("experiment")
 def test_experiment_three_ways(experiment):
     """The moving average's metrics are those of Keras's own validation."""
     import moving_average_vs_population as example
@@ -228,6 +230,7 @@ def test_experiment_three_ways(experiment):
     assert found["mini_batch"]["loss"] == pytest.approx(loss, rel=1e-3)
 
 
+@pytest.mark.xdist_group("experiment")
 def test_experiment_sweeps(experiment):
     """The saved network's error and loss, with statistics by Keras alone."""
     import moving_average_vs_population as example
@@ -254,6 +257,7 @@ def test_experiment_sweeps(experiment):
     assert found["one pass, batches of 2"]["loss"] != pytest.approx(oracle["loss"], rel=0.01)
 
 
+@pytest.mark.xdist_group("experiment")
 def test_experiment_report(experiment):
     """The table's numbers, from the results by SciPy."""
     results, out = experiment
@@ -379,6 +383,7 @@ def arguments_of_digits():
     return argparse.Namespace(data="digits", data_dir=None)
 
 
+@pytest.mark.xdist_group("served")
 def test_served_population_accuracy(served):
     """With blends by NumPy of statistics by Keras alone."""
     import served_population as example
@@ -405,6 +410,7 @@ def test_served_population_accuracy(served):
     assert run["accuracy"][str(weight)][place] == pytest.approx(found, abs=0.003)
 
 
+@pytest.mark.xdist_group("served")
 def test_served_population_serves_it(served):
     """The second version answers as often right as the model with the same statistics."""
     results, out = served
@@ -420,6 +426,7 @@ def test_served_population_serves_it(served):
     assert (out / "models" / "seed_0" / "2" / "saved_model.pb").exists()
 
 
+@pytest.mark.xdist_group("served")
 def test_served_population_report(served):
     """The table's numbers, from the results by SciPy."""
     results, out = served

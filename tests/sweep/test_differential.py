@@ -692,7 +692,7 @@ def test_any_sweep_of_any_network_over_any_data(plan, two_devices):
 
 
 @pytest.mark.slow
-@settings(max_examples=250, suppress_health_check=QUIET)
+@settings(max_examples=100, suppress_health_check=QUIET)
 @given(plan=plans())
 def test_many_more(plan, two_devices):
     check(plan, two_devices)

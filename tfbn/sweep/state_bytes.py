@@ -47,7 +47,7 @@ def unpack(content: bytes) -> SweepState:
             }
         for name in ("paths", "by_batch", "first"):
             values[name] = None if values[name] is None else tuple(values[name])
-        if passes := values["fixed_point"]:
+        if (passes := values["fixed_point"]) is not None:
             recurrent = tuple(passes["recurrent"])
             values["fixed_point"] = FixedPoint(**passes | {"recurrent": recurrent})
         state = SweepState(**values)
