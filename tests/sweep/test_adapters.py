@@ -221,28 +221,6 @@ def test_the_callback_reads_what_fit_reads():
     np.testing.assert_allclose(stats.mean, expected.mean(0), rtol=1e-5)
 
 
-class Pairs(keras.utils.PyDataset):
-    """Batches of six, with targets."""
-
-    def __init__(self, x, endless=False):
-        super().__init__()
-        self.x, self.endless, self.epochs = x, endless, 0
-
-    @property
-    def num_batches(self):
-        """Six a batch."""
-        return None if self.endless else -(-len(self.x) // 6)
-
-    def __getitem__(self, i):
-        """Batch `i`."""
-        i %= -(-len(self.x) // 6)
-        return self.x[6 * i : 6 * i + 6], np.zeros(6)
-
-    def on_epoch_end(self):
-        """Count."""
-        self.epochs += 1
-
-
 def kinds_of_pairs(x):
     """The same data in batches of six, as everything that `fit` takes."""
     y, w = np.zeros(len(x)), np.ones(len(x))
@@ -257,8 +235,8 @@ def kinds_of_pairs(x):
         "dataset xyw": (dataset((x, y, w)).batch(6), {}),
         "endless dataset": (dataset((x, y)).batch(6).repeat(), {"steps": len(pieces)}),
         "unknown length": (dataset(x).batch(6).filter(lambda _: True), {}),
-        "pydataset": (Pairs(x), {}),
-        "endless pydataset": (Pairs(x, endless=True), {"steps": len(pieces)}),
+        "pydataset": (networks.Pairs(x), {}),
+        "endless pydataset": (networks.Pairs(x, endless=True), {"steps": len(pieces)}),
         "generator": ((piece for piece in pieces), {}),
         "generator xy": (((piece, np.zeros(len(piece))) for piece in pieces), {}),
         "endless generator": (itertools.cycle(pieces), {"steps": len(pieces)}),

@@ -4,7 +4,6 @@ import keras
 import networks
 import numpy as np
 import pytest
-import tensorflow as tf
 from keras import layers
 
 import tfbn
@@ -106,21 +105,8 @@ def test_duplicate_names_in_nested_models_do_not_collide():
     np.testing.assert_allclose(two.variance, 100 * one.variance, rtol=1e-5)
 
 
-class Compiled(layers.Layer):
-    """A layer whose call is a `tf.function` with a batch norm in it."""
-
-    def __init__(self, bn):
-        super().__init__()
-        self.bn = bn()
-
-    @tf.function
-    def call(self, inputs, training=None):
-        """Batch norm."""
-        return self.bn(inputs, training=training)
-
-
 def test_a_layer_compiled_before_the_sweep_is_observed_and_left_as_it_was():
-    model = keras.Sequential([keras.Input((3,)), Compiled(layers.BatchNormalization)])
+    model = keras.Sequential([keras.Input((3,)), networks.Compiled(layers.BatchNormalization)])
     x = networks.data(model, 40)
     before = model(x).numpy()
     trained = model(x, training=True).numpy()

@@ -94,28 +94,6 @@ def test_mixed_precision(policy):
     np.testing.assert_allclose(second.variance, rounded.var(0) / (rounded.var(0) + 1e-3), rtol=1e-2)
 
 
-class Pairs(keras.utils.PyDataset):
-    """Batches of six, with targets."""
-
-    def __init__(self, x, endless=False):
-        super().__init__()
-        self.x, self.endless, self.epochs = x, endless, 0
-
-    @property
-    def num_batches(self):
-        """Six a batch."""
-        return None if self.endless else -(-len(self.x) // 6)
-
-    def __getitem__(self, i):
-        """Batch `i`."""
-        i %= -(-len(self.x) // 6)
-        return self.x[6 * i : 6 * i + 6], np.zeros(6)
-
-    def on_epoch_end(self):
-        """Count."""
-        self.epochs += 1
-
-
 class Counter(layers.Layer):
     """Counts its calls in any mode, and scales by the count."""
 
@@ -129,26 +107,13 @@ class Counter(layers.Layer):
         return inputs * self.calls
 
 
-class Compiled(layers.Layer):
-    """A layer whose call is a `tf.function` with a batch norm in it."""
-
-    def __init__(self, bn):
-        super().__init__()
-        self.bn = bn()
-
-    @tf.function
-    def call(self, inputs, training=None):
-        """Batch norm."""
-        return self.bn(inputs, training=training)
-
-
 def stateful(bn):
     """A network with all kinds_of_pairs of state, built and compiled."""
     inputs = keras.Input((3,))
     normalization = layers.Normalization(mean=[1.0, 2, 3], variance=[1.0, 2, 3])
     x = Counter()(normalization(inputs))
     x = layers.Dropout(0.3, seed=3)(layers.Dense(4)(x))
-    x = Compiled(bn)(x)
+    x = networks.Compiled(bn)(x)
     x = layers.GaussianNoise(0.1, seed=4)(layers.Dense(4)(x))
     model = keras.Model(inputs, layers.Dense(2, "softmax")(bn()(x)))
     model.compile(
@@ -325,7 +290,7 @@ def bad_calls():
         "empty dataset": (with_bn, dataset.take(0), {}, "yields nothing"),
         "empty generator": (with_bn, iter(()), {}, "yields nothing"),
         "endless dataset": (with_bn, dataset.repeat(), {}, "endless.*steps"),
-        "endless pydataset": (with_bn, Pairs(x, endless=True), {}, "endless.*steps"),
+        "endless pydataset": (with_bn, networks.Pairs(x, endless=True), {}, "endless.*steps"),
         "steps too many": (with_bn, dataset, {"steps": 3}, "steps=3.*ends after 2"),
         "steps too many, generator": (with_bn, iter([x]), {"steps": 3}, "steps=3.*ends after 1"),
         "steps": (with_bn, x, {"steps": 0}, "Received: 0"),
