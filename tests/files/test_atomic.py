@@ -5,15 +5,14 @@ import errno
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import threading
-import time
 
-import numpy as np
 import pytest
 
 from tfbn.files import atomic
@@ -240,7 +239,7 @@ def test_full_disk_leaves_the_old_file(tmp_path):
 KILLED = """
 import os, sys
 import atomic
-path, stop = sys.argv[1:]
+path = sys.argv[1]
 i = 0
 replace = os.replace
 def stopping(*args):
@@ -248,7 +247,7 @@ def stopping(*args):
         print("half", flush=True)
         sys.stdin.read()
     replace(*args)
-os.replace = stopping if stop == "yes" else replace
+os.replace = stopping
 while True:
     i += 1
     atomic.write(path, b"%d;" % i * 1_000_000)
@@ -260,8 +259,8 @@ while True:
 def test_folders_of_killed_processes_are_removed(tmp_path):
     path, other = tmp_path / "a", tmp_path / "b"
     with (
-        run(KILLED, path, "yes", stdin=subprocess.PIPE) as killed,
-        run(KILLED, other, "yes", stdin=subprocess.PIPE) as alive,
+        run(KILLED, path, stdin=subprocess.PIPE) as killed,
+        run(KILLED, other, stdin=subprocess.PIPE) as alive,
     ):
         for process in (killed, alive):
             assert [process.stdout.readline() for _ in range(3)][-1] == "half\n"
@@ -282,21 +281,58 @@ def test_folders_of_killed_processes_are_removed(tmp_path):
     assert path.read_bytes() == b"2;" * 1_000_000
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_processes_killed_at_any_moment(tmp_path):
-    rng = np.random.default_rng(0)
-    path = tmp_path / "a"
-    for _ in range(30):
-        with run(KILLED, path, "no") as process:
-            process.stdout.readline()
-            time.sleep(rng.uniform(0, 0.1))
-            process.send_signal(signal.SIGKILL)
-        content = path.read_bytes()
-        assert content == content[: content.index(b";") + 1] * 1_000_000
-        assert len(names(tmp_path)) <= 2
-    atomic.write(path, b"1")
-    assert names(tmp_path) == ["a"]
+KILLED_AT_LINES = """
+import os, shutil, signal, sys, tempfile
+import atomic
+path = sys.argv[1]
+traced = {module.__file__ for module in (atomic, shutil, tempfile)}
+
+def killed_at(line):
+    def trace(frame, event, _):
+        nonlocal line
+        if frame.f_code.co_filename in traced and event == "line":
+            line -= 1
+            if line < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+    child = os.fork()
+    if not child:
+        sys.settrace(trace)
+        atomic.write(path, b"new")
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == signal.SIGKILL
+
+atomic.write(path, b"old")
+line = 0
+while killed_at(line):
+    assert atomic.read(path) in (b"old", b"new"), line
+    atomic.write(path, b"old")
+    assert os.listdir(os.path.dirname(path)) == ["a"], line
+    line += 1
+print(line)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills copies of a process")
+def test_process_killed_at_any_line_leaves_nothing(tmp_path):
+    with run(KILLED_AT_LINES, tmp_path / "a") as process:
+        assert int(process.communicate()[0]) > 100
+    assert process.returncode == 0
+
+
+def test_folder_removed_before_its_lock_is_created_again(tmp_path, monkeypatch):
+    removed = []
+    locked = atomic._locked
+
+    def lock(folder):
+        if not removed:
+            removed.append(folder)
+            shutil.rmtree(folder)
+        return locked(folder)
+
+    monkeypatch.setattr(atomic, "_locked", lock)
+    atomic.write(tmp_path / "a", b"1")
+    assert removed and names(tmp_path) == ["a"] and atomic.read(tmp_path / "a") == b"1"
 
 
 def test_many_threads_write_one_file(tmp_path):

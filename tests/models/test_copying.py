@@ -437,11 +437,20 @@ def test_fixed_batch_size_and_unknown_sizes():
     x = keras.Input(batch_shape=(4, 6))
     model = keras.Model(x, keras.ops.reshape(x, (4, 3, 2)))
     assert_copied(model, np.ones((4, 6), "float32"))
+
+
+def test_predictions_of_windows_larger_than_the_image_are_not_compared(monkeypatch):
     x = keras.Input((None, None, 3))
-    y = x
-    for _ in range(6):  # Images of 32 are too small.
-        y = L.Conv2D(2, 3, 2)(y)
-    assert_copied(keras.Model(x, y), np.ones((1, 150, 130, 3), "float32"))
+    stack = keras.Sequential([x, *(L.Conv2D(2, 3, 2) for _ in range(6))])  # 32 is too small.
+    predict, sizes = copying._predict, []
+    monkeypatch.setattr(
+        copying,
+        "_predict",
+        lambda model, inputs: (sizes.append(inputs[0].shape[1]), predict(model, inputs))[1],
+    )
+    for model in (stack, keras.Model(x, stack(x))):
+        assert_copied(model, np.ones((1, 150, 130, 3), "float32"))
+    assert sizes and min(sizes) >= 127
 
 
 def test_vocabulary_without_unknown_words():

@@ -172,7 +172,12 @@ def _locked(folder):
     if fcntl is None:
         yield True
         return
-    with open(folder / _OWNER, "w") as owner:
+    with contextlib.ExitStack() as files:
+        try:
+            owner = files.enter_context(open(folder / _OWNER, "a"))
+        except FileNotFoundError:  # Another process removed the folder before it had a lock.
+            yield False
+            return
         try:
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -180,7 +185,6 @@ def _locked(folder):
             return
         except OSError:  # A file system without locks, where no hidden folder is removed.
             pass
-        # Another process may have removed the folder before it was locked.
         yield os.fstat(owner.fileno()).st_nlink > 0
 
 
@@ -197,7 +201,8 @@ def _clear(parent, kind):
     for folder in parent.glob(f".tfbn-{kind}-*"):
         if not ours.fullmatch(folder.name):
             continue
-        with contextlib.suppress(OSError), open(folder / _OWNER, "r+") as owner:
+        # A process may have been killed before it wrote the file, or while it removed the folder.
+        with contextlib.suppress(OSError), open(folder / _OWNER, "a") as owner:
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -135,12 +135,13 @@ def _as_array(value: Any) -> np.ndarray:
 def verify(model: keras.Model, copied: keras.Model) -> None:
     """Raise `ValueError` if a copy predicts something else than the model, on random inputs.
 
-    Larger inputs are tried while the model's predictions are not reproducible: TensorFlow reads
-    uninitialized memory if a convolution's window is larger than its image.
+    Larger inputs are tried while the model rejects them, or does not repeat its predictions:
+    TensorFlow reads uninitialized memory if a convolution's window is larger than its image.
     """
     reason = "Keras does not know the inputs of the model"
     for inputs in _random_inputs(model):
         try:
+            _require_possible_shapes(model, inputs)
             outputs = _predict(model, inputs)
         except Exception as error:  # The code of a custom layer may raise any class.
             reason = f"the model accepts no random inputs ({_shorten(error)})"
@@ -300,6 +301,13 @@ class _RandomInputs:
             return keras.ops.convert_to_tensor(self.generator.random(shape), dtype)
         values = self.generator.integers(0, self.categories, shape)
         return keras.ops.convert_to_tensor(values, dtype)
+
+
+def _require_possible_shapes(model: keras.Model, inputs: Structure) -> None:
+    """Raise Keras's error if the graph of a model has no shape for an output of a layer."""
+    if isinstance(model, keras.Function | keras.Sequential):
+        specs = keras.tree.map_structure(lambda x: keras.KerasTensor(x.shape, x.dtype), inputs)
+        model.compute_output_spec(*specs)
 
 
 def _predict(model: keras.Model, inputs: Structure) -> list[np.ndarray]:
