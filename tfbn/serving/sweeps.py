@@ -8,7 +8,7 @@ import keras
 
 from tfbn.layer import sweep_records
 from tfbn.layer.sweep_records import SweepRecord
-from tfbn.models import assignment, fingerprints, keras_models, upstream
+from tfbn.models import assignment, fingerprints, keras_models, staleness
 from tfbn.population import PopulationStats
 
 
@@ -125,7 +125,7 @@ def _stale(
     if not any(others.values()):
         return None  # The common case requires no trace.
     every = {id(variable) for variable, _ in held}
-    before = upstream.variables(model)
+    before = staleness.upstream_variables(model)
     for path, origin in records.items():
         depends_on = every if before is None else before.get(path, set())
         for variable, _ in held:

@@ -9,7 +9,7 @@ import tensorflow as tf
 from tfbn.models import keras_models
 
 
-def variables(model: keras.Model) -> dict[str, set[int]] | None:
+def upstream_variables(model: keras.Model) -> dict[str, set[int]] | None:
     """Return path of a batch norm layer -> ids of the variables upstream of it.
 
     Computed from a trace in inference mode. Returns `None` if the model cannot be traced without

@@ -1,7 +1,7 @@
 import keras
 from keras import layers
 
-from tfbn.models import upstream
+from tfbn.models import staleness
 
 
 def names(model):
@@ -9,7 +9,7 @@ def names(model):
     name_of = {id(variable): variable.path for variable in model.variables}
     return {
         path: {name_of[one] for one in variables}
-        for path, variables in upstream.variables(model).items()
+        for path, variables in staleness.upstream_variables(model).items()
     }
 
 
@@ -62,4 +62,4 @@ def test_a_model_that_cannot_be_traced_without_data_gives_nothing():
     class Unknown(keras.Model):
         """Record no input."""
 
-    assert upstream.variables(Unknown()) is None
+    assert staleness.upstream_variables(Unknown()) is None
