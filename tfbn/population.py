@@ -13,7 +13,7 @@ from tfbn import arguments
 from tfbn.files import atomic
 from tfbn.layer import sweep_records
 from tfbn.layer.sweep_records import SweepRecord
-from tfbn.models import assignment, fingerprints, keras_models
+from tfbn.models import assignment, fingerprints, keras_models, staleness
 from tfbn.stats import blending, drift, layer_stats, stats_file, summary
 from tfbn.stats.layer_stats import LayerStats
 from tfbn.stats.methods import METHODS
@@ -170,9 +170,7 @@ class PopulationStats(collections.abc.Mapping):
                 variable.assign(value)
         sweep_records.delete(layers.values())
         if self.method != "assigned":
-            weights = fingerprints.digests_of(model, self.fingerprint)
-            if weights is not None:
-                weights |= {digest for _, digest in fingerprints.digests_of_statistics(model)}
+            weights = self._swept_weights(model)
             for path, layer in layers.items():
                 sweep_records.store(layer, SweepRecord(self, path, weights))
         return previous
@@ -184,15 +182,21 @@ class PopulationStats(collections.abc.Mapping):
             `None` if the model has the weights of the sweep and its layers hold these statistics;
             else a phrase that names the difference.
         """
-        difference = assignment.mismatch(model, self)
-        if difference is not None:
-            return difference
-        if not self.fingerprint:
-            return "it is not known with which weights the sweep was"
-        # Last, because it reads all weights.
-        if fingerprints.fingerprint(model) != self.fingerprint:
-            return "the weights have changed since the sweep"
-        return None
+        weights = None
+        if self.fingerprint and self.fingerprint == fingerprints.fingerprint(model):
+            weights = self._swept_weights(model)
+        records = {
+            corresponding: SweepRecord(self, path, weights)
+            for path, corresponding in assignment.correspondence(model, self).items()
+        }
+        return staleness.reason(model, records)
+
+    def _swept_weights(self, model: keras.Model) -> frozenset[int] | None:
+        """Return `SweepRecord.weights` of a model that holds these statistics."""
+        weights = fingerprints.digests_of(model, self.fingerprint)
+        if weights is None:
+            return None
+        return weights | {digest for _, digest in fingerprints.digests_of_statistics(model)}
 
     def merge(self, other: "PopulationStats") -> "PopulationStats":
         """Return the statistics of two sweeps over different data, as from one sweep over both.

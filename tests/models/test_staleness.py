@@ -1,7 +1,10 @@
 import keras
+import numpy as np
 from keras import layers
 
+import tfbn
 from tfbn.models import staleness
+from tfbn.serving import sweeps
 
 
 def names(model):
@@ -63,3 +66,20 @@ def test_a_model_that_cannot_be_traced_without_data_gives_nothing():
         """Record no input."""
 
     assert staleness.upstream_variables(Unknown()) is None
+
+
+def test_a_sweep_and_the_records_of_layers_are_judged_alike():
+    """`PopulationStats.mismatch` and `sweeps.sweep_of` name the same difference."""
+    norm = layers.BatchNormalization(name="bn")
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(2, name="dense"), norm])
+    x = np.random.default_rng(0).normal(size=(8, 2)).astype("float32")
+    stats = tfbn.collect(model, x, verbose=0)
+    stats.assign(model)
+    assert stats.mismatch(model) is None and sweeps.sweep_of(model).stale is None
+    kernel = model.layers[0].kernel
+    kernel.assign(kernel + 1)
+    assert stats.mismatch(model) == "the weights have changed since the sweep"
+    assert sweeps.sweep_of(model).stale.startswith(f"{stats.mismatch(model)}: 'dense/kernel'")
+    norm.moving_variance.assign(norm.moving_variance + 1)
+    assert stats.mismatch(model) == "moving_variance of layer 'bn' has changed since the sweep"
+    assert sweeps.sweep_of(model).stale == stats.mismatch(model)

@@ -1,7 +1,7 @@
 """Read statistics from the batch norm layers of a Keras model, and assign statistics to them."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import keras
 import numpy as np
@@ -35,14 +35,12 @@ def changed_variable(stats: LayerStats, layer: keras.Layer) -> str | None:
 def matching_layers(model: keras.Model, paths: Iterable[str]) -> dict[str, keras.Layer]:
     """Return path -> batch norm layer of a model, for the paths of some statistics.
 
-    Names that Keras creates end in a counter, which differs in an architecture that is built twice.
-    If only counters differ, the layers correspond in order.
-
     Raises:
         ValueError: If a layer is missing or not built.
     """
-    layers = {}
-    for path, layer in _correspondence(model, paths).items():
+    layers, theirs = {}, keras_models.batch_norm_layers(model)
+    for path, corresponding in correspondence(model, paths).items():
+        layer = theirs.get(corresponding)
         if layer is None:
             raise ValueError(
                 f"Expected the swept model. Received: {model.name!r} with no batch norm layer "
@@ -57,25 +55,16 @@ def matching_layers(model: keras.Model, paths: Iterable[str]) -> dict[str, keras
     return layers
 
 
-def mismatch(model: keras.Model, layers: Mapping[str, LayerStats]) -> str | None:
-    """Return a phrase for how the layers of a model differ from statistics, or `None`."""
-    for path, layer in _correspondence(model, layers).items():
-        if layer is None or not layer.built:
-            return f"the model has no batch norm layer {path!r}"
-        name = changed_variable(layers[path], layer)
-        if name is not None:
-            return f"{name} of layer {path!r} has changed since the sweep"
-    return None
+def correspondence(model: keras.Model, paths: Iterable[str]) -> dict[str, str]:
+    """Return path of some statistics -> path of the layer in a model, which may be missing.
 
-
-def _correspondence(model, paths):
-    """Return path -> layer, or `None` for a missing one."""
+    Names that Keras creates end in a counter, which differs in an architecture that is built twice.
+    If only counters differ, the layers correspond in order.
+    """
     paths = list(paths)
     layers = keras_models.batch_norm_layers(model)
     same_names = [*map(_without_counters, layers)] == [*map(_without_counters, paths)]
-    if same_names and layers.keys() != set(paths):
-        return dict(zip(paths, layers.values(), strict=True))
-    return {path: layers.get(path) for path in paths}
+    return dict(zip(paths, layers if same_names and {*layers} != {*paths} else paths, strict=True))
 
 
 def _without_counters(path: str) -> str:

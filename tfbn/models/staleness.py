@@ -1,12 +1,67 @@
-"""Find the weights that the statistics of a batch norm layer depend on."""
+"""Judge whether the statistics in the layers of a model are stale."""
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import keras
 import tensorflow as tf
 
-from tfbn.models import keras_models
+from tfbn.layer.sweep_records import SweepRecord
+from tfbn.models import assignment, fingerprints, keras_models
+
+
+def reason(
+    model: keras.Model, records: Mapping[str, SweepRecord], strangers: Iterable[str] = ()
+) -> str | None:
+    """Return why the statistics of a model are stale, or `None`.
+
+    They are current if each layer holds the statistics of its sweep, and if every weight upstream
+    has the values of a weight of the swept model.
+
+    Args:
+        model: A model.
+        records: Path of a batch norm layer -> the record of its sweep.
+        strangers: Paths of batch norm layers without a record, which must be unchanged since a
+            sweep.
+    """
+    layers = keras_models.batch_norm_layers(model)
+    for path, record in records.items():
+        if path not in layers or not layers[path].built:
+            return f"the model has no batch norm layer {path!r}"
+        name = assignment.changed_variable(record.stats[record.path], layers[path])
+        if name is not None:
+            return f"{name} of layer {path!r} has changed since the sweep"
+    if not all(record.stats.fingerprint for record in records.values()):
+        return "it is not known with which weights the sweep was"
+    swept = {record.weights for record in records.values() if record.weights is not None}
+    if any(record.weights is None for record in records.values()):
+        return _CHANGED
+    held = fingerprints.digests(model)
+    # Weights of a sweep -> variables with values that the swept model did not have.
+    others = {
+        weights: {id(variable) for variable, digest in held if digest not in weights}
+        for weights in swept
+    }
+    for path in strangers:
+        variables = {id(variable) for variable in keras_models.statistics(layers[path]).values()}
+        if all(variables & other for other in others.values()):
+            return f"layer {path!r} was not part of the sweep, or has changed since"
+    if not any(others.values()):
+        return None  # The common case requires no trace.
+    every = {id(variable) for variable, _ in held}
+    before = upstream_variables(model)
+    for path, record in records.items():
+        depends_on = every if before is None else before.get(path, set())
+        for variable, _ in held:
+            if id(variable) in depends_on & others[record.weights]:
+                return (
+                    f"{_CHANGED}: {variable.path!r}, on which the statistics of layer {path!r} "
+                    "depend, has other values or is new"
+                )
+    return None
+
+
+_CHANGED = "the weights have changed since the sweep"
 
 
 def upstream_variables(model: keras.Model) -> dict[str, set[int]] | None:

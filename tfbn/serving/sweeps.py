@@ -8,7 +8,7 @@ import keras
 
 from tfbn.layer import sweep_records
 from tfbn.layer.sweep_records import SweepRecord
-from tfbn.models import assignment, fingerprints, keras_models, staleness
+from tfbn.models import keras_models, staleness
 from tfbn.population import PopulationStats
 
 
@@ -47,7 +47,8 @@ def sweep_of(model: keras.Model) -> Sweep:
     records = {path: origin for path, origin in origins.items() if origin is not None}
     if not records:
         return Sweep(None, "no sweep of them is known")
-    return Sweep(_combined(records), _stale(model, layers, records))
+    strangers = [path for path in layers if path not in records]
+    return Sweep(_combined(records), staleness.reason(model, records, strangers))
 
 
 def origin_of(layer: keras.Layer) -> SweepRecord | None:
@@ -91,47 +92,3 @@ def _combined(records: Mapping[str, SweepRecord]) -> PopulationStats:
         layers={path: record.stats[record.path] for path, record in chosen.items()},
         previous=PopulationStats(before, method="assigned") if len(before) == len(chosen) else None,
     )
-
-
-def _stale(
-    model: keras.Model, layers: Mapping[str, keras.Layer], records: Mapping[str, SweepRecord]
-) -> str | None:
-    """Return why statistics are stale, or `None`.
-
-    Args:
-        model: A built model.
-        layers: Path -> batch norm layer of the model.
-        records: Path -> record, for some of the layers.
-    """
-    for path, origin in records.items():
-        name = assignment.changed_variable(origin.stats[origin.path], layers[path])
-        if name is not None:
-            return f"{name} of layer {path!r} has changed since the sweep"
-        if not origin.stats.fingerprint:
-            return "it is not known with which weights the sweep was"
-        if origin.weights is None:
-            return "the weights have changed since the sweep"
-    held = fingerprints.digests(model)
-    # Weights of a sweep -> variables with values that the swept model did not have.
-    others: dict[frozenset[int] | None, set[int]] = {
-        weights: {id(variable) for variable, digest in held if digest not in weights}
-        for weights in {origin.weights for origin in records.values()}
-        if weights is not None
-    }
-    for path in [path for path in layers if path not in records]:
-        variables = {id(variable) for variable in keras_models.statistics(layers[path]).values()}
-        if all(variables & other for other in others.values()):
-            return f"layer {path!r} was not part of the sweep, or has changed since"
-    if not any(others.values()):
-        return None  # The common case requires no trace.
-    every = {id(variable) for variable, _ in held}
-    before = staleness.upstream_variables(model)
-    for path, origin in records.items():
-        depends_on = every if before is None else before.get(path, set())
-        for variable, _ in held:
-            if id(variable) in depends_on & others[origin.weights]:
-                return (
-                    f"the weights have changed since the sweep: {variable.path!r}, on which the "
-                    f"statistics of layer {path!r} depend, has other values or is new"
-                )
-    return None
