@@ -345,3 +345,14 @@ class Compiled(layers.Layer):
     def call(self, inputs, training=None):
         """Batch norm."""
         return self.bn(inputs, training=training)
+
+
+def off(stats, population):
+    """By how much the worst channel is off: means in standard deviations, and those in parts."""
+    return max(
+        max(
+            np.max(np.abs(stats[path].mean - p.mean) / np.sqrt(p.variance)),
+            np.max(np.abs(np.sqrt(stats[path].variance / p.variance) - 1)),
+        )
+        for path, p in population.items()
+    )

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib
 import pathlib
 
 import tfbn
@@ -47,3 +48,13 @@ def test_modules_import_only_those_below_them():
             assert {*imported(ast.parse(file.read_text()))} <= allowed, file
     assert seen == MAY_IMPORT.keys()
     graphlib.TopologicalSorter({n: below.split() for n, below in MAY_IMPORT.items()}).prepare()
+
+
+def test_type_checkers_see_the_names_that_are_imported_when_used():
+    tree = ast.parse(pathlib.Path(tfbn.__file__).read_text())
+    [block] = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {name.name: node.module for node in block.body for name in node.names}
+    assert seen == tfbn._MODULES
+    assert {*seen, "__version__"} == {*tfbn.__all__}
+    for name, module in seen.items():
+        assert getattr(tfbn, name) is getattr(importlib.import_module(module), name)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tfbn.layer import sums
@@ -134,3 +134,18 @@ def test_non_finite_values_affect_their_channel_alone(bad, centre):
     right = right_moments(np.delete(x, 1, axis=2), -1)
     np.testing.assert_allclose(np.delete(mean, 1), right[1], rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(np.delete(variance, 1), right[2], rtol=2e-6)
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.sampled_from([0.0, 1.0, -1.0, 1e4, 1e6]), min_size=1, max_size=200),
+    st.sampled_from([-1, 1, 0]),
+)
+@example([1e6] + [0.0] * 199, -1)
+@example(([1e6] + [0.0] * 60) * 3, -1)
+def test_sampled_mean_is_near_the_mean_for_any_data(values, axis):
+    shape = {-1: (len(values), 1), 1: (len(values), 1, 1), 0: (1, len(values))}[axis]
+    x = tf.reshape(tf.constant(values, tf.float32), shape)
+    sampled = sums.sampled_mean(x, axis, long=False)
+    distance = abs(float(sampled[0]) - np.mean(values))
+    assert distance <= np.sqrt(61) * np.std(values) * (1 + 1e-5) + 1e-6 * abs(np.mean(values))

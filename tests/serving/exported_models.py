@@ -144,3 +144,121 @@ class HardWired(keras.Model):
 
     def call(self, x):
         return self.block.layers[1](self.block.layers[0](x), training=True)
+
+
+def field(*shape, seed=0):
+    """Return data from another distribution than the statistics."""
+    return (np.random.default_rng(seed).normal(size=(23, *shape)) * 3 + 2).astype("float32")
+
+
+class Doubled(layers.BatchNormalization):
+    """Double the output of batch norm, and add the input."""
+
+    def call(self, inputs, training=None, mask=None):
+        return 2 * super().call(inputs, training=training, mask=mask) + inputs
+
+
+def nested():
+    """Build nested models with layers of equal names and a shared layer."""
+    inner = keras.Sequential([layers.Dense(4), layers.BatchNormalization(name="bn")], name="inner")
+    shared = layers.BatchNormalization(name="shared")
+    x = inputs = keras.Input((4,))
+    for block in (inner, keras.Sequential([layers.BatchNormalization(name="bn")], name="inner_2")):
+        x = shared(block(x) * 2)
+    return keras.Model(inputs, layers.Dense(2)(layers.ReLU()(x)))
+
+
+class Siblings(keras.Model):
+    """Build children with equal names, some without batch norm, called in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = layers.Dense(4, name="twin")
+        self.second = layers.BatchNormalization(name="twin")
+        self.third = keras.Sequential([layers.BatchNormalization(name="bn")], name="twin")
+        self.fourth = layers.BatchNormalization(name="twin")
+
+    def call(self, x, training=None):
+        for part in (self.fourth, self.first, self.third, self.second):
+            x = tf.nn.relu(part(x, training=training)) if part is not self.first else part(x)
+        return x
+
+
+def masked():
+    """Padded steps do not count."""
+    x = inputs = keras.Input((None,), dtype="int32")
+    x = layers.Embedding(9, 3, mask_zero=True)(x)
+    x = layers.BatchNormalization()(x)
+    return keras.Model(inputs, layers.GlobalAveragePooling1D()(x))
+
+
+def residual():
+    """A convolution before and after each of several batch norm layers, in 16 bits."""
+    x = inputs = keras.Input((6, 6, 2))
+    for strides in (1, 2):
+        y = layers.Conv2D(4, 3, strides, padding="same")(x)
+        y = tfbn.BatchNormalization(axis=-1, scale=False)(y)
+        y = layers.BatchNormalization(center=False, epsilon=0.1)(layers.ReLU()(y))
+        x = layers.Conv2D(4, 1, strides)(x) + y
+    return keras.Model(inputs, layers.Flatten()(x))
+
+
+def several():
+    """Build a model with named inputs and outputs."""
+    a, b = keras.Input((4,), name="a"), keras.Input((3,), name="b")
+    u = layers.BatchNormalization()(layers.Dense(2, name="first")(a))
+    v = tfbn.BatchNormalization()(layers.Dense(2)(b))
+    return keras.Model({"a": a, "b": b}, {"sum": u + v, "difference": u - v})
+
+
+def channels_first():
+    """Its batch norm layers are over axis 1."""
+    return keras.Sequential([keras.Input((3, 4, 4)), layers.BatchNormalization(axis=1)])
+
+
+MODELS = {
+    "dense": (dense_model, lambda: field(4)),
+    "convolutional": (conv_model, lambda: field(8, 8, 3)),
+    "nested": (nested, lambda: field(4)),
+    "siblings": (lambda: called(Siblings(), field(4)), lambda: field(4)),
+    "masked": (masked, lambda: np.random.default_rng(0).integers(0, 9, (23, 5)).astype("int32")),
+    "residual": (residual, lambda: field(6, 6, 2)),
+    "several": (several, lambda: {"a": field(4), "b": field(3, seed=1)}),
+    "subclassed": (
+        lambda: called(TwoInputs(), field(4)),
+        lambda: field(4),
+    ),
+    "of a kind": (
+        lambda: keras.Sequential([keras.Input((4,)), Doubled(), layers.Dense(2), Doubled()]),
+        lambda: field(4),
+    ),
+    "channels first": (channels_first, lambda: field(3, 4, 4)),
+}
+
+
+def made(name):
+    """Return a model with assigned statistics, and data from the field."""
+    keras.utils.set_random_seed(0)
+    build, data = MODELS[name]
+    return sweep(build()), data()
+
+
+class Fused(tf.Module):
+    """Batch norm in one kernel, as in TensorFlow 1 and `tf.keras`."""
+
+    def __init__(self):
+        super().__init__()
+        start = {"mean": 0.3, "variance": 2.0, "scale": 1.5, "offset": -1.0}
+        self.bn = {
+            name: tf.Variable(tf.fill([3], value), name={"mean": "bn/moving_mean"}.get(name, name))
+            for name, value in start.items()
+        }
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 5, 5, 3), name="image")])
+    def infer(self, x):
+        """Batch norm and ReLU."""
+        bn = self.bn
+        y, *_ = tf.compat.v1.nn.fused_batch_norm(
+            x, bn["scale"], bn["offset"], bn["mean"], bn["variance"], 0.01, is_training=False
+        )
+        return {"y": tf.nn.relu(y)}

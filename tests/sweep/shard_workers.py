@@ -1,5 +1,6 @@
 """Functions for the processes of the tests of `collect_shards`, which import them by name."""
 
+import itertools
 import os
 import pathlib
 import signal
@@ -88,3 +89,10 @@ class Deadly:
             if first and deadly:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield x[first : first + self.size]
+
+
+def in_file(tmp_path, x, *ends):
+    """Such shards as names and bounds, for `work.slice_of`."""
+    np.save(tmp_path / "x.npy", x)
+    bounds = [0, *ends, len(x)]
+    return [(str(tmp_path / "x.npy"), start, end) for start, end in itertools.pairwise(bounds)]

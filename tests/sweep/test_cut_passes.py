@@ -8,44 +8,6 @@ import tensorflow as tf
 from keras import layers, ops
 
 import tfbn
-from tfbn.sweep import cut_passes
-
-
-# 8 samples take 4608 bytes at the first frontier and 3072 at the second.
-@pytest.mark.quick(2)
-@pytest.mark.parametrize(
-    ("memory_limit", "reads", "starts"),
-    [
-        (5 * 4608, 1, [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2]),
-        (4 * 4608, 2, [0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 2, 2, 2, 2, 2]),
-        (2 * 4608, 3, [0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 2, 2, 2, 0, 0]),
-        (3072, 3, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0]),
-        (0, 3, [0] * 15),
-    ],
-)
-def test_what_fits_in_memory_is_not_computed_again(memory_limit, reads, starts, monkeypatch):
-    model = networks.plain(layers.BatchNormalization)
-    x = networks.data(model, 40)
-    read, started = [], []
-    original = cut_passes.CutPasses.run
-
-    def run(self, batch, start, *args):
-        started.append(start.level if start else 0)
-        return original(self, batch, start, *args)
-
-    monkeypatch.setattr(cut_passes.CutPasses, "run", run)
-
-    class Read:
-        def __iter__(self):
-            for i in range(0, 40, 8):
-                if i == 32:
-                    read.append(i)
-                yield x[i : i + 8]
-
-    stats = tfbn.collect(model, Read(), method="exact", memory_limit=memory_limit, verbose=0)
-    assert (len(read), started) == (reads, starts)
-    [expected] = networks.in_training(networks.plain, model, x, [slice(None)])
-    networks.assert_statistics(stats, expected, model=model)
 
 
 class CalledTwice(keras.Model):

@@ -1,15 +1,8 @@
 """Tests of the cache of frontiers, with a second logical CPU as a stand-in for an accelerator."""
 
-import collections
-import threading
-
-import networks
 import numpy as np
-import pytest
 import tensorflow as tf
 
-import tfbn
-from tfbn.sweep import frontiers, memory, trace
 from tfbn.sweep.batches import Batch
 from tfbn.sweep.frontiers import Frontier, Frontiers
 
@@ -134,58 +127,3 @@ def test_a_frontier_on_two_devices_needs_room_on_both():
         kept = Frontiers(400, second_cpu(limit))
         kept.put(batch(0, 1), Frontier(None, 1, parts))
         assert len(kept) == number
-
-
-def replicas(strategy):
-    with strategy.scope():
-        model = networks.residual(tfbn.BatchNormalization)
-    return model, networks.data(model, 48)
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """Thread -> for each part of the network that ran: what entered, and what left it."""
-    runs = collections.defaultdict(list)
-    original = trace.Part.run
-
-    def run(part, values, populations):
-        placed = [populations(site) for site in part.sites]
-        observed, frontier = original(part, values, populations)
-        moments = [value for _, of_call in observed for value in of_call]
-        runs[threading.get_ident()].append(([*values, *placed], [*frontier, *moments]))
-        return observed, frontier
-
-    monkeypatch.setattr(trace.Part, "run", run)
-    return runs
-
-
-def test_nothing_crosses_devices_between_levels(two_devices, runs):
-    model, x = replicas(two_devices)
-    levels = tfbn.collect(model, x, batch_size=8, verbose=0).levels
-    ran = [one for of_thread in runs.values() for one in of_thread]
-    assert len(ran) == 6 * levels  # Each batch ran each part once.
-    by_device = collections.Counter()
-    for entered, left in ran:
-        [device] = {value.device for value in left}
-        by_device[device[-5:]] += 1
-        if entered[0].shape != [8, *x.shape[1:]]:  # The inputs are on the CPU.
-            assert {value.device for value in entered} == {device}
-    assert by_device == {"CPU:0": 3 * levels, "CPU:1": 3 * levels}
-
-
-def test_where_an_accelerator_is_full_its_batches_are_computed_again(
-    two_devices, runs, monkeypatch
-):
-    model, x = replicas(two_devices)
-    expected = tfbn.collect(model, x, batch_size=8, verbose=0)
-    runs.clear()
-    monkeypatch.setattr(memory, "accelerator_limit", second_cpu(0))
-    monkeypatch.setattr(frontiers, "_MOVED_AND_BACK", np.inf)
-    found = tfbn.collect(model, x, batch_size=8, verbose=0)
-    levels = found.levels
-    by_device = collections.Counter(
-        left[0].device[-5:] for of_thread in runs.values() for _, left in of_thread
-    )
-    assert by_device == {"CPU:0": 3 * levels, "CPU:1": 3 * levels * (levels + 1) // 2}
-    for path in expected:
-        np.testing.assert_array_equal(found[path].mean, expected[path].mean)

@@ -3,53 +3,16 @@
 import warnings
 
 import keras
+import networks
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from sklearn.datasets import load_digits
 
 import tfbn
 from tfbn.sweep import sampling
 
 METHODS = ["exact", "pooled", "algorithm2"]
-
-
-@pytest.fixture(scope="module")
-def digits():
-    """Real images, sorted by class."""
-    images, labels = load_digits(return_X_y=True)
-    order = np.argsort(labels, kind="stable")
-    return (images[order] / 16).astype("float32").reshape(-1, 8, 8, 1)
-
-
-@pytest.fixture(scope="module")
-def model():
-    """A convolutional network with four batch norm layers, one of them over samples alone."""
-    keras.utils.set_random_seed(0)
-    x = inputs = keras.Input((8, 8, 1), name="image")
-    for filters in (8, 16):
-        x = layers.Conv2D(filters, 3, padding="same")(x)
-        x = layers.ReLU()(tfbn.BatchNormalization()(x))
-    x = layers.Dense(16)(layers.GlobalAveragePooling2D()(x))
-    return keras.Model(inputs, layers.Dense(4)(layers.BatchNormalization()(x)))
-
-
-@pytest.fixture(scope="module")
-def population(model, digits):
-    """The statistics of all images."""
-    return tfbn.collect(model, digits, verbose=0)
-
-
-def off(stats, population):
-    """By how much the worst channel is off: means in standard deviations, and those in parts."""
-    return max(
-        max(
-            np.max(np.abs(stats[path].mean - p.mean) / np.sqrt(p.variance)),
-            np.max(np.abs(np.sqrt(stats[path].variance / p.variance) - 1)),
-        )
-        for path, p in population.items()
-    )
 
 
 def drawn(digits, samples, seed):
@@ -106,19 +69,6 @@ def test_one_batch_tells_no_errors(model, digits):
     assert all(np.isnan(layer.mean_error).all() for layer in stats.values())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_sample_of_sorted_data_is_as_close_as_it_was_asked_to_be(
-    model, digits, population, method
-):
-    stats = tfbn.collect(model, digits, method=method, batch_size=16, tolerance=0.03, verbose=0)
-    assert 320 <= stats.samples < len(digits)
-    assert stats.relative_error <= stats.tolerance == 0.03
-    assert stats.population_size == len(digits)
-    assert off(stats, population) < 3 * 0.03
-    again = tfbn.collect(model, digits, method=method, batch_size=16, tolerance=0.03, verbose=0)
-    assert again == stats
-
-
 @pytest.mark.slow
 def test_a_smaller_tolerance_takes_more_and_is_closer(model, digits, population):
     samples, errors = [], []
@@ -126,88 +76,8 @@ def test_a_smaller_tolerance_takes_more_and_is_closer(model, digits, population)
         stats = tfbn.collect(model, digits, batch_size=8, tolerance=tolerance, verbose=0)
         assert stats.relative_error <= tolerance
         samples.append(stats.samples)
-        errors.append(off(stats, population))
+        errors.append(networks.off(stats, population))
     assert samples == sorted(set(samples)) and errors[-1] < errors[0]
-
-
-@pytest.mark.parametrize("method", ["exact", "pooled"])
-def test_all_of_the_data_has_no_error_left(model, digits, population, method):
-    """The population is the data."""
-    stats = tfbn.collect(model, digits[:200], method=method, tolerance=1e-6, verbose=0)
-    assert stats.samples == stats.population_size == 200
-    assert stats.relative_error == 0
-    if method == "exact":
-        everything = tfbn.collect(model, digits[:200], verbose=0)
-        for path, layer in stats.items():
-            np.testing.assert_allclose(layer.mean, everything[path].mean, atol=1e-5)
-
-
-def test_a_stream_that_ends_first_is_swept_whole(model, digits, capsys):
-    dataset = tf.data.Dataset.from_tensor_slices(digits[::3]).batch(16)
-    stats = tfbn.collect(model, dataset, tolerance=1e-4, verbose=0)
-    whole = tfbn.collect(model, dataset, verbose=0)
-    assert stats.samples == whole.samples and stats.population_size == 0
-    for path, layer in stats.items():
-        np.testing.assert_allclose(layer.mean, whole[path].mean, atol=1e-6)
-    stats.summary()
-    assert "tolerance=0.0001 (not reached)" in capsys.readouterr().out
-
-
-def shuffled(digits):
-    """Data that comes in another order, and other noise, every time."""
-    dataset = tf.data.Dataset.from_tensor_slices(digits).shuffle(2000).batch(16)
-    return dataset.map(lambda x: x + tf.random.normal(tf.shape(x), stddev=0.01))
-
-
-@pytest.mark.parametrize("source", ["generator", "shuffled", "endless"])
-def test_all_levels_see_the_same_sample_of_any_stream(model, digits, population, source):
-    order = np.random.default_rng(0).permutation(len(digits))
-    x = {
-        "generator": lambda: (digits[part] for part in np.array_split(order, 110)),
-        "shuffled": lambda: shuffled(digits),
-        "endless": lambda: shuffled(digits).repeat(),
-    }[source]()
-    stats = tfbn.collect(model, x, tolerance=0.05, verbose=0)
-    assert stats.samples < len(digits) and stats.levels == 3
-    assert off(stats, population) < 3 * 0.05
-
-
-def test_only_the_sample_is_read(model, digits):
-    read = []
-    order = np.random.default_rng(0).permutation(len(digits))
-
-    def batches():
-        for i in range(0, len(digits), 16):
-            read.append(i)
-            yield digits[order[i : i + 16]]
-
-    stats = tfbn.collect(model, batches(), tolerance=0.1, verbose=0)
-    assert len(read) == stats.batches == 20
-
-
-def test_a_sample_that_does_not_fit_is_read_again_or_refused(model, digits):
-    order = np.random.default_rng(0).permutation(len(digits))
-    dataset = tf.data.Dataset.from_tensor_slices(digits[order]).batch(16)
-    read = []
-
-    class Counted:
-        def __iter__(self):
-            for batch in dataset:
-                read.append(None)
-                yield batch
-
-    stats = tfbn.collect(model, Counted(), tolerance=0.05, verbose=0)
-    assert len(read) == stats.batches
-    read.clear()
-    tfbn.collect(model, Counted(), tolerance=0.05, memory_limit=5000, verbose=0)
-    assert len(read) >= 2 * stats.batches
-    small = tfbn.collect(model, dataset, tolerance=0.05, memory_limit=5000, verbose=0)
-    large = tfbn.collect(model, dataset, tolerance=0.05, verbose=0)
-    assert small.samples == large.samples
-    for path, layer in small.items():
-        np.testing.assert_allclose(layer.mean, large[path].mean, atol=1e-5)
-    with pytest.raises(ValueError, match="memory_limit=5000"):
-        tfbn.collect(model, iter(dataset), tolerance=0.05, memory_limit=5000, verbose=0)
 
 
 @pytest.mark.slow
@@ -253,13 +123,13 @@ def test_shards_give_a_random_sample_of_all(model, digits, population, method):
     assert stats.samples < len(digits) and stats.relative_error <= 0.03
     if method == "pooled":  # Batches of one class normalise deeper layers in another way.
         population = dict([next(iter(population.items()))])
-    assert off(stats, population) < 4 * 0.03
+    assert networks.off(stats, population) < 4 * 0.03
 
 
 def test_shards_of_other_sizes_are_weighted_by_them(model, digits, population):
     shards = np.split(digits, [30, 60, 90, 120])
     stats = tfbn.collect_shards(model, shards, batch_size=4, tolerance=0.03, verbose=0)
-    assert off(stats, population) < 3 * 0.03
+    assert networks.off(stats, population) < 3 * 0.03
 
 
 def test_only_the_shards_of_the_sample_are_loaded_after_their_sizes(model, digits):
@@ -339,12 +209,6 @@ def test_halves_without_errors_are_not_apart():
     assert sampling._apart(zeros, zeros, np.ones(3, bool)) == 0
 
 
-def test_batches_of_one_have_errors_behind_the_first_layer(model, digits, population):
-    stats = tfbn.collect(model, digits, batch_size=1, tolerance=0.1, verbose=0)
-    assert all((layer.mean_error > 0).all() for layer in stats.values())
-    assert off(stats, population) < 4 * 0.1
-
-
 def test_shards_that_are_sorted_alike_are_drawn_from_unlike_places():
     """By time of day, say: each shard has a different order."""
     model = keras.Sequential([keras.Input((1,)), layers.BatchNormalization(name="bn")])
@@ -352,16 +216,6 @@ def test_shards_that_are_sorted_alike_are_drawn_from_unlike_places():
     noise = np.random.default_rng(0).normal(0, 0.1, (50, 960, 1)).astype("float32")
     stats = tfbn.collect_shards(model, list(hours + noise), tolerance=0.05, verbose=0)
     assert abs(stats["bn"].mean[0] - 4.5) < 4 * stats["bn"].mean_error[0]
-
-
-def test_steps_bound_the_data_that_is_sampled():
-    model = keras.Sequential([keras.Input((1,)), layers.BatchNormalization(name="bn")])
-    x = np.random.default_rng(0).normal(size=(64000, 1)).astype("float32")
-    x[3200:] += 100
-    stats = tfbn.collect(model, x, steps=100, tolerance=0.05, verbose=0)
-    assert stats.population_size == 3200 and abs(stats["bn"].mean[0]) < 0.3
-    shards = tfbn.collect_shards(model, [x, x], steps=100, tolerance=0.05, verbose=0)
-    assert shards.population_size == 6400 and abs(shards["bn"].mean[0]) < 0.3
 
 
 @pytest.mark.parametrize("batches", [21, 60])

@@ -2,17 +2,12 @@
 
 import builtins
 import concurrent.futures
-import gc
 import itertools
 import multiprocessing
 import operator
-import os
-import pathlib
 import pickle
 import random
-import weakref
 
-import cloudpickle
 import keras
 import networks
 import numpy as np
@@ -26,17 +21,7 @@ from keras import layers
 import tfbn
 from tfbn.models.keras_models import batch_norm_layers
 
-SPAWN = multiprocessing.get_context("spawn")
-
-
 SAMPLES = 24
-
-
-@pytest.fixture(scope="module")
-def pool():
-    """Two processes. They import TensorFlow, so that all tests share them."""
-    with concurrent.futures.ProcessPoolExecutor(2, mp_context=SPAWN) as pool:
-        yield pool
 
 
 def cut(x, *ends):
@@ -44,13 +29,6 @@ def cut(x, *ends):
     bounds = [0, *ends, len(keras.tree.flatten(x)[0])]
     slices = itertools.starmap(slice, itertools.pairwise(bounds))
     return [keras.tree.map_structure(operator.itemgetter(part), x) for part in slices]
-
-
-def in_file(tmp_path, x, *ends):
-    """Such shards as names and bounds, for `work.slice_of`."""
-    np.save(tmp_path / "x.npy", x)
-    bounds = [0, *ends, len(x)]
-    return [(str(tmp_path / "x.npy"), start, end) for start, end in itertools.pairwise(bounds)]
 
 
 @pytest.mark.quick(2)
@@ -277,65 +255,6 @@ def test_any_order_any_repetition_to_the_bit(any_map, method):
     assert (stats.samples, stats.batches) == (SAMPLES, expected.batches)
 
 
-@pytest.mark.slow
-def test_in_other_processes_layers_go_by_the_names_they_have_here(pool, tmp_path):
-    source = work.Source(0)
-    model = source()
-    x = networks.data(model, SAMPLES)
-    stats = tfbn.collect_shards(
-        source, in_file(tmp_path, x, 7, 7, 15), map=pool.map, load=work.slice_of, verbose=0
-    )
-    networks.assert_statistics(stats, tfbn.collect(model, x, verbose=0), 1e-6)
-
-
-def loads_and_traces(pool, tmp_path, shards, by_value):
-    """By process how often the model was loaded, and called in Python."""
-    log = tmp_path / f"calls-{len(shards)}-{by_value}"
-    path = tmp_path / "counted.keras"
-    work.counting(str(log)).save(path)
-    loads = tmp_path / f"loads-{len(shards)}-{by_value}"
-    log.unlink()
-
-    def load():
-
-        with open(loads, "a") as file:
-            file.write(f"{os.getpid()}\n")
-        return keras.models.load_model(path)
-
-    def map_by_value(function, items):
-        packed = cloudpickle.dumps(function)
-        return pool.map(unpack, [(packed, item) for item in items])
-
-    source = load if by_value else str(path)
-    any_map = map_by_value if by_value else pool.map
-    tfbn.collect_shards(source, shards, map=any_map, load=work.slice_of, batch_size=2, verbose=0)
-    return [
-        sorted(pathlib.Path(file).read_text().split()) if pathlib.Path(file).exists() else []
-        for file in (loads, log)
-    ]
-
-
-def unpack(packed_and_item):
-    """Runs a function that was pickled by value."""
-    packed, item = packed_and_item
-    return pickle.loads(packed)(item)
-
-
-@pytest.mark.parametrize("by_value", [False, True])
-def test_a_process_loads_and_traces_the_model_once(by_value, pool, tmp_path):
-    x = np.random.default_rng(0).normal(size=(SAMPLES, 3)).astype("float32")
-    few = in_file(tmp_path, x, 8, 16)
-    many = in_file(tmp_path, x, *range(2, SAMPLES, 2))
-    counts = []  # For each sweep, how many calls there were in a process.
-    for shards in (few, many):
-        loads, calls = loads_and_traces(pool, tmp_path, shards, by_value)
-        if by_value:
-            assert len(set(loads)) == len(loads)
-        counts.append({calls.count(process) for process in calls})
-    # Keras calls the model when it loads it, and a trace adds to that; tasks add nothing.
-    assert counts[0] == counts[1] and max(counts[1]) <= 8
-
-
 def test_only_the_moments_of_one_level_come_back():
     width, sizes = 3000, []
     model = keras.Sequential(
@@ -356,20 +275,6 @@ def test_only_the_moments_of_one_level_come_back():
     tfbn.collect_shards(model, cut(x, 10), map=weighed, verbose=0)
     assert len(sizes) == 6  # Two shards at three levels.
     assert max(sizes) < 10 * 8 * width + 3000  # Ten numbers a channel.
-
-
-@pytest.mark.slow
-def test_this_process_lets_the_model_go():
-    held = []
-
-    def load():
-        model = networks.plain(layers.BatchNormalization)
-        held.append(weakref.ref(model))
-        return model
-
-    tfbn.collect_shards(load, [_x], verbose=0)
-    gc.collect()
-    assert len(held) == 1 and held[0]() is None
 
 
 def test_one_progress_bar(capsys):
@@ -432,7 +337,7 @@ def test_what_two_shards_swap_between_levels_is_no_change_of_the_data_but_named_
 @pytest.mark.slow
 def test_a_missing_file_is_named(pool, tmp_path):
     _small.save(tmp_path / "model.keras")
-    shards = in_file(tmp_path, _x, 10)
+    shards = work.in_file(tmp_path, _x, 10)
     shards.append((str(tmp_path / "none.npy"), 0, 3))
     with pytest.raises(RuntimeError, match=r"shard 2 .*FileNotFoundError.*none\.npy"):
         tfbn.collect_shards(
@@ -447,29 +352,6 @@ def test_bad_data_names_the_shard():
         RuntimeError, match=r"(?s)from shard 1 \(.*Error: Expected finite values .* in batch 1 \(c"
     ):
         tfbn.collect_shards(_small, cut(bad, 10), batch_size=4, verbose=0)
-
-
-@pytest.mark.slow
-def test_other_weights_in_a_worker(pool, tmp_path):
-    x = np.zeros((4, 8, 8, 3), "float32")
-    with pytest.raises(RuntimeError, match="every process to load the same weights"):
-        tfbn.collect_shards(
-            work.Source(None), in_file(tmp_path, x), map=pool.map, load=work.slice_of, verbose=0
-        )
-
-
-def test_a_model_is_not_sent_to_other_processes(pool):
-    with pytest.raises(ValueError, match=r"itself, and a map that sends .*path of a \.keras file"):
-        tfbn.collect_shards(_small, [_x], map=pool.map, verbose=0)
-
-
-def test_a_process_that_was_forked_is_told():
-    tfbn.collect_shards(_small, [_x], method="pooled", verbose=0)
-    with (
-        multiprocessing.get_context("fork").Pool(1) as forked,
-        pytest.raises(RuntimeError, match=r"forked from.*get_context\('spawn'\)"),
-    ):
-        tfbn.collect_shards(work.Source(0), [_x], map=forked.map, verbose=0)
 
 
 @pytest.mark.parametrize("shards", [[], [_x[:0]], [_x[:0]] * 3])
@@ -498,7 +380,7 @@ def test_bad_arguments_get_one_clear_error(model, options, message):
 @pytest.mark.slow
 def test_a_worker_that_is_killed_while_it_sweeps(pool, tmp_path):  # The last, for it ends the pool.
     _small.save(tmp_path / "model.keras")
-    shards = in_file(tmp_path, _x, 8, 8, 16)
+    shards = work.in_file(tmp_path, _x, 8, 8, 16)
     deadly = work.Deadly(tmp_path / "log", 4, shards[-1])
     deaths = []
 
@@ -514,7 +396,9 @@ def test_a_worker_that_is_killed_while_it_sweeps(pool, tmp_path):  # The last, f
             except concurrent.futures.process.BrokenProcessPool:
                 deaths.append(len(left))
 
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=SPAWN) as fresh:
+    with concurrent.futures.ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn")
+    ) as fresh:
         pools = [pool, fresh]
         options = {"load": deadly, "verbose": 0}
         stats = tfbn.collect_shards(tmp_path / "model.keras", shards, map=again, **options)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 
 import keras
@@ -11,53 +10,12 @@ import pytest
 import tensorflow as tf
 from exported_models import dense_model, sweep
 from keras import layers
+from monitored_models import CHANNELS, images, network, served_by
 
 import tfbn
 from tfbn import export
 from tfbn.serving.monitor import monitor
 from tfbn.stats import moments
-
-CHANNELS = 6
-
-
-def network():
-    """Build batch norm on the raw image, a convolution, and a second batch norm."""
-    x = keras.Input((4, 4, CHANNELS), name="image")
-    y = layers.BatchNormalization(name="first")(x)
-    y = layers.BatchNormalization(name="second")(layers.Conv2D(4, 3, name="conv")(y))
-    return keras.Model(x, layers.Flatten()(y))
-
-
-def images(rng, count):
-    """Return skewed data with different samples and correlated channels."""
-    brightness = rng.gamma(3.0, 1.0, (count, 1, 1, 1))
-    return (brightness + rng.gamma(1.0, 1.0, (count, 4, 4, CHANNELS))).astype("float32")
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    keras.utils.set_random_seed(0)
-    model = network()
-    tfbn.update_population_stats(model, images(np.random.default_rng(0), 2000), verbose=0)
-    return export(model, tmp_path_factory.mktemp("model"), monitor=True).path
-
-
-@pytest.fixture(scope="module")
-def ask(exported):
-    loaded = tf.saved_model.load(os.fspath(exported))
-
-    def ask(x):
-        outputs = loaded.signatures["monitor"](image=tf.constant(x))
-        return {name: y.numpy() for name, y in outputs.items()}
-
-    return ask
-
-
-def served_by(path, answers):
-    served = tfbn.ServedStats(path)
-    for answer in answers:
-        served.add(answer)
-    return served
 
 
 @pytest.mark.slow
@@ -196,72 +154,7 @@ def test_channels_that_never_vary_and_rounding_are_no_drift(tmp_path):
     assert found.layers["bn"]["mean_shift_max"] < 1
 
 
-def test_all_that_clients_receive_is_taken(exported, ask):
-    predict_pb2 = pytest.importorskip(
-        "tensorflow_serving.apis.predict_pb2", reason="needs the extra `serving`"
-    )
-    arrays = ask(images(np.random.default_rng(7), 3))
-    response = predict_pb2.PredictResponse()
-    for name, value in arrays.items():
-        response.outputs[name].CopyFrom(tf.make_tensor_proto(value))
-    lists = {name: value.tolist() for name, value in arrays.items() if name != monitor.IDENTITY}
-    lists[monitor.IDENTITY] = [text.decode() for text in arrays[monitor.IDENTITY]]
-    columns = json.loads(json.dumps({"outputs": lists}))
-    rows = {"predictions": [{k: v[i] for k, v in lists.items()} for i in range(3)]}
-    tensors = {name: tf.constant(value) for name, value in arrays.items()}
-    given = [arrays, tensors, lists, rows, columns, columns["outputs"], response, response.outputs]
-    first, *rest = [served_by(exported, [answer]).layers() for answer in given]
-    assert all(other == first for other in rest)
-
-
 # Invalid answers.
-
-WRONG = {
-    "no mapping": (lambda a: [1.0], "with outputs by name"),
-    "rows": (lambda a: {"predictions": [1]}, "signature 'monitor' with 'monitor/population'"),
-    "of serve": (lambda a: {"output_0": a["output_0"]}, "signature 'monitor' with"),
-    "another version": (
-        lambda a: {**a, monitor.IDENTITY: [b"17", b"17"]},
-        "an answer of another model",
-    ),
-    "one sample of another version": (
-        lambda a: {**a, monitor.IDENTITY: [a[monitor.IDENTITY][0], b"17"]},
-        "an answer of another model",
-    ),
-    "fewer samples": (lambda a: {**a, monitor.IDENTITY: a[monitor.IDENTITY][:1]}, "1 samples of 6"),
-    "a missing layer": (
-        lambda a: {k: v for k, v in a.items() if k != "second/mean"},
-        "with 'second/mean'",
-    ),
-    "text": (lambda a: {**a, "second/mean": "many"}, "numbers in 'second/mean'"),
-    "ragged": (lambda a: {**a, "second/mean": [[1], [1, 2]]}, "numbers in 'second/mean'"),
-    "nothing": (lambda a: {**a, "second/mean": None}, "of 4 channels.*layer 'second'"),
-    "channels": (lambda a: {**a, "second/mean": a["second/mean"][:, :3]}, "of 4 channels"),
-    "all channels": (
-        lambda a: {k: v[:, :3] if np.shape(v)[1:] == (4,) else v for k, v in a.items()},
-        "of 4 channels",
-    ),
-    "NaN": (lambda a: {**a, "second/mean": a["second/mean"] * np.nan}, "mean nan in channel 0"),
-    "infinity": (
-        lambda a: {**a, "second/variance": [[1, 1, 1, 1], [1, np.inf, 1, 1]]},
-        "variance inf in channel 1 of sample 1",
-    ),
-    "variance": (lambda a: {**a, "second/variance": -a["second/variance"]}, "variance -"),
-    "count": (lambda a: {**a, "second/count": [-1, 4]}, "layer 'second'.*whole number"),
-    "half a count": (lambda a: {**a, "second/count": [4, 1.5]}, "layer 'second'.*whole number"),
-    "NaN as count": (lambda a: {**a, "second/count": [4, np.nan]}, "layer 'second'.*whole number"),
-}
-
-
-@pytest.mark.parametrize("kind", WRONG)
-def test_an_answer_that_does_not_belong_is_refused_and_nothing_added(exported, ask, kind):
-    change, message = WRONG[kind]
-    answer = ask(images(np.random.default_rng(8), 2))
-    served = served_by(exported, [answer])
-    before = served.layers()
-    with pytest.raises(ValueError, match=f"(?s)^Expected.*{message}"):
-        served.add(change(answer))
-    assert served.samples == 2 and served.layers() == before
 
 
 def test_the_answer_of_another_version_is_refused(tmp_path, exported, ask):

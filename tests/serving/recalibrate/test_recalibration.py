@@ -5,7 +5,6 @@ have the same statistics and predict what the next version answers.
 """
 
 import itertools
-import json
 import os
 import pathlib
 
@@ -14,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from exported_models import MODELS, field, made, residual
 from keras import layers
 
 import tfbn
@@ -21,106 +21,7 @@ from tfbn.files import atomic
 from tfbn.models.keras_models import batch_norm_layers
 from tfbn.serving import provenance, versions
 from tfbn.serving.export import batch_norms
-from tfbn.serving.recalibrate import recalibration, weights
-
-rng = np.random.default_rng(0)
-
-
-def field(*shape):
-    """Return data from another distribution than the statistics."""
-    return (rng.normal(size=(23, *shape)) * 3 + 2).astype("float32")
-
-
-class Doubled(layers.BatchNormalization):
-    """Double the output of batch norm, and add the input."""
-
-    def call(self, inputs, training=None, mask=None):
-        return 2 * super().call(inputs, training=training, mask=mask) + inputs
-
-
-def nested():
-    """Build nested models with layers of equal names and a shared layer."""
-    inner = keras.Sequential([layers.Dense(4), layers.BatchNormalization(name="bn")], name="inner")
-    shared = layers.BatchNormalization(name="shared")
-    x = inputs = keras.Input((4,))
-    for block in (inner, keras.Sequential([layers.BatchNormalization(name="bn")], name="inner_2")):
-        x = shared(block(x) * 2)
-    return keras.Model(inputs, layers.Dense(2)(layers.ReLU()(x)))
-
-
-class Siblings(keras.Model):
-    """Build children with equal names, some without batch norm, called in another order."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = layers.Dense(4, name="twin")
-        self.second = layers.BatchNormalization(name="twin")
-        self.third = keras.Sequential([layers.BatchNormalization(name="bn")], name="twin")
-        self.fourth = layers.BatchNormalization(name="twin")
-
-    def call(self, x, training=None):
-        for part in (self.fourth, self.first, self.third, self.second):
-            x = tf.nn.relu(part(x, training=training)) if part is not self.first else part(x)
-        return x
-
-
-def masked():
-    """Padded steps do not count."""
-    x = inputs = keras.Input((None,), dtype="int32")
-    x = layers.Embedding(9, 3, mask_zero=True)(x)
-    x = layers.BatchNormalization()(x)
-    return keras.Model(inputs, layers.GlobalAveragePooling1D()(x))
-
-
-def residual():
-    """A convolution before and after each of several batch norm layers, in 16 bits."""
-    x = inputs = keras.Input((6, 6, 2))
-    for strides in (1, 2):
-        y = layers.Conv2D(4, 3, strides, padding="same")(x)
-        y = tfbn.BatchNormalization(axis=-1, scale=False)(y)
-        y = layers.BatchNormalization(center=False, epsilon=0.1)(layers.ReLU()(y))
-        x = layers.Conv2D(4, 1, strides)(x) + y
-    return keras.Model(inputs, layers.Flatten()(x))
-
-
-def several():
-    """Build a model with named inputs and outputs."""
-    a, b = keras.Input((4,), name="a"), keras.Input((3,), name="b")
-    u = layers.BatchNormalization()(layers.Dense(2, name="first")(a))
-    v = tfbn.BatchNormalization()(layers.Dense(2)(b))
-    return keras.Model({"a": a, "b": b}, {"sum": u + v, "difference": u - v})
-
-
-def channels_first():
-    """Its batch norm layers are over axis 1."""
-    return keras.Sequential([keras.Input((3, 4, 4)), layers.BatchNormalization(axis=1)])
-
-
-MODELS = {
-    "dense": (exported_models.dense_model, lambda: field(4)),
-    "convolutional": (exported_models.conv_model, lambda: field(8, 8, 3)),
-    "nested": (nested, lambda: field(4)),
-    "siblings": (lambda: exported_models.called(Siblings(), field(4)), lambda: field(4)),
-    "masked": (masked, lambda: rng.integers(0, 9, (23, 5)).astype("int32")),
-    "residual": (residual, lambda: field(6, 6, 2)),
-    "several": (several, lambda: {"a": field(4), "b": field(3)}),
-    "subclassed": (
-        lambda: exported_models.called(exported_models.TwoInputs(), field(4)),
-        lambda: field(4),
-    ),
-    "of a kind": (
-        lambda: keras.Sequential([keras.Input((4,)), Doubled(), layers.Dense(2), Doubled()]),
-        lambda: field(4),
-    ),
-    "channels first": (channels_first, lambda: field(3, 4, 4)),
-}
-
-
-def made(name):
-    """Return a model with assigned statistics, and data from the field."""
-    keras.utils.set_random_seed(0)
-    build, data = MODELS[name]
-    return exported_models.sweep(build()), data()
+from tfbn.serving.recalibrate import recalibration
 
 
 def contents(directory):
@@ -346,19 +247,6 @@ def test_warm_up_requests_and_assets_go_along(tmp_path):
     assert (found.path / name).read_bytes() == (tmp_path / "m" / "1" / name).read_bytes()
 
 
-def test_the_fingerprint_is_that_of_the_new_weights(tmp_path):
-    """It is written by a private function of TensorFlow, which must still exist."""
-    model, x = made("dense")
-    tfbn.export(model, tmp_path / "m")
-    tfbn.recalibrate(tmp_path / "m", x, verbose=0)
-    old, new = (tf.saved_model.experimental.read_fingerprint(str(tmp_path / "m" / n)) for n in "12")
-    assert new.checkpoint_hash != old.checkpoint_hash
-    assert new.saved_model_checksum == old.saved_model_checksum
-    again = tfbn.recalibrate(tmp_path / "m" / "1", x, verbose=0)
-    third = tf.saved_model.experimental.read_fingerprint(os.fspath(again.path))
-    assert third.checkpoint_hash == new.checkpoint_hash
-
-
 class InLoop(keras.Model):
     """Call batch norm inside a loop."""
 
@@ -537,41 +425,6 @@ def test_a_version_that_does_not_predict_as_it_should_is_not_put_in_place(tmp_pa
     assert os.listdir(tmp_path / "m") == ["1"]
 
 
-@pytest.mark.slow
-def test_serve_is_what_it_was_without_the_record(tmp_path):
-    """The record is a separate file and does not change the graph."""
-    model, x = made("residual")
-    exported = tfbn.export(model, tmp_path / "m")
-    loaded = tf.saved_model.load(os.fspath(exported.path))
-    assert list(loaded.signatures) == ["serve", "serving_default"]
-    archive = keras.export.ExportArchive()
-    archive.track(model)
-
-    def serve(*args):
-        from tfbn.serving.export import endpoint, signature
-
-        return model(*endpoint._checked(args, signature.arguments(model)), training=False)
-
-    archive.add_endpoint("serve", serve, input_signature=[tf.TensorSpec((None, 6, 6, 2))])
-    archive.write_out(tmp_path / "plain", verbose=False)
-    plain = tf.saved_model.load(tmp_path / "plain")
-    operations = [
-        [op.type for op in m.serve.concrete_functions[0].graph.get_operations()]
-        for m in (loaded, plain)
-    ]
-    assert operations[0] == operations[1]
-    np.testing.assert_allclose(loaded.serve(x), plain.serve(x), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.quick(1)
-@pytest.mark.parametrize("name", ["nested", "siblings"])
-def test_the_paths_are_those_of_the_model(tmp_path, name):
-    model, _ = made(name)
-    tfbn.export(model, tmp_path / "m")
-    network = recalibration.open_version(tmp_path / "m").network
-    assert list(batch_norm_layers(network)) == list(batch_norm_layers(model))
-
-
 def test_statistics_that_make_every_output_nan_are_refused(tmp_path):
     model = exported_models.sweep(
         keras.Sequential([keras.Input((4,)), layers.BatchNormalization(epsilon=0.0)])
@@ -581,29 +434,6 @@ def test_statistics_that_make_every_output_nan_are_refused(tmp_path):
     with pytest.raises(ValueError, match="with the new statistics is NaN or infinite in every"):
         tfbn.recalibrate(tmp_path / "m", np.ones((8, 4), "float32"), verbose=0)
     assert contents(tmp_path) == before
-
-
-def test_a_record_with_a_call_of_no_layer_is_refused(tmp_path):
-    tfbn.export(made("dense")[0], tmp_path / "m")
-    file = tmp_path / "m" / "1" / batch_norms.FILE
-    record = json.loads(file.read_text())
-    record["calls"][0][0] = "another"
-    file.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"is damaged .*a call of no layer"):
-        tfbn.recalibrate(tmp_path / "m", field(4), verbose=0)
-
-
-@pytest.mark.parametrize(
-    ("place", "value", "says"),
-    [("no/place", np.zeros(3), "a variable at 'no/place'"), (None, np.zeros(99), "shape")],
-)
-def test_values_for_other_variables_are_refused(tmp_path, place, value, says):
-    tfbn.export(made("dense")[0], tmp_path / "m")
-    version = tmp_path / "m" / "1"
-    [layer, *_] = batch_norms.read(version).layers.values()
-    place = place or layer.variables["moving_mean"]
-    with pytest.raises(ValueError, match=says):
-        weights.copy_with(version, tmp_path / "copy", {place: value})
 
 
 @pytest.mark.slow

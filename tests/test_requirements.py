@@ -1,8 +1,5 @@
-"""Tests of what `import tfbn` needs and says."""
+"""Tests of the check of the installation."""
 
-import ast
-import importlib
-import pathlib
 import subprocess
 import sys
 
@@ -63,15 +60,6 @@ def test_under_keras_2_one_error_says_what_to_do():
     assert error.startswith("ImportError: tfbn needs Keras 3. Received: Keras 2.15.0.")
 
 
-@pytest.mark.slow
-def test_importing_does_not_need_the_extras():
-    blocked = ("matplotlib", "sklearn", "tensorflow_serving", "apache_beam", "hypothesis")
-    code, error = run(
-        f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); from tfbn import *"
-    )
-    assert code == 0, error
-
-
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory):
     """A file with a model whose last layer is ours."""
@@ -87,28 +75,6 @@ def model_file(tmp_path_factory):
 def test_after_a_bare_import_keras_loads_models_with_our_layer(model_file, imports):
     code, error = run(f"{imports}; keras.models.load_model({model_file!r})")
     assert code == 0, error
-
-
-def test_nothing_heavy_is_imported_before_it_is_used():
-    heavy = ("tensorflow", "keras", "numpy", "h5py")
-    code, error = run(
-        f"import sys, tfbn; names = dir(tfbn); assert not {{*sys.modules}} & {{*{heavy!r}}}\n"
-        "assert {*tfbn.__all__} <= {*names} and tfbn.__version__\n"
-        "try: tfbn.no_such_name\n"
-        "except AttributeError as error: assert 'no_such_name' in str(error)\n"
-        f"assert not {{*sys.modules}} & {{*{heavy!r}}}"
-    )
-    assert code == 0, error
-
-
-def test_type_checkers_see_the_names_that_are_imported_when_used():
-    tree = ast.parse(pathlib.Path(tfbn.__file__).read_text())
-    [block] = [node for node in tree.body if isinstance(node, ast.If)]
-    seen = {name.name: node.module for node in block.body for name in node.names}
-    assert seen == tfbn._MODULES
-    assert {*seen, "__version__"} == {*tfbn.__all__}
-    for name, module in seen.items():
-        assert getattr(tfbn, name) is getattr(importlib.import_module(module), name)
 
 
 def test_a_backend_chosen_in_the_environment_is_seen_before_keras_is_imported():
@@ -127,3 +93,24 @@ def test_a_backend_that_only_keras_knows_is_told_at_the_first_use(tmp_path):
     assert code == 1
     assert error.startswith("ImportError: tfbn needs Keras to run on TensorFlow.")
     assert "'numpy'" in error
+
+
+@pytest.mark.slow
+def test_importing_does_not_need_the_extras():
+    blocked = ("matplotlib", "sklearn", "tensorflow_serving", "apache_beam", "hypothesis")
+    code, error = run(
+        f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); from tfbn import *"
+    )
+    assert code == 0, error
+
+
+def test_nothing_heavy_is_imported_before_it_is_used():
+    heavy = ("tensorflow", "keras", "numpy", "h5py")
+    code, error = run(
+        f"import sys, tfbn; names = dir(tfbn); assert not {{*sys.modules}} & {{*{heavy!r}}}\n"
+        "assert {*tfbn.__all__} <= {*names} and tfbn.__version__\n"
+        "try: tfbn.no_such_name\n"
+        "except AttributeError as error: assert 'no_such_name' in str(error)\n"
+        f"assert not {{*sys.modules}} & {{*{heavy!r}}}"
+    )
+    assert code == 0, error
