@@ -13,9 +13,8 @@ from tfbn.callbacks.fit_guard import temporary_attribute
 from tfbn.callbacks.shared_iterators import refuse_shared, warn_of_shared_shuffle
 from tfbn.callbacks.swept_layers import SweptLayers
 from tfbn.callbacks.validation import check_targets, check_validation_data, evaluate, unchanged
-from tfbn.models import keras_models
+from tfbn.models import interception, keras_models
 from tfbn.models.keras_models import Structure
-from tfbn.models.patching import patch_in_thread
 from tfbn.models.random_state import unchanged_generators
 from tfbn.population import PopulationStats
 from tfbn.sweep.adapters import is_one_shot
@@ -275,10 +274,10 @@ def _with_mini_batches(
             return call(inputs, training=True, mask=mask)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(keras_models.inlined_functions())
-        stack.enter_context(keras_models.observed_calls(layers, observe))
+        stack.enter_context(interception.inlined_functions())
+        stack.enter_context(interception.observed_calls(layers, observe))
         if partly:
-            stack.enter_context(patch_in_thread(keras.Layer, "__call__", called))
+            stack.enter_context(interception.patch_in_thread(keras.Layer, "__call__", called))
         return test_step(data)
 
 

@@ -1,25 +1,17 @@
-"""Access the layers of a Keras model, their calls and their variables."""
+"""Access the layers of a Keras model and their variables."""
 
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn.layer import BatchNormalization
-from tfbn.models.patching import patch_in_thread
-
 # A tensor, its spec, or a nested list, tuple or dict of them.
 Structure = Any
-# (path, layer, original call, inputs, training, mask) -> outputs
-Observe = Callable[
-    [str, keras.Layer, Callable[..., tf.Tensor], tf.Tensor, bool | None, tf.Tensor | None],
-    tf.Tensor,
-]
 
 _STATISTICS = (
     "moving_mean",
@@ -246,58 +238,6 @@ def _bookkeeping() -> frozenset[str]:
     # Created by `fit`, `evaluate` and `predict`; `evaluate` by `callbacks.fit_guard`.
     later = {"history", "stop_training", "stop_evaluating", "stop_predicting", "optimizer"}
     return frozenset(managed | later | {"_eval_epoch_iterator", "evaluate"})
-
-
-@contextlib.contextmanager
-def observed_calls(
-    layers: Mapping[str, keras.Layer], observe: Observe, outermost: bool = False
-) -> Iterator[None]:
-    """Call `observe` in place of some batch norm layers within the context, in this thread.
-
-    The two classes that define `call` are patched, so a subclass that extends `super().call()`
-    keeps its additions. Other threads and layers are not affected.
-
-    Args:
-        layers: Path -> batch norm layer.
-        observe: Called as `observe(path, layer, call, inputs, training, mask)`, returns the
-            outputs. `call(inputs, training=..., mask=...)` is the original.
-        outermost: Whether to observe the `call` of subclasses too.
-    """
-    classes = {keras.layers.BatchNormalization, BatchNormalization}
-    if outermost:
-        for layer in layers.values():
-            classes.add(next(cls for cls in type(layer).__mro__ if "call" in cls.__dict__))
-    paths = {id(layer): path for path, layer in layers.items()}
-
-    def observed(original, layer, inputs, training=None, mask=None):
-        call = functools.partial(original, layer)
-        if id(layer) not in paths:
-            return call(inputs, training=training, mask=mask)
-        return observe(paths[id(layer)], layer, call, inputs, training, mask)
-
-    with contextlib.ExitStack() as stack:
-        for cls in classes:
-            stack.enter_context(patch_in_thread(cls, "call", observed))
-        yield
-
-
-@contextlib.contextmanager
-def inlined_functions() -> Iterator[None]:
-    """Inline all `tf.function`s into their caller within the context, in this thread.
-
-    An earlier trace would lack the patches of the context, and a later call must not reuse a trace
-    that has them.
-    """
-
-    def inlined(call, function, *args, **kwargs):
-        return function.python_function(*args, **kwargs)
-
-    with patch_in_thread(_Function, "__call__", inlined):
-        yield
-
-
-# The type that `tf.function` returns has no public name.
-_Function = type(tf.function(lambda: None))
 
 
 class Snapshot:

@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from tfbn.layer.sweep_records import SweepRecord
-from tfbn.models import assignment, fingerprints, keras_models
+from tfbn.models import assignment, fingerprints, interception, keras_models
 
 
 def reason(
@@ -83,8 +83,8 @@ def upstream_variables(model: keras.Model) -> dict[str, set[int]] | None:
     infer = tf.function(lambda *inputs: model(*inputs, training=False), autograph=False)
     try:
         with (
-            keras_models.inlined_functions(),
-            keras_models.observed_calls(layers, observe, outermost=True),
+            interception.inlined_functions(),
+            interception.observed_calls(layers, observe, outermost=True),
         ):
             graph = infer.get_concrete_function(*specs).graph
     except Exception:  # The code of a custom layer may raise any class.

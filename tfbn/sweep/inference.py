@@ -22,8 +22,13 @@ from tensorflow.python.framework import random_seed
 from tensorflow.python.ops import custom_gradient, gen_random_ops
 from tensorflow.python.ops.control_flow_v2_func_graphs import WhileBodyFuncGraph
 
-from tfbn.models.keras_models import Observe, Structure, inlined_functions, observed_calls
-from tfbn.models.patching import patch_in_thread
+from tfbn.models.interception import (
+    Observe,
+    inlined_functions,
+    observed_calls,
+    patch_in_thread,
+)
+from tfbn.models.keras_models import Structure
 
 
 class Draws:
@@ -70,7 +75,7 @@ def inference(
 ) -> Iterator[keras.StatelessScope]:
     """Context manager: run models in this thread for inference, observed, without side effects.
 
-    - Calls of `layers` are replaced by `observe`, see `tfbn.models.keras_models.observed_calls`.
+    - Calls of `layers` are replaced by `observe`, see `tfbn.models.interception.observed_calls`.
     - A `tf.function` of the model is traced again as a part of the caller: its old trace does not
       observe, and the new one must not be run later.
     - Keras's variables keep their values, and layers keep the losses of their last call.

@@ -13,8 +13,8 @@ import tensorflow as tf
 
 from tfbn.layer import BatchNormalization, kernels, sums
 from tfbn.models import keras_models
+from tfbn.models.interception import patch_in_thread
 from tfbn.models.keras_models import Structure
-from tfbn.models.patching import patch_in_thread
 from tfbn.sweep.inference import Draws, as_called, inference
 from tfbn.sweep.state import Site
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tfbn.models import keras_models
+from tfbn.models import interception, keras_models
 from tfbn.serving.export import batch_norms, signature
 from tfbn.serving.monitor import monitor
 
@@ -173,7 +173,7 @@ def _observed(
         return outputs
 
     layers = keras_models.batch_norm_layers(model)
-    with keras_models.observed_calls(layers, observe, outermost=True):
+    with interception.observed_calls(layers, observe, outermost=True):
         yield
 
 

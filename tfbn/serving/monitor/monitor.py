@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tfbn.graphs import walks
 from tfbn.layer import sums
-from tfbn.models import assignment, keras_models
+from tfbn.models import assignment, interception, keras_models
 from tfbn.population import PopulationStats
 from tfbn.serving.monitor import per_sample
 from tfbn.serving.monitor.per_sample import Moments
@@ -84,7 +84,7 @@ def run(
             inside.append(path)
         return call(inputs, training=training, mask=mask)
 
-    with keras_models.observed_calls(layers, observe), keras_models.inlined_functions():
+    with interception.observed_calls(layers, observe), interception.inlined_functions():
         outputs = model(*args, training=False)
     # An error inside the body of tf.map_fn would break later uses of tf.distribute strategies.
     for path in inside:

@@ -1,10 +1,10 @@
-"""Tests of `tfbn.models.patching`."""
+"""Tests of `tfbn.models.interception`."""
 
 import threading
 
 import pytest
 
-from tfbn.models.patching import patch_in_thread
+from tfbn.models.interception import patch_in_thread
 
 
 class Thing:
