@@ -2,9 +2,11 @@
 
 import threading
 
+import keras
+import numpy as np
 import pytest
 
-from tfbn.models.interception import patch_in_thread
+from tfbn.models.interception import observed_calls, patch_in_thread
 
 
 class Thing:
@@ -74,3 +76,50 @@ def test_keeps_a_later_replacement_by_other_code():
         assert Thing.__dict__["answer"] is other
     finally:
         Thing.answer = original
+
+
+class Unmasked(keras.layers.BatchNormalization):
+    """A subclass whose `call` has no mask and an argument more."""
+
+    def call(self, x, training=None, twice=False):
+        """Normalize once or twice."""
+        y = super().call(x, training=training)
+        return super().call(y, training=training) if twice else y
+
+
+class Replacing(keras.layers.BatchNormalization):
+    """A subclass that does not call its base class."""
+
+    def call(self, x, training=None):
+        """Return the input."""
+        return x
+
+
+@pytest.mark.parametrize(
+    ("layer", "twice", "expected"),
+    [
+        (keras.layers.BatchNormalization(), {}, [(0, False), (1, False)]),
+        (Unmasked(), {}, [(0, False), (0, True), (1, False), (1, True)]),
+        (Unmasked(), {"twice": True}, [(0, False), (1, False), (0, True), (2, False), (3, False)]),
+        (Replacing(), {}, [(0, False), (1, False)]),
+    ],
+    ids=["stock", "subclass", "two calls in a subclass", "no call of the base class"],
+)
+def test_calls_of_a_layer_are_numbered(layer, twice, expected):
+    """Once each, though a subclass and its base class are both observed."""
+    x = np.ones((3, 2), "float32")
+    want = layer(x, training=False, **twice)
+    calls, seen = [], []
+
+    def observe(call):
+        outputs = call.run()
+        calls.append(call)
+        seen.append((call.number, call.contained_another))
+        return outputs
+
+    with observed_calls({"bn": layer}, observe, outermost=True):
+        for _ in range(2):
+            np.testing.assert_array_equal(layer(x, training=False, **twice), want)
+    assert seen[: len(expected)] == expected
+    assert {call.path for call in calls} == {"bn"}
+    assert all(call.layer is layer and call.training is False for call in calls)

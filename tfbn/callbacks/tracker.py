@@ -265,13 +265,13 @@ def _with_mini_batches(
             kwargs["training"] = PassedOn()
         return call(layer, *args, **kwargs)
 
-    def observe(path, layer, call, inputs, training, mask):
-        fixed = path in partly and not isinstance(training, PassedOn)
-        if path not in trained or fixed:
-            return call(inputs, training=training, mask=mask)
+    def observe(call: interception.LayerCall) -> Structure:
+        fixed = call.path in partly and not isinstance(call.training, PassedOn)
+        if call.path not in trained or fixed:
+            return call.run()
         # The scope receives the new moving averages and discards them.
         with keras.StatelessScope():
-            return call(inputs, training=True, mask=mask)
+            return call.run(training=True)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(interception.inlined_functions())

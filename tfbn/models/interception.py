@@ -1,11 +1,12 @@
 """Replace functions in one thread only, and observe the calls of batch norm layers so."""
 
+import collections
 import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -13,11 +14,6 @@ import tensorflow as tf
 from tfbn.layer import BatchNormalization
 
 Replacement = Callable[..., Any]
-# (path, layer, original call, inputs, training, mask) -> outputs
-Observe = Callable[
-    [str, keras.Layer, Callable[..., tf.Tensor], tf.Tensor, bool | None, tf.Tensor | None],
-    tf.Tensor,
-]
 
 
 class _Patch:
@@ -83,6 +79,39 @@ def patch_in_thread(
                     setattr(owner, name, patch.original)
 
 
+class LayerCall(NamedTuple):
+    """A call of an observed batch norm layer.
+
+    Attributes:
+        path: The path of the layer.
+        number: The number of calls of the layer before this one, in the context.
+        layer: The layer.
+        run: Calls the original. `run(training=True)` changes an argument of the base class.
+        inputs, training, mask: The arguments.
+        of_subclass: Whether a subclass of Keras's or tfbn's layer defines this `call`. The call of
+            the base class in it is the same call, and has the same number.
+        counts: Path -> number of calls so far, with this one.
+    """
+
+    path: str
+    number: int
+    layer: keras.layers.BatchNormalization
+    run: Callable[..., tf.Tensor]
+    inputs: tf.Tensor
+    training: bool | None
+    mask: tf.Tensor | None
+    of_subclass: bool
+    counts: Mapping[str, int]
+
+    @property
+    def contained_another(self) -> bool:
+        """Whether the call of a subclass, after `run`, has called its base class."""
+        return self.of_subclass and self.counts[self.path] > self.number
+
+
+Observe = Callable[[LayerCall], tf.Tensor]
+
+
 @contextlib.contextmanager
 def observed_calls(
     layers: Mapping[str, keras.Layer], observe: Observe, outermost: bool = False
@@ -94,26 +123,44 @@ def observed_calls(
 
     Args:
         layers: Path -> batch norm layer.
-        observe: Called as `observe(path, layer, call, inputs, training, mask)`, returns the
-            outputs. `call(inputs, training=..., mask=...)` is the original.
+        observe: Receives a call, and returns the outputs.
         outermost: Whether to observe the `call` of subclasses too.
     """
-    classes = {keras.layers.BatchNormalization, BatchNormalization}
+    bases = {keras.layers.BatchNormalization, BatchNormalization}
+    classes = set(bases)
     if outermost:
         for layer in layers.values():
             classes.add(next(cls for cls in type(layer).__mro__ if "call" in cls.__dict__))
     paths = {id(layer): path for path, layer in layers.items()}
+    counts: collections.Counter[str] = collections.Counter()
 
-    def observed(original, layer, inputs, training=None, mask=None):
-        call = functools.partial(original, layer)
+    def observed(of_subclass, original, layer, inputs, *args, **kwargs):
         if id(layer) not in paths:
-            return call(inputs, training=training, mask=mask)
-        return observe(paths[id(layer)], layer, call, inputs, training, mask)
+            return original(layer, inputs, *args, **kwargs)
+        path = paths[id(layer)]
+        number = counts[path]
+        training, mask = _training_and_mask(*args, **kwargs)
+        if of_subclass:  # It may have other arguments, or no mask.
+            run = functools.partial(original, layer, inputs, *args, **kwargs)
+        else:
+            run = functools.partial(original, layer, inputs, training=training, mask=mask)
+            counts[path] += 1
+        arguments = inputs, training, mask
+        outputs = observe(LayerCall(path, number, layer, run, *arguments, of_subclass, counts))
+        counts[path] = max(counts[path], number + 1)
+        return outputs
 
     with contextlib.ExitStack() as stack:
         for cls in classes:
-            stack.enter_context(patch_in_thread(cls, "call", observed))
+            replacement = functools.partial(observed, cls not in bases)
+            stack.enter_context(patch_in_thread(cls, "call", replacement))
         yield
+
+
+def _training_and_mask(
+    training: Any = None, mask: Any = None, *args: Any, **kwargs: Any
+) -> tuple[Any, Any]:
+    return training, mask
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ def reason(
         return _CHANGED
     held = fingerprints.digests(model)
     # Weights of a sweep -> variables with values that the swept model did not have.
-    others = {
+    others: dict[frozenset[int] | None, set[int]] = {
         weights: {id(variable) for variable, digest in held if digest not in weights}
         for weights in swept
     }
@@ -75,9 +75,10 @@ def upstream_variables(model: keras.Model) -> dict[str, set[int]] | None:
         return None
     inputs_by_path: dict[str, list] = collections.defaultdict(list)
 
-    def observe(path, layer, call, inputs, training, mask):
-        inputs_by_path[path] += tf.nest.flatten([inputs, [] if mask is None else mask], True)
-        return call(inputs, training=training, mask=mask)
+    def observe(call: interception.LayerCall) -> tf.Tensor:
+        entered = [call.inputs, [] if call.mask is None else call.mask]
+        inputs_by_path[call.path] += tf.nest.flatten(entered, True)
+        return call.run()
 
     layers = keras_models.batch_norm_layers(model)
     infer = tf.function(lambda *inputs: model(*inputs, training=False), autograph=False)

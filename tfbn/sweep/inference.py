@@ -71,7 +71,7 @@ def _iterations() -> Iterator[tf.Tensor]:
 
 @contextlib.contextmanager
 def inference(
-    layers: Mapping[str, keras.Layer], observe: Observe, draws: Draws
+    layers: Mapping[str, keras.Layer], observe: Observe, draws: Draws, outermost: bool = False
 ) -> Iterator[keras.StatelessScope]:
     """Context manager: run models in this thread for inference, observed, without side effects.
 
@@ -116,7 +116,7 @@ def inference(
         *_random_operations(draws),
     ]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(observed_calls(layers, observe))
+        stack.enter_context(observed_calls(layers, observe, outermost))
         stack.enter_context(inlined_functions())
         for owner, name, stand_in in stand_ins:
             stack.enter_context(patch_in_thread(owner, name, stand_in))

@@ -1,19 +1,17 @@
 """Run a model and compute the moments of every call of its batch norm layers."""
 
-import collections
-import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, NoReturn
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn.layer import BatchNormalization, kernels, sums
+from tfbn.layer import kernels, sums
 from tfbn.models import keras_models
-from tfbn.models.interception import patch_in_thread
+from tfbn.models.interception import LayerCall
 from tfbn.models.keras_models import Structure
 from tfbn.sweep.inference import Draws, as_called, inference
 from tfbn.sweep.state import Site
@@ -103,21 +101,27 @@ class Observer:
         calls: list[Call] = []
         refused: list[UnobservableError] = []
         by_batch: set[str] = set()
-        counts: collections.Counter[str] = collections.Counter()
         outer = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
-        def observe(path, layer, call, x, training, mask):
-            site = Site(path, counts[path])
-            counts[path] += 1
-            if training and layer.trainable:
-                by_batch.add(path)
-                return call(x, training=training, mask=mask)
-            x = tf.convert_to_tensor(x)
+        def refuse(error: UnobservableError) -> NoReturn:
+            refused.append(error)
+            raise error
+
+        def observe(call: LayerCall) -> tf.Tensor:
+            site, layer, mask = Site(call.path, call.number), call.layer, call.mask
+            if call.of_subclass:
+                outputs = call.run()
+                if not call.contained_another:
+                    refuse(_without_base_call(call))
+                return outputs
+            if call.training and layer.trainable:
+                by_batch.add(site.path)
+                return call.run()
+            x = tf.convert_to_tensor(call.inputs)
             if not x.dtype.is_floating:  # As the layer does.
                 x = tf.cast(x, layer.compute_dtype)
-            if wrong := _wrong_mask(path, x, mask):
-                refused.append(wrong)
-                raise wrong
+            if wrong := _wrong_mask(site.path, x, mask):
+                refuse(wrong)
             channels = layer.moving_mean.shape[0]
             made = _observed(site, layer, x, mask, population(site, channels))
             if site in self._ignored:
@@ -128,8 +132,7 @@ class Observer:
             return tf.cast(made.outputs, layer.compute_dtype)
 
         model, draws = self._model(), Draws(number)
-        unobserved = _refusing_unobserved(dict(self._layers), counts, refused)
-        with inference(dict(self._layers), observe, draws) as scope, unobserved:
+        with inference(dict(self._layers), observe, draws, outermost=True) as scope:
             try:
                 outputs = model(as_called(inputs), training=False)
             except UnobservableError:
@@ -215,45 +218,11 @@ def _wrong_mask(path: str, x: tf.Tensor, mask: tf.Tensor | None) -> Unobservable
     return None
 
 
-@contextlib.contextmanager
-def _refusing_unobserved(
-    layers: Mapping[str, keras.Layer],
-    counts: Mapping[str, int],
-    refused: list[UnobservableError],
-) -> Iterator[None]:
-    """Context manager: raise for a batch norm subclass that does not call `super().call()`.
-
-    Args:
-        layers: Path -> batch norm layer.
-        counts: Path -> number of observed calls so far.
-        refused: The error is added to it.
-    """
-    paths = {id(layer): path for path, layer in layers.items()}
-    classes = {
-        next(cls for cls in type(layer).__mro__ if "call" in cls.__dict__)
-        for layer in layers.values()
-    }
-
-    def checked(original, layer, *args, **kwargs):
-        if id(layer) not in paths:
-            return original(layer, *args, **kwargs)
-        path = paths[id(layer)]
-        before = counts.get(path, 0)
-        outputs = original(layer, *args, **kwargs)
-        if counts.get(path, 0) == before:
-            refused.append(
-                UnobservableError(
-                    f"Expected {type(layer).__name__}.call to call super().call(). Received: layer "
-                    f"{path!r}. Call it, or set trainable=False."
-                )
-            )
-            raise refused[-1]
-        return outputs
-
-    with contextlib.ExitStack() as stack:
-        for cls in classes - {keras.layers.BatchNormalization, BatchNormalization}:
-            stack.enter_context(patch_in_thread(cls, "call", checked))
-        yield
+def _without_base_call(call: LayerCall) -> UnobservableError:
+    return UnobservableError(
+        f"Expected {type(call.layer).__name__}.call to call super().call(). Received: layer "
+        f"{call.path!r}. Call it, or set trainable=False."
+    )
 
 
 def _observed(

@@ -4,7 +4,6 @@ A trace of `call` in training mode determines them. A custom `train_step` may tr
 inside `fit` the changes of the moving statistics decide, see `tfbn.callbacks.change_detector`.
 """
 
-import collections
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from tfbn.models import keras_models
+from tfbn.models.interception import LayerCall
 from tfbn.models.keras_models import Structure
 from tfbn.sweep.inference import Draws, as_called, inference
 from tfbn.sweep.state import Site
@@ -45,9 +45,13 @@ class PassedOn(int):
 class _Call(NamedTuple):
     """One call of a layer: whether it trains, and whether its code fixes `training=False`."""
 
-    path: str
+    site: Site
     trains: bool
     fixed: bool
+
+    @property
+    def path(self) -> str:
+        return self.site.path
 
 
 def trained_calls(
@@ -149,10 +153,10 @@ def _calls(
     """Return the calls of layers in order, or `None` if the model cannot be traced."""
     calls: list[_Call] = []
 
-    def observe(path, layer, call, x, training, mask):
-        fixed = not isinstance(training, PassedOn)
-        calls.append(_Call(path, bool(training), fixed and not training))
-        return tf.cast(x, layer.compute_dtype)
+    def observe(call: LayerCall) -> tf.Tensor:
+        trains, fixed = bool(call.training), not isinstance(call.training, PassedOn)
+        calls.append(_Call(Site(call.path, call.number), trains, fixed and not trains))
+        return tf.cast(call.inputs, call.layer.compute_dtype)
 
     flat = tf.nest.flatten(inputs, expand_composites=True)
 
@@ -177,10 +181,4 @@ def _paths(calls: list[_Call] | None) -> list[str]:
 def _fixed(calls: list[_Call], paths: frozenset[str]) -> frozenset[Site]:
     """Return the sites that fix `training=False`, of layers with calls that pass it on."""
     following = {call.path for call in calls if not (call.fixed or call.trains)}
-    counts: collections.Counter[str] = collections.Counter()
-    fixed = set()
-    for call in calls:
-        if call.fixed and call.path in following & paths:
-            fixed.add(Site(call.path, counts[call.path]))
-        counts[call.path] += 1
-    return frozenset(fixed)
+    return frozenset(call.site for call in calls if call.fixed and call.path in following & paths)

@@ -155,21 +155,17 @@ def _observed(
     """
     outer = tf.compat.v1.get_default_graph()
 
-    def observe(
-        path: str,
-        layer: keras.layers.BatchNormalization,
-        call: Callable[..., tf.Tensor],
-        inputs: tf.Tensor,
-        training: bool | None,
-        mask: tf.Tensor | None,
-    ) -> tf.Tensor:
+    def observe(call: interception.LayerCall) -> tf.Tensor:
         graph = tf.compat.v1.get_default_graph()
-        before, calls = len(graph.get_operations()), len(record.calls)
-        outputs = call(inputs, training=training, mask=mask)
-        ops.extend((path, op.type) for op in graph.get_operations()[before:] if _is_of_training(op))
-        if len(record.calls) == calls:  # Otherwise this call of a subclass contains a recorded one.
-            record.layers[path] = batch_norms.layer_of(layer, model, inputs)
-            record.calls.append(batch_norms.call_of(path, outer, inputs, mask, outputs))
+        before = len(graph.get_operations())
+        outputs = call.run()
+        added = graph.get_operations()[before:]
+        ops.extend((call.path, op.type) for op in added if _is_of_training(op))
+        if not call.contained_another:
+            record.layers[call.path] = batch_norms.layer_of(call.layer, model, call.inputs)
+            record.calls.append(
+                batch_norms.call_of(call.path, outer, call.inputs, call.mask, outputs)
+            )
         return outputs
 
     layers = keras_models.batch_norm_layers(model)

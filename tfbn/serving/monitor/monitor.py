@@ -5,7 +5,7 @@ The layers normalize with their population statistics, so the outputs equal the 
 
 import collections
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import keras
@@ -63,15 +63,8 @@ def run(
     outer = _graph()
     samples = _number_of_samples(args)
 
-    def observe(
-        path: str,
-        layer: keras.Layer,
-        call: Callable[..., tf.Tensor],
-        inputs: tf.Tensor,
-        training: bool | None,
-        mask: tf.Tensor | None,
-    ) -> tf.Tensor:
-        x = tf.convert_to_tensor(inputs)
+    def observe(call: interception.LayerCall) -> tf.Tensor:
+        path, layer, x = call.path, call.layer, tf.convert_to_tensor(call.inputs)
         if not x.dtype.is_floating:  # The layer casts too.
             x = tf.cast(x, layer.compute_dtype)
         if layer.axis % x.shape.rank == 0:
@@ -79,10 +72,10 @@ def run(
         if _graph() is outer:
             entered.append(x)
             scale = tf.cast(layer.moving_variance, tf.float64) + layer.epsilon
-            calls[path].append(per_sample.moments(x, layer.axis, mask, samples, scale))
+            calls[path].append(per_sample.moments(x, layer.axis, call.mask, samples, scale))
         else:
             inside.append(path)
-        return call(inputs, training=training, mask=mask)
+        return call.run()
 
     with interception.observed_calls(layers, observe), interception.inlined_functions():
         outputs = model(*args, training=False)
