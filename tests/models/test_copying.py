@@ -599,7 +599,3 @@ def test_small_noise_of_predictions_is_tolerated():
         warnings.simplefilter("error")
         copy = tfbn.convert(model)
     assert type(copy.layers[1]) is tfbn.BatchNormalization
-
-
-def test_difference_of_other_shapes_is_infinite():
-    assert copying._difference([np.ones(3)], [np.ones(2)]) == np.inf

@@ -9,7 +9,7 @@ import tempfile
 import textwrap
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from tfbn.layer import BatchNormalization, sweep_records
 from tfbn.models import keras_models
+from tfbn.models.comparison import relative_difference
 from tfbn.models.keras_models import Structure
 
 
@@ -149,11 +150,11 @@ def verify(model: keras.Model, copied: keras.Model) -> None:
         if not any(output.size for output in outputs):
             reason = "its predictions for random inputs are empty"
             continue
-        difference = _difference(outputs, _predict(copied, inputs))
+        difference = relative_difference(_predict(copied, inputs), outputs)
         if difference <= 1e-5:
             return
         # Some devices round the same operations differently each time.
-        noise = _difference(outputs, _predict(model, inputs))
+        noise = relative_difference(_predict(model, inputs), outputs)
         if noise < 0.01 and difference > 10 * noise:
             raise ValueError(
                 f"Cannot copy {model!r}: predictions differ by {difference:.1e}. Add "
@@ -319,23 +320,3 @@ def _predict(model: keras.Model, inputs: Structure) -> list[np.ndarray]:
         training=False,
     )
     return [keras.ops.convert_to_numpy(output) for output in keras.tree.flatten(outputs)]
-
-
-def _difference(outputs: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
-    """Return the largest relative difference, see `_output_difference`."""
-    return max((_output_difference(*pair) for pair in zip(outputs, others, strict=True)), default=0)
-
-
-def _output_difference(a: np.ndarray, b: np.ndarray) -> float:
-    """Return max|a - b| / max|a| over finite values; infinite if shapes or NaNs differ."""
-    if a.shape != b.shape:
-        return np.inf
-    if not np.issubdtype(a.dtype, np.inexact):
-        return 0.0 if np.array_equal(a, b) else np.inf
-    a, b = (np.asarray(values, np.float64) for values in (a, b))
-    if np.array_equal(a, b, equal_nan=True):
-        return 0.0
-    if not np.array_equal(np.isfinite(a), np.isfinite(b)):
-        return np.inf
-    finite = np.isfinite(a)
-    return float(np.abs(a - b)[finite].max() / np.abs(a[finite]).max()) if a.any() else np.inf

@@ -90,7 +90,7 @@ class LayerCall(NamedTuple):
         inputs, training, mask: The arguments.
         of_subclass: Whether a subclass of Keras's or tfbn's layer defines this `call`. The call of
             the base class in it is the same call, and has the same number.
-        counts: Path -> number of calls so far, with this one.
+        counts: Path -> number of calls so far.
     """
 
     path: str
@@ -144,7 +144,6 @@ def observed_calls(
             run = functools.partial(original, layer, inputs, *args, **kwargs)
         else:
             run = functools.partial(original, layer, inputs, training=training, mask=mask)
-            counts[path] += 1
         arguments = inputs, training, mask
         outputs = observe(LayerCall(path, number, layer, run, *arguments, of_subclass, counts))
         counts[path] = max(counts[path], number + 1)

@@ -20,7 +20,7 @@ from exported_models import (
 from keras import layers
 
 from tfbn import export, fold
-from tfbn.serving.export import checks, endpoint, exporting
+from tfbn.serving.export import endpoint, exporting
 
 
 class InCompiledFunction(HardWired):
@@ -323,14 +323,3 @@ def test_many_exports_do_not_warn_of_retracing(tmp_path, caplog):
     for _ in range(7):
         export(keras.Sequential([keras.Input((4,)), layers.Dense(1)]), tmp_path)
     assert "retracing" not in caplog.text
-
-
-def test_differences_of_other_shapes_and_of_text():
-    text, numbers = tf.constant(["a", "b"]), tf.constant([1.0, 2.0])
-    expected = {"same text": text, "other text": text, "other shape": numbers}
-    got = {"same text": text, "other text": text[::-1], "other shape": numbers[:1]}
-    assert checks.differences(got, expected) == {
-        "same text": (0.0, 1.0),
-        "other text": (np.inf, 1.0),
-        "other shape": (np.inf, 1.0),
-    }

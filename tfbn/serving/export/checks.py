@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbn.models import keras_models
+from tfbn.models.comparison import Difference, differences
 from tfbn.serving.export import signature
 from tfbn.serving.export.endpoint import Saved
 
@@ -140,16 +141,28 @@ class Candidate:
     def max_abs_difference(self) -> float:
         """The largest absolute difference between the endpoint and the model."""
         pairs = differences(self.answers, self.expected).values()
-        return max((difference for difference, _ in pairs), default=0.0)
+        return max((difference.absolute for difference in pairs), default=0.0)
 
-    def tolerance(self, scale: float) -> float:
-        """Return the largest difference that is allowed between separately optimized graphs.
+    @functools.cached_property
+    def low_precision(self) -> bool:
+        """Whether a layer computes in half precision, which allows larger differences."""
+        return not {"float16", "bfloat16"}.isdisjoint(_compute_dtypes(self.model))
+
+    def off(
+        self, outputs: dict[str, Any], expected: dict[str, Any], roundings: int = 0
+    ) -> Iterator[tuple[str, Difference]]:
+        """Yield the outputs that differ by more than is allowed.
 
         Args:
-            scale: The largest absolute value of the output, or 1 if that is larger.
+            outputs, expected: Name -> output.
+            roundings: The multiple of `rounding` that is allowed too.
         """
-        low = {"float16", "bfloat16"} & _compute_dtypes(self.model)
-        return scale * (2e-2 if low else 1e-3)
+        for name, difference in differences(outputs, expected).items():
+            allowed = difference.tolerance(self.low_precision)
+            if difference.absolute > allowed and not (
+                roundings and difference.absolute <= roundings * self.rounding[name]
+            ):
+                yield name, difference
 
 
 def _compute_dtypes(model: keras.Model) -> set[str]:
@@ -192,23 +205,21 @@ def calls_agree(candidate: Candidate) -> None:
     A global seed gives the first calls of the model and of the endpoint the same random numbers, so
     the other checks do not detect them.
     """
-    for name, (off, scale) in differences(candidate.expected_again, candidate.expected).items():
-        if off > candidate.tolerance(scale):
-            raise ValueError(
-                f"Expected equal outputs in every call. Received: {name!r} differ by {off:.3g} on "
-                f"{candidate.origin} between two calls. Look for layers that draw random numbers."
-            )
+    for name, (off, _) in candidate.off(candidate.expected_again, candidate.expected):
+        raise ValueError(
+            f"Expected equal outputs in every call. Received: {name!r} differ by {off:.3g} on "
+            f"{candidate.origin} between two calls. Look for layers that draw random numbers."
+        )
 
 
 def predicts_like_the_model(candidate: Candidate) -> None:
     """Require that the endpoint predicts like the model."""
-    for name, (off, scale) in differences(candidate.answers, candidate.expected).items():
-        if off <= candidate.tolerance(scale):
-            continue
-        rounding = candidate.rounding[name]
+    for name, difference in candidate.off(candidate.answers, candidate.expected):
+        off, rounding = difference.absolute, candidate.rounding[name]
         if not off <= _ROUNDINGS * rounding:
+            allowed = difference.tolerance(candidate.low_precision)
             raise ValueError(
-                f"Expected the model's predictions, within {candidate.tolerance(scale):.3g} or "
+                f"Expected the model's predictions, within {allowed:.3g} or "
                 f"{_ROUNDINGS} times the rounding of {rounding:.3g}. Received: outputs {name!r} "
                 f"that differ by {off:.3g} on {candidate.origin}. Give other inputs as sample."
             )
@@ -224,9 +235,7 @@ def samples_are_independent(candidate: Candidate) -> None:
     """Require that the outputs of a sample do not depend on the other samples of its batch."""
     alone = _first(candidate.answers)
     among = _first(_among_others(candidate, candidate.serve))
-    for name, (leak, scale) in differences(among, alone).items():
-        if leak <= candidate.tolerance(scale) or leak <= _ROUNDINGS * candidate.rounding[name]:
-            continue
+    for name, (leak, _) in candidate.off(among, alone, _ROUNDINGS):
         raise ValueError(
             "Expected outputs that do not depend on other samples of the batch. Received: "
             f"{name!r} differs by {leak:.3g} on {candidate.origin}. Look for layers that compute "
@@ -238,12 +247,11 @@ def monitor_answers_like_serve(candidate: Candidate) -> None:
     """Require that the endpoint `monitor` has the outputs of `serve`, up to rounding."""
     if candidate.monitor is None:
         return
-    for name, (off, scale) in differences(candidate.monitored, candidate.answers).items():
-        if off > candidate.tolerance(scale) and not off <= _ROUNDINGS * candidate.rounding[name]:
-            raise ValueError(
-                "Expected the endpoint monitor to predict as serve does. Received: outputs "
-                f"{name!r} that differ by {off:.3g} on {candidate.origin}. Export without monitor."
-            )
+    for name, (off, _) in candidate.off(candidate.monitored, candidate.answers, _ROUNDINGS):
+        raise ValueError(
+            "Expected the endpoint monitor to predict as serve does. Received: outputs "
+            f"{name!r} that differ by {off:.3g} on {candidate.origin}. Export without monitor."
+        )
 
 
 def monitor_measures_samples(candidate: Candidate) -> None:
@@ -252,13 +260,12 @@ def monitor_measures_samples(candidate: Candidate) -> None:
         return
     alone = _first(candidate.monitored)
     among = _first(_among_others(candidate, candidate.monitor))
-    for name in [name for name in alone if name not in candidate.answers]:
-        [(off, scale)] = differences({name: among[name]}, {name: alone[name]}).values()
-        if off > candidate.tolerance(scale):
-            raise ValueError(
-                f"Expected independent samples. Received: {name!r} of a sample depends on the "
-                f"other samples of its batch, by {off:.3g}. Pass other layers as monitor."
-            )
+    moments = {name: y for name, y in alone.items() if name not in candidate.answers}
+    for name, (off, _) in candidate.off(among, moments):
+        raise ValueError(
+            f"Expected independent samples. Received: {name!r} of a sample depends on the "
+            f"other samples of its batch, by {off:.3g}. Pass other layers as monitor."
+        )
 
 
 def _among_others(candidate: Candidate, endpoint: Callable[..., Any]) -> dict[str, tf.Tensor]:
@@ -289,31 +296,6 @@ def _repeated(first: tf.Tensor, rest: tf.Tensor) -> tf.Tensor:
 
 def _first(outputs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     return {name: y[:1] if y.shape.rank else y for name, y in outputs.items()}
-
-
-def differences(
-    outputs: dict[str, Any], expected: dict[str, Any]
-) -> dict[str, tuple[float, float]]:
-    """Return name of an output -> its largest absolute difference, and the scale for a tolerance.
-
-    The scale is the largest finite absolute value that was expected, at least 1. NaN and infinity
-    are equal to themselves, and infinitely far from other values.
-    """
-    return {name: _difference(outputs[name], want) for name, want in expected.items()}
-
-
-def _difference(got: tf.Tensor, want: tf.Tensor) -> tuple[float, float]:
-    if got.shape != want.shape:
-        return np.inf, 1.0
-    if want.dtype == tf.string:
-        return (0.0 if np.array_equal(got, want) else np.inf), 1.0
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    same = (got == want) | (np.isnan(got) & np.isnan(want))
-    with np.errstate(invalid="ignore"):
-        distance = np.where(same, 0.0, np.abs(got - want))
-    finite = np.abs(want[np.isfinite(want)])
-    largest = float(np.max(np.nan_to_num(distance, nan=np.inf), initial=0.0))
-    return largest, max(1.0, float(np.max(finite, initial=0.0)))
 
 
 CHECKS = (

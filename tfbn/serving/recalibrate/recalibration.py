@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfbn.models import fingerprints, keras_models
+from tfbn.models import comparison, fingerprints, keras_models
 from tfbn.population import PopulationStats
 from tfbn.serving import provenance, saved_models, versions
-from tfbn.serving.export import batch_norms, checks, signature
+from tfbn.serving.export import batch_norms, signature
 from tfbn.serving.monitor import answers, monitor
 from tfbn.serving.recalibrate import loading, recognition, weights
 from tfbn.stats import layer_stats, moments
@@ -326,12 +326,12 @@ def _require_same(
 ) -> float:
     """Return the largest difference, or raise `ValueError` if it is larger than rounding."""
     low = any(y.dtype in (tf.float16, tf.bfloat16) for y in expected.values())
-    largest = 0.0
-    for name, (off, scale) in checks.differences(answers, expected).items():
-        if off > scale * (2e-2 if low else 1e-3):
+    differences = comparison.differences(answers, expected)
+    for name, difference in differences.items():
+        if difference.absolute > difference.tolerance(low):
             raise ValueError(
                 f"Expected the predictions of the served graph. Received: {str(path)!r}, whose "
-                f"output {name!r} differs by {off:.3g}. For a custom layer, recalibrate the model."
+                f"output {name!r} differs by {difference.absolute:.3g}. For a custom layer, "
+                "recalibrate the model."
             )
-        largest = max(largest, off)
-    return largest
+    return max((difference.absolute for difference in differences.values()), default=0.0)
