@@ -220,6 +220,51 @@ def test_restored_epoch_is_compared():
     assert messages(build(), X * 16, callbacks=[restored()], epochs=5)
 
 
+@settings(deadline=None)
+@given(momentum=st.floats(0, 0.99), updates=st.integers(1, 30))
+def test_effective_number_is_that_of_the_weights(momentum, updates):
+    weights = momentum ** np.arange(updates)
+    expected = weights.sum() ** 2 / (weights**2).sum()
+    actual = fed_data.effective_number(momentum, updates)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+def test_channels_are_known_if_batches_determine_their_variance():
+    """In 40 samples, a variance is known for normal values and unknown for rare ones."""
+    generator = np.random.default_rng(0)
+    x = np.stack([generator.normal(size=3200), generator.random(3200) < 0.002], 1).astype(float)
+    squares = (x - x.mean(0)) ** 2
+    error = squares.reshape(100, 32, 2).mean(1).std(0) / 10
+    stats = LayerStats(3200, x.mean(0), x.var(0), None, error, error)
+    assert fed_data.known_channels(stats, 3200 / 40).tolist() == [True, False]
+    actual = fed_data.distance_of(
+        MeanVariance(x.mean(0), np.array([x.var(0)[0], 0.0])), stats, known=[True, False]
+    )
+    assert actual == (0.0, 0.0)
+
+
+def rare(generator):
+    """Pixels that are 0 but in few images, apart from the first."""
+    return generator.random((640, 6)) < [0.5, 0.002, 0.003, 0.004, 0.005, 0.006]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [rare, lambda generator: generator.standard_cauchy((640, 6))],
+    ids=["rare", "heavy tails"],
+)
+def test_channels_that_few_batches_determine_are_not_reported(values):
+    """The moving averages are on the data."""
+    for seed in range(3):
+        keras.utils.set_random_seed(seed)
+        x = values(np.random.default_rng(seed)).astype("float32")
+        model = keras.Sequential(
+            [keras.Input((6,)), layers.BatchNormalization(momentum=0.5), layers.Dense(1)]
+        )
+        model.compile("sgd", "mse")
+        assert messages(model, x, data=(x, np.zeros((640, 1))), epochs=1) == []
+
+
 @pytest.mark.slow
 def test_ordered_data_is_not_reported():
     order = np.argsort(X[:, 0])

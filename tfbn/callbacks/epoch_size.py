@@ -28,6 +28,11 @@ class EpochSize:
         self.batches = self.samples = 0
         self._running = False
 
+    @property
+    def batch_size(self) -> float | None:
+        """The mean number of samples in a batch, or `None` if it is unknown."""
+        return self.samples / self.batches if self.samples and self.batches else None
+
     def begin(self) -> None:
         """Begin an epoch."""
         self._running = True

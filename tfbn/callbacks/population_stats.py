@@ -343,7 +343,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         if self._options.steps is self._options.tolerance is None:
             self._epoch_size.warn_of(stats, is_one_shot(self._x))
         if self._fed is not None:
-            self._fed.warn_of(stats)
+            self._fed.warn_of(stats, self._epoch_size.batch_size)
             self._fed = None
 
     def _check_repeatable(self) -> None:
