@@ -177,7 +177,7 @@ def until_alarm(version, requests):
 def next_version(version, requests, test, labels):
     """Recalibrate what is served, from its SavedModel alone: accuracy before, after."""
     found = tfbn.recalibrate(version, requests[:SERVED_REQUESTS], verbose=0)
-    tfbn.describe(found.path)
+    print(tfbn.describe(found.path))
 
     def accuracy(path):
         serve = tf.saved_model.load(os.fspath(path)).signatures["serving_default"]

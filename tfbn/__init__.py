@@ -16,7 +16,7 @@ sweep
     plot_drift, plot_history  draw how far moving averages are off, and what that costs
 serve
     export                    write a verified SavedModel for TensorFlow Serving
-    describe                  print where a SavedModel's statistics came from
+    describe                  where a SavedModel's statistics came from, in words and as a dict
     fold                      copy an inference network without batch norm layers
     ServedStats               compare the data that a model is served with its population
     recalibrate               write a served model's next version, with statistics of new data

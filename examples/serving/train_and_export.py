@@ -24,7 +24,7 @@ model.fit(train, digits.target[order[:1200]], epochs=5)
 tfbn.update_population_stats(model, train)
 
 exported = tfbn.export(model, "models/digits", require_population=True, monitor=True)
-tfbn.describe(exported.path)
+print(tfbn.describe(exported.path))
 np.save("images.npy", images[:10])
 # For monitor_client.py: what a server may meet, as it was and from a camera in the dark.
 np.save("traffic.npy", served[:100])

@@ -121,12 +121,12 @@ def test_files_store_the_prior_samples(tmp_path, swept):
 
 
 @pytest.mark.slow
-def test_export_stores_the_prior_samples(tmp_path, capsys, model, swept):
+def test_export_stores_the_prior_samples(tmp_path, model, swept):
     swept.blend(swept.previous, samples=18).assign(model)
     tfbn.export(model, tmp_path / "served")
     record = tfbn.describe(tmp_path / "served")
     assert record["statistics"]["prior_samples"] == 18 and record["stale"] is None
-    assert "blended: 6 field samples, 18 prior samples" in capsys.readouterr().out
+    assert "blended: 6 field samples, 18 prior samples" in str(record)
 
 
 def renamed(stats):

@@ -1,8 +1,6 @@
 """Run `tfbn export`, `describe` and `drift`."""
 
 import argparse
-import contextlib
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -57,14 +55,13 @@ def export(args: argparse.Namespace) -> int:
 
 def describe(args: argparse.Namespace) -> int:
     """Print the provenance of a SavedModel that `export` wrote."""
-    text = io.StringIO()
     expected = "a model's directory, or a version's, that tfbn.export wrote"
-    with reading(args.path, expected, "Export it again."), contextlib.redirect_stdout(text):
+    with reading(args.path, expected, "Export it again."):
         description = tfbn.describe(args.path)
     if args.json:
         print_json(description)
     else:
-        print_lines(*text.getvalue().splitlines())
+        print_lines(*str(description).splitlines())
     return 0
 
 
@@ -83,10 +80,7 @@ def drift(args: argparse.Namespace) -> int:
         verdict = {"drifted": result.drifted, "samples": result.samples}
         print_json({**verdict, **network, "layers": layers})
     else:
-        text = io.StringIO()
-        with contextlib.redirect_stdout(text):
-            result.summary()
-        print_lines(*text.getvalue().splitlines())
+        result.summary(print_fn=print_lines)
     return int(result.drifted)
 
 

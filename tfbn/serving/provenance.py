@@ -1,4 +1,4 @@
-"""Store and print the provenance of an exported model."""
+"""Store and describe the provenance of an exported model."""
 
 import dataclasses
 import hashlib
@@ -219,21 +219,21 @@ def names(version: pathlib.Path) -> tuple[list[str], list[str]] | None:
 
 
 class Description(dict[str, Any]):
-    """The entries of a version's provenance, with a repr of one line."""
+    """The entries of a version's provenance, printed as text."""
+
+    def __init__(self, version: pathlib.Path, provenance: Provenance):
+        super().__init__(provenance.entries())
+        self._lines = lines(version, provenance)
 
     def __repr__(self) -> str:
-        return f"<Description of {self.path}: {', '.join(self)}>"
-
-    def __init__(self, path: pathlib.Path, provenance: dict[str, Any]):
-        super().__init__(provenance)
-        self.path = path
+        return "\n".join(self._lines)
 
 
 def describe(path: str | os.PathLike) -> Description:
-    """Print the provenance of an exported model.
+    """Return the provenance of an exported model, which prints as text.
 
     ```python
-    tfbn.describe("models/digits")
+    print(tfbn.describe("models/digits"))
     stale = tfbn.describe("models/digits/1")["stale"]  # None, or why
     ```
 
@@ -250,10 +250,7 @@ def describe(path: str | os.PathLike) -> Description:
         ValueError: If the provenance does not exist or is damaged.
     """
     file = file_of(path)
-    provenance = _read(file, path)
-    for line in lines(file.parent.parent, provenance):
-        print(line)
-    return Description(file.parent.parent, provenance.entries())
+    return Description(file.parent.parent, _read(file, path))
 
 
 def lines(directory: pathlib.Path, provenance: Provenance) -> list[str]:

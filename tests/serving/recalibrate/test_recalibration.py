@@ -147,7 +147,7 @@ def test_frozen_layers_are_swept_too(tmp_path):
     assert len(tfbn.recalibrate(tmp_path / "m", x, verbose=0).stats) == 1
 
 
-def test_the_provenance_tells_the_history(tmp_path, capsys):
+def test_the_provenance_tells_the_history(tmp_path):
     model, x = made("dense")
     swept = tfbn.update_population_stats(model, x, verbose=0)
     tfbn.export(model, tmp_path / "m")
@@ -160,7 +160,7 @@ def test_the_provenance_tells_the_history(tmp_path, capsys):
     steps = [(s["version"], s["statistics"]["method"], s["statistics"]["samples"])
              for s in described["history"]]  # fmt: skip
     assert steps == [(1, "exact", 23), (2, "pooled", 9)]
-    out = capsys.readouterr().out
+    out = str(described)
     assert "blended: 5 field samples, 15 prior samples" in out
     assert "version 2: method='pooled' over 9 samples" in out
     # Blended with the statistics of version 2, not of version 1.

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -68,15 +68,21 @@ class ServedDrift:
             f"p {_shown(self.p_value)}"
         )
 
-    def summary(self) -> None:
-        """Print a table of the layers, in descending order of their distance."""
-        print(self._verdict())
+    def summary(self, print_fn: Callable[[str], Any] | None = None) -> None:
+        """Print a table of the layers, in descending order of their distance.
+
+        Args:
+            print_fn: Called with each line instead of `print`.
+        """
+        print_fn = print_fn or print
+        print_fn(self._verdict())
         if not self.noise_known:
-            print("The population has no standard errors: rare values may raise a false alarm.")
+            print_fn("The population has no standard errors: rare values may raise a false alarm.")
         head = ["layer", "distance", "mean off by", "noise", "std ratio", "std error", "p"]
         ordered = sorted(self.layers.items(), key=lambda item: -item[1]["distance"])
         rows = [[path, *_cells(layer)] for path, layer in ordered]
-        print("\n".join(drift.table(head, rows)))
+        for line in drift.table(head, rows):
+            print_fn(line)
 
 
 def _shown(p_value: float) -> str:
