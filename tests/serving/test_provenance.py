@@ -133,7 +133,7 @@ DAMAGED = [
 def test_a_damaged_file_is_one_error_that_names_it(tmp_path, capsys):
     for damaged in DAMAGED:
         assert read_back(tmp_path, damaged) is None
-        with pytest.raises(ValueError, match=r"tfbn\.json.*damaged or another kind of file"):
+        with pytest.raises(ValueError, match=r"an intact file.*tfbn\.json.*Export again"):
             describe(tmp_path)
         assert capsys.readouterr().out == ""
     # A server ignores it, and the next export still keeps the names of that version.

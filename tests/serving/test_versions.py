@@ -34,14 +34,14 @@ def test_versions_count_up_and_are_never_overwritten(tmp_path):
     assert export(model, tmp_path / "m").version == 13
     before = everything_under(tmp_path)
     for taken in (9, 12):
-        with pytest.raises(FileExistsError, match=f"Received: {taken}"):
+        with pytest.raises(FileExistsError, match=f"^Version {taken} of"):
             export(model, tmp_path / "m", version=taken)
     assert everything_under(tmp_path) == before
 
 
 @pytest.mark.parametrize("version", [-1, 1.0, "1", True])
 def test_a_version_is_a_whole_number(tmp_path, version):
-    with pytest.raises(ValueError, match="whole number"):
+    with pytest.raises(ValueError, match="an integer version"):
         export(dense_model(), tmp_path / "m", version=version)
     assert everything_under(tmp_path) == []
 
@@ -174,7 +174,7 @@ def test_numbers_that_no_server_can_read(tmp_path):
     assert versions.checked(tmp_path / "m", None) is None
     assert versions.numbered(tmp_path / "m") == {}
     (tmp_path / "m" / f"0{2**63 - 1}").mkdir()
-    with pytest.raises(ValueError, match="number left"):
+    with pytest.raises(ValueError, match="highest possible version"):
         export(dense_model(), tmp_path / "m")
     assert export(dense_model(), tmp_path / "m", version=5).version == 5
 
@@ -311,7 +311,7 @@ def test_object_stores_are_refused():
 
 @pytest.mark.parametrize("path", ["dbfs:/models/digits", "models:/digits/1", "s3://b/m"])
 def test_schemes_of_stores_are_refused(path):
-    with pytest.raises(ValueError, match="export locally"):
+    with pytest.raises(ValueError, match="Export locally"):
         versions.target(path)
 
 
@@ -322,7 +322,7 @@ def test_a_file_url_is_a_local_path(tmp_path, prefix):
 
 
 def test_a_file_url_of_another_host_is_refused():
-    with pytest.raises(ValueError, match=r"file:///.*host 'models'"):
+    with pytest.raises(ValueError, match=r"file:///path.*host 'models'"):
         versions.local("file://models/digits")
 
 

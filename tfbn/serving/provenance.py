@@ -190,8 +190,7 @@ def _read(file: pathlib.Path, path: str | os.PathLike) -> Provenance:
         content = file.read_bytes()
     except OSError as error:
         raise ValueError(
-            f"Expected a model that tfbn.export wrote. Received: {os.fspath(path)!r}, where "
-            f"{str(file)!r} cannot be read."
+            f"Expected a directory that tfbn.export wrote. Received: {os.fspath(path)!r} ({error})."
         ) from error
     try:
         entries = json.loads(content)
@@ -200,10 +199,7 @@ def _read(file: pathlib.Path, path: str | os.PathLike) -> Provenance:
             raise ValueError("its checksum is wrong")
     # All errors that a document of another form may cause.
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"Expected provenance that tfbn.export wrote. Received: {str(file)!r}, damaged or "
-            f"another kind of file ({error!r}). Export the model again."
-        ) from error
+        raise versions.damaged(file, error) from error
     return provenance
 
 

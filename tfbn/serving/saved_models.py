@@ -9,7 +9,10 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import saved_model_pb2
 
+from tfbn.serving import versions
+
 DEFAULT = "serving_default"
+_GRAPH = "saved_model.pb"
 
 
 class SavedModel(NamedTuple):
@@ -33,7 +36,7 @@ def load(version: pathlib.Path) -> SavedModel:
     # TensorFlow loads the objects of a SavedModel only if it has a single meta graph.
     single = saved_model_pb2.SavedModel(saved_model_schema_version=1, meta_graphs=[graph])
     with tempfile.TemporaryDirectory() as folder:
-        pathlib.Path(folder, "saved_model.pb").write_bytes(single.SerializeToString())
+        pathlib.Path(folder, _GRAPH).write_bytes(single.SerializeToString())
         for name in ("variables", "assets"):
             if (version / name).exists():
                 os.symlink((version / name).resolve(), pathlib.Path(folder, name))
@@ -56,20 +59,17 @@ def _served(graphs: list[Any], version: pathlib.Path) -> Any:
     if len(graphs) == 1:
         return graphs[0]
     raise ValueError(
-        f"Expected a SavedModel with a meta graph tagged 'serve'. Received: {str(version)!r} with "
-        f"{[sorted(graph.meta_info_def.tags) for graph in graphs]}."
+        f"Expected a meta graph tagged 'serve' in {str(version)!r}. Received: "
+        f"{[sorted(graph.meta_info_def.tags) for graph in graphs]}. Export the model again."
     )
 
 
 def _meta_graphs(version: pathlib.Path) -> list[Any]:
     try:
-        content = (version / "saved_model.pb").read_bytes()
+        content = (version / _GRAPH).read_bytes()
         return list(saved_model_pb2.SavedModel.FromString(content).meta_graphs)
     except DecodeError as error:
-        raise ValueError(
-            f"Expected a SavedModel. Received: {str(version)!r}, whose saved_model.pb is damaged "
-            f"({error})."
-        ) from error
+        raise versions.damaged(version / _GRAPH, error) from error
 
 
 def places(objects: Any) -> dict[int, str]:

@@ -34,14 +34,11 @@ def local(path: str | os.PathLike) -> pathlib.Path:
         if text.startswith("//"):
             host, _, text = text[2:].partition("/")
             if host not in ("", "localhost"):
-                raise ValueError(
-                    f"Expected file:/// and a local path. Received: {text!r} on host {host!r}."
-                )
+                raise ValueError(f"Expected file:///path. Received: {text!r} on host {host!r}.")
             text = f"/{text}"
     elif scheme is not None:
         raise ValueError(
-            f"Expected a local directory. Received: {os.fspath(path)!r}. For an object store, "
-            "export locally and copy the version."
+            f"Expected a local directory. Received: {text!r}. Export locally, and copy the version."
         )
     absolute = pathlib.Path(text).absolute()
     return absolute.resolve() if ".." in absolute.parts else absolute
@@ -61,14 +58,12 @@ def target(path: str | os.PathLike) -> pathlib.Path:
             if _number(folder.name) is None:
                 advice = f"Give another directory, or make it a version: {_moved(folder)}"
             raise ValueError(
-                "Expected a model's directory, with a version in each numbered folder. Received: "
-                f"{os.fspath(path)!r}, and {str(folder)!r} is a SavedModel. {advice}"
+                f"Expected a model's directory. Received: {str(folder)!r}, a SavedModel. {advice}"
             )
     siblings = newest(directory.parent)
     if _number(directory.name) is not None and any(map(is_saved_model, siblings)):
         raise ValueError(
-            f"Expected a model's directory. Received: {os.fspath(path)!r}, a version in one. Give "
-            f"{str(directory.parent)!r}."
+            f"Expected a model's directory, not version '{directory}'. Give '{directory.parent}'."
         )
     require_writable(directory)
     return directory
@@ -105,16 +100,14 @@ def existing(path: str | os.PathLike) -> pathlib.Path:
         for highest in filter(is_saved_model, newest(version)):
             return highest
         raise ValueError(
-            f"Expected numbered versions. Received: {os.fspath(path)!r}, which has none. "
-            "Give the directory of tfbn.export."
+            f"Expected versions in {str(version)!r}. Received: none. Give the path of tfbn.export."
         )
     while _number(version.name) is None and version.is_symlink():
         version = version.parent / os.readlink(version)
         version = version.resolve() if version.name in ("", "..") else version
     if _number(version.name) is None:
         raise ValueError(
-            f"Expected a SavedModel in a numbered folder. Received: {os.fspath(path)!r}. Make it a "
-            f"version: {_moved(version)}"
+            f"Expected a numbered folder, not '{version}'. Make it a version: {_moved(version)}"
         )
     return version
 
@@ -166,9 +159,7 @@ def checked(directory: pathlib.Path, version: int | None) -> int | None:
         return None
     integer = isinstance(version, (int, np.integer)) and not isinstance(version, bool)
     if not (integer and 0 <= version <= MAX_VERSION):
-        raise ValueError(
-            f"Expected version to be a whole number from 0 to 2**63 - 1. Received: {version!r}."
-        )
+        raise ValueError(f"Expected an integer version from 0 to 2**63 - 1. Received: {version!r}.")
     if version in numbered(directory):
         raise _exists(directory, version)
     return int(version)
@@ -218,16 +209,20 @@ def _next(directory: pathlib.Path) -> int:
     version = max(numbered(directory), default=0) + 1
     if version > MAX_VERSION:
         raise ValueError(
-            f"Expected a number left after the highest version. Received: {str(directory)!r} with "
-            f"version {MAX_VERSION}. Give a free version."
+            f"{str(directory)!r} has the highest possible version, {version - 1}. Give a free one."
         )
     return version
 
 
+def damaged(file: pathlib.Path, why: Exception | str) -> ValueError:
+    """Return an error for a damaged file in a version."""
+    why = f"{type(why).__name__}: {why}" if isinstance(why, Exception) else why
+    return ValueError(f"Expected an intact file. Received: {str(file)!r} ({why}). Export again.")
+
+
 def _exists(directory: pathlib.Path, version: int) -> FileExistsError:
     return FileExistsError(
-        f"Expected a version that does not exist yet. Received: {version}, and "
-        f"{str(directory / str(version))!r} is there. Leave the version out for the next free one."
+        f"Version {version} of {str(directory)!r} exists. Leave version out for the next one."
     )
 
 

@@ -45,5 +45,5 @@ def test_a_record_with_a_call_of_no_layer_is_refused(tmp_path):
     record = json.loads(file.read_text())
     record["calls"][0][0] = "another"
     file.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"is damaged .*a call of no layer"):
+    with pytest.raises(ValueError, match=r"an intact file.*a call of no layer"):
         tfbn.recalibrate(tmp_path / "m", field(4), verbose=0)

@@ -70,7 +70,7 @@ def test_nested_outputs_are_named_by_the_way_to_them(tmp_path, structure, fold):
 def test_nested_outputs_of_one_name_are_refused(tmp_path):
     x = keras.Input((4,), name="x")
     y = layers.Dense(2)(x)
-    with pytest.raises(ValueError, match=r"different names.*'a_0', 'a_0'"):
+    with pytest.raises(ValueError, match=r"different keys.*'a_0', 'a_0'"):
         export(keras.Model(x, {"a": [y], "a_0": x}), tmp_path)
     assert everything_under(tmp_path) == []
 
@@ -85,7 +85,7 @@ def test_errors_of_models_and_signatures(tmp_path):
         export(model, tmp_path, input_signature=tf.TensorSpec((None, 4)))
     with pytest.raises(ValueError, match="known rank"):
         export(model, tmp_path, input_signature=[tf.TensorSpec(None, tf.float32)])
-    with pytest.raises(ValueError, match="a dtype"):
+    with pytest.raises(ValueError, match="shape, dtype"):
         export(model, tmp_path, input_signature=[keras.InputSpec(shape=(None, 4))])
 
     class NoShapes(keras.Model):
@@ -204,7 +204,7 @@ MATCHES = [
 def test_which_old_name_each_new_input_goes_by(old, new, want):
     before = (3, signature.Endpoint(old, {}, ordered=True))
     if want is None:
-        with pytest.raises(ValueError, match=r"clients of version 3 .*allow_new_signature"):
+        with pytest.raises(ValueError, match=r"^Clients of version 3 .*allow_new_signature"):
             signature.kept_names("inputs", new, before, allow_new=False)
         kept = signature.kept_names("inputs", new, before, allow_new=True)
         assert list(kept.values()) == list(new)
@@ -217,7 +217,7 @@ def test_which_old_name_each_new_input_goes_by(old, new, want):
 def test_without_an_order_two_unnamed_inputs_of_one_kind_cannot_be_told_apart():
     old = specs(keras_tensor=V, keras_tensor_1=V)
     before = (1, signature.Endpoint(old, {}, ordered=False))
-    with pytest.raises(ValueError, match="clients of version 1"):
+    with pytest.raises(ValueError, match="Clients of version 1"):
         signature.kept_names("inputs", specs(a=V, b=V), before, allow_new=False)
     kept = signature.kept_names("inputs", old, before, allow_new=False)
     assert kept == {name: name for name in old}
@@ -253,7 +253,7 @@ def test_outputs_are_compared_where_sizes_are_known():
 
     assert kept(specs(y=(None, None)), specs(output_0=V)) == {"output_0": "y"}
     assert kept(specs(y=V), specs(output_0=(None, None))) == {"output_0": "y"}
-    with pytest.raises(ValueError, match="Expected outputs with which"):
+    with pytest.raises(ValueError, match="cannot use the outputs"):
         kept(specs(y=V), specs(y=W))
 
 
@@ -261,7 +261,7 @@ def test_another_structure_is_refused_unless_told_to(tmp_path):
     export(named("a"), tmp_path)
     before = everything_under(tmp_path)
     for other in (unnamed(width=5), named("a", "b"), unnamed(outputs=3)):
-        with pytest.raises(ValueError, match=r"clients of version 1 can go on, .*\(None, "):
+        with pytest.raises(ValueError, match=r"^Clients of version 1 .*\(None, "):
             export(other, tmp_path)
         assert everything_under(tmp_path) == before
     model = unnamed(width=5)
@@ -286,7 +286,7 @@ def test_outputs_that_are_no_tensors_are_refused(tmp_path):
         def call(self, x):
             return {"a": [x, "text"]}
 
-    with pytest.raises(ValueError, match=r"in lists and dicts. Received: 'a_1' is 'text'"):
+    with pytest.raises(ValueError, match="Output 'a_1' is 'text' and not a tensor"):
         export(called(Deep(), ONES), tmp_path)
     assert everything_under(tmp_path) == []
 
@@ -369,7 +369,7 @@ BAD_NAMES = [
 def test_a_name_that_would_not_be_kept_is_refused(tmp_path, names):
     given = [[tf.TensorSpec((None, 4), tf.float32, name) for name in [*names, "z"]]]
     model = named("first", "second", *["third"] * (len(names) - 1))
-    with pytest.raises(ValueError, match="Expected different input names") as refused:
+    with pytest.raises(ValueError, match="Expected unique names") as refused:
         export(model, tmp_path, input_signature=given)
     assert "tf.TensorSpec((None, 4), tf.float32, name)" in str(refused.value)
     assert everything_under(tmp_path) == []

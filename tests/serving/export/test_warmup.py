@@ -67,7 +67,7 @@ def test_warmup_is_checked(tmp_path, monkeypatch):
     pytest.importorskip("tensorflow_serving", reason="needs the extra `serving`")
     empty = tf.data.Dataset.from_tensor_slices(ONES).batch(2).take(0)
     for wrong in (np.ones((2, 5)), np.ones(4), [ONES, ONES], np.array([["a"] * 4]), empty):
-        with pytest.raises(ValueError, match="Expected batches"):
+        with pytest.raises(ValueError, match=r"Expected batches|is empty"):
             export(dense_model(), tmp_path / "m", warmup=wrong)
     later = tf.data.Dataset.from_generator(
         lambda: iter([np.ones((1, 4)), np.ones((1, 3))]),

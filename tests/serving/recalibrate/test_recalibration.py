@@ -193,7 +193,7 @@ def test_the_monitor_moves_with_the_population(tmp_path):
     for image in x:
         new.add(monitor(**{name: image[None]}))
     assert not new.compare().drifted
-    with pytest.raises(ValueError, match="an answer of version"):
+    with pytest.raises(ValueError, match="one of version"):
         old.add(monitor(**{name: x[:1]}))
 
 
@@ -306,14 +306,14 @@ REFUSED = {
     "without batch norm": (lambda p: exported(p, sequential(layers.Dense(2))), "which has none"),
     "in a loop": (
         lambda p: exported(p, exported_models.called(InLoop(), field(4))),
-        "'batch_normalization.*' is in one",
+        "'batch_normalization.*' of .* is in a loop",
     ),
     "of its own": (lambda p: exported(p, sequential(OfItsOwn())), "differs by"),
     "no record": (without_record, "without one. Export the model again"),
     "record of another": (with_record_of_another, "has no tensor"),
-    "damaged record": (with_damaged_record, "is damaged"),
-    "no versions": (lambda p: p, "which has none. Give the directory"),
-    "no directory": (lambda p: p / "nothing", "which has none. Give the directory"),
+    "damaged record": (with_damaged_record, "an intact file"),
+    "no versions": (lambda p: p, "none. Give the path"),
+    "no directory": (lambda p: p / "nothing", "none. Give the path"),
 }
 
 
@@ -323,7 +323,7 @@ def test_what_cannot_be_recalibrated_is_refused_in_a_sentence(tmp_path, name):
     make, says = REFUSED[name]
     directory = make(tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=f"(?s)^Expected .*Received: .*{says}"):
+    with pytest.raises(ValueError, match=f"(?s)^[A-Z].*{says}.*[.]$"):
         tfbn.recalibrate(directory, field(4), verbose=0)
     assert contents(tmp_path) == before
 
@@ -420,7 +420,7 @@ def test_a_version_that_does_not_predict_as_it_should_is_not_put_in_place(tmp_pa
         return dict(list(values(found, stats).items())[:1])
 
     monkeypatch.setattr(recalibration, "_values", without_variance)
-    with pytest.raises(ValueError, match=r"output 'output_0' differs by"):
+    with pytest.raises(ValueError, match=r"Output 'output_0' .* differs by"):
         tfbn.recalibrate(tmp_path / "m", x, verbose=0)
     assert os.listdir(tmp_path / "m") == ["1"]
 
@@ -431,7 +431,7 @@ def test_statistics_that_make_every_output_nan_are_refused(tmp_path):
     )
     tfbn.export(model, tmp_path / "m")
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match="with the new statistics is NaN or infinite in every"):
+    with pytest.raises(ValueError, match="would not be finite"):
         tfbn.recalibrate(tmp_path / "m", np.ones((8, 4), "float32"), verbose=0)
     assert contents(tmp_path) == before
 

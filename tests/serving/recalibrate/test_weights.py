@@ -29,7 +29,7 @@ def test_the_fingerprint_is_that_of_the_new_weights(tmp_path):
 
 @pytest.mark.parametrize(
     ("place", "value", "says"),
-    [("no/place", np.zeros(3), "a variable at 'no/place'"), (None, np.zeros(99), "shape")],
+    [("no/place", np.zeros(3), "no variable at 'no/place'"), (None, np.zeros(99), "shape")],
 )
 def test_values_for_other_variables_are_refused(tmp_path, place, value, says):
     tfbn.export(made("dense")[0], tmp_path / "m")

@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from tfbn.models import keras_models
+from tfbn.serving import versions
 
 FILE = "assets.extra/tfbn_batch_norms.json"
 
@@ -144,8 +145,5 @@ def read(version: pathlib.Path) -> BatchNorms | None:
         if missing or not all(call.left is None or ":" in call.left for call in calls):
             raise ValueError("a call of no layer")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"Expected a record of layers. Received: {str(version / FILE)!r}, which is damaged "
-            f"({error!r})."
-        ) from error
+        raise versions.damaged(version / FILE, error) from error
     return BatchNorms(layers, calls, entries["function"])

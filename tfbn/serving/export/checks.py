@@ -65,8 +65,8 @@ class Candidate:
             return self._predict()
         except Exception as error:
             raise ValueError(
-                f"Expected a model that can be called on {self.origin}. Received: "
-                f"{' '.join(str(error).split())}. Give inputs as sample or as warmup."
+                f"Cannot call the model on {self.origin}: {' '.join(str(error).split())}. Give "
+                "inputs as sample or as warmup, and all known sizes in input_signature."
             ) from error
 
     @functools.cached_property
@@ -90,7 +90,7 @@ class Candidate:
             return self.monitor(*self.inputs)
         except tf.errors.InvalidArgumentError as error:
             raise ValueError(
-                "Expected batch norm layers whose rows are those of samples. Received: "
+                "Expected a row for each sample in monitored layers. Received: "
                 f"{' '.join(str(error.message).split())[:200]}. Pass other layers as monitor."
             ) from error
 
@@ -137,6 +137,11 @@ class Candidate:
         named = signature.named_outputs(outputs)
         return {self.saved.output_names[name]: output for name, output in named.items()}
 
+    def differs(self, name: str, difference: float, expected: str, advice: str) -> ValueError:
+        """Return an error for an output that differs."""
+        received = f"{name!r} differs by {difference:.3g} on {self.origin}"
+        return ValueError(f"Expected {expected}. Received: {received}. {advice}")
+
     @property
     def max_abs_difference(self) -> float:
         """The largest absolute difference between the endpoint and the model."""
@@ -173,8 +178,8 @@ def no_layer_is_in_training_mode(candidate: Candidate) -> None:
     """Require that batch norm layers use their population statistics and update nothing."""
     for layer, op in candidate.saved.training_ops:
         raise ValueError(
-            f"Expected population statistics. Received: layer {layer!r}, which computes batch "
-            f"statistics ({op}). Look for training=True in its call, or set its trainable to False."
+            f"Layer {layer!r} computes batch statistics in inference ({op}). Remove training=True "
+            "from its call, or set its trainable to False."
         )
 
 
@@ -187,8 +192,8 @@ def outputs_are_numbers(candidate: Candidate) -> None:
     for name, where in finite.items():
         if where.size and not where.any():
             raise ValueError(
-                f"Expected finite outputs. Received: {name!r} is NaN or infinite in every value on "
-                f"{candidate.origin}. Give a sample, or set allow_nan=True."
+                f"Output {name!r} has no finite value on {candidate.origin}. Give a sample, or "
+                "set allow_nan=True."
             )
         if not where.all():
             warnings.warn(
@@ -206,9 +211,8 @@ def calls_agree(candidate: Candidate) -> None:
     the other checks do not detect them.
     """
     for name, (off, _) in candidate.off(candidate.expected_again, candidate.expected):
-        raise ValueError(
-            f"Expected equal outputs in every call. Received: {name!r} differ by {off:.3g} on "
-            f"{candidate.origin} between two calls. Look for layers that draw random numbers."
+        raise candidate.differs(
+            name, off, "equal outputs in two calls", "Look for layers that draw random numbers."
         )
 
 
@@ -218,11 +222,9 @@ def predicts_like_the_model(candidate: Candidate) -> None:
         off, rounding = difference.absolute, candidate.rounding[name]
         if not off <= _ROUNDINGS * rounding:
             allowed = difference.tolerance(candidate.low_precision)
-            raise ValueError(
-                f"Expected the model's predictions, within {allowed:.3g} or "
-                f"{_ROUNDINGS} times the rounding of {rounding:.3g}. Received: outputs {name!r} "
-                f"that differ by {off:.3g} on {candidate.origin}. Give other inputs as sample."
-            )
+            limit = f"{allowed:.3g} or {_ROUNDINGS} roundings of {rounding:.3g}"
+            wanted = f"the model's predictions, within {limit}"
+            raise candidate.differs(name, off, wanted, "Give other inputs as sample.")
         warnings.warn(
             f"Output {name!r} of the export of model {candidate.model.name!r} differs by {off:.3g} "
             f"on {candidate.origin}. The network itself is as inexact there: its output moves by "
@@ -236,10 +238,8 @@ def samples_are_independent(candidate: Candidate) -> None:
     alone = _first(candidate.answers)
     among = _first(_among_others(candidate, candidate.serve))
     for name, (leak, _) in candidate.off(among, alone, _ROUNDINGS):
-        raise ValueError(
-            "Expected outputs that do not depend on other samples of the batch. Received: "
-            f"{name!r} differs by {leak:.3g} on {candidate.origin}. Look for layers that compute "
-            "over the batch axis."
+        raise candidate.differs(
+            name, leak, "independent samples", "Look for layers that compute over the batch axis."
         )
 
 
@@ -248,9 +248,8 @@ def monitor_answers_like_serve(candidate: Candidate) -> None:
     if candidate.monitor is None:
         return
     for name, (off, _) in candidate.off(candidate.monitored, candidate.answers, _ROUNDINGS):
-        raise ValueError(
-            "Expected the endpoint monitor to predict as serve does. Received: outputs "
-            f"{name!r} that differ by {off:.3g} on {candidate.origin}. Export without monitor."
+        raise candidate.differs(
+            name, off, "monitor to predict as serve does", "Export without monitor."
         )
 
 
@@ -262,9 +261,8 @@ def monitor_measures_samples(candidate: Candidate) -> None:
     among = _first(_among_others(candidate, candidate.monitor))
     moments = {name: y for name, y in alone.items() if name not in candidate.answers}
     for name, (off, _) in candidate.off(among, moments):
-        raise ValueError(
-            f"Expected independent samples. Received: {name!r} of a sample depends on the "
-            f"other samples of its batch, by {off:.3g}. Pass other layers as monitor."
+        raise candidate.differs(
+            name, off, "moments of independent samples", "Pass other layers as monitor."
         )
 
 

@@ -125,17 +125,13 @@ def _merged(outputs: dict[str, tf.Tensor], moments: dict[str, tf.Tensor]) -> dic
     """Return the union of two dicts without common names."""
     for name in outputs:
         if name in moments:
-            raise ValueError(
-                f"Expected other names than the monitor's. Received: output {name!r}. Rename it."
-            )
+            raise ValueError(f"Output {name!r} has the name of a monitor's output. Rename it.")
     return outputs | moments
 
 
 def _spec(name: str, output: Any) -> tf.TensorSpec:
     if not tf.is_tensor(output):
-        raise ValueError(
-            f"Expected tensors as outputs, in lists and dicts. Received: {name!r} is {output!r}."
-        )
+        raise ValueError(f"Output {name!r} is {output!r} and not a tensor. Wrap the model.")
     return tf.TensorSpec(output.shape, output.dtype, name)
 
 

@@ -191,9 +191,7 @@ def _monitored(
     if chosen is False or chosen is None:
         return None
     if fold:
-        raise ValueError(
-            "Expected monitor or fold, not both: a folded network has no batch norm layers left."
-        )
+        raise ValueError("Give monitor or fold, not both: fold removes all batch norm layers.")
     return monitored_layers(model, chosen)
 
 
@@ -237,7 +235,7 @@ def _require_population(model: keras.Model, stale: str | None, *, required: bool
         return
     if required:
         raise ValueError(
-            f"Expected statistics from a sweep over these weights. Received: model {model.name!r}, "
+            f"Expected statistics of a sweep over these weights. Received: model {model.name!r}, "
             f"{stale}. Run tfbn.update_population_stats or `tfbn recalibrate` first."
         )
     warnings.warn(

@@ -48,21 +48,17 @@ def arguments(model: keras.Model, given: Any = None) -> list:
     keras_models.require_built(model)
     given = _own_arguments(model) if given is None else given
     if not isinstance(given, (list, tuple)):
-        raise ValueError(
-            f"Expected input_signature to be a list of arguments. Received: {given!r}."
-        )
+        raise ValueError(f"Expected a list as input_signature. Received: {given!r}. Put it in one.")
     specs = [keras.tree.map_structure(_tensor_spec, argument) for argument in given]
     try:
         inspect.signature(model.call).bind(*specs)
     except TypeError as error:
         raise ValueError(
-            f"Expected an input for every argument. Received: {specs} ({error})."
+            f"Expected input_signature with all arguments. Received: {specs} ({error})."
         ) from error
     for spec in keras.tree.flatten(specs):
         if spec.shape.rank is None:
-            raise ValueError(
-                f"Expected inputs of known rank. Received: {spec}. Give input_signature."
-            )
+            raise ValueError(f"Expected a known rank. Received: {spec}. Give input_signature.")
     return renamed(specs, _names(specs))
 
 
@@ -72,8 +68,8 @@ def _own_arguments(model: keras.Model) -> list:
     specs = keras_models.input_specs(model)
     if specs is None:
         raise ValueError(
-            f"Expected a model whose inputs are known. Received: {model.name!r}. Give "
-            "input_signature, for example [tf.TensorSpec((None, 9), tf.float32)]."
+            f"The inputs of model {model.name!r} are not known. Give input_signature, for example "
+            "[tf.TensorSpec((None, 9), tf.float32)]."
         )
     return specs
 
@@ -83,7 +79,7 @@ def _tensor_spec(spec: Any) -> tf.TensorSpec:
         return spec
     _require_dense(spec)
     if getattr(spec, "dtype", None) is None:
-        raise ValueError(f"Expected a shape and a dtype in input_signature. Received: {spec!r}.")
+        raise ValueError(f"Expected tf.TensorSpec(shape, dtype) as signature. Received: {spec!r}.")
     return tf.TensorSpec(spec.shape, spec.dtype, getattr(spec, "name", None))
 
 
@@ -120,9 +116,8 @@ def _names(specs: list) -> list[str]:
         kept = spec.name in (None, "", name)
         if not kept or keyword.iskeyword(name) or parameters.count(parameter) > 1:
             raise ValueError(
-                "Expected different input names of letters, digits and underscores. Received: "
-                f"{spec.name!r}. Give input_signature with tf.TensorSpec({tuple(spec.shape)}, "
-                f"tf.{spec.dtype.name}, name)."
+                f"Expected unique names of letters, digits and _. Received: {spec.name!r}. Give "
+                f"input_signature: tf.TensorSpec({tuple(spec.shape)}, tf.{spec.dtype.name}, name)."
             )
     return names
 
@@ -161,9 +156,7 @@ def named_outputs(outputs: Any) -> dict[str, Any]:
     named = dict(pairs)
     if len(named) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(
-            f"Expected different names of outputs, as keys joined by '_'. Received: {names}."
-        )
+        raise ValueError(f"Expected different keys when joined. Received: {names}. Rename one.")
     return named
 
 
@@ -253,8 +246,8 @@ def kept_names(
     names = _matched(new, old, endpoint.ordered, _FITS[side])
     if names is None and not allow_new:
         raise ValueError(
-            f"Expected {side} with which clients of version {version} can go on, {_in_words(old)}. "
-            f"Received: {_in_words(new)}. Set allow_new_signature=True (--allow-new-signature)."
+            f"Clients of version {version} cannot use the {side} {_in_words(new)} in place of "
+            f"{_in_words(old)}. Set allow_new_signature=True (--allow-new-signature)."
         )
     return unchanged if names is None else {name: names[name] for name in new}
 
@@ -320,7 +313,7 @@ def batches(data: Any, specs: list, argument: str) -> Iterator[list]:
             empty = False
             yield inputs
     if empty:
-        raise ValueError(f"Expected batches in {argument}. Received: {data!r}, which is empty.")
+        raise ValueError(f"{argument} {data!r} is empty. Give batches, or leave it out.")
 
 
 def _as_arguments(data: Any, specs: list, argument: str) -> list:

@@ -53,8 +53,7 @@ def outputs_of(answer: Any) -> Mapping[str, Any]:
             outputs = {name: [row.get(name) for row in rows] for name in rows[0]}
     if not isinstance(outputs, Mapping):
         raise ValueError(
-            f"Expected an answer with outputs by name. Received: {str(answer)[:200]!r} of type "
-            f"{type(answer).__name__}."
+            f"Expected outputs by name, of the signature 'monitor'. Received: {answer!r:.200}."
         )
     return outputs
 
@@ -84,8 +83,7 @@ def samples_of(outputs: Mapping[str, Any], path: str, shape: tuple[int, int]) ->
     why = _impossible(count, mean, variance, shape)
     if why is not None:
         raise ValueError(
-            f"Expected moments of {shape[0]} samples of {shape[1]} channels for layer {path!r}. "
-            f"Received: {why}."
+            f"Expected moments of shape {shape} of layer {path!r}. Received: {why}. Leave it out."
         )
     return Samples(np.broadcast_to(count, shape), mean, variance)
 
@@ -115,8 +113,7 @@ def _impossible(
 def _entry(outputs: Mapping[str, Any], name: str) -> Any:
     if name not in outputs:
         raise ValueError(
-            f"Expected an answer of the signature 'monitor' with {name!r}. Received: "
-            f"{sorted(outputs)[:10]}."
+            f"Expected {name!r} from the signature 'monitor'. Received: {sorted(outputs)[:10]}."
         )
     value = outputs[name]
     return tf.make_ndarray(value) if isinstance(value, tensor_pb2.TensorProto) else value
@@ -128,5 +125,5 @@ def _numbers(outputs: Mapping[str, Any], name: str) -> np.ndarray:
         return np.asarray(value, np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"Expected numbers in {name!r}. Received: {str(value)[:100]!r}."
+            f"Expected numbers in {name!r}. Received: {value!r:.100}. Leave it out."
         ) from error

@@ -168,7 +168,7 @@ def monitored_layers(
     """
     layers = keras_models.batch_norm_layers(model)
     if not layers:
-        raise ValueError(f"Expected batch norm layers. Received: {model.name!r}, which has none.")
+        raise ValueError(f"Model {model.name!r} has no batch norm layers. Export without monitor.")
     if chosen is True:
         return layers
     if isinstance(chosen, str | bytes | keras.Layer) or not isinstance(chosen, Iterable):
@@ -181,21 +181,17 @@ def monitored_layers(
         path = entry if isinstance(entry, str) else paths.get(id(entry))
         if path not in layers:
             raise ValueError(
-                f"Expected batch norm layers in monitor. Received: {entry!r}, which is none of "
-                f"{list(layers)}."
+                f"Expected batch norm layers in monitor, of {list(layers)}. Received: {entry!r}."
             )
         wanted.add(path)
     if not wanted:
-        raise ValueError(
-            "Expected layers in monitor. Received: none. Export without it, or use True."
-        )
+        raise ValueError("Expected layers in monitor. Received: none. Leave it out, or use True.")
     return {path: layer for path, layer in layers.items() if path in wanted}
 
 
 def _refuse(model: keras.Model, received: str) -> NoReturn:
     raise ValueError(
-        f"Expected batch norm layers outside of loops and branches. Received: model {model.name!r} "
-        f"with {received}. Pass other layers as monitor."
+        f"Cannot monitor model {model.name!r}: it has {received}. Pass other layers as monitor."
     )
 
 

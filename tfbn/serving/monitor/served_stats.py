@@ -170,8 +170,8 @@ class ServedStats:
                 other = self._version_of(identity)
                 received = "another model" if other is None else f"version {other}"
                 raise ValueError(
-                    f"Expected answers of version {self._version.name} of "
-                    f"{str(self._version.parent)!r}. Received: an answer of {received}."
+                    f"Expected answers of {str(self._version)!r}. Received: one of {received}. Use "
+                    "a ServedStats for each."
                 )
         moments = {
             path: answers.samples_of(outputs, path, (len(identities), len(stats.mean))).each()
@@ -240,9 +240,7 @@ def _population(path: str | os.PathLike, layers: Iterable[str]) -> PopulationSta
         if set(population) != set(layers):
             raise ValueError(f"it has layers {list(population)}, not {list(layers)}")
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"Expected a population. Received: {str(file)!r} ({error}). Export the model again."
-        ) from error
+        raise versions.damaged(file, error) from error
     return population.replace(
         layers={path: _with_errors_of_source(population, path) for path in population}
     )

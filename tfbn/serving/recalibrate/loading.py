@@ -18,7 +18,7 @@ from tfbn.graphs.flattening import flattened
 from tfbn.graphs.subgraphs import Subgraphs
 from tfbn.layer import BatchNormalization
 from tfbn.models.keras_models import Structure
-from tfbn.serving import saved_models
+from tfbn.serving import saved_models, versions
 from tfbn.serving.export import signature
 from tfbn.serving.export.batch_norms import BatchNorms, Layer
 from tfbn.serving.recalibrate import weights
@@ -196,8 +196,7 @@ def load(version: pathlib.Path, loaded: Any, record: BatchNorms, flat: Any = Non
     hidden = [call.path for call in record.calls if call.entered is None]
     if hidden:
         raise ValueError(
-            "Expected batch norm outside of loops and branches. Received: "
-            f"{str(version)!r}, whose layer {hidden[0]!r} is in one. Recalibrate the model."
+            f"Layer {hidden[0]!r} of '{version}' is in a loop or branch. Recalibrate the model."
         )
     if record.function is None:
         function = flat or flattened(loaded.signatures[saved_models.DEFAULT])
@@ -217,8 +216,5 @@ def load(version: pathlib.Path, loaded: Any, record: BatchNorms, flat: Any = Non
     name = version.parent.name
     network = ServedNetwork(function, loaded, record, variables, specs, outputs, name)
     if missing := network.missing():
-        raise ValueError(
-            f"Expected a recorded graph. Received: {str(version)!r}, which has no tensor "
-            f"{missing[0]!r}. Export the model again."
-        )
+        raise versions.damaged(version, f"it has no tensor {missing[0]!r}")
     return network

@@ -149,7 +149,7 @@ def open_version(path: str | os.PathLike) -> ServedVersion:
         raise _no_layers(version, "whose batch norm is folded. Export the model without fold")
     record = batch_norms.read(version)
     if record is None and written.statistics is None and written.stale is None:
-        raise _no_layers(version, "which has none")
+        raise _no_layers(version, "which has none. There is nothing to recalibrate")
     if record is None:
         raise _no_layers(
             version, f"which tfbn {written.tfbn} wrote without one. Export the model again"
@@ -316,8 +316,7 @@ def _require_numbers(outputs: Mapping[str, tf.Tensor], path: pathlib.Path) -> No
     for name, y in outputs.items():
         if y.dtype.is_floating and not np.isfinite(np.asarray(y, np.float64)).any():
             raise ValueError(
-                f"Expected finite outputs. Received: {str(path)!r}, whose output {name!r} with the "
-                "new statistics is NaN or infinite in every value. Look for variances close to 0."
+                f"Output {name!r} of {str(path)!r} would not be finite. Look for variances near 0."
             )
 
 
@@ -330,8 +329,7 @@ def _require_same(
     for name, difference in differences.items():
         if difference.absolute > difference.tolerance(low):
             raise ValueError(
-                f"Expected the predictions of the served graph. Received: {str(path)!r}, whose "
-                f"output {name!r} differs by {difference.absolute:.3g}. For a custom layer, "
-                "recalibrate the model."
+                f"Output {name!r} of {str(path)!r} differs by {difference.absolute:.3g} from the "
+                "graph. For a custom layer, recalibrate the model, and export it."
             )
     return max((difference.absolute for difference in differences.values()), default=0.0)

@@ -125,7 +125,7 @@ def _layer(version: pathlib.Path, match: Match, variables: dict[str, _Variable])
             raise _refusal(version, f"batch norm {match.y.op.name!r} whose {name} is no variable")
         if not parameter.channels:
             raise _refusal(
-                version, f"batch norm {parameter.name!r} whose {name} is not one value per channel"
+                version, f"batch norm {parameter.name!r} whose {name} is not per channel"
             )
         places[attribute] = parameter.place
     if match.x.shape.rank is None:

@@ -18,6 +18,8 @@ from tensorflow.core.protobuf import trackable_object_graph_pb2
 # computes it only when it saves a complete model.
 from tensorflow.python.saved_model.fingerprinting_utils import write_fingerprint
 
+from tfbn.serving import versions
+
 _FOLDER, _NAME = "variables", "variables"
 _OBJECTS = "_CHECKPOINTABLE_OBJECT_GRAPH"
 _VALUE = "VARIABLE_VALUE"
@@ -70,9 +72,7 @@ def copy_with(version: pathlib.Path, target: pathlib.Path, values: dict[str, np.
             # Variables of other tools may have axes of size 1 for broadcasting.
             if tensors[key].shape.num_elements() != value.size:
                 shape = tuple(tensors[key].shape)
-                raise ValueError(
-                    f"Expected shape {shape} for variable {key!r}. Received: {value.shape}."
-                )
+                raise ValueError(f"Expected shape {shape} of {key!r}. Received: {value.shape}.")
             tensors[key] = tf.cast(tf.reshape(value, tensors[key].shape), tensors[key].dtype)
         tf.raw_ops.SaveV2(
             prefix=_prefix(target),
@@ -126,8 +126,6 @@ def _keys(version: pathlib.Path, reader: Any, paths: Iterable[str]) -> list[str]
         keys = [] if node is None else nodes[node].attributes
         keys = [attribute.checkpoint_key for attribute in keys if attribute.name == _VALUE]
         if len(keys) != 1:
-            raise ValueError(
-                f"Expected a variable at {path!r}. Received: {str(version)!r}, which has none."
-            )
+            raise versions.damaged(version, f"it has no variable at {path!r}")
         names += keys
     return names
