@@ -16,7 +16,7 @@ from tfbn.layer.sweep_records import SweepRecord
 from tfbn.models import assignment, fingerprints, keras_models, staleness
 from tfbn.stats import blending, drift, layer_stats, stats_file, summary
 from tfbn.stats.layer_stats import LayerStats
-from tfbn.stats.methods import METHODS
+from tfbn.stats.moments import METHODS
 
 _METHODS = (*METHODS, "assigned")
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tfbn.stats import blending, moments
-from tfbn.stats.methods import METHODS
+from tfbn.stats.moments import METHODS
 
 RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
 ERRORS = ("mean_error", "variance_error")

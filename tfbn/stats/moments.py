@@ -1,4 +1,4 @@
-"""Compute and merge the moments of batches: count, mean, M2 and their standard errors.
+"""The methods of a sweep, and the moments of batches: count, mean, M2, standard errors.
 
 M2 is the sum of squared distances from the mean, so the population variance is M2 / count.
 All arrays are NumPy in float64, because a population may have many values.
@@ -15,8 +15,6 @@ independent batches, not independent values within a batch.
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-
-from tfbn.stats.methods import METHODS
 
 
 class Moments:

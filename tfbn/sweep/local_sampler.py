@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from tfbn.models.keras_models import Structure
 from tfbn.population import PopulationStats
 from tfbn.sweep.batches import Batch, Batches, nbytes, too_large
-from tfbn.sweep.deal import Deal
 from tfbn.sweep.local_engine import LocalEngine
+from tfbn.sweep.random_order import Deal
 from tfbn.sweep.replica import Replica
 from tfbn.sweep.report import Report
 from tfbn.sweep.sampling import JOINED_BYTES, Draw, groups_of, probe_share

@@ -14,10 +14,10 @@ from tfbn.population import PopulationStats
 from tfbn.stats import moments
 from tfbn.sweep import data, state_bytes
 from tfbn.sweep.batches import Batches
-from tfbn.sweep.deal import Deal
 from tfbn.sweep.driver import run_levels, run_sample
 from tfbn.sweep.options import SweepOptions
 from tfbn.sweep.processes import Recipe, forget, replica_here, source_of
+from tfbn.sweep.random_order import Deal
 from tfbn.sweep.replica import Replica
 from tfbn.sweep.report import Report
 from tfbn.sweep.sampling import JOINED_BYTES, Draw, groups_of, probe_share
