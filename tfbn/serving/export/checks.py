@@ -1,5 +1,6 @@
 """Verify an exported version before it is put in place, with the functions in `CHECKS`."""
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,10 +24,11 @@ _DRAWS = 3
 _EPSILON = {"float16": 2**-10, "bfloat16": 2**-7, "float64": 2**-52}
 
 
+@dataclasses.dataclass(eq=False, kw_only=True)
 class Candidate:
     """A version to verify, loaded again, with the model that it is compared with.
 
-    Args:
+    Attributes:
         model: The model that was exported, before folding.
         serve: The loaded endpoint.
         specs: The arguments of the endpoint.
@@ -37,26 +39,14 @@ class Candidate:
         monitor: The loaded endpoint `monitor`, or `None` without one.
     """
 
-    def __init__(
-        self,
-        model: keras.Model,
-        serve: Callable[..., Any],
-        specs: list,
-        inputs: list,
-        origin: str,
-        saved: Saved,
-        *,
-        allow_nan: bool,
-        monitor: Callable[..., dict[str, Any]] | None = None,
-    ):
-        self.model = model
-        self.serve = serve
-        self.specs = specs
-        self.inputs = inputs
-        self.origin = origin
-        self.saved = saved
-        self.allow_nan = allow_nan
-        self.monitor = monitor
+    model: keras.Model
+    serve: Callable[..., Any]
+    specs: list
+    inputs: list
+    origin: str
+    saved: Saved
+    allow_nan: bool
+    monitor: Callable[..., dict[str, Any]] | None = None
 
     @functools.cached_property
     def expected(self) -> dict[str, Any]:

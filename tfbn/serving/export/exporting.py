@@ -154,12 +154,12 @@ def export(
         )
         loaded = tf.saved_model.load(os.fspath(partial))
         candidate = checks.Candidate(
-            model,
-            loaded.serve,
-            specs,
-            inputs,
-            origin,
-            saved,
+            model=model,
+            serve=loaded.serve,
+            specs=specs,
+            inputs=inputs,
+            origin=origin,
+            saved=saved,
             allow_nan=allow_nan,
             monitor=None if monitored is None else loaded.monitor,
         )
