@@ -11,8 +11,6 @@ import numpy as np
 
 from tfbn import arguments
 from tfbn.files import atomic
-from tfbn.layer import sweep_records
-from tfbn.layer.sweep_records import SweepRecord
 from tfbn.models import assignment, fingerprints, keras_models, staleness
 from tfbn.stats import blending, drift, layer_stats, stats_file, summary
 from tfbn.stats.layer_stats import LayerStats
@@ -156,24 +154,9 @@ class PopulationStats(collections.abc.Mapping):
         if self.method != "assigned":
             layer_stats.require_possible(self)
             layer_stats.require_values(self)
-        layers = assignment.matching_layers(model, self)
-        writes = [
-            write
-            for path, stats in self.items()
-            for write in assignment.assignments(path, stats, layers[path])
-        ]
-        previous = PopulationStats(
-            {path: assignment.from_layer(layers[path]) for path in self}, method="assigned"
-        )
-        with keras_models.restored_on_error(model, [variable for variable, _ in writes]):
-            for variable, value in writes:
-                variable.assign(value)
-        sweep_records.delete(layers.values())
-        if self.method != "assigned":
-            weights = self._swept_weights(model)
-            for path, layer in layers.items():
-                sweep_records.store(layer, SweepRecord(self, path, weights))
-        return previous
+        before = assignment.assign(model, self)
+        staleness.record(model, self)
+        return PopulationStats(before, method="assigned")
 
     def mismatch(self, model: keras.Model) -> str | None:
         """Return why these are not the current population statistics of a model.
@@ -182,21 +165,7 @@ class PopulationStats(collections.abc.Mapping):
             `None` if the model has the weights of the sweep and its layers hold these statistics;
             else a phrase that names the difference.
         """
-        weights = None
-        if self.fingerprint and self.fingerprint == fingerprints.fingerprint(model):
-            weights = self._swept_weights(model)
-        records = {
-            corresponding: SweepRecord(self, path, weights)
-            for path, corresponding in assignment.correspondence(model, self).items()
-        }
-        return staleness.reason(model, records)
-
-    def _swept_weights(self, model: keras.Model) -> frozenset[int] | None:
-        """Return `SweepRecord.weights` of a model that holds these statistics."""
-        weights = fingerprints.digests_of(model, self.fingerprint)
-        if weights is None:
-            return None
-        return weights | {digest for _, digest in fingerprints.digests_of_statistics(model)}
+        return staleness.mismatch(model, self)
 
     def merge(self, other: "PopulationStats") -> "PopulationStats":
         """Return the statistics of two sweeps over different data, as from one sweep over both.

@@ -1,7 +1,7 @@
 """Read statistics from the batch norm layers of a Keras model, and assign statistics to them."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import keras
 import numpy as np
@@ -16,6 +16,23 @@ def from_layer(layer: keras.Layer) -> LayerStats:
     by_name = {name: value_of(v) for name, v in keras_models.statistics(layer).items()}
     mean, variance = by_name.pop("moving_mean"), by_name.pop("moving_variance")
     return LayerStats(0, mean, variance, by_name or None)
+
+
+def assign(model: keras.Model, stats: Mapping[str, LayerStats]) -> dict[str, LayerStats]:
+    """Store statistics in the layers of a model, all or none, and return the ones before.
+
+    Raises:
+        ValueError: See `matching_layers` and `assignments`.
+    """
+    layers = matching_layers(model, stats)
+    writes = [
+        write for path, layer in layers.items() for write in assignments(path, stats[path], layer)
+    ]
+    before = {path: from_layer(layer) for path, layer in layers.items()}
+    with keras_models.restored_on_error(model, [variable for variable, _ in writes]):
+        for variable, value in writes:
+            variable.assign(value)
+    return before
 
 
 def value_of(variable: keras.Variable) -> np.ndarray:

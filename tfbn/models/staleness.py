@@ -1,13 +1,51 @@
-"""Judge whether the statistics in the layers of a model are stale."""
+"""Record the sweep that statistics in a model come from, and judge whether they are stale."""
 
 import collections
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import keras
 import tensorflow as tf
 
+from tfbn.layer import sweep_records
 from tfbn.layer.sweep_records import SweepRecord
 from tfbn.models import assignment, fingerprints, interception, keras_models
+
+if TYPE_CHECKING:
+    from tfbn.population import PopulationStats
+
+
+def record(model: keras.Model, stats: "PopulationStats") -> None:
+    """Store in the layers of a model which sweep their statistics, just assigned, come from."""
+    layers = assignment.matching_layers(model, stats)
+    sweep_records.delete(layers.values())
+    if stats.method != "assigned":
+        weights = _weights(model, stats)
+        for path, layer in layers.items():
+            sweep_records.store(layer, SweepRecord(stats, path, weights))
+
+
+def mismatch(model: keras.Model, stats: "PopulationStats") -> str | None:
+    """Return why the layers of a model do not hold the statistics of a sweep of it, or `None`.
+
+    All weights of the model must be the weights of the sweep.
+    """
+    weights = None
+    if stats.fingerprint and stats.fingerprint == fingerprints.fingerprint(model):
+        weights = _weights(model, stats)
+    records = {
+        corresponding: SweepRecord(stats, path, weights)
+        for path, corresponding in assignment.correspondence(model, stats).items()
+    }
+    return reason(model, records)
+
+
+def _weights(model: keras.Model, stats: "PopulationStats") -> frozenset[int] | None:
+    """Return `SweepRecord.weights` of a model that holds the statistics of its sweep."""
+    weights = fingerprints.digests_of(model, stats.fingerprint)
+    if weights is None:
+        return None
+    return weights | {digest for _, digest in fingerprints.digests_of_statistics(model)}
 
 
 def reason(
