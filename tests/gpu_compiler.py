@@ -144,14 +144,19 @@ def passes(kernels, shape, dtype):
 
 
 def operations_of(layer, shape):
-    """What a graph that is not compiled does operation by operation, as kernels."""
+    """What a training step does operation by operation in a graph that is not compiled."""
     layer.build((None, *shape[1:]))
     spec = tf.TensorSpec(shape, layer.compute_dtype)
     step = tf.function(_training_step(layer, fenced=False), autograph=False)
+    return operations_in(step.get_concrete_function(spec, spec).graph)
+
+
+def operations_in(graph):
+    """The operations of a graph that move data, as kernels."""
     free = {"Reshape", "Identity", "IdentityN", "StopGradient", "Shape", "Placeholder", "NoOp"}
     return [
         Kernel(op.name, *(sum(map(_bytes_of_tensor, v)) for v in (op.inputs, op.outputs)))
-        for op in step.get_concrete_function(spec, spec).graph.get_operations()
+        for op in graph.get_operations()
         if op.type not in {*free, "Const", "ReadVariableOp"}
     ]
 

@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 from tfbn.sweep import observation
+from tfbn.sweep.state import Site
 
 pytestmark = pytest.mark.gpu_compile
 
@@ -93,3 +94,27 @@ def test_moments_of_a_sweep_are_one_pass(shape, dtype):
         hlo = gpu_compiler.hlo_of(measure, flat)
     passes, kernels = counted(hlo, "H200", shape, dtype)
     assert 1 <= passes <= 1.2 and kernels <= 6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_moments_and_normalization_of_a_batch_are_three_passes(shape, dtype):
+    bn = layer("tfbn", dtype)
+    bn.build(shape)
+
+    def step(x):
+        call = observation._observed(Site("bn", 0), bn, x, None, None)
+        return *call.fetches, call.outputs
+
+    x = tf.zeros(shape, dtype)
+    with gpu_compiler.as_on_gpu():
+        [flat], measure = observation._measured(-1, x)
+        moments = counted(gpu_compiler.hlo_of(measure, flat), "H200", shape, dtype)
+        graph = tf.function(step, autograph=False).get_concrete_function(x).graph
+        one_cluster = counted(gpu_compiler.hlo_of(step, x), "H200", shape, dtype)
+    others = [op for op in gpu_compiler.operations_in(graph) if op.name != "PartitionedCall"]
+    passes = moments[0] + gpu_compiler.passes(others, shape, dtype)
+    # x is read for the moments, then read and written; the kernels include some that are folded.
+    assert 3 <= passes <= 3.2 and moments[1] + len(others) <= 10
+    # One compiled function for both would save no pass.
+    assert passes - one_cluster[0] < 0.05 and one_cluster[1] <= 7

@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import keras
 import networks
@@ -179,3 +180,29 @@ def test_counts_are_whole_numbers(method):
     x[:, 3] = 0
     for layer in tfbn.collect(model, x, method=method, verbose=0).values():
         assert type(layer.count) is int and layer.count == 27
+
+
+@pytest.mark.parametrize("method", ["pooled", "exact"])
+def test_moments_come_back_once_a_batch(method, two_devices, monkeypatch):
+    with two_devices.scope():
+        model = networks.residual(tfbn.BatchNormalization)
+    x = networks.data(model, 48)
+    read = []
+    eager = type(tf.constant(0))
+    for name in ("numpy", "__array__", "__bool__", "__int__", "__float__", "__index__"):
+
+        def noted(value, *args, original=getattr(eager, name), **kwargs):
+            if threading.current_thread() is not threading.main_thread():
+                read.append(tuple(value.shape))
+            return original(value, *args, **kwargs)
+
+        monkeypatch.setattr(eager, name, noted)
+    stats = tfbn.collect(model, x, method=method, batch_size=16, verbose=0)
+    # The shortcut's layer has a level with another one, so there are fewer levels than layers.
+    levels = stats.levels if method == "exact" else 1
+    assert 1 <= levels < len(stats)
+    moments = [shape for shape in read if shape[:1] == (3,)]
+    assert len(moments) == 3 * levels
+    assert sum(channels for _, channels in moments) == 3 * sum(len(s.mean) for s in stats.values())
+    # Else only inputs are read, which are on the host, and only in the first level.
+    assert [s for s in read if s[:1] != (3,)] == [(16, *x.shape[1:])] * 3
