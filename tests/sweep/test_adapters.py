@@ -13,6 +13,7 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
+from tfbn.sweep import adapters
 
 ROWS, SIZE = 10, 4
 
@@ -426,3 +427,8 @@ def test_grain_loaders(memory_limit):
     for source in (loader, loader.to_iter_dataset()):
         stats = tfbn.collect(model, source, memory_limit=memory_limit, verbose=0)
         networks.assert_exact(stats, networks.three_levels, model, x, rtol=1e-5)
+
+
+def test_arrays_stay_on_the_host():
+    with tf.device("CPU:1"):  # As if it were a GPU.
+        assert adapters.to_tensor(X).device.endswith("CPU:0")

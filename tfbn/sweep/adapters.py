@@ -298,7 +298,9 @@ def is_absent(leaf: Any) -> bool:
 def _from_array(array: np.ndarray) -> tf.Tensor:
     # Like `fit`, convert floats to Keras's float type.
     floating = np.issubdtype(array.dtype, np.floating)
-    return tf.convert_to_tensor(array, keras.config.floatx() if floating else None)
+    # The host computes digests and looks for NaN, so a GPU would copy the data back.
+    with tf.device("CPU:0"):
+        return tf.convert_to_tensor(array, keras.config.floatx() if floating else None)
 
 
 def _from_coo(matrix: Any) -> tf.SparseTensor:
