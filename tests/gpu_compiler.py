@@ -22,6 +22,11 @@ from tensorflow.compiler.tf2xla.python.xla import optimization_barrier
 # A program with one node that calls a compiled function.
 from tensorflow.core.framework import graph_pb2
 
+# TensorFlow's graph optimizer, for a device that is described only.
+from tensorflow.core.protobuf import config_pb2, device_properties_pb2
+from tensorflow.python.framework import meta_graph
+from tensorflow.python.grappler import cluster, tf_optimizer
+
 import tfbn
 from tfbn.layer import kernels
 
@@ -159,6 +164,24 @@ def operations_in(graph):
         for op in graph.get_operations()
         if op.type not in {*free, "Const", "ReadVariableOp"}
     ]
+
+
+def optimized_for_gpu(function):
+    """The types of a concrete function's operations, as TensorFlow merges them for a GPU."""
+    device = "/job:localhost/replica:0/task:0/device:GPU:0"
+    meta = meta_graph.create_meta_graph_def(graph=function.graph)
+    for node in meta.graph_def.node:
+        node.device = device
+    fetched = (tensor.op.name for tensor in function.outputs)
+    meta.collection_def["train_op"].node_list.value.extend(fetched)
+    properties = device_properties_pb2.DeviceProperties(type="GPU", vendor="NVIDIA")
+    named = device_properties_pb2.NamedDevice(name=device, properties=properties)
+    options = config_pb2.ConfigProto()
+    options.graph_options.rewrite_options.optimizers.append("remap")
+    options.graph_options.rewrite_options.min_graph_nodes = -1
+    machine = cluster.Cluster(devices=[named])
+    optimized = tf_optimizer.OptimizeGraph(options, meta, verbose=False, cluster=machine)
+    return [node.op for node in optimized.node]
 
 
 def as_on_gpu():

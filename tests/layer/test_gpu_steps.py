@@ -9,6 +9,7 @@ import gpu_compiler
 import pytest
 import tensorflow as tf
 
+from tfbn.layer import kernels
 from tfbn.sweep import observation
 from tfbn.sweep.state import Site
 
@@ -118,3 +119,16 @@ def test_moments_and_normalization_of_a_batch_are_three_passes(shape, dtype):
     assert 3 <= passes <= 3.2 and moments[1] + len(others) <= 10
     # One compiled function for both would save no pass.
     assert passes - one_cluster[0] < 0.05 and one_cluster[1] <= 7
+
+
+def test_inference_on_images_is_merged_with_a_relu():
+    weights = [tf.ones(64)] * 4
+
+    @tf.function(autograph=False)
+    def step(x):
+        return tf.nn.relu(kernels.normalize(-x, *weights, axis=-1, epsilon=1e-3))
+
+    with gpu_compiler.as_on_gpu():
+        function = step.get_concrete_function(tf.TensorSpec((32, 56, 56, 64)))
+    types = gpu_compiler.optimized_for_gpu(function)
+    assert "_FusedBatchNormEx" in types and "Relu" not in types
