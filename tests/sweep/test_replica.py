@@ -188,15 +188,18 @@ def test_moments_come_back_once_a_batch(method, two_devices, monkeypatch):
         model = networks.residual(tfbn.BatchNormalization)
     x = networks.data(model, 48)
     read = []
-    eager = type(tf.constant(0))
-    for name in ("numpy", "__array__", "__bool__", "__int__", "__float__", "__index__"):
 
-        def noted(value, *args, original=getattr(eager, name), **kwargs):
-            if threading.current_thread() is not threading.main_thread():
+    def noting(original):
+        def noted(value, *args, **kwargs):
+            if threading.current_thread() is not threading.main_thread():  # The devices' threads.
                 read.append(tuple(value.shape))
             return original(value, *args, **kwargs)
 
-        monkeypatch.setattr(eager, name, noted)
+        return noted
+
+    eager = type(tf.constant(0))
+    for name in ("numpy", "__array__", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(eager, name, noting(getattr(eager, name)))
     stats = tfbn.collect(model, x, method=method, batch_size=16, verbose=0)
     # The shortcut's layer has a level with another one, so there are fewer levels than layers.
     levels = stats.levels if method == "exact" else 1
