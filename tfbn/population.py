@@ -63,9 +63,7 @@ class PopulationStats(collections.abc.Mapping):
         if self.method not in _METHODS:
             raise ValueError(f"Expected one of the methods {_METHODS}. Received: {self.method!r}.")
         if not isinstance(self.fingerprint, str):
-            raise ValueError(
-                f"Expected fingerprint to be a string. Received: {self.fingerprint!r}."
-            )
+            raise ValueError(f"Expected a string as fingerprint. Received: {self.fingerprint!r}.")
         for field in dataclasses.fields(self):
             if field.type is int:
                 number = arguments.integer(field.name, getattr(self, field.name))
@@ -193,8 +191,8 @@ class PopulationStats(collections.abc.Mapping):
             )
         if self.prior_samples or other.prior_samples:
             raise ValueError(
-                "Expected sweeps that are not blended yet. Received: prior_samples "
-                f"{self.prior_samples} and {other.prior_samples}. Merge first."
+                "Expected sweeps not blended yet. Received: prior_samples "
+                f"{self.prior_samples} and {other.prior_samples}. Merge first, then blend."
             )
         layer_stats.require_same_layers(self, other)
         if self.fingerprint != other.fingerprint:
@@ -231,8 +229,7 @@ class PopulationStats(collections.abc.Mapping):
             return self
         if self.tolerance is not None:
             raise ValueError(
-                "Expected a sample of data of known size. Received: a sample of a stream. "
-                "Sweep all of it, without `tolerance`."
+                "Cannot merge a sample of a stream. Sweep all of it, without `tolerance`."
             )
         layers = {p: s.with_errors(0 * s.mean, 0 * s.variance) for p, s in self.items()}
         return self.replace(layers=layers, population_size=self.samples)

@@ -163,7 +163,7 @@ def spoiled(name, value):
         (cut, "same shapes"),
         (spoiled("mean", np.nan), r"finite means.*mean nan in channel \d+\..*Layer: '"),
         (spoiled("variance", -1.0), r"finite means.*variance -1\.0 in channel"),
-        (dict, "PopulationStats as source.*dict"),
+        (dict, "PopulationStats, like.*dict"),
     ],
 )
 def test_incompatible_sources_are_refused(swept, change, says):

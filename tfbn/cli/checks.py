@@ -45,17 +45,14 @@ def require_model(path: str) -> None:
     """Raise `FileError` unless a path is a file with the suffix of a model file."""
     if os.path.isfile(path) and is_model(path):
         return
-    if not os.path.exists(path):
-        raise FileError(f"Expected {MODEL_FILE}. Received: {path}, no such file.")
     folder = pathlib.Path(path)
-    if any(next(folder.glob(name), None) for name in ("saved_model.pb", "*/saved_model.pb")):
-        raise FileError(
-            f"Expected {MODEL_FILE}. Received: {path}, a SavedModel. Give the model file that it "
-            "was exported from."
-        )
-    # A pipe or device would block the process forever.
-    kind = "a directory" if folder.is_dir() else "another kind of file"
-    raise FileError(f"Expected {MODEL_FILE}. Received: {path}, {kind}.")
+    if not os.path.exists(path):
+        received = "no such file"
+    elif any(next(folder.glob(name), None) for name in ("saved_model.pb", "*/saved_model.pb")):
+        received = "a SavedModel. Give the model file that it was exported from"
+    else:  # A pipe or device would block the process forever.
+        received = "a directory" if folder.is_dir() else "another kind of file"
+    raise FileError(f"Expected {MODEL_FILE}. Received: {path}, {received}.")
 
 
 def require_free(path: str) -> None:
@@ -66,10 +63,8 @@ def require_free(path: str) -> None:
     if os.path.lexists(path):
         raise FileError(f"Expected a new file. Received: {path}, which exists. Give another name.")
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-        raise FileError(
-            f"Expected a writable folder. Received: --out {path}, whose folder {folder} "
-            f"{'is read-only' if os.path.isdir(folder) else 'does not exist'}."
-        )
+        why = "is read-only" if os.path.isdir(folder) else "does not exist"
+        raise FileError(f"Expected a writable folder. Received: --out {path}, and {folder} {why}.")
 
 
 def data_kind(path: str, scale: float | None) -> str:
@@ -92,18 +87,14 @@ def data_kind(path: str, scale: float | None) -> str:
     else:  # A pipe can be read only once, and a device may be endless.
         received = "neither a file nor a folder" if os.path.exists(path) else "no such file"
         raise FileError(
-            "Expected a file or folder with data, or package.module:function. Received: "
-            f"{path}, {received}."
+            f"Expected a file, a folder or package.module:function. Received: {path}, {received}."
         )
     if kind is None:
         raise FileError(
-            f"Expected a .npy or .npz file, or a folder of images. Received: {path}. For others, "
-            "give --data package.module:function."
+            f"Expected a .npy or .npz file, images or package.module:function. Received: {path}."
         )
     if scale is not None and kind != "images":
-        raise FileError(
-            f"Expected a scale only for images. Received: {path}. Scale the data in it."
-        )
+        raise FileError(f"Expected --scale only for images. Received: {path}. Scale its data.")
     return kind
 
 
@@ -124,15 +115,12 @@ def _check_recalibrate(args: argparse.Namespace) -> None:
     served = os.path.isdir(args.model)
     if served and (args.out or args.include_frozen or args.unsafe or args.validation):
         raise FileError(
-            "Expected a model's directory without --out, --include-frozen, --unsafe and "
-            f"--validation. Received: {args.model}."
+            f"Give directory {args.model} without --out, --include-frozen, --unsafe, --validation."
         )
     if not served:
         require_model(args.model)
         if not args.out:
-            raise FileError(
-                f"Expected --out with a new .keras file. Received: none for {args.model}."
-            )
+            raise FileError(f"Expected --out NEW.keras for {args.model}. Received: none.")
         require_free(args.out)
     data_kind(args.data, args.scale)
     _require(args.validation, (".npz",), "a .npz file with inputs and targets y")

@@ -48,10 +48,8 @@ def naming(*paths: str) -> Iterator[None]:
             raise FileError(f"{describe(error)} Files: {', '.join(paths)}.") from error
         # The error may name a file inside one of the paths, or a hidden file.
         within = [path for path in paths if str(error.filename or "").startswith(path)]
-        raise FileError(
-            "Expected files that can be read and written. "
-            f"Received: {', '.join(within or paths)} ({error.strerror})."
-        ) from error
+        files = ", ".join(within or paths)
+        raise FileError(f"Cannot read or write {files} ({error.strerror}).") from error
     except Exception as error:
         text = describe(error)
         missing = [path for path in paths if path not in text]

@@ -101,7 +101,7 @@ def image_files(folder: str) -> list[str]:
     why = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
     if not images:
         raise FileError(
-            f"Expected JPEG, PNG, GIF or BMP files. Received: {folder} with {why or 'no files'}."
+            f"Expected JPEG, PNG, GIF or BMP. Received: {folder} with {why or 'no files'}."
         )
     if why:
         warnings.warn(
@@ -198,9 +198,7 @@ def read_labelled(path: str, model: keras.Model) -> tuple[Any, Any]:
         arrays = _Arrays(archive, path)
         targets = next((name for name in _TARGETS if name in arrays), None)
         if targets is None:
-            raise FileError(
-                f"Expected targets in an array named 'y'. Received: {list(arrays)} in {path}."
-            )
+            raise FileError(f"Expected targets, array 'y'. Received: {list(arrays)} in {path}.")
         inputs = {name: name for name in arrays if name not in _TARGETS}
         chosen = _for_inputs(model, inputs, path)
         return keras.tree.map_structure(arrays.__getitem__, chosen), arrays[targets]
@@ -252,17 +250,12 @@ def _for_inputs(model: keras.Model, arrays: Mapping[str, Any], path: str) -> Any
         wanted = list(dict.fromkeys([*(tensor.name for tensor in inputs), "x", "x_train"]))
         chosen = [name for name in wanted if name in names] or (names if len(names) == 1 else [])
         if not chosen:
-            raise FileError(
-                f"Expected an array named {' or '.join(map(repr, wanted))}. Received: {names} in "
-                f"{path}."
-            )
+            choice = " or ".join(map(repr, wanted))
+            raise FileError(f"Expected an array named {choice}. Received: {names} in {path}.")
         return arrays[chosen[0]]
     missing = [tensor.name for tensor in inputs if tensor.name not in names]
     if missing:
-        raise FileError(
-            f"Expected something named {missing[0]!r}, an input of model {model.name!r}. "
-            f"Received: {names} in {path}."
-        )
+        raise FileError(f"Expected an array {missing[0]!r}. Received: {names} in {path}.")
     return keras.tree.map_structure(lambda tensor: arrays[tensor.name], model.input)
 
 

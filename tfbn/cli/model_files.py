@@ -129,8 +129,7 @@ def _load(path: str, compiled: bool, unsafe: bool) -> keras.Model:
             raise FileError(
                 f"Cannot load {path}, which Keras {version} wrote. With that Keras make it a "
                 f"SavedModel, `tf_keras.models.load_model({path!r}).save({f'{folder}/1'!r})`, "
-                f"and run `tfbn recalibrate {shlex.quote(folder)} "
-                "--data DATA`."
+                f"and run `tfbn recalibrate {shlex.quote(folder)} --data DATA`."
             ) from error
         unknown = _UNKNOWN.search(str(error))
         if unknown:
@@ -167,8 +166,8 @@ def _check_hdf5(path: str, unsafe: bool) -> None:
         config = file.attrs.get("model_config")
     if config is None:
         raise FileError(
-            f"Expected {checks.MODEL_FILE}. Received: {path}, with weights alone. Load them with "
-            "model.load_weights."
+            f"Expected {checks.MODEL_FILE}. Received: {path}, with weights alone. Load them in "
+            "Python with model.load_weights, and call model.save."
         )
     # Keras before 3.11.3 ignores `safe_mode` for HDF5.
     if not unsafe and _has_lambda(json.loads(config)):

@@ -76,9 +76,7 @@ def _evaluation(model: keras.Model, args: argparse.Namespace) -> Callable[[], di
     if args.validation is None:
         return dict
     if not model.compiled:
-        raise FileError(
-            f"Expected a compiled model for --validation. Received: {args.model}. Compile it."
-        )
+        raise FileError(f"Expected a compiled model. Received: {args.model}. Compile and save it.")
     data = formats.read_labelled(args.validation, model)
 
     def evaluate() -> dict[str, float]:
@@ -153,10 +151,7 @@ def beyond_lag(stats: tfbn.PopulationStats) -> str | None:
 def _require_unfrozen(model: keras.Model, args: argparse.Namespace) -> None:
     layers = keras_models.batch_norm_layers(model).values()
     if layers and not args.include_frozen and not any(layer.trainable for layer in layers):
-        raise FileError(
-            f"Expected batch norm layers that are not frozen. Received: {args.model}, where all "
-            f"{len(layers)} have trainable=False. Give --include-frozen."
-        )
+        raise FileError(f"All layers of {args.model} are frozen. Give --include-frozen.")
 
 
 @contextlib.contextmanager
@@ -168,5 +163,5 @@ def _naming_images(folder: str) -> Iterator[None]:
         if file is None:
             raise
         raise FileError(
-            f"Expected valid images in {folder}. Received: {file}. Repair or remove it."
+            f"Expected a valid image. Received: {file}. Repair or remove it."
         ) from error

@@ -94,8 +94,7 @@ def _answers(path: str) -> Iterator[Any]:
             if "pickle" not in str(error):
                 raise
             raise FileError(
-                f"Expected arrays without Python objects. Received: {path}. Save text with "
-                "numpy.asarray(text).astype(bytes)."
+                f"Remove Python objects from {path}: save numpy.asarray(text).astype(bytes)."
             ) from error
         return
     text = atomic.read(path).decode().strip()

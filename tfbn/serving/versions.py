@@ -100,7 +100,7 @@ def existing(path: str | os.PathLike) -> pathlib.Path:
         for highest in filter(is_saved_model, newest(version)):
             return highest
         raise ValueError(
-            f"Expected versions in {str(version)!r}. Received: none. Give the path of tfbn.export."
+            f"Expected numbered versions in '{version}', not none. Give the path of tfbn.export."
         )
     while _number(version.name) is None and version.is_symlink():
         version = version.parent / os.readlink(version)
@@ -209,7 +209,7 @@ def _next(directory: pathlib.Path) -> int:
     version = max(numbered(directory), default=0) + 1
     if version > MAX_VERSION:
         raise ValueError(
-            f"{str(directory)!r} has the highest possible version, {version - 1}. Give a free one."
+            f"Version {version - 1} of {str(directory)!r} is the highest possible. Give a free one."
         )
     return version
 

@@ -57,13 +57,12 @@ def require_blendable(field: "PopulationStats", source: "PopulationStats") -> No
         )
     if not hasattr(source, "fingerprint"):
         raise ValueError(
-            f"Expected PopulationStats as source, like stats.previous. Received: {type(source)}."
+            f"Expected PopulationStats, like stats.previous. Received: {type(source)}."
         )
     for path in field:
         if path not in source:
             raise ValueError(
-                f"Expected a source with the same layers. Received: one without layer {path!r}; it "
-                f"has {list(source)}."
+                f"Expected layer {path!r} in source. Received: {list(source)}. Use stats.previous."
             )
     if field.fingerprint != source.fingerprint or not field.fingerprint:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -191,8 +192,7 @@ class LayerStats:
         impossible = source.impossible()
         if impossible is not None:
             raise ValueError(
-                f"Expected finite means and variances >= 0. Received: a source with {impossible}. "
-                "Sweep the training data again."
+                f"Expected finite statistics as source. Received: {impossible}. Sweep it again."
             )
         blended = LayerStats(self.counts, *blending.weighted(self, source, share))
         return blended.with_errors(*((1 - share) * error for error in self.errors.values()))
@@ -231,7 +231,7 @@ def checked(layers: Mapping[str, LayerStats]) -> dict[str, LayerStats]:
     for path, stats in layers.items():
         if not isinstance(path, str) or not isinstance(stats, LayerStats):
             raise ValueError(
-                f"Expected LayerStats by layer path. Received: {type(stats)} under {path!r}."
+                f"Expected LayerStats by path. Received: {type(stats)} under {path!r}."
             )
     return layers
 
@@ -252,33 +252,27 @@ def require_values(layers: Mapping[str, LayerStats]) -> None:
     for path, stats in layers.items():
         if not stats.counts.any():
             raise ValueError(
-                f"Expected values for layer {path!r}. Received: none, or only masked ones. Check "
-                "masks."
+                f"Expected values for layer {path!r}. Received: none or masked ones. Check masks."
             )
 
 
 def require_same_layers(a: Mapping[str, LayerStats], b: Mapping[str, LayerStats]) -> None:
     """Raise `ValueError` unless the two have the same layers, in order, of the same shapes."""
-    for ours, theirs in zip(a, b, strict=False):
+    for ours, theirs in itertools.zip_longest(a, b):
         if ours != theirs:
             raise ValueError(
                 f"Expected the same layers. Received: {ours!r} and {theirs!r}, of different models."
             )
-    if len(a) != len(b):
-        raise ValueError(
-            f"Expected the same layers. Received: {len(a)} layers in one and {len(b)} in the "
-            "other, of different models."
-        )
     for path in a:
         require_same_shape(path, a[path], b[path])
 
 
 def require_same_shape(path: str, ours: LayerStats, theirs: LayerStats) -> None:
     """Raise `ValueError` unless the two have the same number of channels."""
-    if ours.mean.shape != theirs.mean.shape:
+    a, b = ours.mean.shape, theirs.mean.shape
+    if a != b:
         raise ValueError(
-            f"Expected the same shapes. Received: {ours.mean.shape} and {theirs.mean.shape} "
-            f"for layer {path!r}, of different models."
+            f"Expected the same shapes. Received: {a} and {b} for layer {path!r}, of two models."
         )
 
 
@@ -293,8 +287,7 @@ def _counts(count: Any, shape: tuple[int, ...]) -> np.ndarray:
     fits = numbers.dtype.kind in "iuf" and numbers.shape in ((), shape)
     if not fits or not np.all((numbers >= 0) & (numbers <= _MOST) & (numbers == np.floor(numbers))):
         raise ValueError(
-            f"Expected a whole number from 0 to 2**53 as count, or {shape[0]} of them. Received: "
-            f"{count}."
+            f"Expected count from 0 to 2**53, one integer or {shape[0]}. Received: {count}."
         )
     return np.broadcast_to(_read_only(numbers, np.int64), shape)
 

@@ -67,7 +67,7 @@ def test_warmup_is_checked(tmp_path, monkeypatch):
     pytest.importorskip("tensorflow_serving", reason="needs the extra `serving`")
     empty = tf.data.Dataset.from_tensor_slices(ONES).batch(2).take(0)
     for wrong in (np.ones((2, 5)), np.ones(4), [ONES, ONES], np.array([["a"] * 4]), empty):
-        with pytest.raises(ValueError, match=r"Expected batches|is empty"):
+        with pytest.raises(ValueError, match=r"Expected batches|No batches"):
             export(dense_model(), tmp_path / "m", warmup=wrong)
     later = tf.data.Dataset.from_generator(
         lambda: iter([np.ones((1, 4)), np.ones((1, 3))]),
@@ -145,7 +145,7 @@ def test_only_an_axis_of_samples_is_split():
     assert shapes([three, five], spec(None, 4), spec(None, 1)) == [[(3, 4), (5, 1)]]
     assert shapes([three, 1.0], spec(None, 4), spec()) == [[(3, 4), ()]]
     assert shapes([three, five[:0]], spec(None, 4), spec(None, 1)) == [[(3, 4), (0, 1)]]
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="No batches"):
         shapes([three[:0], five[:0]], spec(None, 4), spec(None, 1))
 
 

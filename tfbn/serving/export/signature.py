@@ -313,7 +313,7 @@ def batches(data: Any, specs: list, argument: str) -> Iterator[list]:
             empty = False
             yield inputs
     if empty:
-        raise ValueError(f"{argument} {data!r} is empty. Give batches, or leave it out.")
+        raise ValueError(f"No batches in {argument} {data!r}. Give some, or leave it out.")
 
 
 def _as_arguments(data: Any, specs: list, argument: str) -> list:
