@@ -1,13 +1,13 @@
 """How often 95 % intervals of a sample hold the statistics of the population.
 
-    python tests/benchmarks/coverage.py [--copies 20] [--tolerance 0.1] [--direct]
+    python tests/benchmarks/coverage.py [--repetitions 40] [--tolerance 0.1] [--alone]
 
 Each row is a kind of data and a batch size. The sample comes as a stream that draws from a finite
-population at random, so the true statistics are exact. A sweep draws many samples at once: the
-network holds independent copies side by side, whose rows are drawn independently. They share only
-the sample's size. `covered` is the share of channels whose true value lies within 1.96 standard
-errors, over all copies and seeds: means and variances, in the first layer and in the layers behind
-it. `unknown` is the share of layers whose errors are NaN, which are left out.
+population at random, so the true statistics are exact. Every repetition is a sweep of a stream with
+another order. The share of channels whose true value lies within 1.96 standard errors is printed
+for means and variances, in the first layer and in the layers behind it, with the half width of its
+own 95 % interval, in which a repetition counts as one. `unknown` is the share of layers whose
+errors are NaN, which are left out, and `constant` of those with a channel that never varied.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import tfbn
 
 FEATURES = 64
 ALIKE = 10
+PIXEL = 20  # The channel that is alone.
 
 
 def digits(rng, number):
@@ -66,63 +67,57 @@ def alike(rng, number):
 KINDS = {kind.__name__: kind for kind in (digits, contrast, lognormal, heavier, flags, alike)}
 
 
-def network(copies, direct):
-    """Copies of three levels of batch norm layers; `direct`: and one before, on the data itself."""
-
-    def normalized(x):
-        width = x.shape[-1]
-        x = layers.BatchNormalization()(layers.Reshape((copies * width,))(x))
-        return layers.ReLU()(layers.Reshape((copies, width))(x))
-
-    x = inputs = keras.Input((copies, FEATURES))
-    if direct:
-        x = normalized(x)
+def network(alone):
+    """Three levels of batch norm layers, or one with one channel."""
+    x = inputs = keras.Input((1 if alone else FEATURES,))
+    if alone:
+        return keras.Model(inputs, layers.BatchNormalization()(x))
     for width in (24, 24, 16):
-        x = normalized(layers.Dense(width, use_bias=False)(x))
+        x = layers.Dense(width, use_bias=False)(x)
+        x = layers.ReLU()(layers.BatchNormalization()(x))
     return keras.Model(inputs, x)
 
 
-def truth_of(model, x, direct):
-    """The statistics of each layer over the whole population."""
-    alone = network(1, direct)
-    for ours, theirs in zip(alone.layers, model.layers, strict=True):
-        if isinstance(ours, layers.Dense):
-            ours.set_weights(theirs.get_weights())
-    return list(tfbn.collect(alone, x[:, None], batch_size=2000, verbose=0).values())
-
-
-def stream(rng, x, copies, batch_size, run):
+def stream(rng, x, batch_size, run):
     """Batches of runs of consecutive rows, which are drawn at random."""
-    rows = np.zeros((0, copies), int)
+    rows = np.zeros(0, int)
     while True:
         while len(rows) < batch_size:
-            first = run * rng.integers(0, len(x) // run, (64, 1, copies))
-            drawn = first + np.arange(run)[:, None]
-            rows = np.concatenate([rows, drawn.reshape(-1, copies)])
+            first = run * rng.integers(0, len(x) // run, (64, 1))
+            rows = np.concatenate([rows, (first + np.arange(run)).ravel()])
         yield x[rows[:batch_size]]
         rows = rows[batch_size:]
 
 
-def covered(stats, truth, copies):
+def covered(stats, truth):
     """Part of the network, name of the statistic -> whether the intervals hold the true values."""
     found = {}
-    for number, (layer, true) in enumerate(zip(stats.values(), truth, strict=True)):
+    for number, (path, layer) in enumerate(stats.items()):
         for name in ("mean", "variance"):
             error = getattr(layer, f"{name}_error")
-            off = np.abs(getattr(layer, name) - np.tile(getattr(true, name), copies))
+            off = np.abs(getattr(layer, name) - getattr(truth[path], name))
             hits = [] if np.isnan(error).any() else off <= 1.96 * error
             found.setdefault(("first" if number == 0 else "behind", name), []).extend(hits)
     return found
 
 
+def share(repetitions):
+    """Text of the share of hits and of the half width of its 95 % interval."""
+    repetitions = [np.mean(hits) for hits in repetitions if hits]
+    if not repetitions:
+        return "-"
+    width = 1.96 * np.std(repetitions) / np.sqrt(len(repetitions))
+    return f"{np.mean(repetitions):.1%} +-{100 * width:.1f}"
+
+
 def main():
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--copies", type=int, default=20)
+    parser.add_argument("--repetitions", type=int, default=40, help="for each seed")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--population", type=int, default=20_000)
     parser.add_argument("--tolerance", type=float, default=0.1)
-    parser.add_argument("--direct", action="store_true", help="a batch norm layer on the data")
+    parser.add_argument("--alone", action="store_true", help="a layer with one channel of the data")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 32])
     args = parser.parse_args()
@@ -130,29 +125,34 @@ def main():
     print(
         f"TensorFlow {tf.__version__}, Keras {keras.__version__}, Python "
         f"{platform.python_version()}, {os.cpu_count()} cores; tolerance {args.tolerance:g}, "
-        f"{args.seeds} seeds, {args.copies} copies each"
+        f"{args.seeds} seeds, {args.repetitions} repetitions each"
     )
     places = list(itertools.product(("first", "behind"), ("mean", "variance")))
-    print("     kind  batch  samples  " + "  ".join(map("{0[0]} {0[1]}".format, places)), end="")
-    print("  unknown  seconds")
+    titles = "  ".join(f"{' '.join(place):>15}" for place in places)
+    print(f"     kind  batch  samples  {titles}  unknown  constant  seconds")
     for kind, batch_size in itertools.product(args.kinds, args.batches):
         start = time.perf_counter()
-        hits, unknown, samples = {place: [] for place in places}, [], []
+        hits, unknown, constant, samples = {place: [] for place in places}, [], [], []
         for seed in range(args.seeds):
             keras.utils.set_random_seed(seed)
-            model, rng = network(args.copies, args.direct), np.random.default_rng(seed)
+            model, rng = network(args.alone), np.random.default_rng(seed)
             x = KINDS[kind](rng, args.population).astype("float32")
-            batches = stream(rng, x, args.copies, batch_size, ALIKE if kind == "alike" else 1)
-            stats = tfbn.collect(model, batches, tolerance=args.tolerance, verbose=0)
-            truth = truth_of(model, x, args.direct)
-            for place, found in covered(stats, truth, args.copies).items():
-                hits[place] += found
-            unknown += [np.isnan(layer.relative_error) for layer in stats.values()]
-            samples.append(stats.samples)
-        shares = [f"{np.mean(hits[p]):{len(' '.join(p))}.1%}" if hits[p] else "-" for p in places]
+            if args.alone:
+                x = x[:, PIXEL : PIXEL + 1]
+            truth = tfbn.collect(model, x, batch_size=2000, verbose=0)
+            for _ in range(args.repetitions):
+                batches = stream(rng, x, batch_size, ALIKE if kind == "alike" else 1)
+                stats = tfbn.collect(model, batches, tolerance=args.tolerance, verbose=0)
+                for place, found in covered(stats, truth).items():
+                    hits[place].append(found)
+                unknown += [np.isnan(layer.relative_error) for layer in stats.values()]
+                constant += [layer.constant.any() for layer in stats.values()]
+                samples.append(stats.samples)
+        shares = "  ".join(f"{share(hits[place]):>15}" for place in places)
         print(
-            f"{kind:>9}  {batch_size:5}  {np.mean(samples):7.0f}  {'  '.join(shares)}  "
-            f"{np.mean(unknown):7.0%}  {time.perf_counter() - start:7.0f}",
+            f"{kind:>9}  {batch_size:5}  {np.mean(samples):7.0f}  {shares}  "
+            f"{np.mean(unknown):7.0%}  {np.mean(constant):8.0%}  "
+            f"{time.perf_counter() - start:7.0f}",
             flush=True,
         )
 

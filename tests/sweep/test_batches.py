@@ -155,3 +155,29 @@ def test_digests_tell_batches_apart():
     found += [batches.sequence_digest(found[0], key) for key in keys]
     assert len(set(found)) == len(found)
     assert batches.sequence_digest(b"", keys[0]) == found[0]
+
+
+def test_samples_are_drawn_from_all_batches():
+    x = np.arange(1200, dtype="float32").reshape(-1, 4)
+    inputs = [{"x": tf.constant(part), "n": tf.constant(part[:, 0])} for part in np.split(x, 30)]
+    thinned = list(batches.prepared(inputs).thinned(1 / 4, limit=20 * 20))
+    assert max(batch.samples for batch in thinned) == 20  # 20 bytes a sample.
+    taken = np.concatenate([batch.inputs["x"].numpy() for batch in thinned])
+    numbers = np.concatenate([batch.inputs["n"].numpy() for batch in thinned])
+    np.testing.assert_array_equal(taken[:, 0], numbers)
+    rows = (numbers / 4).astype(int)
+    np.testing.assert_array_equal(taken, x[rows])
+    assert len({*rows}) == len(rows) and 50 < len(rows) < 100
+    assert len({*(rows // 10)}) > 20  # Batches, of 30.
+
+
+@pytest.mark.parametrize("case", ["lengths", "ragged", "static", "graph"])
+def test_batches_that_cannot_be_split_are_not_thinned(case):
+    ones = tf.ones
+    inputs = {
+        "lengths": [ones((4, 3)), ones((4, 5))],
+        "ragged": [tf.ragged.constant([[1.0], [1.0, 2.0]])],
+        "static": [ones((4, 3))],
+        "graph": [(ones((4, 3)), ones((7, 2)))],
+    }[case]
+    assert batches.prepared(inputs, static=case == "static").thinned(0.5, 1000) is None

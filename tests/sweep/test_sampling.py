@@ -133,19 +133,19 @@ def test_shards_of_other_sizes_are_weighted_by_them(model, digits, population):
 
 
 def test_only_the_shards_of_the_sample_are_loaded_after_their_sizes(model, digits):
-    shards, loads = np.array_split(digits[:400], 100), []
+    shards, loads = np.array_split(drawn(digits, 1600, seed=0), 100), []
 
     def load(number):
         loads.append(number)
         return shards[number]
 
     stats = tfbn.collect_shards(
-        model, range(100), load=load, batch_size=4, tolerance=0.5, verbose=0
+        model, range(100), load=load, batch_size=16, tolerance=0.5, verbose=0
     )
     assert stats.batches == 20 and stats.levels == 3
-    drawn = set(loads[100:])
-    assert sorted(loads[:100]) == list(range(100)) and len(drawn) <= 20
-    assert len(loads) == 100 + len(drawn) * 3  # Three levels.
+    loaded = set(loads[100:])
+    assert sorted(loads[:100]) == list(range(100)) and len(loaded) <= 20
+    assert len(loads) == 100 + len(loaded) * 3  # Three levels.
 
 
 def test_shards_that_end_first_are_swept_whole(model, digits):
@@ -191,6 +191,36 @@ def test_a_channel_that_never_varies_has_the_error_of_what_was_not_seen():
         warnings.simplefilter("error")
         everything = tfbn.collect(model, x[:40], batch_size=2, tolerance=1e-3, verbose=0)
     assert everything["bn"].mean_error[1] == 0
+
+
+def test_few_values_that_dominate_a_channel_make_errors_unknown():
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization(name="bn")])
+    model.add(layers.Dense(2))
+    model.add(layers.BatchNormalization(name="behind"))
+    x = np.random.default_rng(0).normal(size=(40, 32, 3)).astype("float32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stats = tfbn.collect(model, iter(x), tolerance=0.05, verbose=0)
+    assert stats.relative_error <= 0.05
+    x[7, 5, 1] = 1000
+    with pytest.warns(UserWarning, match="'bn' and 1 more .* few values dominate channel 1 of lay"):
+        stats = tfbn.collect(model, iter(x), tolerance=0.05, verbose=0)
+    assert all(np.isnan(layer.mean_error).all() for layer in stats.values())
+
+
+def test_errors_of_one_heavy_channel_are_mostly_unknown():
+    """A sample without its largest values looks harmless, and would have too small an error."""
+    model = keras.Sequential([keras.Input((1,)), layers.BatchNormalization(name="bn")])
+    options = {"tolerance": 0.1, "verbose": 0}
+    unknown = {"normal": 0, "heavy": 0}
+    for seed in range(10):
+        normal = np.random.default_rng(seed).normal(size=(60, 128, 1)).astype("float32")
+        for name, x in (("normal", normal), ("heavy", np.exp(normal))):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                stats = tfbn.collect(model, iter(x), **options)
+            unknown[name] += np.isnan(stats.relative_error)
+    assert unknown["normal"] == 0 and unknown["heavy"] >= 5
 
 
 def test_errors_that_cancel_do_not_make_others_unknown():

@@ -128,7 +128,7 @@ def merge(a: Moments, b: Moments, *, method: str) -> Moments:
     """
     whole = _values_together(a, b, method)
     for part in (a, b):
-        whole.rows[3:] += _spread_around(part, whole, method)
+        whole.rows[3:] += spread_around(part, whole, method=method)
     return whole
 
 
@@ -162,8 +162,8 @@ def _values_together(a: Moments, b: Moments, method: str) -> Moments:
     )
 
 
-def _spread_around(part: Moments, whole: Moments, method: str) -> np.ndarray:
-    """Compute the spread between the batches of a part, around the moments of the whole.
+def spread_around(part: Moments, whole: Moments, *, method: str) -> np.ndarray:
+    """Compute rows 3 to 9 of a part, around the mean and variance of the whole.
 
     d grows by s, the difference of the means, and e by 2 s d + c.
     """

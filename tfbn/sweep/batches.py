@@ -150,22 +150,39 @@ class Batches:
         shard, before = self.source
         return prepared(inputs, self.static, (shard, before + first))
 
-    def joined(self, limit: int) -> "Batches":
-        """Load the samples; concatenate dense batches up to `limit` bytes."""
-        inputs = [batch.inputs for batch in self]
-        shapes = {
-            tuple(leaf.shape[1:] if isinstance(leaf, tf.Tensor) else None for leaf in leaves)
-            for leaves in map(keras.tree.flatten, inputs)
-        }
-        if self.static or len(shapes) != 1 or None in next(iter(shapes)):
-            return self.holding(inputs)
-        size = max(1, limit // max(nbytes(inputs[0]), 1))
+    def thinned(self, share: float, limit: int) -> "Batches | None":
+        """Load samples drawn at random, in batches of up to `limit` bytes.
+
+        Args:
+            share: The share of the samples to load.
+            limit: Largest number of bytes in a batch.
+
+        Returns:
+            The batches; `None` if these cannot be split into samples and concatenated.
+        """
+        rng = np.random.default_rng(self.source)
+        parts: list[Structure] = []
+        shapes = set()
+        for batch in self:
+            leaves = keras.tree.flatten(batch.inputs)
+            dense = all(isinstance(leaf, tf.Tensor) and leaf.shape.rank for leaf in leaves)
+            if self.static or not dense or {leaf.shape[0] for leaf in leaves} != {batch.samples}:
+                return None
+            shapes.add(tuple(leaf.shape[1:] for leaf in leaves))
+            if len(shapes) > 1:
+                return None
+            chosen = np.flatnonzero(rng.random(batch.samples) < share)
+            if len(chosen):
+                parts.append(_rows(batch.inputs, chosen))
+        if not parts:
+            return self.holding([])
+        whole = keras.tree.map_structure(lambda *leaves: tf.concat(leaves, 0), *parts)
+        samples = batch_size_of(whole)
+        size = max(1, limit * samples // max(nbytes(whole), 1))
         return self.holding(
             [
-                keras.tree.map_structure(
-                    lambda *leaves: tf.concat(leaves, 0), *inputs[first : first + size]
-                )
-                for first in range(0, len(inputs), size)
+                _rows(whole, np.arange(first, min(first + size, samples)))
+                for first in range(0, samples, size)
             ]
         )
 
@@ -195,6 +212,11 @@ class Batches:
             number += 1
         if self._steps is not None and number < self._steps:
             raise too_short(self._steps, number)
+
+
+def _rows(inputs: Structure, numbers: np.ndarray) -> Structure:
+    """Return some samples of a batch of dense tensors."""
+    return keras.tree.map_structure(lambda leaf: tf.gather(leaf, numbers), inputs)
 
 
 def nbytes(structure: Structure) -> int:

@@ -49,11 +49,11 @@ class GroupEngine(Protocol):
 
         Args:
             state: The state at the beginning of the level.
-            probes: Other states from which to run the first few batches of the sample.
+            probes: Other states from which to run some of the samples.
 
         Returns:
-            The states after each group of batches alone, and the states after the first few
-            batches from each of `probes`.
+            The states after each group of batches alone, and the states after these samples from
+            each of `probes`.
         """
         ...
 

@@ -115,10 +115,11 @@ class LocalGroups:
         before, mine = sum(taken[: workers.index]), taken[workers.index]
         ends = [round(number * total / self.groups) for number in range(self.groups + 1)]
         cuts = [min(max(end - before, 0), mine) for end in ends]
-        probed = math.ceil(probe_share(kept.samples * workers.count) * mine)
-        probe = kept.part(0, probed)
+        share = probe_share(kept.samples * workers.count)
+        probe = kept.part(0, math.ceil(share * mine))
         if len(probe) and replica.any_batch_size:
-            probe = _Part(probe.batches.joined(JOINED_BYTES), len(probe))
+            thinned = kept.part(0, mine).batches.thinned(share, JOINED_BYTES)
+            probe = probe if thinned is None else _Part(thinned, len(probe))
         parts = [kept.part(*cut) for cut in itertools.pairwise(cuts)] + [probe] * (self.groups + 1)
         room = memory_limit // max(sum(len(part) for part in parts), 1)
         engines = [
@@ -141,7 +142,7 @@ class LocalGroups:
     def run_level(
         self, state: SweepState, probes: Sequence[SweepState]
     ) -> tuple[list[SweepState], list[SweepState]]:
-        """Run one level over each group, and over the first few batches from each probe."""
+        """Run one level over each group, and over some of the samples from each probe."""
         groups = [self._run(engine, state) for engine in self._groups]
         return groups, [self._run(*pair) for pair in zip(self._probes, probes, strict=False)]
 

@@ -4,28 +4,27 @@ Error bars. The batches of a sample are split into 20 groups of consecutive batc
 share of group g in the values of a channel, d_g the distance of its mean from the mean of the
 sample, and sigma2_g its variance. Group g adds w_g d_g to the error of the mean and
 w_g (sigma2_g + d_g^2 - variance) to the error of the variance. Errors of the layers before a layer
-add to its error: the first few batches are swept again with the statistics of these layers moved
-by what group g adds to their errors, and the resulting change is added. So c_g, the part of group
-g in the error, is known to first order at every level: the infinitesimal jackknife over groups
-(Efron & Tibshirani 1993, chapter 21). The standard error is
+add to its error: some of the samples are swept again with the statistics of these layers moved by
+what group g adds to their errors, and the resulting change is added. So c_g, the part of group g in
+the error, is known to first order at every level: the infinitesimal jackknife over groups (Efron &
+Tibshirani 1993, chapter 21). The standard error is
 
-    sqrt(1 - f) sqrt(G / (G - 1) sum(c_g^2)) (t / 1.96 + (2 skewness^2 - 0.07 kurtosis) / G)
+    sqrt(1 - f) sqrt(G / (G - 1) sum(c_g^2)) (t / 1.96 + 3 skewness^2 / G + 1.5 r)
 
 with f the share of the population that was drawn (Cochran 1977, section 2.6), t the quantile of
-Student's distribution with G - 1 degrees of freedom, and the skewness and the excess kurtosis of
-c_g. The last factor ensures that 1.96 standard errors on both sides are an interval of 95 %. Its
-coefficients are from Hall 1992, The Bootstrap and Edgeworth Expansion, section 2.6, except for 2,
-which is 1.08 there: few groups underestimate skewness.
+Student's distribution with G - 1 degrees of freedom, the skewness of c_g, and r the relative
+variance of the squared error as the batches estimate it, above what batches of a normal
+distribution have. The last factor ensures that 1.96 standard errors on both sides are an interval
+of 95 %. Its terms are from Hall 1992, The Bootstrap and Edgeworth Expansion, section 2.6, the
+coefficients from simulations: few values underestimate skewness.
 
 - The errors require batches drawn at random, or a stream in random order, at least from one group
   to the next. They refer to the population that was drawn from; for a stream, to its source.
 - They are NaN for fewer than 8 batches, and if few values dominate a layer: there, and in the
   layers behind it, a sample cannot estimate its error.
-- They are too small for rare values far from all others, which a sample may miss. For one channel
-  of exp(N(0, 1)), intervals of the variance cover 79 %. A channel that never varies has the errors
-  of a flag: n samples without a value allow a rate of up to 3 / n (95 %).
-- They are too large behind other layers if similar samples are grouped, because the samples that
-  are swept again are then less diverse.
+- They are too small for rare values far from all others, which a sample may miss. A channel that
+  never varies has the errors of a flag: n samples without a value allow a rate of up to 3 / n
+  (95 %).
 - A sweep of all data, without a tolerance, has the errors of `tfbn.stats.moments`, which are
   computed from the spread between batches, and are too large for the means of layers behind others.
 """
@@ -51,14 +50,15 @@ _PROBE = 256, 1 / 8
 JOINED_BYTES = 2**21
 
 _FEWEST = 8  # Smallest number of groups. Errors from fewer vary too much.
-_FIRST_SAMPLES = 64
+_FIRST_SAMPLES = 320
 # Smallest and largest factor by which a sample grows. Errors from few groups are uncertain.
 _GROWTH = 1.25, 2.0
 # Largest difference of the means of a stream's halves without a warning, in standard errors, as the
 # root mean square over the channels of a layer.
 _APART = 3.0
-# Largest squared skewness over groups, as a mean over channels: above, intervals cover too little.
-_HEAVY = 0.08
+# Largest squared skewness / G, and largest r sqrt(samples) but for the noise of r, as the root mean
+# square over channels: above, intervals cover too little.
+_SKEWED, _UNCERTAIN = 0.08, 2.0
 # Errors below this share of the largest one are ignored there.
 _NEGLIGIBLE = 0.1
 # Largest sample of an endless stream, in units of 1 / tolerance^2, which is about what a normal
@@ -115,7 +115,7 @@ class Sample:
     @functools.cached_property
     def layers(self) -> dict[str, LayerStats]:
         """Path -> statistics of a layer with errors."""
-        return self._with_errors(self.state.statistics())
+        return self._judged[0]
 
     @property
     def relative_error(self) -> float:
@@ -144,31 +144,41 @@ class Sample:
             )
         return stats
 
-    def _with_errors(self, statistics: dict[str, LayerStats]) -> dict[str, LayerStats]:
-        parts: dict[str, tuple[list, list]] = {path: ([], []) for path in statistics}
-        for replicate in self.replicates:
-            for path, moved in replicate.statistics().items():
-                parts[path][0].append(moved.mean - statistics[path].mean)
-                parts[path][1].append(moved.variance - statistics[path].variance)
+    @functools.cached_property
+    def _judged(self) -> tuple[dict[str, LayerStats], str]:
+        """The statistics with errors, and the reason why errors are unknown."""
+        statistics = self.state.statistics()
+        moved = [replicate.statistics() for replicate in self.replicates]
         factor = math.sqrt(max(1 - self.drawn.share, 0.0))
-        errors, relative, skewed, heavy_level = {}, {}, {}, math.inf
+        errors, relative, doubts, heavy_level = {}, {}, {}, math.inf
+        reason = f"only {self.drawn.batches} batches were drawn"
         for path, stats in statistics.items():
-            found = [_standard_errors(np.array(each)) for each in parts[path]]
-            errors[path] = [factor * error if factor else 0 * stats.mean for error, _ in found]
             varies = ~stats.constant & (stats.counts > 0)
-            scales = np.sqrt(stats.variance[varies]), 2 * stats.variance[varies]
-            relative[path] = np.array(
-                [error[varies] / scale for (error, _), scale in zip(found, scales, strict=True)]
-            )
-            skewed[path] = np.array([skewness[varies] for _, skewness in found])
-        largest = max((np.max(each, initial=0.0) for each in relative.values()), default=0.0)
+            found = []
+            for name, scale in (
+                ("mean", np.sqrt(stats.variance)),
+                ("variance", 2 * stats.variance),
+            ):
+                parts = [getattr(each[path], name) - getattr(stats, name) for each in moved]
+                squares = [getattr(each[path], f"{name}_error") ** 2 for each in moved]
+                error, doubt = _standard_errors(np.array(parts), np.array(squares), self.drawn)
+                found.append((error, error[varies] / scale[varies], doubt[varies]))
+            each, relative[path], doubts[path] = map(list, zip(*found, strict=True))
+            errors[path] = [factor * error if factor else 0 * stats.mean for error in each]
+        largest = np.max([np.max(each, initial=0.0) for each in relative.values()], initial=0.0)
         for path, each in relative.items():
             # Errors that cancel leave only rounding.
-            matters = each > _NEGLIGIBLE * largest
+            matters = np.array(each) > _NEGLIGIBLE * largest
             number = np.maximum(matters.sum(axis=1), 1)
-            heavy = np.sum(skewed[path] * matters, axis=1) / number > _HEAVY
-            if factor and heavy.any():
-                heavy_level = min(heavy_level, self.state.levels.get(path, 1))
+            doubt = np.where(matters, doubts[path], 0.0)
+            level = self.state.levels.get(path, 1)
+            heavy = np.sum(np.square(doubt), axis=1) / number > 1
+            if factor and heavy.any() and level < heavy_level:
+                heavy_level = level
+                stats = statistics[path]
+                varying = np.flatnonzero(~stats.constant & (stats.counts > 0))
+                channel = varying[np.argmax(np.max(doubt, axis=0))]
+                reason = f"few values dominate channel {channel} of layer {path!r}"
         unseen = 3 / self.drawn.samples if factor else 0.0
         layers = {}
         for path, stats in statistics.items():
@@ -179,7 +189,7 @@ class Sample:
                     for error in errors[path]
                 )
             )
-        return layers
+        return layers, reason
 
     def _warn_of_halves(self) -> None:
         """Warn if the two halves of a stream belong to different populations."""
@@ -218,13 +228,10 @@ class Sample:
     def _warn_of_unknown(self) -> None:
         unknown = [path for path, stats in self.layers.items() if np.isnan(stats.relative_error)]
         if unknown:
-            why = (
-                f"only {self.drawn.batches} batches were drawn"
-                if self.drawn.batches < _FEWEST
-                else "few values dominate it, or a layer before it"
-            )
+            others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
             results.warn(
-                f"The errors of layer {unknown[0]!r} are not known: {why}. Sweep all of the data.",
+                f"The errors of layer {unknown[0]!r}{others} are not known: {self._judged[1]}. "
+                "Sweep all of the data.",
             )
 
 
@@ -271,8 +278,12 @@ def replicates_after(
         after: The `SweepState` after the level.
         groups: The states after each group alone.
         replicates: The replicates before the level, one for each group.
-        probed: States after the first few batches: from the state before the level, then from each
+        probed: States after some of the samples: from the state before the level, then from each
             replicate; empty at the first level.
+
+    Returns:
+        The replicates. Their standard errors are what the batches of the group add to those of the
+        whole.
     """
     sites = [site for site in after.settled if any(site in group.moments for group in groups)]
     if not sites:
@@ -281,7 +292,8 @@ def replicates_after(
     channels = [len(after.settled[site].mean) for site in sites]
     states = []
     for number, group in enumerate(groups):
-        mean, variance = _added(_joined(group.moments, sites, after.settled), whole, after.method)
+        joined = _joined(group.moments, sites, after.settled)
+        mean, variance = _added(joined, whole, after.method)
         if probed:
             here, moved = (
                 _joined(state.moments, sites, after.settled)
@@ -292,10 +304,12 @@ def replicates_after(
             change = moments.variance(moved) - moments.variance(here)
             variance = variance + np.where(seen, change, 0.0)
         m2 = whole.count * np.maximum(moments.variance(whole) + variance, 0)
-        changed = moments.of_values(whole.count, whole.mean + mean, m2).split(channels)
+        changed = moments.of_values(whole.count, whole.mean + mean, m2)
+        changed.rows[3:] = moments.spread_around(joined, whole, method=after.method)
+        changed.rows[3] = whole.batches
         before = replicates[number].settled
         settled = {site: before.get(site, after.settled[site]) for site in after.settled}
-        settled |= dict(zip(sites, changed, strict=True))
+        settled |= dict(zip(sites, changed.split(channels), strict=True))
         states.append(dataclasses.replace(after, settled=settled))
     return states
 
@@ -318,18 +332,29 @@ def _added(group: Moments, whole: Moments, method: str) -> tuple[np.ndarray, np.
     return share * d, share * (e if METHODS[method].averages_variances else e + d * d)
 
 
-def _standard_errors(parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compute standard errors from the parts of groups, and the squared skewness of the parts."""
+def _standard_errors(
+    parts: np.ndarray, squares: np.ndarray, drawn: Draw
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute standard errors, and the doubts about them: above 1, intervals cover too little.
+
+    Args:
+        parts: What each group adds to the error.
+        squares: What the batches of each group add to the squared error.
+        drawn: The size of the sample.
+    """
     groups = len(parts)
     if groups < _FEWEST:
         unknown = np.full(parts.shape[1:], np.nan)
         return unknown, np.zeros_like(unknown)
     square = np.mean(parts**2, axis=0)
     scale = np.sqrt(np.where(square > 0, square, 1.0))
-    skewness = np.mean((parts / scale) ** 3, axis=0)
-    kurtosis = np.where(square > 0, np.mean((parts / scale) ** 4, axis=0) - 3, 0.0)
-    wider = _student(groups - 1) / _NORMAL_95 + (2 * skewness**2 - 0.07 * kurtosis) / groups
-    return np.sqrt(groups * groups / (groups - 1) * square) * wider, skewness**2 / groups
+    skewed = np.mean((parts / scale) ** 3, axis=0) ** 2 / groups
+    shares = squares / np.maximum(np.sum(squares, axis=0), np.finfo(float).tiny)
+    normal = 2 / drawn.batches  # Relative variance for batches of a normal distribution.
+    excess = groups * np.var(shares, axis=0, ddof=1) - normal
+    wider = _student(groups - 1) / _NORMAL_95 + 3 * skewed + 1.5 * np.maximum(excess, 0.0)
+    doubts = np.maximum(skewed / _SKEWED, (excess - normal) * math.sqrt(drawn.samples) / _UNCERTAIN)
+    return np.sqrt(groups * groups / (groups - 1) * square) * wider, doubts
 
 
 def _student(freedom: int) -> float:

@@ -174,7 +174,7 @@ class _Work:
     Attributes:
         state: The `SweepState` at the beginning of the level.
         spans: Shard -> its batches (start, stop); `None` for all batches of all shards.
-        probe: Whether these are the first few batches, which may be concatenated.
+        probe: Whether these are some of the samples, whose batches may be concatenated.
     """
 
     state: SweepState
@@ -199,7 +199,7 @@ class _RunLevel(_Task):
                 if span not in parts:
                     parts[span] = batches.part(*span)
                     if work.probe and here.any_batch_size:
-                        parts[span] = parts[span].joined(JOINED_BYTES)
+                        parts[span] = parts[span].thinned(1.0, JOINED_BYTES) or parts[span]
                 part = parts[span]
             else:
                 continue
@@ -371,7 +371,7 @@ class _MapGroups:
     def run_level(
         self, state: SweepState, probes: Sequence[SweepState]
     ) -> tuple[list[SweepState], list[SweepState]]:
-        """Run one level over each group, and over the first few batches from each probe."""
+        """Run one level over each group, and over some of the samples from each probe."""
         works = [_Work(state, spans) for spans in self._spans]
         works += [_Work(probe, self._probe, probe=True) for probe in probes]
         swept: list[dict[int, SweepState]] = [{} for _ in works]
