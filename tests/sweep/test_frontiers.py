@@ -90,10 +90,12 @@ def test_a_frontier_stays_on_its_device_and_takes_room_there_alone():
 
 def test_a_small_frontier_of_a_full_accelerator_moves_to_main_memory():
     kept = Frontiers(1000, second_cpu(0))
-    kept.put(batch(0, 1), frontier(400, device="CPU:1"))
+    kept.put(batch(0, 1), frontier(312, device="CPU:1"))
     assert kept.get(batch(0, 1)) is None
-    for size, moves in ((12, False), (8, True)):  # 412 / 12 < 40 <= 408 / 8
-        kept.put(batch(0, 1), frontier(size, level=2, value=3.0, device="CPU:1"))
+    kept.put(batch(1, 2), frontier(4000, level=3, device="CPU:1"))  # Levels above do not count.
+    for size, moves in ((12, False), (8, True)):  # (312 + 12) / 12 < 40 == (312 + 8) / 8
+        with tf.device("CPU:1"):
+            kept.put(batch(0, 1), frontier(size, level=2, value=3.0, device="CPU:1"))
         assert (kept.get(batch(0, 1)) is not None) == moves
     [value] = kept.get(batch(0, 1)).values
     assert value.device.endswith("CPU:0")

@@ -85,7 +85,7 @@ class Frontiers:
         if self._keep(batch, frontier, sizes) or sizes.keys() == {_MAIN}:
             return
         if self._moving_pays(frontier.level):
-            with tf.device("CPU"):
+            with tf.device("CPU:0"):  # "CPU" would keep the index of an outer scope.
                 moved = frontier._replace(values=list(map(tf.identity, frontier.values)))
             self._keep(batch, moved, self._sizes(moved))
 
