@@ -1,6 +1,7 @@
 """Tests of `tfbn recalibrate` for served models and with few samples."""
 
 import os
+import shutil
 
 import keras
 import numpy as np
@@ -14,14 +15,21 @@ import tfbn
 IMAGES = np.random.default_rng(0).random((30, 6, 5, 1)).astype("float32")
 
 
-@pytest.fixture
-def files(tmp_path):
-    """Return a model file, the directory of its export, and data from the field."""
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
     model = network()
     tfbn.update_population_stats(model, IMAGES, verbose=0)
-    model.save(tmp_path / "model.keras")
-    tfbn.export(model, tmp_path / "served")
-    np.savez(tmp_path / "field.npz", image=0.3 * IMAGES + 0.5)
+    model.save(folder / "model.keras")
+    tfbn.export(model, folder / "served")
+    np.savez(folder / "field.npz", image=0.3 * IMAGES + 0.5)
+    return folder
+
+
+@pytest.fixture
+def files(tmp_path, saved):
+    """Return a model file, the directory of its export, and data from the field."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     return tmp_path / "model.keras", tmp_path / "served", tmp_path / "field.npz"
 
 
@@ -92,20 +100,25 @@ def test_a_folder_of_images_for_a_served_model(capsys, tmp_path, files):
     assert found["samples"] == 30
 
 
-def test_errors_leave_the_versions_alone(capsys, tmp_path, files):
-    model, served, field = files
-    np.savez(tmp_path / "wide.npz", image=np.zeros((4, 6, 5, 3)))
-    np.savez(tmp_path / "nan.npz", image=np.where(IMAGES > 0.99, np.nan, IMAGES))
-    data = ["--data", field]
-    assert "--out" in fails(capsys, "recalibrate", served, *data, "--out", "x.keras")
-    assert "--out" in fails(capsys, "recalibrate", served, *data, "--include-frozen")
-    assert "--out" in fails(capsys, "recalibrate", model, *data)
-    assert "batch 0" in fails(
-        capsys, "recalibrate", served, "--data", tmp_path / "nan.npz", "--json"
-    )
-    assert "wide.npz" in fails(capsys, "recalibrate", served, "--data", tmp_path / "wide.npz")
-    assert "numbered" in fails(capsys, "recalibrate", tmp_path, *data)
-    assert os.listdir(served) == ["1"]
+@pytest.mark.parametrize(
+    ("model", "options", "says"),
+    [
+        ("served", ["--data", "field.npz", "--out", "x.keras"], "--out"),
+        ("served", ["--data", "field.npz", "--include-frozen"], "--include-frozen"),
+        ("model.keras", ["--data", "field.npz"], "Expected --out"),
+        ("served", ["--data", "nan.npz", "--json"], "in batch 0"),
+        ("served", ["--data", "wide.npz"], "wide.npz"),
+        (".", ["--data", "field.npz"], "numbered"),
+    ],
+)
+def test_errors_leave_the_versions_alone(
+    capsys, tmp_path, monkeypatch, files, model, options, says
+):
+    monkeypatch.chdir(tmp_path)
+    np.savez("wide.npz", image=np.zeros((4, 6, 5, 3)))
+    np.savez("nan.npz", image=np.where(IMAGES > 0.5, np.nan, IMAGES))
+    assert says in fails(capsys, "recalibrate", model, *options)
+    assert os.listdir("served") == ["1"]
 
 
 def test_validation_is_printed_before_and_after(capsys, tmp_path):
