@@ -5,7 +5,9 @@ momentum 0, whose moving statistics after a step in training mode are those of t
 """
 
 import contextlib
+import itertools
 import operator
+import sys
 from collections.abc import Mapping
 
 import keras
@@ -122,7 +124,6 @@ class Normalized(layers.Layer):
         self.dense, self.bn = layers.Dense(3), bn()
 
     def call(self, inputs, training=None):
-        """Dense, then batch norm."""
         return self.bn(self.dense(inputs), training=training)
 
 
@@ -209,13 +210,27 @@ class Looped(keras.Model):
         self.first, self.bn = layers.BatchNormalization(), layers.BatchNormalization()
 
     def call(self, inputs, training=None):
-        """Sum of bn(part) over three parts."""
         x = self.first(inputs, training=training)
 
         def body(i, total):
             return i + 1, total + self.bn(x[:, i], training=training)
 
         return tf.while_loop(lambda i, _: i < 3, body, [0, tf.zeros_like(x[:, 0])])[1]
+
+
+class Cell(keras.Model):
+    """Batch norm on its own output, three times, and another behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.dense = layers.BatchNormalization(), layers.Dense(4, "tanh")
+        self.behind = layers.BatchNormalization()
+
+    def call(self, inputs, training=None):
+        h = keras.ops.zeros_like(inputs[:, 0])
+        for step in range(3):
+            h = self.bn(self.dense(h + inputs[:, step]), training=training)
+        return self.behind(h, training=training)
 
 
 class Drawing(layers.Layer):
@@ -228,7 +243,6 @@ class Drawing(layers.Layer):
         self.generator = tf.random.Generator.from_seed(3)
 
     def call(self, x):
-        """The inputs and noise."""
         shape = tf.shape(x)
         if self.how == "generator":
             return x + keras.random.normal(shape, seed=self.seeds)
@@ -255,11 +269,27 @@ def pooled(counts, batches):
     return mean, weights @ (variances + (means - mean) ** 2)
 
 
+def assert_same(a, b):
+    """Compare arrays to the bit."""
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 def assert_layer(found, mean, variance, rtol=1e-5):
-    """Compare the statistics of a layer, the mean in units of the standard deviation."""
-    std = np.sqrt(variance) + 1e-30
-    np.testing.assert_allclose(found.mean / std, mean / std, rtol=0, atol=rtol)
-    np.testing.assert_allclose(found.variance, variance, rtol=rtol)
+    """Compare the statistics of a layer, the mean in units of the standard deviation.
+
+    Args:
+        found: A Keras layer, or `LayerStats`.
+        mean, variance: The right values.
+        rtol: The tolerance of the variance, and of the mean.
+    """
+    if isinstance(found, keras.Layer):
+        found_mean, found_variance = found.moving_mean, found.moving_variance
+    else:
+        found_mean, found_variance = found.mean, found.variance
+    std = np.sqrt(np.asarray(variance)) + 1e-30
+    np.testing.assert_allclose(found_mean / std, mean / std, rtol=0, atol=rtol)
+    np.testing.assert_allclose(found_variance, variance, rtol=rtol)
 
 
 def assert_statistics(stats, expected, rtol=1e-4, model=None):
@@ -321,17 +351,24 @@ class Pairs(keras.utils.PyDataset):
 
     @property
     def num_batches(self):
-        """Six a batch."""
         return None if self.endless else -(-len(self.x) // 6)
 
     def __getitem__(self, i):
-        """Batch `i`."""
         i %= -(-len(self.x) // 6)
         return self.x[6 * i : 6 * i + 6], np.zeros(6)
 
     def on_epoch_end(self):
-        """Count."""
         self.epochs += 1
+
+
+class Endless:
+    """It says that it repeats, as Grain does."""
+
+    def __len__(self):
+        return sys.maxsize
+
+    def __iter__(self):
+        return itertools.repeat(np.ones((4, 3), "float32"))
 
 
 class Compiled(layers.Layer):
@@ -343,7 +380,6 @@ class Compiled(layers.Layer):
 
     @tf.function
     def call(self, inputs, training=None):
-        """Batch norm."""
         return self.bn(inputs, training=training)
 
 

@@ -29,7 +29,6 @@ class Holder(keras.callbacks.Callback):
         self.list = keras.callbacks.CallbackList(list(inner))
 
     def on_train_begin(self, logs=None):
-        """Pass the call on."""
         self.list.on_train_begin(logs)
 
 

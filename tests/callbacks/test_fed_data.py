@@ -26,11 +26,9 @@ class Scaling(keras.Model):
         self.network = network
 
     def call(self, x, training=None):
-        """Apply the network."""
         return self.network(x, training=training)
 
     def train_step(self, data):
-        """Train on scaled data."""
         x, y = data
         return super().train_step((x / 16, y))
 
@@ -157,7 +155,6 @@ class Doubling(layers.BatchNormalization):
     """A layer with custom updates of the statistics."""
 
     def call(self, inputs, training=None, mask=None):
-        """Return twice the moments."""
         return super().call(2 * inputs, training=training, mask=mask)
 
 

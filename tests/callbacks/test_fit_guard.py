@@ -6,9 +6,11 @@ import pickle
 import sys
 
 import keras
+import networks
 import numpy as np
 import pytest
 import tensorflow as tf
+from forwards import Forwards
 from keras import layers
 
 import tfbn
@@ -54,13 +56,6 @@ def state(model):
     return [v.numpy() for v in [*model.variables, *model.optimizer.variables]]
 
 
-def assert_same(a, b):
-    """Compare to the bit."""
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        np.testing.assert_array_equal(x, y)
-
-
 def assert_population(model):
     """Compare with the statistics of all data as one batch, by NumPy in float64."""
     x = X.astype("float64")
@@ -68,8 +63,7 @@ def assert_population(model):
         weights = [w.numpy().astype("float64") for w in layer.weights]
         if isinstance(layer, layers.BatchNormalization):
             mean, variance = x.mean(0), x.var(0)
-            np.testing.assert_allclose(layer.moving_mean, mean, rtol=1e-4, atol=1e-5)
-            np.testing.assert_allclose(layer.moving_variance, variance, rtol=1e-4)
+            networks.assert_layer(layer, mean, variance, 1e-4)
             x = (x - mean) / np.sqrt(variance + layer.epsilon) * weights[0] + weights[1]
         elif isinstance(layer, layers.Dense):
             x = layer.activation(x @ weights[0] + weights[1])
@@ -86,46 +80,18 @@ def previous_of(callbacks, model):
 class Stop(keras.callbacks.Callback):
     """A callback that raises at a given moment of the second epoch."""
 
-    def __init__(self, moment, error=KeyboardInterrupt):
+    def __init__(self, moment, error):
         super().__init__()
         self.error = error
         setattr(self, moment, self.stop)
         self.begun = 0
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Count a call."""
         self.begun = epoch
 
     def stop(self, *args, **kwargs):
-        """Raise an error."""
         if self.begun:
             raise self.error
-
-
-class Forwards(keras.callbacks.Callback):
-    """A user's callback that forwards every hook to a list."""
-
-    def __init__(self, *callbacks):
-        super().__init__()
-        self.inner = keras.callbacks.CallbackList(list(callbacks))
-
-    def set_model(self, model):
-        """Forward."""
-        super().set_model(model)
-        self.inner.set_model(model)
-
-    def set_params(self, params):
-        """Forward."""
-        super().set_params(params)
-        self.inner.set_params(params)
-
-
-for _name in [name for name in dir(keras.callbacks.Callback) if name.startswith("on_")]:
-    setattr(
-        Forwards,
-        _name,
-        lambda self, *args, _name=_name, **kwargs: getattr(self.inner, _name)(*args, **kwargs),
-    )
 
 
 def several():
@@ -146,7 +112,7 @@ def test_several_sweeping_callbacks_do_not_change_training():
     assert alone["loss"] == together["loss"]
     assert_population(model)
     assert not model.trainable  # As the first of them wanted it.
-    assert_same(state(plain), previous_of(callbacks, model))
+    networks.assert_same(state(plain), previous_of(callbacks, model))
     assert model.trainable
 
 
@@ -163,21 +129,25 @@ MOMENTS = [
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize(
-    ("moment", "forwarded"), [*((moment, False) for moment in MOMENTS), (MOMENTS[0], True)]
+    ("moment", "error", "forwarded"),
+    [
+        *((moment, KeyboardInterrupt, False) for moment in MOMENTS),
+        *((MOMENTS[0], error, True) for error in (KeyboardInterrupt, RuntimeError)),
+    ],
 )
-def test_moving_averages_after_an_error_in_another_callback(moment, forwarded):
+def test_moving_averages_after_an_error_in_another_callback(moment, error, forwarded):
     plain, model = build(), build()
-    with pytest.raises(KeyboardInterrupt):
-        fit(plain, [Stop(moment)])
+    with pytest.raises(error):
+        fit(plain, [Stop(moment, error)])
     callbacks = several()
-    with pytest.raises(KeyboardInterrupt):
-        fit(model, [*([Forwards(*callbacks)] if forwarded else callbacks), Stop(moment)])
-    assert_same(state(plain), state(model))
+    with pytest.raises(error):
+        fit(model, [*([Forwards(*callbacks)] if forwarded else callbacks), Stop(moment, error)])
+    networks.assert_same(state(plain), state(model))
     assert all(layer.trainable for layer in model.layers)
     assert "evaluate" not in vars(model) and tfbn.layer.sweep_records.get(model.layers[0]) is None
     fit(plain, initial_epoch=1)
     fit(model, callbacks, initial_epoch=1)  # It can go on.
-    assert_same(state(plain), previous_of(callbacks, model))
+    networks.assert_same(state(plain), previous_of(callbacks, model))
 
 
 @pytest.mark.slow
@@ -188,14 +158,13 @@ def test_moving_averages_after_an_error_in_validation():
         failing = failing.map(lambda x, y: (tf.debugging.check_numerics(x / 0.0, "no"), y))
         with pytest.raises(tf.errors.InvalidArgumentError):
             fit(trained, callbacks, validation_data=failing)
-    assert_same(state(plain), state(model))
+    networks.assert_same(state(plain), state(model))
 
 
 class Interrupted(keras.Sequential):
     """A model with Ctrl-C in a step of the second epoch."""
 
     def train_step(self, data):
-        """Count the steps, which run eagerly."""
         self.steps = getattr(self, "steps", 0) + 1
         if self.steps == 5:
             raise KeyboardInterrupt
@@ -214,7 +183,7 @@ def test_control_c_in_a_step_restores_everything(forwarded):
             fit(model, callbacks)
         assert model.steps == 5 and "evaluate" not in vars(model)
         models.append(model)
-    assert_same(*map(state, models))
+    networks.assert_same(*map(state, models))
     assert all(layer.trainable for layer in model.layers)
 
 
@@ -236,7 +205,7 @@ def test_control_c_between_the_callbacks_and_the_end_of_an_epoch(name, monkeypat
         fit(model, [sweep(every_epoch=True)])
     assert raised
     fit(plain, epochs=1 if name == "swap_out" else 2)
-    assert_same(state(plain), state(model))
+    networks.assert_same(state(plain), state(model))
     assert model.trainable
 
 
@@ -249,7 +218,7 @@ def test_stop_training_is_a_regular_end():
     assert_population(model)
 
 
-@pytest.mark.slow
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "options",
     [
@@ -275,7 +244,7 @@ def test_same_losses_for_every_way_to_compile(options):
     for epochs in ({"epochs": 2}, {"epochs": 3, "initial_epoch": 2}):
         assert fit(plain, **epochs)["loss"] == fit(model, [callback], **epochs)["loss"]
         assert_population(model)
-        assert_same(state(plain), previous_of([callback], model))
+        networks.assert_same(state(plain), previous_of([callback], model))
 
 
 @pytest.mark.slow
@@ -351,29 +320,6 @@ def test_weights_are_hashed_once_for_a_sweep_and_for_a_reuse(monkeypatch, option
     assert len(hashed) == sweeps + reuses
 
 
-def test_order_of_callbacks_that_save(tmp_path):
-    checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "model.keras", save_best_only=True)
-    named = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}-{val_loss:.2f}.keras")
-    backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
-    model = build()
-    for wrong in (
-        [checkpoint, sweep(every_epoch=True)],
-        [named, sweep(every_epoch=True)],
-        [Forwards(checkpoint), sweep(every_epoch=True)],
-        [Forwards(checkpoint, sweep(every_epoch=True))],
-        [checkpoint, Forwards(sweep(every_epoch=True))],
-        [sweep(every_epoch=True), backup],
-    ):
-        with pytest.raises(ValueError, match=r"PopulationStatsCallback .*\. Swap"):
-            fit(model, wrong)
-    training = keras.callbacks.ModelCheckpoint(tmp_path / "training.keras")
-    fit(model, [backup, training, sweep(every_epoch=True), checkpoint])
-    saved = keras.models.load_model(tmp_path / "model.keras")
-    assert_population(saved)
-    with pytest.raises(AssertionError):
-        assert_population(keras.models.load_model(tmp_path / "training.keras"))
-
-
 def resumed(path, callbacks=()):
     """Return the state of a saved model after two more epochs, with moving averages."""
     model = keras.models.load_model(path)
@@ -387,8 +333,8 @@ def test_training_resumes_exactly_from_the_checkpoint_listed_before(tmp_path):
     for path, callbacks in zip(paths, ([], [sweep()]), strict=True):
         fit(build(), [keras.callbacks.ModelCheckpoint(path), *callbacks])
     expected = resumed(paths[0])
-    assert_same(expected, resumed(paths[1]))
-    assert_same(expected, resumed(paths[1], [sweep()]))
+    networks.assert_same(expected, resumed(paths[1]))
+    networks.assert_same(expected, resumed(paths[1], [sweep()]))
 
 
 @pytest.mark.slow
@@ -400,7 +346,7 @@ def test_training_resumes_exactly_after_unfreezing(tmp_path):
     paths = tmp_path / "plain.keras", tmp_path / "model.keras"
     plain.save(paths[0])
     model.save(paths[1])
-    assert_same(resumed(paths[0]), resumed(paths[1]))
+    networks.assert_same(resumed(paths[0]), resumed(paths[1]))
 
 
 @pytest.mark.slow
@@ -425,7 +371,7 @@ def test_training_a_frozen_model_is_an_error(bn):
     before = [w.numpy() for w in model.weights]
     with pytest.warns(UserWarning, match="not have any trainable"):
         fit(model)
-    assert_same(before[:6], [w.numpy() for w in model.weights][:6])
+    networks.assert_same(before[:6], [w.numpy() for w in model.weights][:6])
     assert_population(model)
     callback.unfreeze()
     fit(model)
@@ -488,7 +434,6 @@ class Gan(keras.Model):
         self.built = True
 
     def train_step(self, data):
-        """Train the generator by regression."""
         x, y = data
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean((self.generator(x, training=True) - y) ** 2)
@@ -519,7 +464,6 @@ class TwoViews(keras.Model):
         self.dense, self.bn = layers.Dense(3), layers.BatchNormalization(name="bn")
 
     def call(self, inputs, training=None):
-        """Apply Dense and batch norm."""
         return self.bn(self.dense(inputs), training=training)
 
     def train_step(self, data):
@@ -562,7 +506,7 @@ def test_bad_data_is_refused_before_the_first_epoch(kind):
     before = [w.numpy() for w in model.weights]
     with pytest.raises(ValueError, match="Expected batches that model"):
         fit(model, [tfbn.PopulationStatsCallback(given(X[:8, :3]))], epochs=9)
-    assert_same(before, [w.numpy() for w in model.weights])
+    networks.assert_same(before, [w.numpy() for w in model.weights])
     model = build()
     callback = tfbn.PopulationStatsCallback(given(X[:8]))
     fit(model, [callback])
@@ -573,16 +517,6 @@ def test_generators_cannot_be_swept_repeatedly():
     for options in ({"every_epoch": True}, {"every_epoch": True}):
         with pytest.raises(ValueError, match="Received: a generator"):
             fit(build(), [tfbn.PopulationStatsCallback(iter([X]), **options)])
-
-
-def test_order_of_a_shuffled_dataset_does_not_change():
-    def losses(with_sweep):
-        keras.utils.set_random_seed(2)
-        data = tf.data.Dataset.from_tensor_slices((X, Y)).shuffle(24, seed=3).batch(8)
-        callbacks = [tfbn.PopulationStatsCallback(data)] if with_sweep else []
-        return build().fit(data, epochs=3, callbacks=callbacks, verbose=0).history["loss"]
-
-    assert losses(True) == losses(False)
 
 
 def test_custom_loop_without_callback_list():
@@ -601,7 +535,7 @@ def test_custom_loop_without_callback_list():
     callback.on_train_end()
     assert_population(model)
     assert swapping.swap_out(model) is None  # It is final.
-    assert_same(state(plain)[:4], previous_of([callback], model)[:4])
+    networks.assert_same(state(plain)[:4], previous_of([callback], model)[:4])
 
 
 class ControlC:

@@ -26,7 +26,6 @@ class Subclassed(keras.Model):
         self.base, self.norm, self.head = base, layers.BatchNormalization(), layers.Dense(1)
 
     def call(self, inputs, training=None):
-        """Apply encoder, batch norm, head."""
         return self.head(self.norm(self.base(inputs, training=training), training=training))
 
 

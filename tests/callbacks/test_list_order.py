@@ -1,14 +1,18 @@
 """Common lists of callbacks: saved files, chosen epochs, restored weights and messages."""
 
 import os
-import warnings
+import re
 
 import keras
+import networks
 import numpy as np
 import pytest
+from forwards import Forwards
 from keras import layers
 
 import tfbn
+from tfbn.callbacks import list_order
+from tfbn.callbacks.callback_lists import ListPosition
 
 X = np.random.default_rng(0).normal(3, 2, (48, 6)).astype("float32")
 Y = X[:, :1] - X[:, 1:2]
@@ -71,62 +75,76 @@ def test_usual_list(tmp_path, options):
     assert not os.path.exists(tmp_path / "backup")
 
 
-@pytest.mark.parametrize(
-    ("callback", "name"),
-    [
-        (lambda: keras.callbacks.EarlyStopping(patience=9), "EarlyStopping"),
-        (lambda: keras.callbacks.ReduceLROnPlateau(), "ReduceLROnPlateau"),
-        (
-            lambda: keras.callbacks.ModelCheckpoint(
-                "unused.keras", "val_loss", save_best_only=True, initial_value_threshold=-1.0
-            ),
-            "ModelCheckpoint",
-        ),
-    ],
+stop = keras.callbacks.EarlyStopping
+checkpoint = keras.callbacks.ModelCheckpoint
+BEST = checkpoint("m.keras", save_best_only=True)
+NAMED = checkpoint("{epoch}-{val_loss:.2f}.keras")
+EVERY, BATCHES = checkpoint("m.keras"), checkpoint("m.keras", save_freq=5)
+BY_TRAINING = checkpoint("m.keras", "loss", save_best_only=True)
+BACKUP, BACKUP_BY_BATCH = (keras.callbacks.BackupAndRestore("b", save_freq=n) for n in ("epoch", 5))
+EMA, PLATEAU = keras.callbacks.SwapEMAWeights(), keras.callbacks.ReduceLROnPlateau()
+RESTORES = stop(restore_best_weights=True)
+POPULATION, MINI_BATCH = (
+    stop(f"val_loss_{kind}", mode="min") for kind in ("population", "mini_batch")
 )
-def test_choosing_by_moving_averages_warns(callback, name):
+
+
+# Callbacks before and after, `every_epoch`, and the only callback that the error or warning names.
+ERRORS = [
+    ([BEST], [], True, "ModelCheckpoint before"),
+    ([NAMED], [], True, "ModelCheckpoint before"),
+    ([Forwards(BEST)], [], True, "ModelCheckpoint before"),
+    ([], [RESTORES], False, "EarlyStopping after .* replaces"),
+    ([], [Forwards(RESTORES)], True, "EarlyStopping after .* replaces"),
+    ([], [EMA], True, "SwapEMAWeights after .* replaces"),
+    ([], [BACKUP], True, "BackupAndRestore after .* resume"),
+]
+WARNINGS = [
+    ([], [stop()], False, "EarlyStopping: choosing by val_loss,"),
+    ([PLATEAU, PLATEAU], [], False, "ReduceLROnPlateau: choosing by val_loss,"),
+    ([stop()], [BEST], False, "EarlyStopping, ModelCheckpoint: choosing"),
+    ([EVERY], [], True, "ModelCheckpoint before .* List another one after"),
+    ([Forwards(EVERY)], [BATCHES], True, "ModelCheckpoint before .* List another one after"),
+]
+RIGHT = [
+    ([stop("loss"), BY_TRAINING, EVERY, BATCHES], [BACKUP, EMA], False),
+    ([RESTORES, EMA, PLATEAU], [stop(), PLATEAU, BEST], True),
+    ([EVERY, BACKUP, BY_TRAINING], [Forwards(checkpoint("n.keras"))], True),
+    ([POPULATION], [MINI_BATCH], False),
+    ([BATCHES], [BACKUP_BY_BATCH], True),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "every_epoch", "says"), ERRORS)
+def test_orders_that_lose_statistics_are_errors(before, after, every_epoch, says):
+    with pytest.raises(ValueError, match=rf"{says}.*Swap the two"):
+        list_order.check(ListPosition(None, before, after), every_epoch)
+
+
+@pytest.mark.parametrize(("before", "after", "every_epoch", "says"), WARNINGS)
+def test_orders_that_choose_by_moving_averages_are_warnings(before, after, every_epoch, says):
+    position = ListPosition(None, before, after)
+    list_order.check(position, every_epoch)
+    [sentence] = list_order.warnings(position, every_epoch)
+    assert re.match(says, sentence)
+
+
+@pytest.mark.parametrize(("before", "after", "every_epoch"), RIGHT)
+def test_right_orders_are_silent(before, after, every_epoch):
+    position = ListPosition(None, before, after)
+    list_order.check(position, every_epoch)
+    assert list(list_order.warnings(position, every_epoch)) == []
+
+
+def test_fit_checks_the_order_at_the_beginning():
     model = build()
-    with pytest.warns(UserWarning, match=rf"{name}: choosing by val_loss.*every_epoch=True"):
-        fit(model, [sweep(), Stops(), callback()], epochs=1)
-
-
-class Stops(keras.callbacks.Callback):
-    """A callback that ends training before anything is saved."""
-
-    def on_train_batch_begin(self, batch, logs=None):
-        """Stop training."""
-        self.model.stop_training = True
-
-    def on_epoch_end(self, epoch, logs=None):
-        """Log no useful metric."""
-        logs.clear()
-        logs["val_loss"] = np.inf
-
-
-@pytest.mark.slow
-def test_no_warning_for_correct_lists(tmp_path):
-    monitors = {"monitor": "val_loss_population", "mode": "min"}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for callbacks in (
-            [keras.callbacks.EarlyStopping("loss"), sweep()],
-            [keras.callbacks.BackupAndRestore(tmp_path / "backup"), sweep()],
-            [keras.callbacks.ModelCheckpoint(tmp_path / "model.keras"), sweep()],
-            [keras.callbacks.EarlyStopping(), sweep(every_epoch=True)],
-            [
-                tfbn.StatsTracker(X, validation_data=VALIDATION),
-                keras.callbacks.EarlyStopping(**monitors),
-                sweep(),
-            ],
-        ):
-            fit(build(), callbacks, epochs=1)
-    assert not [w for w in caught if "PopulationStatsCallback" in str(w.message)]
-
-
-def test_checkpoint_for_resuming_only_warns(tmp_path):
-    checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "train.keras")
-    with pytest.warns(UserWarning, match="ModelCheckpoint before .* another one after it"):
-        fit(build(), [checkpoint, sweep(every_epoch=True)], epochs=1)
+    before = model.get_weights()
+    for wrong in ([sweep(), RESTORES], [Forwards(BEST, sweep(every_epoch=True))]):
+        with pytest.raises(ValueError, match="Swap the two"):
+            fit(model, wrong)
+    networks.assert_same(before, model.get_weights())
+    with pytest.warns(UserWarning, match="choosing by val_loss.*every_epoch=True"):
+        fit(model, [sweep(), stop()], epochs=1)
 
 
 @pytest.mark.parametrize("after", [False, True])

@@ -65,12 +65,6 @@ def assert_close(actual, expected, rtol=2e-4):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-4)
 
 
-def assert_same(a, b):
-    """Compare to the bit."""
-    for x, y in zip(a, b, strict=True):
-        np.testing.assert_array_equal(x, y)
-
-
 def sweep(model, **options):
     """Return the callback under test, over the training data as one batch."""
     options = {"batch_size": 64, **options}
@@ -89,25 +83,7 @@ def test_model_has_population_statistics_after_fit(bn):
     # The model is frozen, so training mode does not change the statistics.
     before = statistics(model)
     model(training_data(model)[0], training=True)
-    assert_same(before, statistics(model))
-
-
-@pytest.mark.quick(1)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"run_eagerly": True},
-        {"jit_compile": True},
-        {"steps_per_execution": 4},
-        {"optimizer": keras.optimizers.Adam},
-    ],
-    ids=lambda options: next(iter(options)),
-)
-def test_every_way_to_compile(options):
-    options = {k: v() if isinstance(v, type) else v for k, v in options.items()}
-    model = build(**options)
-    fit(model, [sweep(model)])
-    assert_close(statistics(model), population(model))
+    networks.assert_same(before, statistics(model))
 
 
 @pytest.mark.slow
@@ -174,7 +150,7 @@ def test_every_device_continues_from_its_moving_averages(two_devices):
     assert not np.array_equal(results[0][1][0][0], results[0][1][1][0])  # They do differ.
     for without, with_sweeps in zip(*results, strict=True):
         for a, b in zip(without, with_sweeps, strict=True):
-            assert_same(a, b)
+            networks.assert_same(a, b)
 
 
 def test_freeze_and_unfreeze():
@@ -188,7 +164,7 @@ def test_freeze_and_unfreeze():
     before = statistics(model)
     callback.unfreeze()
     assert [layer.trainable for layer in model._flatten_layers()] == flags
-    assert_same(before, statistics(model))
+    networks.assert_same(before, statistics(model))
     callback.unfreeze()
     assert [layer.trainable for layer in model._flatten_layers()] == flags
 
@@ -207,7 +183,7 @@ def test_frozen_model_is_frozen_after_saving_and_loading(tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert not loaded.trainable_weights
-    assert_same(statistics(model), statistics(loaded))
+    networks.assert_same(statistics(model), statistics(loaded))
     lines = []
     loaded.summary(print_fn=lambda line, **_: lines.append(line))
     assert any("Trainable params: 0 " in line for line in "\n".join(lines).splitlines())
@@ -246,7 +222,7 @@ def test_sweeps_do_not_change_training(options):
     # The last sweep replaced the moving averages of a training without sweeps.
     callback.unfreeze()
     callback.stats.previous.assign(swept)
-    assert_same(plain.get_weights(), swept.get_weights())
+    networks.assert_same(plain.get_weights(), swept.get_weights())
 
 
 def test_validation_with_population_statistics():
@@ -280,7 +256,7 @@ def test_evaluate_outside_fit_does_not_sweep():
     before = statistics(model)
     x, y = training_data(model)
     model.evaluate(x, y, callbacks=[callback], verbose=0)
-    assert_same(before, statistics(model))
+    networks.assert_same(before, statistics(model))
 
 
 @pytest.mark.slow
@@ -328,63 +304,6 @@ def test_early_stopping_listed_before_restores_first():
 
 
 @pytest.mark.slow
-def test_early_stopping_listed_after_is_an_error_at_the_beginning():
-    model = build()
-    before = model.get_weights()
-    stop = keras.callbacks.EarlyStopping(restore_best_weights=True)
-    with pytest.raises(ValueError, match=r"EarlyStopping after .*Swap"):
-        fit(model, [sweep(model), stop])
-    assert_same(before, model.get_weights())
-    fit(model, [sweep(model), keras.callbacks.EarlyStopping()])
-
-
-@pytest.mark.slow
-def test_swap_ema_weights_listed_after_is_an_error_with_every_epoch():
-    model = build(optimizer=keras.optimizers.SGD(use_ema=True))
-    with pytest.raises(ValueError, match=r"SwapEMAWeights after .*Swap"):
-        fit(model, [sweep(model, every_epoch=True), keras.callbacks.SwapEMAWeights()])
-    fit(model, [sweep(model), keras.callbacks.SwapEMAWeights()])
-    assert_close(statistics(model), population(model))
-
-
-class Stop(keras.callbacks.Callback):
-    """A callback that raises at a given moment."""
-
-    def __init__(self, moment, error):
-        super().__init__()
-        self.error = error
-        setattr(self, moment, self.stop)
-
-    def stop(self, *args, **kwargs):
-        """Raise an error."""
-        raise self.error
-
-
-@pytest.mark.quick(1)
-@pytest.mark.parametrize(
-    ("moment", "error"),
-    [
-        ("on_test_batch_end", KeyboardInterrupt()),
-        ("on_epoch_end", RuntimeError("stop")),
-        ("on_train_batch_end", KeyboardInterrupt()),
-    ],
-    ids=repr,
-)
-def test_interrupted_fit_can_continue(moment, error):
-    plain, model = build(), build()
-    callback = sweep(model, every_epoch=True)
-    for trained, callbacks in ((plain, []), (model, [callback])):
-        with pytest.raises(type(error)):
-            fit(trained, [*callbacks, Stop(moment, error)])
-    assert model.trainable
-    assert_same(plain.get_weights(), model.get_weights())
-    assert "evaluate" not in vars(model) or moment == "on_train_batch_end"
-    fit(model, [callback])
-    assert_close(statistics(model), population(model))
-    assert "evaluate" not in vars(model)
-
-
-@pytest.mark.slow
 def test_data_that_fails_at_the_end_leaves_the_moving_averages():
     plain, model = build(), build()
     fit(plain, [])
@@ -396,7 +315,7 @@ def test_data_that_fails_at_the_end_leaves_the_moving_averages():
 
     with pytest.raises(RuntimeError, match=r"batch 1 .*the disk is gone"):
         fit(model, [tfbn.PopulationStatsCallback(batches())])
-    assert_same(plain.get_weights(), model.get_weights())
+    networks.assert_same(plain.get_weights(), model.get_weights())
     assert model.trainable
 
 
@@ -412,7 +331,7 @@ def test_bad_input_is_refused_before_the_first_epoch():
     without.compile("sgd", "mse")
     with pytest.raises(ValueError, match="which has none"):
         without.fit(np.ones((4, 3)), np.ones((4, 2)), callbacks=[sweep(model)], verbose=0)
-    assert_same(before, model.get_weights())
+    networks.assert_same(before, model.get_weights())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Tests of `tfbn.population_stats`."""
 
 import keras
+import networks
 import numpy as np
 import pytest
 from keras import layers
@@ -24,16 +25,9 @@ def values_of(model):
     return [v.numpy() for w in model.weights for v in results(w.value)]
 
 
-def assert_same(a, b):
-    """Compare to the bit."""
-    for x, y in zip(a, b, strict=True):
-        np.testing.assert_array_equal(x, y)
-
-
 def assert_population(model):
     """Compute the loss with NumPy in float64."""
-    np.testing.assert_allclose(model.layers[0].moving_mean, X.astype("float64").mean(0), rtol=1e-5)
-    np.testing.assert_allclose(model.layers[0].moving_variance, X.astype("float64").var(0), 1e-5)
+    networks.assert_layer(model.layers[0], X.astype("float64").mean(0), X.astype("float64").var(0))
 
 
 @pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -51,9 +45,9 @@ def test_custom_loop(devices, two_devices):
             model.evaluate(X, X[:, :1], verbose=0)
             assert stats.samples == len(X)
             with swapping.swapped_out(model):
-                assert_same(before, values_of(model))
+                networks.assert_same(before, values_of(model))
             assert_population(model)
-        assert_same(before, values_of(model))
+        networks.assert_same(before, values_of(model))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -63,13 +57,13 @@ def test_moving_averages_are_restored_after_an_error(error):
     with pytest.raises(error), tfbn.population_stats(model, X, method="pooled", verbose=0):
         assert_population(model)
         raise error
-    assert_same(before, values_of(model))
+    networks.assert_same(before, values_of(model))
     with (
         pytest.raises(ValueError, match="NaN"),
         tfbn.population_stats(model, X * np.nan, verbose=0),
     ):
         raise AssertionError("the block must not run")
-    assert_same(before, values_of(model))
+    networks.assert_same(before, values_of(model))
 
 
 def test_blocks_nest():
@@ -81,4 +75,4 @@ def test_blocks_nest():
             [moving] = stats.previous.values()
             np.testing.assert_array_equal(moving.mean, before[2])
         assert_population(model)
-    assert_same(before, values_of(model))
+    networks.assert_same(before, values_of(model))

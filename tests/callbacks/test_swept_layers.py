@@ -3,6 +3,7 @@
 import warnings
 
 import keras
+import networks
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -34,15 +35,12 @@ class Base(keras.Model):
         return self.encoder(self.dense(x), training=training)
 
     def call(self, x, training=None):
-        """Pass `training` to all layers."""
         return self.out(self.head(ops.tanh(self.encode(x, training)), training=training))
 
     def loss_of(self, x, y):
-        """Return the loss of a step."""
         return tf.reduce_mean((self(x, training=True) - y) ** 2)
 
     def train_step(self, data):
-        """Run one step."""
         x, y = data
         with tf.GradientTape() as tape:
             loss = self.loss_of(x, y)
@@ -56,7 +54,6 @@ class FrozenByStep(Base):
     """A model whose step runs the encoder in inference mode, but `call` trains it."""
 
     def loss_of(self, x, y):
-        """Train the head."""
         z = self.head(ops.tanh(self.encode(x, False)), training=True)
         return tf.reduce_mean((self.out(z) - y) ** 2)
 
@@ -65,11 +62,9 @@ class TrainedByStep(Base):
     """A model whose `call` only predicts, and whose step trains the encoder."""
 
     def call(self, x, training=None):
-        """Run the encoder in inference mode."""
         return self.out(self.head(ops.tanh(self.encode(x, False)), training=training))
 
     def loss_of(self, x, y):
-        """Train both."""
         z = self.head(ops.tanh(self.encode(x, True)), training=True)
         return tf.reduce_mean((self.out(z) - y) ** 2)
 
@@ -78,7 +73,6 @@ class Predicts(TrainedByStep):
     """A model whose `call` trains nothing."""
 
     def call(self, x, training=None):
-        """Run both in inference mode."""
         return self.out(self.head(ops.tanh(self.encode(x, False)), training=False))
 
 
@@ -90,7 +84,6 @@ class Sometimes(Base):
         self.steps = self.add_weight(shape=(), dtype="int32", trainable=False, initializer="zeros")
 
     def loss_of(self, x, y):
-        """Train in every third step."""
         self.steps.assign_add(1)
         return tf.cond(
             self.steps.value % 3 == 0,
@@ -117,8 +110,7 @@ def entering(model, x=X):
 
 def assert_swept(layer, values):
     """Compare the statistics of a layer with the mean and variance of some values."""
-    np.testing.assert_allclose(layer.moving_mean, values.mean(0), rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(layer.moving_variance, values.var(0), rtol=1e-3)
+    networks.assert_layer(layer, values.mean(0), values.var(0), 1e-3)
 
 
 def normalized(layer, values, mean, variance):
@@ -196,8 +188,7 @@ def test_data_with_the_moving_statistics():
     fit_options = {"batch_size": 16, "verbose": 0, "callbacks": [callback]}
     model.compile(keras.optimizers.SGD(0.0), "mse")
     model.fit(x, x, **fit_options)
-    np.testing.assert_allclose(callback.stats["bn"].mean, 0, atol=1e-6)
-    np.testing.assert_allclose(callback.stats["bn"].variance, 1, rtol=1e-6)
+    networks.assert_layer(callback.stats["bn"], 0, 1, 1e-6)
 
 
 def test_fit_without_steps_sweeps_the_layers_that_call_trains():
@@ -263,7 +254,6 @@ class Gan(keras.Model):
         self.critic = keras.Sequential([keras.Input((6,)), layers.Dense(4), bn("c")])
 
     def train_step(self, data):
-        """Train both."""
         x, _ = data
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean(self.critic(self.generator(x, training=True), training=True) ** 2)
@@ -276,7 +266,6 @@ class Predicting(Gan):
     """A container whose `call` predicts."""
 
     def call(self, x):
-        """Return the generator's images."""
         return self.generator(x, training=False)
 
 
@@ -284,7 +273,6 @@ class Lazy(Gan):
     """A container with an uncalled `call` that cannot be traced."""
 
     def call(self, x):
-        """Raise for these inputs."""
         raise NotImplementedError
 
 
@@ -296,7 +284,6 @@ class Unbuilt(Gan):
         self.generator = keras.Sequential([layers.Dense(6), bn("g")])
 
     def call(self, x):
-        """Raise: it must not be called."""
         raise NotImplementedError
 
 
@@ -352,7 +339,6 @@ class Untrained(Base):
     """A model that trains no layer, neither in `call` nor in the step."""
 
     def call(self, x, training=None):
-        """Run in inference mode."""
         return self.out(self.encode(x, False))
 
 

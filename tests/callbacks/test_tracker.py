@@ -3,6 +3,7 @@
 import csv
 
 import keras
+import networks
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -28,11 +29,9 @@ class Sampled(layers.Layer):
         self.generator = keras.random.SeedGenerator(7)
 
     def build(self, shape):
-        """Create a counter."""
         self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False)
 
     def call(self, x):
-        """Add noise of a new seed."""
         self.calls.assign_add(1.0)
         return x + 0.1 * keras.random.normal(keras.ops.shape(x), seed=self.generator)
 
@@ -87,11 +86,9 @@ class Weights(keras.callbacks.Callback):
     """A callback that stores the weights at the end of every epoch."""
 
     def on_train_begin(self, logs=None):
-        """Create a list."""
         self.stored = []
 
     def on_epoch_end(self, epoch, logs=None):
-        """Store the weights."""
         self.stored.append(self.model.get_weights())
 
 
@@ -215,7 +212,6 @@ class Compiled(keras.Model):
         self.function = tf.function(lambda x, training: self.inner(x, training=training))
 
     def call(self, inputs, training=None):
-        """Call the compiled function."""
         return self.function(inputs, training=bool(training))
 
     def test_step(self, data):
@@ -321,8 +317,9 @@ def test_stats_of_the_latest_sweep():
     oracle(X, training=True)
     for name in ("first", "second"):
         actual, right = watch.stats[name], oracle.get_layer(name)
-        np.testing.assert_allclose(actual.mean, right.moving_mean.numpy(), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(actual.variance, right.moving_variance.numpy(), rtol=1e-4)
+        networks.assert_layer(
+            actual, right.moving_mean.numpy(), right.moving_variance.numpy(), 1e-4
+        )
         current = model.get_layer(name).moving_mean.numpy()
         np.testing.assert_array_equal(watch.stats.previous[name].mean, current)
 

@@ -35,7 +35,6 @@ class Numbered(keras.utils.PyDataset):
 
     @property
     def num_batches(self):
-        """Return the number of batches."""
         return self.length
 
     def __getitem__(self, i):

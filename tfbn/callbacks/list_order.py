@@ -40,16 +40,19 @@ def check(position: ListPosition, every_epoch: bool) -> None:
 
 def warnings(position: ListPosition, every_epoch: bool) -> Iterator[str]:
     """Yield a sentence for each order that works, but probably not as intended."""
-    callbacks = members([*position.before, *position.after])
-    choosing = [callback for callback in callbacks if _chooses_by_moving_averages(callback)]
+    before, after = members(position.before), members(position.after)
+    choosing = list(filter(_chooses_by_moving_averages, [*before, *after]))
     if choosing and not every_epoch:
         names = ", ".join(dict.fromkeys(type(callback).__name__ for callback in choosing))
         yield (
             f"{names}: choosing by {choosing[0].monitor}, computed with moving averages. Pass "
             f"{_NAME}(..., every_epoch=True) to validate with population statistics."
         )
-    saves = [_saves_epochs(callback, kinds.ModelCheckpoint) for callback in callbacks]
-    if every_epoch and any(saves) and not any(saves[len(members(position.before)) :]):
+    saves, saves_after = (
+        any(_saves_epochs(callback, kinds.ModelCheckpoint) for callback in callbacks)
+        for callbacks in (before, after)
+    )
+    if every_epoch and saves and not saves_after:
         yield (
             f"ModelCheckpoint before {_NAME} saves moving averages, to resume training. List "
             "another one after it to save population statistics."
