@@ -5,12 +5,12 @@ import errno
 import os
 import pathlib
 import re
-import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 
 import pytest
@@ -322,15 +322,16 @@ def test_process_killed_at_any_line_leaves_nothing(tmp_path):
 
 def test_folder_removed_before_its_lock_is_created_again(tmp_path, monkeypatch):
     removed = []
-    locked = atomic._locked
+    make = tempfile.mkdtemp
 
-    def lock(folder):
+    def make_and_lose(*args):
+        folder = make(*args)
         if not removed:
             removed.append(folder)
-            shutil.rmtree(folder)
-        return locked(folder)
+            os.rmdir(folder)
+        return folder
 
-    monkeypatch.setattr(atomic, "_locked", lock)
+    monkeypatch.setattr(tempfile, "mkdtemp", make_and_lose)
     atomic.write(tmp_path / "a", b"1")
     assert removed and names(tmp_path) == ["a"] and atomic.read(tmp_path / "a") == b"1"
 

@@ -132,9 +132,7 @@ def test_two_workers_agree_on_what_one_process_finds(tmp_path):
                 rtol=1e-6,
             )
         [expected] = networks.in_training(networks.residual, model, x, [slice(None)])
-        for found, (mean, variance) in zip(a.values(), expected, strict=True):
-            np.testing.assert_allclose(found.mean, mean, rtol=1e-4, atol=1e-5)
-            np.testing.assert_allclose(found.variance, variance, rtol=1e-4)
+        networks.assert_statistics(a, expected)
 
 
 FAIL = """
@@ -233,7 +231,7 @@ def test_ctrl_c_ends_the_wait_for_other_workers(tmp_path):
 
 RESUME = """
 from tfbn.sweep import checkpoint
-checkpoint._SHARE = float("inf")
+checkpoint.Checkpoint.share = float("inf")
 dies = (out / "first").exists()
 read = 0
 class Data(keras.utils.PyDataset):
@@ -278,9 +276,7 @@ def test_workers_go_on_from_their_checkpoints(tmp_path):
     model = keras.models.load_model(tmp_path / "model_0.keras")
     x = networks.data(model, 50)
     [expected] = networks.in_training(networks.residual, model, x, [slice(None)])
-    for found, (mean, variance) in zip(a.values(), expected, strict=True):
-        np.testing.assert_allclose(found.mean, mean, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(found.variance, variance, rtol=1e-4)
+    networks.assert_statistics(a, expected)
 
 
 EMPTY = """
@@ -322,8 +318,7 @@ def test_workers_without_data_in_any_place_and_workers_with_equal_batches(tmp_pa
         stats = tfbn.PopulationStats.load(path)
         assert stats.samples == 50, path
         for found, values in zip(stats.values(), (x, behind), strict=True):
-            np.testing.assert_allclose(found.mean, values.mean(0), atol=1e-5)
-            np.testing.assert_allclose(found.variance, values.var(0), rtol=1e-4)
+            networks.assert_layer(found, values.mean(0), values.var(0), 1e-4)
     # 3,000 draws a channel: a standard error of 0.018.
     [noise] = tfbn.PopulationStats.load(tmp_path / "noise_0.npz").values()
     np.testing.assert_allclose(noise.mean, 0, atol=0.08)

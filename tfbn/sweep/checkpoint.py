@@ -12,7 +12,6 @@ from tfbn.sweep.batches import Batches
 from tfbn.sweep.state import SweepState
 
 _KIND = "tfbn checkpoint 1"
-_SHARE = 0.02  # Largest share of the time to spend on saving.
 
 
 class Checkpoint:
@@ -26,6 +25,7 @@ class Checkpoint:
         batches: The `tfbn.sweep.batches.Batches` of the sweep.
 
     Attributes:
+        share: Largest share of the time to spend on saving.
         due: Whether it is time to save.
 
     Raises:
@@ -33,6 +33,8 @@ class Checkpoint:
         ValueError: If the folder does not exist, or if the batches cannot be read again in the
             same order.
     """
+
+    share = 0.02
 
     def __init__(self, path: str | os.PathLike, batches: Batches):
         self._name = str(path)
@@ -77,7 +79,7 @@ class Checkpoint:
 
     @property
     def due(self) -> bool:
-        return time.monotonic() - self._saved >= self._cost / _SHARE
+        return time.monotonic() - self._saved >= self._cost / self.share
 
     def save(self, state: SweepState, digest: bytes) -> None:
         """Write the file atomically, for `read`."""

@@ -10,6 +10,7 @@ import pathlib
 
 import exported_models
 import keras
+import networks
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -21,7 +22,7 @@ from tfbn.files import atomic
 from tfbn.models.keras_models import batch_norm_layers
 from tfbn.serving import provenance, versions
 from tfbn.serving.export import batch_norms
-from tfbn.serving.recalibrate import recalibration
+from tfbn.serving.recalibrate import recalibration, weights
 
 
 def contents(directory):
@@ -78,8 +79,7 @@ def test_the_next_version_is_the_model_swept_over_the_data(tmp_path, name, metho
     assert list(found.stats) == list(own)
     for path, stats in own.items():
         np.testing.assert_array_equal(found.stats[path].counts, stats.counts)
-        np.testing.assert_allclose(found.stats[path].mean, stats.mean, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(found.stats[path].variance, stats.variance, rtol=1e-5)
+        networks.assert_layer(found.stats[path], stats.mean, stats.variance)
     assert found.stats.fingerprint == own.fingerprint
     assert_close(answers(found.path, x), model.predict(x, verbose=0))
     found.stats.assign(model)
@@ -229,8 +229,7 @@ def test_the_monitor_of_a_blend_expects_the_data_that_it_was_blended_with(tmp_pa
         values = np.asarray(values, np.float64).reshape(-1, values.shape[-1])
         stats = served.population[path]
         assert stats.count == len(values)
-        np.testing.assert_allclose(stats.mean, values.mean(0), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(stats.variance, values.var(0), rtol=1e-4)
+        networks.assert_layer(stats, values.mean(0), values.var(0), 1e-4)
     monitor = tf.saved_model.load(os.fspath(found.path)).signatures["monitor"]
     [name] = monitor.structured_input_signature[1]
     for image in field(40, 8, 8, 3)[0]:
@@ -414,12 +413,12 @@ def test_a_version_that_does_not_predict_as_it_should_is_not_put_in_place(tmp_pa
     """A checkpoint without the variances is detected."""
     model, x = made("dense")
     tfbn.export(model, tmp_path / "m")
-    values = recalibration._values
+    copy_with = weights.copy_with
 
-    def without_variance(found, stats):
-        return dict(list(values(found, stats).items())[:1])
+    def without_variance(version, target, values):
+        copy_with(version, target, dict(list(values.items())[:1]))
 
-    monkeypatch.setattr(recalibration, "_values", without_variance)
+    monkeypatch.setattr(weights, "copy_with", without_variance)
     with pytest.raises(ValueError, match=r"Output 'output_0' .* differs by"):
         tfbn.recalibrate(tmp_path / "m", x, verbose=0)
     assert os.listdir(tmp_path / "m") == ["1"]
