@@ -191,43 +191,22 @@ def test_exact_where_the_graph_cannot_be_cut(run):
     x = np.random.default_rng(0).normal(3, 2, size=(20, 3, 4))
     [first, second] = run(list(x), tfbn.beam.Collect(load, method="exact", batch_size=3)).values()
     mean, variance = x.mean((0, 1)), x.var((0, 1))
-    np.testing.assert_allclose(first.mean, mean, rtol=1e-5)
-    np.testing.assert_allclose(first.variance, variance, rtol=1e-5)
-    np.testing.assert_allclose(second.mean, 0, atol=1e-5)
-    np.testing.assert_allclose(second.variance, variance / (variance + 1e-3), rtol=1e-5)
+    networks.assert_layer(first, mean, variance)
+    networks.assert_layer(second, 0, variance / (variance + 1e-3))
     assert second.count == 60
-
-
-class Cell(keras.Model):
-    """Batch norm on its own output, three times, and another behind it."""
-
-    def __init__(self):
-        super().__init__()
-        self.bn, self.dense = layers.BatchNormalization(), layers.Dense(4, "tanh")
-        self.behind = layers.BatchNormalization()
-
-    def call(self, inputs, training=None):
-        """Three steps."""
-        h = keras.ops.zeros_like(inputs[:, 0])
-        for step in range(3):
-            h = self.bn(self.dense(h + inputs[:, step]), training=training)
-        return self.behind(h, training=training)
 
 
 def test_a_layer_that_is_called_on_its_own_output(run):
     def load():
         keras.utils.set_random_seed(0)
-        model = Cell()
+        model = networks.Cell()
         model(np.zeros((2, 3, 4), "float32"))
         return model
 
     x = np.random.default_rng(0).normal(3, 2, size=(20, 3, 4)).astype("float32")
     stats = run(list(x), tfbn.beam.Collect(load, method="exact", batch_size=3))
     expected = tfbn.collect(load(), x, verbose=0)
-    for found, known in zip(stats.values(), expected.values(), strict=True):
-        np.testing.assert_array_equal(found.count, known.count)
-        np.testing.assert_allclose(found.mean, known.mean, rtol=0, atol=1e-5)
-        np.testing.assert_allclose(found.variance, known.variance, rtol=1e-4)
+    networks.assert_statistics(stats, expected)
 
 
 @pytest.mark.parametrize("method", ["exact", "pooled"])

@@ -55,12 +55,6 @@ def weights(model):
     return [np.array(w) for w in model.get_weights()]
 
 
-def assert_same(a, b):
-    """To the bit."""
-    for x, y in zip(a, b, strict=True):
-        np.testing.assert_array_equal(x, y)
-
-
 def test_assign_sets_the_layers_and_undoes_to_the_bit(model, stats):
     networks.batch_norms(model)[0].moving_mean.assign([0.1, 1e-30, -3e20, 1 / 3])
     before = weights(model)
@@ -69,7 +63,7 @@ def test_assign_sets_the_layers_and_undoes_to_the_bit(model, stats):
         np.testing.assert_array_equal(bn.moving_mean, expected.mean.astype("float32"))
         np.testing.assert_array_equal(bn.moving_variance, expected.variance.astype("float32"))
     again = previous.assign(model)
-    assert_same(before, weights(model))
+    networks.assert_same(before, weights(model))
     assert again.method == previous.method == "assigned"
 
 
@@ -101,12 +95,12 @@ def test_assign_refuses_another_model_and_names_the_first_difference(stats):
     before = weights(one)
     with pytest.raises(ValueError, match=f"no batch norm layer '{last}'"):
         stats.assign(one)
-    assert_same(before, weights(one))
+    networks.assert_same(before, weights(one))
     wide = keras.Sequential([keras.Input((7,)), *map(layer_named, stats)])
     before = weights(wide)
     with pytest.raises(ValueError, match=r"shape \(7,\) for layer.*Received: shape \(4,\)"):
         stats.assign(wide)
-    assert_same(before, weights(wide))
+    networks.assert_same(before, weights(wide))
 
 
 def layer_named(name):
@@ -143,7 +137,7 @@ def test_assign_and_merge_refuse_what_no_data_has(model, stats, method, name, va
     before = weights(model)
     with pytest.raises(ValueError, match=says):
         bad.assign(model)
-    assert_same(before, weights(model))
+    networks.assert_same(before, weights(model))
     assert not assigned(model)
     if method != "exact":
         for a, b in ((bad, stats), (stats, bad)):
@@ -157,7 +151,7 @@ def test_assign_refuses_what_the_variable_cannot_hold(model, stats, name, value)
     before = weights(model)
     with pytest.raises(ValueError, match=rf"float32.*'{path}'.*moving_{name}.*channel 1"):
         bad.assign(model)
-    assert_same(before, weights(model))
+    networks.assert_same(before, weights(model))
 
 
 def test_assign_refuses_a_layer_without_values(model, stats):
@@ -166,7 +160,7 @@ def test_assign_refuses_a_layer_without_values(model, stats):
     before = weights(model)
     with pytest.raises(ValueError, match=rf"'{path}'. Received: none or masked ones"):
         tfbn.PopulationStats(layers, method="pooled").assign(model)
-    assert_same(before, weights(model))
+    networks.assert_same(before, weights(model))
 
 
 def test_a_broken_model_is_read_and_put_back_to_the_bit(model, stats):
@@ -215,7 +209,7 @@ def test_an_interrupted_assign_puts_everything_back(model, stats, fails_at, erro
         stats.assign(model)
     monkeypatch.undo()
     assert len(calls) > fails_at
-    assert_same(before, weights(model))
+    networks.assert_same(before, weights(model))
     assert assigned(model) == [earlier]
 
 

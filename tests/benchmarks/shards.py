@@ -36,7 +36,6 @@ class Load:
         self.seconds = seconds
 
     def __call__(self, seed):
-        """Eight samples."""
         import numpy as np  # This class is pickled by value.
 
         time.sleep(self.seconds)

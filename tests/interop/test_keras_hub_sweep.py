@@ -13,7 +13,6 @@ class Scaling:
     """A preprocessor that makes another network input of an image."""
 
     def __call__(self, x, y=None, sample_weight=None):
-        """Pixels in [0, 1]."""
         x = x / 255.0
         return x if y is None else (x, y) if sample_weight is None else (x, y, sample_weight)
 

@@ -24,7 +24,6 @@ class Subclassed(keras.Model):
         self.dense, self.bn = layers.Dense(5), layers.BatchNormalization(renorm=True)
 
     def call(self, x, training=None):
-        """Batch norm and ReLU."""
         return tf.nn.relu(self.bn(self.dense(x), training=training))
 
 

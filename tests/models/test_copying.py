@@ -324,7 +324,6 @@ class Noisy(L.Layer):
         self.seed_generator = keras.random.SeedGenerator(3)
 
     def call(self, x):
-        """Add noise."""
         return x + keras.random.normal(keras.ops.shape(x), seed=self.seed_generator)
 
 
@@ -365,7 +364,6 @@ class WithStore(L.Layer):
         self.table = np.zeros(4, "float32")
 
     def call(self, x):
-        """Add the table."""
         return x + self.table
 
     def compute_output_shape(self, input_shape):
@@ -473,7 +471,6 @@ class Unseeded(L.Layer):
     """Draws from a generator that cannot be copied."""
 
     def call(self, x):
-        """Return random values."""
         return tf.random.uniform(tf.shape(x))
 
 

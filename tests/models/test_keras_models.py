@@ -55,7 +55,6 @@ class Unused(keras.Model):
         self.unused, self.bn = layers.Dense(3), layers.BatchNormalization()
 
     def call(self, x, training=None):
-        """Apply batch norm."""
         return self.bn(x, training=training)
 
 

@@ -24,7 +24,6 @@ class Draws(layers.Layer):
         self.named = {"a": (tf.random.Generator.from_seed(3),)}
 
     def call(self, x):
-        """Return the inputs."""
         return x
 
 

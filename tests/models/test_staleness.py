@@ -52,11 +52,9 @@ class Cell(layers.Layer):
         self.norm = norm
 
     def build(self, shape):
-        """Build the layer inside."""
         self.norm.build(shape)
 
     def call(self, inputs, states, training=None):
-        """Return output and state."""
         output = self.norm(inputs + states[0], training=training)
         return output, [output]
 

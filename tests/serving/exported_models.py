@@ -256,7 +256,6 @@ class Fused(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec((None, 5, 5, 3), name="image")])
     def infer(self, x):
-        """Batch norm and ReLU."""
         bn = self.bn
         y, *_ = tf.compat.v1.nn.fused_batch_norm(
             x, bn["scale"], bn["offset"], bn["mean"], bn["variance"], 0.01, is_training=False

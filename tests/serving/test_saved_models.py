@@ -35,7 +35,6 @@ class Scaled(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec((None, 1), name="x")])
     def infer(self, x):
-        """The offset is read first."""
         return {"y": (x + self.offset) * self.inner.scale}
 
     @tf.function(input_signature=[tf.TensorSpec((None, 1), name="x")])

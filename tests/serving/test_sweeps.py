@@ -145,7 +145,6 @@ class Subclassed(keras.Model):
         self.encoder = encoder
 
     def call(self, x, training=None):
-        """Encoder, middle, batch norm, head."""
         return self.head(
             self.bn(self.middle(self.encoder(x, training=training)), training=training)
         )
@@ -172,7 +171,6 @@ class Untraceable(keras.Model):
         self.bn, self.head = layers.BatchNormalization(name="bn"), layers.Dense(2)
 
     def call(self, x, training=None):
-        """Batch norm, then a Dense layer."""
         return self.head(self.bn(x, training=training)[: int(x.shape[0])])
 
 
@@ -307,7 +305,6 @@ class Unrecorded(keras.Model):
         self.built = True
 
     def call(self, x, training=None):
-        """Batch norm."""
         return self.bn(x, training=training)
 
 

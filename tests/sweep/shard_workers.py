@@ -20,13 +20,11 @@ class Called(layers.Layer):
         self.log = log
 
     def call(self, inputs):
-        """The inputs."""
         with open(self.log, "a") as file:
             file.write(f"{os.getpid()}\n")
         return inputs
 
     def get_config(self):
-        """For the file of a model."""
         return super().get_config() | {"log": self.log}
 
 
@@ -78,7 +76,6 @@ class Deadly:
         self.victim = victim
 
     def __call__(self, shard):
-        """A generator of batches."""
         deadly = False
         if shard == self.victim:
             with open(self.log, "a") as file:

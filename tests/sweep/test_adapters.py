@@ -32,7 +32,6 @@ class Joined(keras.layers.Layer):
         self.noted = []
 
     def call(self, inputs):
-        """Join them."""
         parts = []
         for leaf in keras.tree.flatten(inputs):
             if leaf is None:
@@ -57,7 +56,6 @@ class Net(keras.Model):
         self.bn, self.dense = keras.layers.BatchNormalization(), keras.layers.Dense(1)
 
     def call(self, inputs):
-        """The network."""
         return self.dense(self.bn(self.joined(inputs)))
 
 
@@ -175,8 +173,7 @@ def test_the_sweep_reads_what_fit_reads(name):
         model, make(), batch_size=SIZE if is_arrays else None, verbose=0
     ).values()
     assert stats.count == len(fed) == ROWS
-    np.testing.assert_allclose(stats.mean, fed.mean(0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(stats.variance, fed.var(0), rtol=1e-4, atol=1e-5)
+    networks.assert_layer(stats, fed.mean(0), fed.var(0), 1e-4)
 
 
 def test_sparse_tensors_need_no_order():
@@ -256,8 +253,7 @@ def test_any_data_that_fit_takes(kind):
     first, _ = stats.values()
     assert (stats.samples, stats.batches, stats.batch_size) == (40, 7, 6)
     assert first.count == 40
-    np.testing.assert_allclose(first.mean, x.astype("d").mean(0), rtol=1e-5)
-    np.testing.assert_allclose(first.variance, x.astype("d").var(0), rtol=1e-5)
+    networks.assert_layer(first, x.astype("d").mean(0), x.astype("d").var(0))
 
 
 class OfRagged(keras.Model):
@@ -269,7 +265,6 @@ class OfRagged(keras.Model):
         self.bn.build((None, 1))
 
     def call(self, inputs, training=None):
-        """Normalised values."""
         return self.bn(tf.cast(inputs.flat_values, tf.float32)[:, None], training=training)
 
 
@@ -313,7 +308,6 @@ class Deep(keras.Model):
         self.model, self.bn = model, layers.BatchNormalization()
 
     def call(self, x, training=None):
-        """Normalised twice."""
         return self.bn(self.model(x, training=training), training=training)
 
 
@@ -327,7 +321,6 @@ class OfSparse(keras.Model):
         self.kernel = tf.constant(networks.normal(6, 2))
 
     def call(self, inputs, training=None):
-        """Normalised products."""
         return self.bn(tf.sparse.sparse_dense_matmul(inputs, self.kernel), training=training)
 
 
@@ -353,7 +346,6 @@ class OfGraphs(keras.Model):
         self.message = layers.Dense(3)
 
     def call(self, inputs, training=None):
-        """Sums of messages, scaled."""
         nodes = self.nodes(inputs["nodes"], training=training)
         sent = self.message(tf.gather(nodes, inputs["edges"][:, 0]))
         sent = self.edges(sent * inputs["scale"], training=training)

@@ -1,8 +1,5 @@
 """Tests of `tfbn.sweep.data` beyond what the sweep's tests cover with whole sweeps."""
 
-import itertools
-import sys
-
 import keras
 import networks
 import numpy as np
@@ -188,16 +185,6 @@ def test_what_can_be_read_again():
         assert data.batches(x, SweepOptions(), may_be_empty=True).repeatable is repeatable
 
 
-class Endless:
-    """It says that it repeats, as Grain does."""
-
-    def __len__(self):
-        return sys.maxsize
-
-    def __iter__(self):
-        return itertools.repeat(np.ones((4, 3), "float32"))
-
-
 def test_complex_numbers_are_an_error():
     model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
     with pytest.raises(RuntimeError, match=r"Expected real numbers. Received: .* complex64"):
@@ -206,7 +193,7 @@ def test_complex_numbers_are_an_error():
 
 def test_endless_data_with_steps():
     model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
-    [stats] = tfbn.collect(model, Endless(), steps=5, verbose=0).values()
+    [stats] = tfbn.collect(model, networks.Endless(), steps=5, verbose=0).values()
     assert stats.count == 20
 
 

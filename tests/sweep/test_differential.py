@@ -143,11 +143,9 @@ class Holding(layers.Layer):
         self.supports_masking = True
 
     def build(self, shape):
-        """The inner layer."""
         self.bn.build(shape)
 
     def call(self, x, training=None):
-        """Batch norm."""
         return self.bn(x, training=training)
 
 
@@ -156,7 +154,6 @@ class Compiled(Holding):
 
     @tf.function
     def call(self, x, training=None):
-        """Batch norm."""
         return self.bn(x, training=training)
 
 
@@ -164,7 +161,6 @@ class Inferring(Holding):
     """A batch norm layer that never trains, for any `trainable`."""
 
     def call(self, x, training=None):
-        """Batch norm in inference."""
         return self.bn(x, training=False)
 
 
@@ -172,7 +168,6 @@ class Static(layers.Layer):
     """Needs to know the size of its batch when it is traced."""
 
     def compute_output_spec(self, x):
-        """The inputs."""
         return keras.KerasTensor(x.shape, x.dtype)
 
     def call(self, x):
@@ -188,7 +183,6 @@ class Carrying(layers.Layer):
         self.states = [keras.Variable(np.zeros(shape[-1]), dtype=self.variable_dtype)]
 
     def call(self, x):
-        """The inputs and the state."""
         [state] = self.states
         y = x + state
         state.assign(tf.reduce_mean(tf.reshape(x, [-1, x.shape[-1]]), 0))
@@ -203,11 +197,9 @@ class Noise(layers.Layer):
         self.seeds = keras.random.SeedGenerator(seed)
 
     def call(self, x):
-        """Noise in `NOISE` channels."""
         return keras.random.normal((tf.shape(x)[0], NOISE), seed=self.seeds, dtype=x.dtype)
 
     def compute_output_spec(self, x):
-        """One row a sample."""
         return keras.KerasTensor((x.shape[0], NOISE), x.dtype)
 
 
@@ -445,7 +437,6 @@ class Noting(layers.BatchNormalization):
         self.entered, self.trains, self.as_batch = [], False, False
 
     def call(self, inputs, training=None, mask=None):
-        """Batch norm as Keras has it."""
         if isinstance(inputs, keras.KerasTensor) or not tf.executing_eagerly():
             return super().call(inputs, training=training, mask=mask)
         inputs = tf.cast(inputs, self.compute_dtype)  # Keras does not convert integers.

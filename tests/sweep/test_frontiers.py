@@ -129,3 +129,11 @@ def test_a_frontier_on_two_devices_needs_room_on_both():
         kept = Frontiers(400, second_cpu(limit))
         kept.put(batch(0, 1), Frontier(None, 1, parts))
         assert len(kept) == number
+
+
+def test_a_frontier_in_another_memory_frees_its_room():
+    kept = Frontiers(1000, second_cpu(400))
+    kept.put(batch(0, 1), frontier(400, device="CPU:1"))
+    kept.put(batch(0, 1), frontier(400, level=2))
+    kept.put(batch(1, 2), frontier(400, device="CPU:1"))
+    assert len(kept) == 2

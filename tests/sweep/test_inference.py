@@ -240,8 +240,7 @@ def test_every_batch_draws_anew_and_two_sweeps_agree(how, memory_limit):
     np.testing.assert_allclose(first.mean, 0, atol=0.08)
     np.testing.assert_allclose(first.variance, 1, atol=0.12)
     # The second layer sees the draws that the first one saw.
-    np.testing.assert_allclose(second.mean, 0, atol=1e-5)
-    np.testing.assert_allclose(second.variance, first.variance / (first.variance + 1e-3), rtol=1e-5)
+    networks.assert_layer(second, 0, first.variance / (first.variance + 1e-3))
     np.testing.assert_allclose(next(iter(pooled.values())).variance, first.variance, rtol=1e-5)
     np.testing.assert_array_equal(drawing.seeds.state, seeds[0])
     np.testing.assert_array_equal(drawing.generator.state, seeds[1])
@@ -277,7 +276,6 @@ class Dropping(keras.Model):
         self.bn = layers.BatchNormalization()
 
     def call(self, x, training=None):
-        """Dropout, then batch norm."""
         return self.bn(self.drop(x, training=True), training=training)
 
 
@@ -331,8 +329,7 @@ def test_another_thread_keeps_its_numbers_and_the_sweep_its_own():
             assert not any(f"last_{number}" in path for path in traced_paths(model))
             stats = tfbn.collect(model, x, verbose=0)
             for one, two in zip(stats.values(), expected.values(), strict=True):
-                np.testing.assert_allclose(one.mean, two.mean, rtol=1e-5, atol=1e-6)
-                np.testing.assert_allclose(one.variance, two.variance, rtol=1e-5)
+                networks.assert_layer(one, two.mean, two.variance)
     finally:
         done.set()
         thread.join(120)

@@ -86,6 +86,16 @@ def test_control_groups_of_version_1(tmp_path, limit, expected):
     assert default_limit(system(tmp_path, files)) == expected
 
 
+def test_no_limit_of_version_1_is_not_known(tmp_path):
+    files = {
+        "proc/self/cgroup": "4:memory:/\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": 9223372036854771712,
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": 10 * MIB,
+        "sys/fs/cgroup/memory/memory.stat": "",
+    }
+    assert default_limit(system(tmp_path, files)) == 1024 * MIB
+
+
 def test_groups_without_limits_of_their_own_are_no_error(tmp_path):
     files = host(800 * MIB) | {"proc/self/cgroup": "0::/nowhere\n3:memory:/\n"}
     assert default_limit(system(tmp_path, files)) == 200 * MIB
@@ -116,5 +126,7 @@ def test_half_of_the_free_memory_of_an_accelerator(monkeypatch, used):
 def test_a_cpu_has_main_memory_and_an_unknown_device_no_room(monkeypatch):
     with tf.device("CPU:1"):
         assert accelerator_limit(tf.zeros([]).device) is None
-    monkeypatch.setattr(device_lib, "list_local_devices", lambda: [])
-    assert accelerator_limit("/job:localhost/replica:0/task:0/device:TPU:0") == 0
+    devices = [SimpleNamespace(name="/device:TPU:0", memory_limit=100)]
+    monkeypatch.setattr(device_lib, "list_local_devices", lambda: devices)
+    for number in range(2):  # TensorFlow does not say how much of the first is in use.
+        assert accelerator_limit(f"/job:localhost/replica:0/task:0/device:TPU:{number}") == 0

@@ -24,8 +24,7 @@ def test_moments_are_right_far_from_zero(method, ratio):
     model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
     [stats] = tfbn.collect(model, x, method=method, batch_size=100, verbose=0).values()
     exact = x.astype(np.float64)
-    np.testing.assert_allclose(stats.mean, exact.mean(0), rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(stats.variance, exact.var(0), rtol=1e-6)
+    networks.assert_layer(stats, exact.mean(0), exact.var(0), 1e-6)
 
 
 def test_a_constant_channel_has_variance_zero():
@@ -34,12 +33,6 @@ def test_a_constant_channel_has_variance_zero():
     [stats] = tfbn.collect(model, x, batch_size=7, verbose=0).values()
     assert np.all(stats.variance >= 0)
     np.testing.assert_allclose(stats.variance, 0, atol=1e-6)
-
-
-def assert_same(before, after):
-    """To the bit."""
-    for a, b in zip(before, after, strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("method", ["pooled", "exact"])
@@ -52,7 +45,7 @@ def test_what_is_not_finite_is_named(value, method):
     first = networks.batch_norms(model)[0].name
     with pytest.raises(ValueError, match=rf"layer '{first}'.*batch 3 .* NaN or Inf"):
         tfbn.update_population_stats(model, x, method=method, batch_size=8, verbose=0)
-    assert_same(before, model.get_weights())
+    networks.assert_same(before, model.get_weights())
 
 
 @pytest.mark.parametrize("method", ["pooled", "exact"])
@@ -157,8 +150,7 @@ def test_a_network_that_takes_nan_may_have_it(how, method):
     x[::4, 1] = np.nan
     [found] = tfbn.collect(model, x, method=method, batch_size=16, verbose=0).values()
     entered = np.asarray(keras.Model(inputs, imputed)(x), np.float64)
-    np.testing.assert_allclose(found.mean, entered.mean(0), atol=1e-6)
-    np.testing.assert_allclose(found.variance, entered.var(0), rtol=1e-5, atol=1e-7)
+    networks.assert_layer(found, entered.mean(0), entered.var(0))
 
 
 @pytest.mark.parametrize("method", ["exact", "pooled"])

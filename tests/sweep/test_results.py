@@ -57,8 +57,7 @@ def test_later_layers_are_measured_with_the_statistics_that_variables_hold(dtype
     assert np.all(np.abs(held_mean - wide.mean(0)) > 0.02 * wide.std(0))
     normalized = (wide - held_mean) / np.sqrt(held_variance + EPSILON)
     # The outputs of the first layer are in half precision: up to 2^-9 of 2 for bfloat16.
-    np.testing.assert_allclose(two.mean, normalized.mean(0), atol=0.01)
-    np.testing.assert_allclose(two.variance, normalized.var(0), rtol=0.02)
+    networks.assert_layer(two, normalized.mean(0), normalized.var(0), 0.02)
     # What inference sends into the second layer has these statistics, before and after another.
     for _ in range(2):
         with warnings.catch_warnings():
@@ -138,8 +137,7 @@ def test_renorm_sets_all_statistics():
     stats = tfbn.update_population_stats(model, x, verbose=0)
     v = x.astype(np.float64)
     bn = model.layers[-1]
-    np.testing.assert_allclose(bn.moving_mean, v.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(bn.moving_variance, v.var(0), rtol=1e-5)
+    networks.assert_layer(bn, v.mean(0), v.var(0))
     np.testing.assert_allclose(bn.moving_stddev, np.sqrt(v.var(0) + 1e-3), rtol=1e-5)
     np.testing.assert_allclose(bn.renorm_mean, v.mean(0), rtol=1e-5)
     np.testing.assert_allclose(bn.renorm_stddev, np.sqrt(v.var(0) + 1e-3), rtol=1e-5)
@@ -161,19 +159,13 @@ def test_small_batches_are_warned_of_only_where_they_matter():
         tfbn.collect(flat, networks.data(flat, 20), method="pooled", batch_size=2, verbose=0)
 
 
-def assert_same(before, after):
-    """To the bit."""
-    for a, b in zip(before, after, strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
 def test_statistics_that_do_not_fit_the_variable():
     model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization(dtype="float32")])
     x = networks.data(model, 40) * np.float32(1e25)  # The variance is beyond float32.
     before = model.get_weights()
     with pytest.raises(ValueError, match=r"finite|Received"):
         tfbn.update_population_stats(model, x, verbose=0)
-    assert_same(before, model.get_weights())
+    networks.assert_same(before, model.get_weights())
 
 
 def test_renorm_survives_save_load_and_assign(tmp_path):

@@ -2,12 +2,10 @@
 
 import copy
 import gc
-import itertools
 import os
 import pickle
 import random
 import signal
-import sys
 import threading
 import time
 
@@ -89,8 +87,7 @@ def test_mixed_precision(policy):
     x = np.random.default_rng(0).normal(3, 2, size=(50, 3)).astype("f")
     first, second = tfbn.collect(model, x, method="exact", batch_size=8, verbose=0).values()
     rounded = tf.cast(x, policy.removeprefix("mixed_")).numpy().astype(np.float64)
-    np.testing.assert_allclose(first.mean, rounded.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(first.variance, rounded.var(0), rtol=1e-5)
+    networks.assert_layer(first, rounded.mean(0), rounded.var(0))
     np.testing.assert_allclose(second.variance, rounded.var(0) / (rounded.var(0) + 1e-3), rtol=1e-2)
 
 
@@ -98,11 +95,9 @@ class Counter(layers.Layer):
     """Counts its calls in any mode, and scales by the count."""
 
     def build(self, _):
-        """One count."""
         self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False)
 
     def call(self, inputs):
-        """Count, and scale."""
         self.calls.assign_add(1.0)
         return inputs * self.calls
 
@@ -131,12 +126,6 @@ def state(model):
     return [*values, flags, generator, np.random.get_state()[1], random.getstate()[1]]
 
 
-def assert_same(before, after):
-    """To the bit."""
-    for a, b in zip(before, after, strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
 @pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("bn", "eager", "method"),
@@ -156,7 +145,7 @@ def test_a_sweep_changes_nothing(bn, eager, method):
     model.run_eagerly = eager
     before = state(model)
     tfbn.collect(model, x, method=method, verbose=0)
-    assert_same(before, state(model))
+    networks.assert_same(before, state(model))
     model.run_eagerly = False
     assert functions == (model.train_function, model.test_function, model.predict_function)
     counter = next(layer for layer in model.layers if isinstance(layer, Counter))
@@ -213,7 +202,7 @@ def test_an_error_at_any_batch_leaves_the_model_as_it_was(fails_at, method):
     with pytest.raises(RuntimeError, match=f"batch {fails_at} .*Fault: the disk is gone") as caught:
         tfbn.update_population_stats(model, batches(), method=method, verbose=0)
     assert isinstance(caught.value.__cause__, Fault)
-    assert_same(before, state(model))
+    networks.assert_same(before, state(model))
 
 
 @pytest.fixture
@@ -245,18 +234,8 @@ def test_ctrl_c_leaves_the_model_as_it_was(listening):
     before = state(model)
     with pytest.raises(KeyboardInterrupt):
         tfbn.update_population_stats(model, batches(), verbose=0)
-    assert_same(before, state(model))
+    networks.assert_same(before, state(model))
     tfbn.collect(model, x, batch_size=32, verbose=0)  # And another sweep works.
-
-
-class Endless:
-    """It says that it repeats, as Grain does."""
-
-    def __len__(self):
-        return sys.maxsize
-
-    def __iter__(self):
-        return itertools.repeat(np.ones((4, 3), "float32"))
 
 
 def bad_calls():
@@ -302,7 +281,7 @@ def bad_calls():
         "list of batches": (with_bn, [x, x], {}, "one array.*list of 2 arrays.*generator"),
         "scalar": (with_bn, np.float32(1), {}, "batch axis"),
         "no data": (with_bn, None, {}, "`model.fit` takes"),
-        "endless iterable": (with_bn, Endless(), {}, "an endless Endless.*steps"),
+        "endless iterable": (with_bn, networks.Endless(), {}, "an endless Endless.*steps"),
         "empty, with a tolerance": (with_bn, iter(()), {"tolerance": 0.1}, "yields nothing"),
         "a path": (with_bn, "data.npz", {}, "`model.fit` takes"),
         "once": (with_bn, iter([x]), {"method": "exact", "memory_limit": 3}, "memory_limit=3"),
@@ -318,7 +297,7 @@ def test_bad_input_gets_one_clear_error(case):
         tfbn.update_population_stats(model, x, verbose=0, **options)
     assert "Received" in str(caught.value)
     if before is not None:
-        assert_same(before, model.get_weights())
+        networks.assert_same(before, model.get_weights())
 
 
 @pytest.mark.parametrize("call", [tfbn.collect, tfbn.update_population_stats])
@@ -329,19 +308,7 @@ def test_a_sweep_in_a_graph_gets_one_clear_error(call):
         tf.function(lambda: call(model, x, verbose=0), autograph=False)()
     with tf.Graph().as_default(), pytest.raises(ValueError, match="while a graph is made"):
         call(model, x, verbose=0)
-    assert_same(before, model.get_weights())
-
-
-@pytest.mark.skipif(os.name != "posix", reason="modes")
-def test_saved_files_have_the_mode_that_the_umask_leaves(tmp_path):
-    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
-    stats = tfbn.collect(model, networks.normal(9, 3), verbose=0)
-    before = os.umask(0o027)
-    try:
-        stats.save(tmp_path / "stats.npz")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "stats.npz").stat().st_mode & 0o777 == 0o640
+    networks.assert_same(before, model.get_weights())
 
 
 def test_layers_behind_a_shared_one_are_measured_as_inference_has_them():
@@ -374,9 +341,7 @@ def test_clones_copies_and_pickles():
     ):
         twin.set_weights(model.get_weights())
         again = tfbn.collect(twin, x, verbose=0)
-        for one, two in zip(again.values(), stats.values(), strict=True):
-            np.testing.assert_allclose(one.mean, two.mean, rtol=1e-5, atol=1e-6)
-            np.testing.assert_allclose(one.variance, two.variance, rtol=1e-5)
+        networks.assert_statistics(again, stats, 1e-5)
     for same in (copy.deepcopy(stats), copy.copy(stats), pickle.loads(pickle.dumps(stats))):
         assert same == stats
 

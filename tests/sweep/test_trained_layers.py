@@ -65,7 +65,6 @@ class Other(Views):
     """Other code for training, with no call at the same place."""
 
     def call(self, z, training=None):
-        """In inference the order is another."""
         if training:
             return self.f(z[1], True) + self.f(z[0], True) + self.f(z[0], False)
         return self.f(z[0], False) + self.f(z[1], False)
@@ -75,7 +74,6 @@ class Fixed(Views):
     """The second call fixes `training=False`, in both modes."""
 
     def call(self, z, training=None):
-        """One call trains."""
         return self.f(z[0], training) + self.f(z[1], False)
 
 
@@ -93,7 +91,6 @@ class Branches(Views):
     """Literal flags for each mode."""
 
     def call(self, z, training=None):
-        """`training` is never passed on."""
         if training:
             return self.f(z[0], True) + self.f(z[1], True)
         return self.f(z[0], False) + self.f(z[1], False)
@@ -103,7 +100,6 @@ class AsTensor(Views):
     """Uses `training` as a number too."""
 
     def call(self, z, training=None):
-        """The flag is also a factor."""
         scale = 1.0 - ops.cast(ops.convert_to_tensor(training or False), "float32")
         return self.f(z[0], training) + scale * self.f(z[1], False)
 
@@ -132,8 +128,7 @@ def test_calls_of_inference_are_judged_on_their_own(kind, counted, eager):
         [stats] = tfbn.collect(model, [A, B], batch_size=16, verbose=0).values()
     values = np.concatenate(model.entering(*((A, B)[i] for i in counted)))
     assert stats.count == len(values)
-    np.testing.assert_allclose(stats.mean, values.mean(0), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(stats.variance, values.var(0), rtol=1e-4)
+    networks.assert_layer(stats, values.mean(0), values.var(0), 1e-4)
 
 
 class Auxiliary(keras.Model):
@@ -148,7 +143,6 @@ class Auxiliary(keras.Model):
         self.out = layers.Dense(1)
 
     def call(self, x, training=None):
-        """The head gives a loss."""
         h = ops.tanh(self.n(x, training=training))
         if training:
             self.add_loss(ops.mean(self.head(h, training=True) ** 2))
@@ -182,7 +176,6 @@ class ByBatch(keras.Model):
         self.second = layers.BatchNormalization(name="second")
 
     def call(self, x, training=None):
-        """The second layer is behind it."""
         return self.second(ops.sigmoid(self.first(x, training=True)), training=training)
 
 
@@ -208,8 +201,7 @@ def test_a_layer_that_inference_normalizes_by_the_batch(method, eager):
     assert len([one for one in w if "depends on" in str(one.message)]) == 1
     assert set(stats) == {"second"}
     values = behind(A, 8)
-    np.testing.assert_allclose(stats["second"].mean, values.mean(0), rtol=1e-4)
-    np.testing.assert_allclose(stats["second"].variance, values.var(0), rtol=1e-4)
+    networks.assert_layer(stats["second"], values.mean(0), values.var(0), 1e-4)
     np.testing.assert_array_equal(model.first.moving_mean, held)
 
 
@@ -253,7 +245,6 @@ class Cell(layers.Layer):
         self.bn = layers.BatchNormalization(name="bn")
 
     def build(self, shape):
-        """Its layer."""
         self.bn.build((None, 4))
 
     def call(self, x, states, training=None):
@@ -331,8 +322,7 @@ def test_frozen_layers_are_left_alone_unless_included():
     found = stats[networks.batch_norms(model)[1].name]
     convolved = np.asarray(model.layers[3](model.layers[2](frozen(model.layers[0](x)))), np.float64)
     assert values.shape == convolved.shape
-    np.testing.assert_allclose(found.mean, convolved.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found.variance, convolved.var((0, 1, 2)), rtol=1e-4)
+    networks.assert_layer(found, convolved.mean((0, 1, 2)), convolved.var((0, 1, 2)), 1e-4)
     both = tfbn.collect(model, x, include_frozen=True, batch_size=16, verbose=0)
     assert frozen.name in both
 
@@ -346,7 +336,6 @@ class Pretrained(keras.Model):
         self.head = keras.Sequential([keras.Input((4,)), layers.Dense(3), bn_of(0.0)])
 
     def call(self, x, training=None):
-        """The head over the frozen base."""
         return self.head(self.base(x, training=False), training=training)
 
 
@@ -413,11 +402,9 @@ class OwnStep(keras.Model):
         self.dense, self.bn = layers.Dense(3), bn()
 
     def call(self, x, training=None):
-        """Dense and batch norm."""
         return self.bn(self.dense(x), training=training)
 
     def train_step(self, data):
-        """One step."""
         x, _ = data
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean(self(x, training=True) ** 2)

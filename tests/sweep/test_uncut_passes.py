@@ -33,7 +33,6 @@ class Eager(keras.Model):
         self.first, self.second = layers.BatchNormalization(), layers.BatchNormalization()
 
     def call(self, x, training=None):
-        """Two levels."""
         x = self.first(self.dense(x), training=training)
         return self.second(x if float(x[0, 0]) > 1e9 else tf.nn.relu(x), training=training)
 
@@ -46,10 +45,8 @@ def test_a_model_that_only_runs_eagerly(method):
     model(x)
     first, second = tfbn.collect(model, x, method=method, batch_size=40, verbose=0).values()
     h = np.asarray(model.dense(x), "float64")
-    np.testing.assert_allclose(first.mean, h.mean(0), atol=1e-4)
-    np.testing.assert_allclose(first.variance, h.var(0), rtol=1e-4)
+    networks.assert_layer(first, h.mean(0), h.var(0), 1e-4)
     h = np.maximum((h - h.mean(0)) / np.sqrt(h.var(0) + 1e-3), 0)
-    np.testing.assert_allclose(second.mean, h.mean(0), atol=1e-4)
-    np.testing.assert_allclose(second.variance, h.var(0), rtol=1e-4)
+    networks.assert_layer(second, h.mean(0), h.var(0), 1e-4)
     with pytest.raises(ValueError, match="in batch 1"):
         tfbn.collect(model, iter([x, np.full_like(x, np.nan)]), method=method, verbose=0)

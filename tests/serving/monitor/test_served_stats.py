@@ -5,6 +5,7 @@ import functools
 import os
 
 import keras
+import networks
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -28,8 +29,7 @@ def test_requests_of_any_size_add_up(exported, ask, sizes):
     first = served.layers()["first"]
     exact = np.float64(x).reshape(-1, CHANNELS)
     assert first.count == len(exact)
-    np.testing.assert_allclose(first.mean, exact.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(first.variance, exact.var(0), rtol=1e-5)
+    networks.assert_layer(first, exact.mean(0), exact.var(0))
 
 
 def test_standard_errors_are_those_of_merged_batches(exported, ask):

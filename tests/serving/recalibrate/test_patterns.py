@@ -67,7 +67,6 @@ class Written(tf.Module):
         self.serve = tf.function(self.infer, input_signature=[spec])
 
     def infer(self, x):
-        """Return the output of the network."""
         return {"y": self.formula(tf.nn.tanh(self.formula(x, self.sets[0])), self.sets[1])}
 
 

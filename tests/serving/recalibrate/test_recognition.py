@@ -4,6 +4,7 @@ import os
 
 import exported_models
 import keras
+import networks
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -83,9 +84,7 @@ def test_what_keras_exports(tmp_path, name):
     before = {p: p.read_bytes() for p in (tmp_path / "m" / "1").rglob("*") if p.is_file()}
     found = tfbn.recalibrate(tmp_path / "m", x, batch_size=8, verbose=0)
     own = tfbn.update_population_stats(model, x, batch_size=8, verbose=0)
-    for ours, theirs in zip(found.stats.values(), own.values(), strict=True):
-        np.testing.assert_allclose(ours.mean, theirs.mean, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(ours.variance, theirs.variance, rtol=1e-5)
+    networks.assert_statistics(found.stats, own, 1e-5)
     expected = model.predict(x, verbose=0)
     np.testing.assert_allclose(answers(found.path, x), expected, rtol=1e-4, atol=1e-4)
     assert before == {p: p.read_bytes() for p in (tmp_path / "m" / "1").rglob("*") if p.is_file()}
@@ -105,8 +104,7 @@ def test_a_fused_kernel_by_numpy(tmp_path):
     found = tfbn.recalibrate(tmp_path / "m", x, batch_size=4, verbose=0)
     mean, variance = np.float64(x).mean((0, 1, 2)), np.float64(x).var((0, 1, 2))
     assert found.version == 8 and list(found.stats) == ["bn"]
-    np.testing.assert_allclose(found.stats["bn"].mean, mean, rtol=1e-5)
-    np.testing.assert_allclose(found.stats["bn"].variance, variance, rtol=1e-5)
+    networks.assert_layer(found.stats["bn"], mean, variance)
     right = np.maximum(1.5 * (x - mean) / np.sqrt(variance + 0.01) - 1, 0)
     np.testing.assert_allclose(answers(found.path, x), right, rtol=1e-4, atol=1e-4)
 
@@ -117,8 +115,7 @@ def test_look_alikes_are_left_alone(tmp_path):
     x = field(3)
     found = tfbn.recalibrate(tmp_path / "m", x, verbose=0)
     assert list(found.stats) == ["bn"]
-    np.testing.assert_allclose(found.stats["bn"].mean, x.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(found.stats["bn"].variance, x.var(0), rtol=1e-5)
+    networks.assert_layer(found.stats["bn"], x.mean(0), x.var(0))
     made.mean.assign(x.mean(0))
     made.variance.assign(x.var(0))
     np.testing.assert_allclose(answers(found.path, x), made.infer(x)["y"], rtol=1e-4, atol=1e-4)
@@ -144,7 +141,6 @@ class Frozen(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec((None, 5, 5, 3), name="x")])
     def infer(self, x):
-        """One fused batch norm."""
         ones = tf.ones(3)
         y, *_ = tf.compat.v1.nn.fused_batch_norm(x, ones, ones, ones, ones, is_training=False)
         return {"y": y}
@@ -165,7 +161,6 @@ class SharedMean(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec((None, 3), name="x")])
     def infer(self, x):
-        """Two batch norms in sequence."""
         for variance in self.variances:
             x = tf.nn.batch_normalization(x, self.mean, variance, None, None, 0.01)
         return {"y": x}
@@ -176,7 +171,6 @@ class OfAnyRank(Reader):
 
     @tf.function(input_signature=[tf.TensorSpec(None, name="x")])
     def infer(self, x):
-        """Batch norm."""
         y = tf.nn.batch_normalization(x, self.mean, self.variance, None, None, 0.01)
         return {"y": y}
 
@@ -190,7 +184,6 @@ class LookAlikes(Reader):
 
     @tf.function(input_signature=[tf.TensorSpec((None, 3), name="x")])
     def infer(self, x):
-        """Every root changes the answer."""
         a, b, c = (tf.convert_to_tensor(variable) for variable in self.held)
         root = tf.math.rsqrt
         y = tf.nn.batch_normalization(x, self.mean, self.variance, None, None, 0.01)
@@ -308,7 +301,6 @@ class Fixed(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec((None, 5, 5, 3), name="image")])
     def infer(self, x):
-        """One in a branch, one outside."""
         inside = tf.cond(tf.reduce_mean(x) > 0, lambda: x - self.mean, lambda: x)
         return self.known.infer(inside)
 
