@@ -4,7 +4,7 @@ import keras
 import pytest
 
 from tfbn.callbacks.callback_lists import pickled_state
-from tfbn.cli.errors import FileError, describe, naming, reading, visible
+from tfbn.cli.errors import FileError, naming, one_line, reading, visible
 
 
 def raised(function, *args):
@@ -19,10 +19,10 @@ OTHERS = raised(keras.models.load_model, "missing.keras")
 
 
 def test_a_sentence_of_tfbn_stays_and_an_error_of_others_begins_with_its_type():
-    assert describe(OURS) == str(OURS)
-    assert describe(OTHERS).startswith("ValueError: File not found")
-    assert describe(KeyError()) == "KeyError"
-    assert describe(ValueError("Expected nothing of tfbn.")).startswith("ValueError: ")
+    assert one_line(OURS) == str(OURS)
+    assert one_line(OTHERS).startswith("ValueError: File not found")
+    assert one_line(KeyError()) == "KeyError"
+    assert one_line(ValueError("Expected nothing of tfbn.")).startswith("ValueError: ")
 
 
 def test_a_sentence_of_tfbn_about_a_file_is_no_damage():

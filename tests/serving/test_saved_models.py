@@ -50,11 +50,11 @@ def test_variables_of_a_signature_have_places(tmp_path):
     loaded, graph = saved_models.load(tmp_path)
     np.testing.assert_array_equal(loaded.infer(tf.ones((2, 1)))["y"], [[4.0], [4.0]])
     objects = graph.object_graph_def
-    places = saved_models.places(objects)
+    node_paths = saved_models.node_paths(objects)
     for name, function in signatures.items():
         read = {id(v) for v in function.get_concrete_function().variables}
         paths = {id(made.inner.scale): "inner/scale", id(made.offset): "offset"}
-        found = [places[node] for node in saved_models.bound_inputs(objects, name)]
+        found = [node_paths[node] for node in saved_models.bound_inputs(objects, name)]
         assert sorted(found) == sorted(paths[one] for one in read)
     assert saved_models.bound_inputs(objects, "none") is None
 

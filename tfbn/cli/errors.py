@@ -30,7 +30,7 @@ def reading(path: str, expected: str, advice: str) -> Iterator[None]:
         except Exception as error:  # The errors for damaged files are not documented.
             if _is_ours(error):
                 raise
-            why = f"which is damaged or another kind of file ({describe(error)}). {advice}"
+            why = f"which is damaged or another kind of file ({one_line(error)}). {advice}"
             if isinstance(error, OSError) and error.strerror:
                 why = f"which cannot be read ({error.strerror})."
             raise FileError(f"Expected {expected}. Received: {path}, {why}") from error
@@ -45,18 +45,18 @@ def naming(*paths: str) -> Iterator[None]:
         raise
     except OSError as error:
         if not error.strerror:
-            raise FileError(f"{describe(error)} Files: {', '.join(paths)}.") from error
+            raise FileError(f"{one_line(error)} Files: {', '.join(paths)}.") from error
         # The error may name a file inside one of the paths, or a hidden file.
         within = [path for path in paths if str(error.filename or "").startswith(path)]
         files = ", ".join(within or paths)
         raise FileError(f"Cannot read or write {files} ({error.strerror}).") from error
     except Exception as error:
-        text = describe(error)
+        text = one_line(error)
         missing = [path for path in paths if path not in text]
         raise FileError(f"{text} Files: {', '.join(missing)}." if missing else text) from error
 
 
-def describe(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """Return the text of an error in one line. Errors of other libraries start with their type."""
     if isinstance(error, FileError):
         return str(error)

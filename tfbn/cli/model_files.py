@@ -13,7 +13,7 @@ import keras
 
 import tfbn
 from tfbn.cli import checks
-from tfbn.cli.errors import FileError, describe, naming, reading
+from tfbn.cli.errors import FileError, naming, one_line, reading
 from tfbn.files import atomic
 from tfbn.serving import sweeps
 
@@ -146,7 +146,7 @@ def _compiled(model: keras.Model, path: str, unsafe: bool) -> keras.Model:
         return _load(path, True, unsafe)
     except Exception as error:
         warnings.warn(
-            f"The loss or optimizer in {path} cannot be read ({describe(error)}). The new file "
+            f"The loss or optimizer in {path} cannot be read ({one_line(error)}). The new file "
             "is without them: compile the model before it is trained again.",
             stacklevel=2,
         )

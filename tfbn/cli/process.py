@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tfbn.cli import parser
-from tfbn.cli.errors import describe, visible
+from tfbn.cli.errors import one_line, visible
 
 DONE, FAILED, INTERRUPTED = 0, 2, 130
 _STDERR, _LOG_LEVEL = 2, "TF_CPP_MIN_LOG_LEVEL"
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
-        _say(describe(error))
+        _say(one_line(error))
         return FAILED
 
 

@@ -1,4 +1,4 @@
-"""Load a SavedModel: its meta graph, its functions, and the places of its variables."""
+"""Load a SavedModel: its meta graph, its functions, and the paths of its variables."""
 
 import os
 import pathlib
@@ -72,7 +72,7 @@ def _meta_graphs(version: pathlib.Path) -> list[Any]:
         raise versions.damaged(version / _GRAPH, error) from error
 
 
-def places(objects: Any) -> dict[int, str]:
+def node_paths(objects: Any) -> dict[int, str]:
     """Return node -> its first path, in an `object_graph_def`."""
     paths, pending = {0: ""}, [0]
     for node in pending:

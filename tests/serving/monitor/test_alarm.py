@@ -16,7 +16,7 @@ def samples(x):
 
 def swept(x):
     """Return the statistics of a sweep in batches of 32."""
-    batches = [samples(batch).together() for batch in np.split(x, range(32, len(x), 32))]
+    batches = [samples(batch).merged() for batch in np.split(x, range(32, len(x), 32))]
     merge = functools.partial(moments.merge, method="pooled")
     return layer_stats.of_calls([functools.reduce(merge, batches)], "pooled")
 

@@ -28,16 +28,16 @@ def test_the_fingerprint_is_that_of_the_new_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "says"),
-    [("no/place", np.zeros(3), "no variable at 'no/place'"), (None, np.zeros(99), "shape")],
+    ("path", "value", "says"),
+    [("no/path", np.zeros(3), "no variable at 'no/path'"), (None, np.zeros(99), "shape")],
 )
-def test_values_for_other_variables_are_refused(tmp_path, place, value, says):
+def test_values_for_other_variables_are_refused(tmp_path, path, value, says):
     tfbn.export(made("dense")[0], tmp_path / "m")
     version = tmp_path / "m" / "1"
     [layer, *_] = batch_norms.read(version).layers.values()
-    place = place or layer.variables["moving_mean"]
+    path = path or layer.variables["moving_mean"]
     with pytest.raises(ValueError, match=says):
-        weights.copy_with(version, tmp_path / "copy", {place: value})
+        weights.copy_with(version, tmp_path / "copy", {path: value})
 
 
 def test_both_copies_that_keras_stores_are_written(tmp_path):

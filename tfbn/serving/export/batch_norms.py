@@ -1,7 +1,7 @@
 """Store the batch norm layers of a served graph in a file.
 
 A SavedModel is a graph without layers. The record has the names of the tensors that enter and leave
-each call of a batch norm layer, and the places of its variables. With it the graph can be executed
+each call of a batch norm layer, and the paths of its variables. With it the graph can be executed
 with these calls replaced, as a sweep requires (`tfbn.serving.recalibrate.loading`). The graph does
 not change.
 """
@@ -101,7 +101,7 @@ def layer_of(layer: keras.layers.BatchNormalization, model: keras.Model, entered
         model: The model, whose variables `keras.export.ExportArchive` keeps in a list.
         entered: The input of the layer.
     """
-    places = {id(variable): place for place, variable in enumerate(model.variables)}
+    indices = {id(variable): i for i, variable in enumerate(model.variables)}
     variables = {name: getattr(layer, name) for name in _VARIABLES}
     low = layer.compute_dtype != layer.variable_dtype
     return Layer(
@@ -110,7 +110,7 @@ def layer_of(layer: keras.layers.BatchNormalization, model: keras.Model, entered
         dtype=f"mixed_{layer.compute_dtype}" if low else layer.compute_dtype,
         shape=list(entered.shape),
         variables={
-            name: f"variables/{places[id(variable)]}"
+            name: f"variables/{indices[id(variable)]}"
             for name, variable in variables.items()
             if variable is not None
         },

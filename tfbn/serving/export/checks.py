@@ -143,7 +143,7 @@ class Candidate:
         """Whether a layer computes in half precision, which allows larger differences."""
         return not {"float16", "bfloat16"}.isdisjoint(_compute_dtypes(self.model))
 
-    def off(
+    def differing(
         self, outputs: dict[str, Any], expected: dict[str, Any], roundings: int = 0
     ) -> Iterator[tuple[str, Difference]]:
         """Yield the outputs that differ by more than is allowed.
@@ -200,7 +200,7 @@ def calls_agree(candidate: Candidate) -> None:
     A global seed gives the first calls of the model and of the endpoint the same random numbers, so
     the other checks do not detect them.
     """
-    for name, (off, _) in candidate.off(candidate.expected_again, candidate.expected):
+    for name, (off, _) in candidate.differing(candidate.expected_again, candidate.expected):
         raise candidate.differs(
             name, off, "equal outputs in two calls", "Look for layers that draw random numbers."
         )
@@ -208,7 +208,7 @@ def calls_agree(candidate: Candidate) -> None:
 
 def predicts_like_the_model(candidate: Candidate) -> None:
     """Require that the endpoint predicts like the model."""
-    for name, difference in candidate.off(candidate.answers, candidate.expected):
+    for name, difference in candidate.differing(candidate.answers, candidate.expected):
         off, rounding = difference.absolute, candidate.rounding[name]
         if not off <= _ROUNDINGS * rounding:
             allowed = difference.tolerance(candidate.low_precision)
@@ -227,7 +227,7 @@ def samples_are_independent(candidate: Candidate) -> None:
     """Require that the outputs of a sample do not depend on the other samples of its batch."""
     alone = _first(candidate.answers)
     among = _first(_among_others(candidate, candidate.serve))
-    for name, (leak, _) in candidate.off(among, alone, _ROUNDINGS):
+    for name, (leak, _) in candidate.differing(among, alone, _ROUNDINGS):
         raise candidate.differs(
             name, leak, "independent samples", "Look for layers that compute over the batch axis."
         )
@@ -237,7 +237,7 @@ def monitor_answers_like_serve(candidate: Candidate) -> None:
     """Require that the endpoint `monitor` has the outputs of `serve`, up to rounding."""
     if candidate.monitor is None:
         return
-    for name, (off, _) in candidate.off(candidate.monitored, candidate.answers, _ROUNDINGS):
+    for name, (off, _) in candidate.differing(candidate.monitored, candidate.answers, _ROUNDINGS):
         raise candidate.differs(
             name, off, "monitor to predict as serve does", "Export without monitor."
         )
@@ -250,7 +250,7 @@ def monitor_measures_samples(candidate: Candidate) -> None:
     alone = _first(candidate.monitored)
     among = _first(_among_others(candidate, candidate.monitor))
     moments = {name: y for name, y in alone.items() if name not in candidate.answers}
-    for name, (off, _) in candidate.off(among, moments):
+    for name, (off, _) in candidate.differing(among, moments):
         raise candidate.differs(
             name, off, "moments of independent samples", "Pass other layers as monitor."
         )

@@ -25,7 +25,7 @@ class Samples(NamedTuple):
     mean: np.ndarray
     variance: np.ndarray
 
-    def together(self) -> moments.Moments:
+    def merged(self) -> moments.Moments:
         """Return the moments of all samples, merged into one batch."""
         count = self.count.sum(0)
         share = self.count / np.maximum(count, 1)

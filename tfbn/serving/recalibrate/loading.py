@@ -206,11 +206,11 @@ def load(version: pathlib.Path, loaded: Any, record: BatchNorms, flat: Any = Non
     outputs = list(signature.named_outputs(function.structured_outputs))
     if isinstance(function.structured_outputs, Mapping):  # TensorFlow flattens these sorted.
         outputs.sort()
-    places = [place for layer in record.layers.values() for place in layer.variables.values()]
-    values = dict(zip(places, weights.read(version, places), strict=True))
+    paths = [path for layer in record.layers.values() for path in layer.variables.values()]
+    values = dict(zip(paths, weights.read(version, paths), strict=True))
     variables = {
         # Variables of other tools may have axes of size 1 for broadcasting.
-        path: {name: values[place].reshape(-1) for name, place in layer.variables.items()}
+        path: {name: values[variable].reshape(-1) for name, variable in layer.variables.items()}
         for path, layer in record.layers.items()
     }
     name = version.parent.name

@@ -260,7 +260,7 @@ def _measured(
     for answer in outputs:
         for path in paths:
             shape = answer[f"{path}/mean"].shape
-            batch = answers.samples_of(answer, path, tuple(shape)).together()
+            batch = answers.samples_of(answer, path, tuple(shape)).merged()
             if path in measured:
                 batch = moments.merge(measured[path], batch, method="pooled")
             measured[path] = batch
@@ -299,7 +299,7 @@ def _with_fingerprint(stats: PopulationStats, fingerprint: str) -> PopulationSta
 
 
 def _values(record: batch_norms.BatchNorms, stats: PopulationStats) -> dict[str, np.ndarray]:
-    """Return place -> value, for the variables of the statistics."""
+    """Return path -> value, for the variables of the statistics."""
     return {
         record.layers[path].variables[name]: value
         for path, layer in stats.items()

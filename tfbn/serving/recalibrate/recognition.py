@@ -26,13 +26,13 @@ class _Variable(NamedTuple):
     """A variable that a graph captures.
 
     Attributes:
-        place: The path in the SavedModel's tree of objects.
+        path: The path in the SavedModel's tree of objects.
         name: The name from the tool that wrote it.
         trainable: Whether it is marked as trainable.
         channels: The number of values if there is one per channel, else 0.
     """
 
-    place: str
+    path: str
     name: str
     trainable: bool
     channels: int
@@ -62,7 +62,7 @@ def recognized(version: pathlib.Path, model: SavedModel) -> tuple[BatchNorms, An
         layer = _layer(version, match, variables)
         mean = _read(match.parameters["mean"], variables)
         assert mean is not None
-        path = paths.setdefault(mean.place, _path(mean, taken=layers))
+        path = paths.setdefault(mean.path, _path(mean, taken=layers))
         if layers.setdefault(path, layer).variables != layer.variables:
             raise _refusal(version, f"two batch norm layers that share a mean, {path!r}")
         calls.append(Call(path, match.x.name, None, match.y.name))
@@ -83,7 +83,7 @@ def _variables(
     version: pathlib.Path, signature: Any, graph: Any, objects: Any
 ) -> dict[str, _Variable]:
     """Return name of a captured placeholder in the flat graph -> variable."""
-    places = saved_models.places(objects)
+    node_paths = saved_models.node_paths(objects)
     bound = saved_models.bound_inputs(objects, saved_models.DEFAULT)
     if bound is None or len(bound) != len(signature.captured_inputs):
         raise _refusal(version, "no record of the variables that its signature reads")
@@ -99,7 +99,7 @@ def _variables(
             floating = tf.dtypes.as_dtype(proto.dtype).is_floating
             channels = shape.num_elements() if floating and len(wide) < 2 else 0
             variables[inner.name] = _Variable(
-                places[node], proto.name, proto.trainable, channels or 0
+                node_paths[node], proto.name, proto.trainable, channels or 0
             )
     return variables
 
@@ -111,7 +111,7 @@ def _read(tensor: tf.Tensor, variables: dict[str, _Variable]) -> _Variable | Non
 
 
 def _layer(version: pathlib.Path, match: Match, variables: dict[str, _Variable]) -> Layer:
-    places = {}
+    variable_paths = {}
     names = {"gamma": "gamma", "beta": "beta", "mean": "moving_mean", "variance": "moving_variance"}
     neutral = {"gamma": 1.0, "beta": 0.0}
     for name, attribute in names.items():
@@ -127,17 +127,17 @@ def _layer(version: pathlib.Path, match: Match, variables: dict[str, _Variable])
             raise _refusal(
                 version, f"batch norm {parameter.name!r} whose {name} is not per channel"
             )
-        places[attribute] = parameter.place
+        variable_paths[attribute] = parameter.path
     if match.x.shape.rank is None:
         raise _refusal(version, f"batch norm {match.y.op.name!r} on an input of unknown rank")
     dtype = match.x.dtype
     policy = f"mixed_{dtype.name}" if dtype in (tf.float16, tf.bfloat16) else dtype.name
-    return Layer(match.axis, match.epsilon, policy, match.x.shape.as_list(), places)
+    return Layer(match.axis, match.epsilon, policy, match.x.shape.as_list(), variable_paths)
 
 
 def _path(mean: _Variable, taken: Iterable[str]) -> str:
     """Return a path for a layer, from the name of its mean."""
-    path = mean.name.rpartition("/")[0] or mean.name or mean.place.rpartition("/")[0]
+    path = mean.name.rpartition("/")[0] or mean.name or mean.path.rpartition("/")[0]
     numbered = [path, *(f"{path}#{number}" for number in range(2, len(list(taken)) + 2))]
     return next(path for path in numbered if path not in taken)
 
@@ -190,10 +190,10 @@ def _require_all(
     variables: dict[str, _Variable],
 ) -> None:
     """Raise `ValueError` if the graph may have batch norm that was not recognized."""
-    known = {place for layer in layers.values() for place in layer.variables.values()}
+    known = {path for layer in layers.values() for path in layer.variables.values()}
     centers = _subtracted_from_data(graph)
     for placeholder, variable in variables.items():
-        unknown = variable.channels and variable.place not in known
+        unknown = variable.channels and variable.path not in known
         if unknown and (not variable.trainable or placeholder in centers):
             name = variable.name
             raise _refusal(version, f"a variable {name!r} of no batch norm that is recognized")
