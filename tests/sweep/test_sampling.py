@@ -11,6 +11,7 @@ from keras import layers
 
 import tfbn
 from tfbn.sweep import sampling
+from tfbn.sweep.adapters import NumberedSamples
 
 METHODS = ["exact", "pooled", "algorithm2"]
 
@@ -267,6 +268,68 @@ def test_an_endless_stream_that_never_reaches_the_tolerance_ends(capsys):
     stats.summary()
     out = capsys.readouterr().out
     assert out.count("samples in") >= 2 and "tolerance=0.2 (not reached)" in out
+
+
+class Sequence(keras.utils.PyDataset):
+    """Batches that can be read by number."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, number):
+        batch = self.batches[number]
+        if batch is None:
+            raise OSError("damaged")
+        return batch
+
+
+@pytest.mark.parametrize("kind", ["arrays", "PyDataset", "stream", "numbered"])
+def test_errors_name_the_position_in_the_data(kind):
+    """Not in the sample, whose groups are drawn at random."""
+    model = keras.Sequential([keras.Input((2,)), layers.BatchNormalization(name="bn")])
+    x = np.random.default_rng(0).normal(size=(1280, 2)).astype("float32")
+    x[815, 1] = np.nan
+    batches = list(x.reshape(-1, 32, 2))
+    take = {"take": lambda rows: x[rows], "number": 1280, "batch_size": 32}
+    data, place = {
+        "arrays": (x, "row 815"),
+        "numbered": (
+            NumberedSamples(tf.data.Dataset.from_tensor_slices(x).batch(32), **take),
+            "row 815",
+        ),
+        "PyDataset": (Sequence(batches), "batch 25"),
+        "stream": (iter(batches), "batch 25"),
+    }[kind]
+    options = {"tolerance": 1e-3, "verbose": 0}
+    with pytest.raises(ValueError, match=rf"in {place} \(counting from 0\), channel 1, mean nan"):
+        tfbn.collect(model, data, **options)
+    if kind != "stream":
+        place = rf"shard 1 .*in {place} \(counting from 0\)"
+        with pytest.raises(RuntimeError, match=place):
+            tfbn.collect_shards(model, [x[:64], data], **options)
+
+
+@pytest.mark.parametrize("damage", ["shape", "error"])
+def test_batches_that_fail_are_named_by_their_number_in_the_data(damage):
+    model = keras.Sequential([keras.Input((2,)), layers.BatchNormalization(name="bn")])
+    x = np.random.default_rng(0).normal(size=(40, 32, 2)).astype("float32")
+    batches = [*x[:25], np.ones((32, 3), "float32") if damage == "shape" else None, *x[25:]]
+    with pytest.raises((ValueError, RuntimeError), match=r"batch 25 \(counting from 0\)"):
+        tfbn.collect(model, Sequence(batches), tolerance=1e-3, verbose=0)
+
+
+def test_values_that_overflow_name_the_rows_of_their_batch():
+    model = keras.Sequential(
+        [keras.Input((1,)), layers.Rescaling(1e30), layers.BatchNormalization()]
+    )
+    x = np.zeros((640, 1), "float32")
+    x[300] = 1e30
+    with pytest.raises(ValueError, match=r"a batch of rows (\d+, ){3}\.\.\. \(counting from 0\)"):
+        tfbn.collect(model, x, tolerance=1e-3, verbose=0)
 
 
 def test_a_checkpoint_of_a_sample_is_refused(model, digits):

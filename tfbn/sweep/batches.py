@@ -18,6 +18,26 @@ from tfbn.sweep.adapters import to_tensor
 flatten = functools.partial(tf.nest.flatten, expand_composites=True)
 
 
+class Position(NamedTuple):
+    """The position of a batch in the user's data.
+
+    Attributes:
+        number: The number of the batch, from 0.
+        rows: The numbers of the samples if they were drawn at random, else `None`.
+    """
+
+    number: int
+    rows: np.ndarray | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the batch in messages."""
+        if self.rows is None:
+            return f"batch {self.number} (counting from 0)"
+        more = ", ..." if len(self.rows) > 3 else ""
+        return f"a batch of rows {', '.join(map(str, self.rows[:3]))}{more} (counting from 0)"
+
+
 class Batch(NamedTuple):
     """A batch of a model's inputs.
 
@@ -27,6 +47,7 @@ class Batch(NamedTuple):
         samples: Number of samples: the length of the first axis of the first input.
         data: Sum of the digests of the samples, see `sample_digests`.
         key: Digest of the batch. Equal batches of one sweep have different keys.
+        find: Function that returns the `Position` in the user's data, if that is not `index`.
     """
 
     index: int  # type: ignore[assignment]  # It hides a method of tuples.
@@ -34,6 +55,7 @@ class Batch(NamedTuple):
     samples: int
     data: int
     key: int
+    find: Callable[[], Position] | None = None
 
     @property
     def number(self) -> tf.Tensor:
@@ -41,9 +63,14 @@ class Batch(NamedTuple):
         return tf.constant(self.key - 2**63, tf.int64)
 
     @property
+    def position(self) -> Position:
+        """The position in the user's data."""
+        return Position(self.index) if self.find is None else self.find()
+
+    @property
     def name(self) -> str:
         """Name of the batch in messages."""
-        return f"batch {self.index} (counting from 0)"
+        return self.position.name
 
 
 class BatchReader(Protocol):
@@ -68,6 +95,7 @@ class Batches:
         population_size: Number of samples that they are drawn from; 0 if unknown.
         source: Number of the shard, and of its batch that these begin with. It makes the keys of
             equal batches differ, so that each draws different random numbers.
+        position: Function from the number of a batch, in the order of all, to its `Position`.
     """
 
     def __init__(
@@ -82,11 +110,13 @@ class Batches:
         population_size: int = 0,
         steps: int | None = None,
         source: tuple[int, int] = (0, 0),
+        position: Callable[[int], Position] = Position,
     ):
         self.drawn = read_from is not None
         self.population_size = population_size
         self._read_from = read_from
         self.source = source
+        self.position = position
         self._elements = elements
         self.prepare = prepare
         self._steps = steps
@@ -119,7 +149,8 @@ class Batches:
 
     def part(self, start: int, stop: int) -> "Batches":
         """Return the batches from `start` to `stop`. A stream is read from its beginning."""
-        same = {name: getattr(self, name) for name in ("prepare", "repeatable", "static")}
+        names = "prepare", "repeatable", "static", "position"
+        same = {name: getattr(self, name) for name in names}
         shard, first = self.source
 
         def elements() -> Iterator[Structure]:
@@ -148,7 +179,7 @@ class Batches:
     def holding(self, inputs: Sequence[Structure], first: int = 0) -> "Batches":
         """Create batches from inputs that were read from these, from number `first` on."""
         shard, before = self.source
-        return prepared(inputs, self.static, (shard, before + first))
+        return prepared(inputs, self.static, (shard, before + first), self.position)
 
     def thinned(self, share: float, limit: int) -> "Batches | None":
         """Load samples drawn at random, in batches of up to `limit` bytes.
@@ -204,14 +235,19 @@ class Batches:
             except NotABatchError:
                 raise
             except Exception as error:
+                name = self._find(number).name
                 raise RuntimeError(
-                    f"Expected batch {number} (counting from 0). Received: {type(error).__name__}: "
-                    f"{error}."
+                    f"Expected {name}. Received: {type(error).__name__}: {error}."
                 ) from error
-            yield _numbered(number, inputs, seen, self.source)
+            find = functools.partial(self._find, number)
+            yield _numbered(number, inputs, seen, self.source)._replace(find=find)
             number += 1
         if self._steps is not None and number < self._steps:
             raise too_short(self._steps, number)
+
+    def _find(self, number: int) -> Position:
+        """Return the position of one of these batches in the user's data."""
+        return self.position(self.source[1] + number)
 
 
 def _rows(inputs: Structure, numbers: np.ndarray) -> Structure:
@@ -235,7 +271,10 @@ def _numbered(
 
 
 def prepared(
-    inputs: Sequence[Structure], static: bool = False, source: tuple[int, int] = (0, 0)
+    inputs: Sequence[Structure],
+    static: bool = False,
+    source: tuple[int, int] = (0, 0),
+    position: Callable[[int], Position] = Position,
 ) -> Batches:
     """Create batches from inputs that are already prepared for the model."""
     return Batches(
@@ -244,6 +283,7 @@ def prepared(
         prepare=lambda batch: batch,
         static=static,
         source=source,
+        position=position,
     )
 
 

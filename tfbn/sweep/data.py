@@ -13,7 +13,7 @@ import tensorflow as tf
 from tfbn.models import keras_models
 from tfbn.models.keras_models import Structure, inputs_of
 from tfbn.sweep.adapters import Source, adapt, is_arrays, number_of_samples
-from tfbn.sweep.batches import Batches, NotABatchError, empty, to_tensors, too_short
+from tfbn.sweep.batches import Batches, NotABatchError, Position, empty, to_tensors, too_short
 from tfbn.sweep.options import SweepOptions
 from tfbn.sweep.random_order import RandomOrder
 
@@ -86,6 +86,10 @@ def _in_random_order(source: Source, in_order: Batches, shard: int) -> Batches:
     assert take is not None and total is not None
     order = RandomOrder(min(source.items, total * size), seed=shard)
 
+    def position(number: int) -> Position:
+        items = np.sort(order[number * size : (number + 1) * size])
+        return Position(number, items) if source.by_sample else Position(int(items[0]))
+
     def read_from(first: int) -> Iterator[Structure]:
         for number in range(first, total):
             yield take(np.sort(order[number * size : (number + 1) * size]))  # Faster for files.
@@ -98,6 +102,7 @@ def _in_random_order(source: Source, in_order: Batches, shard: int) -> Batches:
         read_from=read_from,
         population_size=len(order) if source.by_sample else 0,
         source=in_order.source,
+        position=position,
     )
 
 

@@ -329,7 +329,7 @@ def _refuse(
         )
     channel = int(np.argmin(finite))
     raise ValueError(
-        f"Expected finite values to enter layer {site.path!r}. Received: in {batch.name}, "
+        f"Expected finite values to enter layer {site.path!r}. Received: in {_place(batch)}, "
         f"channel {channel}, mean {mean[channel]}, variance {variance[channel]}. "
         f"{_reason(batch)}"
     )
@@ -340,7 +340,20 @@ def _refuse_nan(batch: Batch, places: Iterable[int]) -> None:
     # TensorFlow may raise its error in any operation that copies between devices.
     flat = flatten(batch.inputs)
     if any(np.isnan(flat[place].numpy()).any() for place in places):
-        raise ValueError(f"Expected finite data. Received: NaN in {batch.name}. Clean the data.")
+        raise ValueError(f"Expected finite data. Received: NaN in {_place(batch)}. Clean the data.")
+
+
+def _place(batch: Batch) -> str:
+    """Return the name of the batch, or of its first row with NaN or Inf if rows were drawn."""
+    rows = batch.position.rows
+    if rows is None or batch.inputs is None:
+        return batch.name
+    for value in flatten(batch.inputs):
+        if value.dtype.is_floating and value.shape.rank and value.shape[0] == len(rows):
+            finite = np.isfinite(value.numpy().reshape(len(rows), -1)).all(axis=1)
+            if not finite.all():
+                return f"row {rows[np.argmin(finite)]} (counting from 0)"
+    return batch.name
 
 
 def _reason(batch: Batch) -> str:
