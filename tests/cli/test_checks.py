@@ -64,9 +64,9 @@ def test_mistakes_are_found_without_tensorflow(home):
         cwd=home,
     )
     assert (done.returncode, done.stdout) == (0, "")
-    found = done.stderr.splitlines()
-    assert len(found) == 2 * len(LINES)
-    for (line, says), error, code in zip(LINES.items(), found[::2], found[1::2], strict=True):
+    printed = done.stderr.splitlines()
+    assert len(printed) == 2 * len(LINES)
+    for (line, says), error, code in zip(LINES.items(), printed[::2], printed[1::2], strict=True):
         assert code == "2" and error.startswith("tfbn: ") and says in error, line
 
 

@@ -68,10 +68,10 @@ def held(path):
     ]
 
 
-def assert_equal(found, expected, rtol=2e-5):
+def assert_equal(statistics, expected, rtol=2e-5):
     """Compare statistics up to float32's rounding."""
-    assert len(found) == len(expected)
-    for (mean, variance), (right_mean, right_variance) in zip(found, expected, strict=True):
+    assert len(statistics) == len(expected)
+    for (mean, variance), (right_mean, right_variance) in zip(statistics, expected, strict=True):
         scale = np.sqrt(right_variance.max())
         np.testing.assert_allclose(mean, right_mean, rtol=rtol, atol=rtol * scale)
         np.testing.assert_allclose(variance, right_variance, rtol=rtol, atol=rtol * scale**2)
@@ -236,17 +236,17 @@ def test_a_damaged_record_is_no_error_but_told(capsys, tmp_path, saved):
 def test_inspect_and_compare_give_the_drift(capsys, tmp_path, saved):
     swept = tmp_path / "swept.keras"
     run_for_json(capsys, "recalibrate", saved, "--data", *as_npy(tmp_path), "--out", swept)
-    found = run_for_json(capsys, "inspect", swept)
-    assert found["state"] == "swept"
+    printed = run_for_json(capsys, "inspect", swept)
+    assert printed["state"] == "swept"
     stats = tfbn.PopulationStats.read(keras.models.load_model(saved))
     stats.save(tmp_path / "moving.npz")
     compared = run_for_json(capsys, "compare", saved, swept, tmp_path / "moving.npz")
     assert compared["of_other_weights"] == []
-    expected = zip(held(swept), held(saved), found["layers"], strict=True)
+    expected = zip(held(swept), held(saved), printed["layers"], strict=True)
     for (mean, variance), (old_mean, old_variance), path in expected:
         shift = (old_mean - mean) / np.sqrt(variance)
         ratio = np.sqrt(old_variance / variance)
-        for drift in found["layers"][path], compared["layers"][path]:
+        for drift in printed["layers"][path], compared["layers"][path]:
             np.testing.assert_allclose(
                 [drift["mean_shift"], drift["mean_shift_max"], drift["std_ratio"]],
                 [np.sqrt(np.mean(shift**2)), np.abs(shift).max(), np.exp(np.log(ratio).mean())],
@@ -260,8 +260,8 @@ def test_compare_says_when_weights_are_others(capsys, tmp_path, saved):
     model = keras.models.load_model(saved)
     model.layers[-1].bias.assign_add([1.0, 0.0])
     model.save(tmp_path / "other.keras")
-    found = run_for_json(capsys, "compare", saved, saved, tmp_path / "other.keras")
-    assert found["of_other_weights"] == [str(tmp_path / "other.keras")]
+    printed = run_for_json(capsys, "compare", saved, saved, tmp_path / "other.keras")
+    assert printed["of_other_weights"] == [str(tmp_path / "other.keras")]
     two_inputs().save(tmp_path / "two.keras")
 
 
@@ -301,9 +301,9 @@ def test_export_passes_the_sweep_on(capsys, tmp_path, saved):
     loaded = tf.saved_model.load(exported["path"])
     expected = keras.models.load_model(swept).predict(IMAGES, verbose=0)
     np.testing.assert_allclose(loaded.serve(IMAGES), expected, rtol=1e-5, atol=1e-6)
-    found = run_for_json(capsys, "describe", tmp_path / "serving" / "small")
-    assert found["stale"] is None
-    assert found["statistics"]["samples"] == 30
+    printed = run_for_json(capsys, "describe", tmp_path / "serving" / "small")
+    assert printed["stale"] is None
+    assert printed["statistics"]["samples"] == 30
     code, out, _ = run(capsys, "describe", exported["path"])
     assert code == 0 and "30 samples" in out
     # A model without a sweep is exported with a warning.
@@ -324,8 +324,8 @@ def test_export_is_verified_on_a_sample(capsys, tmp_path):
     rows[40:] = 0  # Only the first inputs are used.
     np.savez(tmp_path / "x.npz", b=rows, a=rows, other=np.zeros(7))
     sample = ["--sample", tmp_path / "x.npz"]
-    found = run_for_json(capsys, "export", tmp_path / "model.keras", tmp_path / "served", *sample)
-    served = tf.saved_model.load(found["path"]).serve([rows[:5], rows[:5]])
+    printed = run_for_json(capsys, "export", tmp_path / "model.keras", tmp_path / "served", *sample)
+    served = tf.saved_model.load(printed["path"]).serve([rows[:5], rows[:5]])
     np.testing.assert_allclose(served, tf.nn.log_softmax(np.sqrt(rows[:5] - 2) + rows[:5]), 1e-5)
 
 
@@ -488,8 +488,8 @@ def test_a_tolerance_sweeps_a_sample(capsys, tmp_path, saved):
     images = np.tile(IMAGES, (100, 1, 1, 1))
     np.save(tmp_path / "x.npy", images)
     arguments = ["recalibrate", saved, "--data", tmp_path / "x.npy", "--out", tmp_path / "o.keras"]
-    found = run_for_json(capsys, *arguments, "--tolerance", "0.1")
-    assert found["tolerance"] == 0.1 and found["samples"] < len(images) / 2
+    printed = run_for_json(capsys, *arguments, "--tolerance", "0.1")
+    assert printed["tolerance"] == 0.1 and printed["samples"] < len(images) / 2
     for (mean, variance), (exact, of_all) in zip(
         held(tmp_path / "o.keras"), whole_batch(saved, IMAGES), strict=True
     ):

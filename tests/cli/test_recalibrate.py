@@ -54,8 +54,8 @@ def test_few_samples_are_blended_with_what_the_file_holds(capsys, tmp_path, file
     model, _, field = files
     out = tmp_path / "out.keras"
     arguments = ["recalibrate", model, "--data", field, "--out", out, "--blend-samples", 10]
-    found = run_for_json(capsys, *arguments)
-    assert (found["samples"], found["prior_samples"]) == (30, 10)
+    printed = run_for_json(capsys, *arguments)
+    assert (printed["samples"], printed["prior_samples"]) == (30, 10)
     before = held(keras.models.load_model(model))
     swept = of_one_batch(model, np.load(field)["image"])
     after = held(keras.models.load_model(out))
@@ -81,9 +81,13 @@ def test_a_served_model_gets_its_next_version(capsys, files):
     [answer] = loaded.signatures["serving_default"](image=x).values()
     np.testing.assert_allclose(answer, keras_model(x), rtol=1e-5, atol=1e-6)
     options = ["--blend-samples", 10, "--method", "pooled", "--batch-size", 20]
-    found = run_for_json(capsys, "recalibrate", served, "--data", field, *options)
-    assert found["out"] == str(served / "3")
-    assert (found["method"], found["prior_samples"], found["batch_size"]) == ("pooled", 10, 20)
+    printed = run_for_json(capsys, "recalibrate", served, "--data", field, *options)
+    assert printed["out"] == str(served / "3")
+    assert (printed["method"], printed["prior_samples"], printed["batch_size"]) == (
+        "pooled",
+        10,
+        20,
+    )
     code, text, _ = run(capsys, "describe", served)
     assert "blended: 30 field samples, 10 prior samples" in text
     assert "version 1: method='exact' over 30" in text and "version 2: method='exact'" in text
@@ -94,10 +98,10 @@ def test_a_folder_of_images_for_a_served_model(capsys, tmp_path, files):
     (tmp_path / "images").mkdir()
     for i, image in enumerate(IMAGES):
         keras.utils.save_img(tmp_path / "images" / f"{i}.png", image)
-    found = run_for_json(
+    printed = run_for_json(
         capsys, "recalibrate", served, "--data", tmp_path / "images", "--scale", "1/255"
     )
-    assert found["samples"] == 30
+    assert printed["samples"] == 30
 
 
 @pytest.mark.parametrize(
@@ -130,15 +134,15 @@ def test_validation_is_printed_before_and_after(capsys, tmp_path):
     np.savez(tmp_path / "val.npz", x_val=IMAGES[:9], y_val=np.ones((9, 2)))
     files = [tmp_path / "model.keras", "--data", tmp_path / "x.npy", "--out"]
     options = ["--validation", tmp_path / "val.npz"]
-    found = run_for_json(capsys, "recalibrate", *files, tmp_path / "a.keras", *options)
-    for name, values in found["validation"].items():
+    printed = run_for_json(capsys, "recalibrate", *files, tmp_path / "a.keras", *options)
+    for name, values in printed["validation"].items():
         for file, value in zip(("model.keras", "a.keras"), values, strict=True):
             loaded = keras.models.load_model(tmp_path / file)
             [right] = [
                 loaded.evaluate(IMAGES[:9], np.ones((9, 2)), verbose=0, return_dict=True)[name]
             ]
             assert value == pytest.approx(right, rel=1e-5)
-    assert set(found["validation"]) == {"loss", "mae"}
+    assert set(printed["validation"]) == {"loss", "mae"}
     code, out, _ = run(capsys, "recalibrate", *files, tmp_path / "b.keras", *options)
     assert code == 0 and "\nValidation before and after: loss " in out
     np.savez(tmp_path / "val.npz", x_val=IMAGES[:9])

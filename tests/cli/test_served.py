@@ -55,8 +55,8 @@ def answers(served, images):
 
 FORMS = {
     "a list": json.dumps,
-    "lines": lambda found: "\n".join(map(json.dumps, found)),
-    "one after the other": lambda found: "".join(json.dumps(a, indent=1) + "\n" for a in found),
+    "lines": lambda answers: "\n".join(map(json.dumps, answers)),
+    "one after the other": lambda answers: "".join(json.dumps(a, indent=1) + "\n" for a in answers),
 }
 
 
@@ -73,9 +73,9 @@ def test_drift_is_exit_status_1(capsys, tmp_path, served, form):
     for answer in dark:
         expected.add(answer)
     code, out, _ = run(capsys, "drift", served / "1", tmp_path / "dark.json", "--json")
-    found = json.loads(out)
-    assert code == 1 and found["drifted"] and found["samples"] == 20
-    assert found["p_value"] == expected.compare().p_value < 0.001
+    printed = json.loads(out)
+    assert code == 1 and printed["drifted"] and printed["samples"] == 20
+    assert printed["p_value"] == expected.compare().p_value < 0.001
 
 
 def test_an_archive_is_one_answer(capsys, tmp_path, served):
@@ -88,8 +88,8 @@ def test_an_archive_is_one_answer(capsys, tmp_path, served):
         assert "astype(bytes)" in fails(capsys, "drift", served, tmp_path / "a.npz")
         text = {name: y.astype(bytes) for name, y in arrays.items() if y.dtype == object}
         np.savez(tmp_path / "a.npz", **{**arrays, **text})
-        found = run(capsys, "drift", served, tmp_path / "a.npz")
-        assert found[0] == code and found[1].startswith(says) and not found[2]
+        printed = run(capsys, "drift", served, tmp_path / "a.npz")
+        assert printed[0] == code and printed[1].startswith(says) and not printed[2]
     code, out, _ = run(capsys, "drift", served, tmp_path / "a.npz", "--json")
     assert json.loads(out)["p_value"] is None
 
@@ -151,8 +151,8 @@ def test_warm_up_without_its_package_says_what_to_install(capsys, tmp_path, save
 @pytest.mark.parametrize("command, layers", [("convert", 2), ("fold", 0)])
 def test_copies_predict_the_same(capsys, tmp_path, saved, command, layers):
     out = tmp_path / "copy.keras"
-    found = run_for_json(capsys, command, saved, "--out", out)
-    assert found == {"out": str(out), "batch_norm_layers": layers}
+    printed = run_for_json(capsys, command, saved, "--out", out)
+    assert printed == {"out": str(out), "batch_norm_layers": layers}
     copy, model = keras.models.load_model(out), keras.models.load_model(saved)
     norms = batch_norm_layers(copy).values()
     assert [type(layer) for layer in norms] == [tfbn.BatchNormalization] * layers

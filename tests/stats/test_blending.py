@@ -194,8 +194,10 @@ def test_blended_statistics_cannot_be_merged(swept):
     pooled = swept.replace(method="pooled")
     blended = pooled.blend(swept.previous, samples=4)
     for a, b in ((pooled, blended), (blended, pooled)):
-        with pytest.raises(ValueError, match=r"not blended yet.*Merge first"):
+        with pytest.raises(ValueError, match=r"not blended yet.*Merge first, then blend"):
             a.merge(b)
+    merged = pooled.merge(pooled).blend(swept.previous, samples=4)
+    assert (merged.samples, merged.prior_samples) == (12, 4)
 
 
 def test_source_may_have_more_layers(model):

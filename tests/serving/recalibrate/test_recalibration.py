@@ -38,15 +38,15 @@ def answers(version, x):
     return {name: np.asarray(y) for name, y in signature(**inputs).items()}
 
 
-def assert_close(found, expected, tolerance=1e-5):
+def assert_close(outputs, expected, tolerance=1e-5):
     """Compare outputs, by name or a single one, up to float32's rounding."""
     if not isinstance(expected, dict):
-        [found] = found.values()
-        found, expected = {"": found}, {"": expected}
-    assert found.keys() == expected.keys()
+        [outputs] = outputs.values()
+        outputs, expected = {"": outputs}, {"": expected}
+    assert outputs.keys() == expected.keys()
     for name, value in expected.items():
         # In float64, because NumPy 1 does not support bfloat16.
-        answer, value = np.asarray(found[name], "float64"), np.asarray(value, "float64")
+        answer, value = np.asarray(outputs[name], "float64"), np.asarray(value, "float64")
         scale = np.abs(value).max()
         np.testing.assert_allclose(answer, value, rtol=tolerance, atol=tolerance * scale)
 
@@ -73,20 +73,20 @@ def test_the_next_version_is_the_model_swept_over_the_data(tmp_path, name, metho
     model, x = made(name)
     tfbn.export(model, tmp_path / "m")
     before = contents(tmp_path / "m" / "1")
-    found = tfbn.recalibrate(tmp_path / "m", x, method=method, batch_size=8, verbose=0)
-    assert (found.path, found.version) == (tmp_path / "m" / "2", 2)
+    recalibrated = tfbn.recalibrate(tmp_path / "m", x, method=method, batch_size=8, verbose=0)
+    assert (recalibrated.path, recalibrated.version) == (tmp_path / "m" / "2", 2)
     own = tfbn.update_population_stats(model, x, method=method, batch_size=8, verbose=0)
-    assert list(found.stats) == list(own)
+    assert list(recalibrated.stats) == list(own)
     for path, stats in own.items():
-        np.testing.assert_array_equal(found.stats[path].counts, stats.counts)
-        networks.assert_layer(found.stats[path], stats.mean, stats.variance)
-    assert found.stats.fingerprint == own.fingerprint
-    assert_close(answers(found.path, x), model.predict(x, verbose=0))
-    found.stats.assign(model)
-    assert found.stats.mismatch(model) is None
+        np.testing.assert_array_equal(recalibrated.stats[path].counts, stats.counts)
+        networks.assert_layer(recalibrated.stats[path], stats.mean, stats.variance)
+    assert recalibrated.stats.fingerprint == own.fingerprint
+    assert_close(answers(recalibrated.path, x), model.predict(x, verbose=0))
+    recalibrated.stats.assign(model)
+    assert recalibrated.stats.mismatch(model) is None
     # Only the variables have changed, and the version before has not.
     assert contents(tmp_path / "m" / "1") == before
-    changed = {str(p) for p, b in contents(found.path).items() if before.get(p) != b}
+    changed = {str(p) for p, b in contents(recalibrated.path).items() if before.get(p) != b}
     assert changed == {
         "variables/variables.index",
         "variables/variables.data-00000-of-00001",
@@ -115,12 +115,14 @@ def test_all_methods_and_kinds_of_data(tmp_path):
     batches = [x[i : i + 8] for i in range(0, len(x), 8)]
     own = tfbn.collect(model, x, batch_size=8, verbose=0)
     for data in (iter(batches), tf.data.Dataset.from_tensor_slices(x).batch(8)):
-        found = tfbn.recalibrate(tmp_path / "m" / "1", data, verbose=0)
-        assert list(found.stats.items()) == list(own.items())
-    found = tfbn.recalibrate(tmp_path / "m" / "1", iter(batches), steps=2, verbose=0)
-    assert found.stats.samples == 16
-    found = tfbn.recalibrate(tmp_path / "m", x, method="algorithm2", batch_size=23, verbose=0)
-    assert found.version == 5 and found.stats.method == "algorithm2"
+        recalibrated = tfbn.recalibrate(tmp_path / "m" / "1", data, verbose=0)
+        assert list(recalibrated.stats.items()) == list(own.items())
+    recalibrated = tfbn.recalibrate(tmp_path / "m" / "1", iter(batches), steps=2, verbose=0)
+    assert recalibrated.stats.samples == 16
+    recalibrated = tfbn.recalibrate(
+        tmp_path / "m", x, method="algorithm2", batch_size=23, verbose=0
+    )
+    assert recalibrated.version == 5 and recalibrated.stats.method == "algorithm2"
 
 
 @pytest.mark.slow
@@ -134,10 +136,10 @@ def test_a_network_in_16_bits(tmp_path):
         keras.config.set_dtype_policy(policy)
     tfbn.export(model, tmp_path / "m")
     x = field(6, 6, 2)
-    found = tfbn.recalibrate(tmp_path / "m", x, verbose=0)
+    recalibrated = tfbn.recalibrate(tmp_path / "m", x, verbose=0)
     own = tfbn.update_population_stats(model, x, verbose=0)
-    assert list(found.stats.items()) == list(own.items())
-    assert_close(answers(found.path, x), model.predict(x, verbose=0), 2e-2)
+    assert list(recalibrated.stats.items()) == list(own.items())
+    assert_close(answers(recalibrated.path, x), model.predict(x, verbose=0), 2e-2)
 
 
 def test_frozen_layers_are_swept_too(tmp_path):
@@ -152,7 +154,7 @@ def test_the_provenance_tells_the_history(tmp_path):
     swept = tfbn.update_population_stats(model, x, verbose=0)
     tfbn.export(model, tmp_path / "m")
     tfbn.recalibrate(tmp_path / "m", x[:9] + 5, method="pooled", verbose=0)
-    found = tfbn.recalibrate(tmp_path / "m", x[:5] - 5, blend_samples=15, verbose=0)
+    recalibrated = tfbn.recalibrate(tmp_path / "m", x[:5] - 5, blend_samples=15, verbose=0)
     described = tfbn.describe(tmp_path / "m")
     assert described["fingerprint"] == swept.fingerprint and described["stale"] is None
     statistics = described["statistics"]
@@ -167,7 +169,7 @@ def test_the_provenance_tells_the_history(tmp_path):
     [entered] = [layer(x[:9] + 5) for layer in model.layers[:1]]
     [own] = [layer(x[:5] - 5) for layer in model.layers[:1]]
     mean = (15 * np.mean(entered, 0) + 5 * np.mean(own, 0)) / 20
-    np.testing.assert_allclose(found.stats["bn"].mean, mean, rtol=1e-4)
+    np.testing.assert_allclose(recalibrated.stats["bn"].mean, mean, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -184,11 +186,11 @@ def test_a_stale_model_is_stale_no_more(tmp_path):
 def test_the_monitor_moves_with_the_population(tmp_path):
     model, x = made("convolutional")
     tfbn.export(model, tmp_path / "m", monitor=True)
-    found = tfbn.recalibrate(tmp_path / "m", x, verbose=0)
+    recalibrated = tfbn.recalibrate(tmp_path / "m", x, verbose=0)
     own = tfbn.update_population_stats(model, x, verbose=0)
     old, new = (tfbn.ServedStats(tmp_path / "m" / number) for number in "12")
     assert list(new.population.items()) == list(own.items())
-    monitor = tf.saved_model.load(os.fspath(found.path)).signatures["monitor"]
+    monitor = tf.saved_model.load(os.fspath(recalibrated.path)).signatures["monitor"]
     [name] = monitor.structured_input_signature[1]
     for image in x:
         new.add(monitor(**{name: image[None]}))
@@ -218,9 +220,11 @@ def test_the_monitor_of_a_blend_expects_the_data_that_it_was_blended_with(tmp_pa
         "dataset": lambda: tf.data.Dataset.from_tensor_slices(x).batch(8),
     }
     tfbn.export(model, tmp_path / "m", monitor=True)
-    found = tfbn.recalibrate(tmp_path / "m", data[kind](), blend_samples=23, verbose=0, **options)
+    recalibrated = tfbn.recalibrate(
+        tmp_path / "m", data[kind](), blend_samples=23, verbose=0, **options
+    )
     served = tfbn.ServedStats(tmp_path / "m")
-    found.stats.assign(model)
+    recalibrated.stats.assign(model)
     path_to = {id(layer): path for path, layer in batch_norm_layers(model).items()}
     tensors = {path_to[id(one)]: one.input for one in model.layers if id(one) in path_to}
     entering = keras.Model(model.inputs[0], tensors)(x, training=False)
@@ -230,7 +234,7 @@ def test_the_monitor_of_a_blend_expects_the_data_that_it_was_blended_with(tmp_pa
         stats = served.population[path]
         assert stats.count == len(values)
         networks.assert_layer(stats, values.mean(0), values.var(0), 1e-4)
-    monitor = tf.saved_model.load(os.fspath(found.path)).signatures["monitor"]
+    monitor = tf.saved_model.load(os.fspath(recalibrated.path)).signatures["monitor"]
     [name] = monitor.structured_input_signature[1]
     for image in field(40, 8, 8, 3)[0]:
         served.add(monitor(**{name: image[None]}))
@@ -241,9 +245,9 @@ def test_warm_up_requests_and_assets_go_along(tmp_path):
     pytest.importorskip("tensorflow_serving")
     model, x = made("dense")
     tfbn.export(model, tmp_path / "m", warmup=x[:3])
-    found = tfbn.recalibrate(tmp_path / "m", x, verbose=0)
+    recalibrated = tfbn.recalibrate(tmp_path / "m", x, verbose=0)
     name = pathlib.Path("assets.extra/tf_serving_warmup_requests")
-    assert (found.path / name).read_bytes() == (tmp_path / "m" / "1" / name).read_bytes()
+    assert (recalibrated.path / name).read_bytes() == (tmp_path / "m" / "1" / name).read_bytes()
 
 
 class InLoop(keras.Model):
@@ -402,11 +406,11 @@ def test_a_server_that_polls_sees_a_version_when_it_is_complete(tmp_path, monkey
         return flush(path)
 
     monkeypatch.setattr(atomic, "flush_directory", look)
-    found = tfbn.recalibrate(tmp_path / "m", x, verbose=0)
+    recalibrated = tfbn.recalibrate(tmp_path / "m", x, verbose=0)
     assert [1] in seen and seen[-1] == [1, 2]
     # All files and directories were flushed to the disk before the rename.
     assert seen.index([1, 2]) == len(seen) - 1
-    assert sorted(os.listdir(tmp_path / "m")) == ["1", "2"] and found.version == 2
+    assert sorted(os.listdir(tmp_path / "m")) == ["1", "2"] and recalibrated.version == 2
 
 
 def test_a_version_that_does_not_predict_as_it_should_is_not_put_in_place(tmp_path, monkeypatch):
