@@ -60,8 +60,20 @@ def test_positions_inside_another_callback_come_first():
     assert {inside, spy} <= set(members(outer.callbacks))
 
 
+def test_a_fit_inside_another_has_its_own_list():
+    spy = Spy()
+    fit(keras.callbacks.LambdaCallback(on_train_begin=lambda logs: fit(spy)))
+    assert len(spy.positions) == 1
+
+
 def test_outside_of_fit_there_is_no_list():
     assert enclosing(Spy()) == []
+
+
+def test_a_callback_in_two_lists_is_one_member():
+    inner = keras.callbacks.Callback()
+    holder = Holder(inner)
+    assert members([inner, holder]) == members([inner, inner, holder]) == [inner, holder]
 
 
 @pytest.mark.parametrize(

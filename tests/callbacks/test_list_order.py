@@ -82,7 +82,8 @@ NAMED = checkpoint("{epoch}-{val_loss:.2f}.keras")
 EVERY, BATCHES = checkpoint("m.keras"), checkpoint("m.keras", save_freq=5)
 BY_TRAINING = checkpoint("m.keras", "loss", save_best_only=True)
 BACKUP, BACKUP_BY_BATCH = (keras.callbacks.BackupAndRestore("b", save_freq=n) for n in ("epoch", 5))
-EMA, PLATEAU = keras.callbacks.SwapEMAWeights(), keras.callbacks.ReduceLROnPlateau()
+EMA = keras.callbacks.SwapEMAWeights()
+PLATEAU, PLATEAU_2 = keras.callbacks.ReduceLROnPlateau(), keras.callbacks.ReduceLROnPlateau()
 RESTORES = stop(restore_best_weights=True)
 POPULATION, MINI_BATCH = (
     stop(f"val_loss_{kind}", mode="min") for kind in ("population", "mini_batch")
@@ -101,7 +102,12 @@ ERRORS = [
 ]
 WARNINGS = [
     ([], [stop()], False, "EarlyStopping: choosing by val_loss,"),
-    ([PLATEAU, PLATEAU], [], False, "ReduceLROnPlateau: choosing by val_loss,"),
+    (
+        [PLATEAU],
+        [keras.callbacks.ReduceLROnPlateau()],
+        False,
+        "ReduceLROnPlateau: choosing by val_loss,",
+    ),
     ([stop()], [BEST], False, "EarlyStopping, ModelCheckpoint: choosing"),
     ([EVERY], [], True, "ModelCheckpoint before .* List another one after"),
     ([Forwards(EVERY)], [BATCHES], True, "ModelCheckpoint before .* List another one after"),
@@ -110,7 +116,7 @@ RIGHT = [
     ([stop("loss"), BY_TRAINING, EVERY, BATCHES], [BACKUP, EMA], False),
     ([RESTORES, EMA, PLATEAU], [stop(), PLATEAU, BEST], True),
     ([EVERY, BACKUP, BY_TRAINING], [Forwards(checkpoint("n.keras"))], True),
-    ([POPULATION], [MINI_BATCH], False),
+    ([POPULATION, NAMED], [MINI_BATCH], False),
     ([BATCHES], [BACKUP_BY_BATCH], True),
 ]
 
