@@ -103,7 +103,8 @@ def test_encoder_in_a_new_model_trains_again(capsys):
     assert not base.trainable
     model = with_head(base)
     before = [w.numpy() for w in model.weights]
-    fit(model, verbose=2)
+    with pytest.warns(UserWarning, match="fit` of another model"):
+        fit(model, verbose=2)
     assert trained(model, before) == 12
     assert "left frozen by an earlier fit will train" in capsys.readouterr().out
 
@@ -174,3 +175,61 @@ def test_flags_before_the_freeze_are_restored():
     assert [name for name, flag in flags(model).items() if flag] == ["head"]
     freezing.unfreeze(model)
     assert flags(model) == before
+
+
+def test_flags_of_weights_are_restored():
+    """LoRA freezes the kernel of a layer that trains."""
+    model = compiled(with_head(encoder()))
+    dense = model.get_layer("encoder").layers[0]
+    dense.enable_lora(2)
+    wanted = [weight.path for weight in model.trainable_weights]
+    kernel = dense.weights[0].numpy()
+    for _ in range(2):
+        fit(compiled(model)).unfreeze()
+        assert [weight.path for weight in model.trainable_weights] == wanted
+        assert not dense._kernel.trainable and dense.lora_kernel_a.trainable
+    with pytest.raises(KeyError), freezing.unchanged_on_error(model):
+        raise KeyError
+    assert [weight.path for weight in model.trainable_weights] == wanted
+    np.testing.assert_array_equal(dense.weights[0], kernel)
+
+
+def test_whole_model_trains_again_if_a_part_is_swept_next():
+    model = with_head(encoder())
+    fit(model)
+    before = [w.numpy() for w in model.weights]
+    callback = tfbn.PopulationStatsCallback(X, model=model.get_layer("encoder"), freeze=False)
+    model.fit(X, X[:, :1], callbacks=[callback], verbose=0)
+    assert trained(model, before) == 12
+
+
+def test_layers_outside_the_network_that_another_fit_froze_stay_frozen():
+    """A teacher, beside the student that is swept."""
+    teacher, student = encoder(), encoder()
+    student.name = "student"
+    fit(compiled(keras.Sequential([teacher, layers.Dense(1)])))
+    before = [w.numpy() for w in teacher.weights]
+    inputs = keras.Input((6,))
+    model = compiled(keras.Model(inputs, layers.Subtract()([student(inputs), teacher(inputs)])))
+    model.fit(
+        *(X, np.zeros((32, 8))),
+        callbacks=[tfbn.PopulationStatsCallback(X, model=student)],
+        verbose=0,
+    )
+    assert trained(teacher, before) == 0
+
+
+def test_reused_layers_are_reported_and_the_advice_works():
+    base = encoder()
+    earlier = fit(compiled(keras.Sequential([base, layers.Dense(1)])))
+    model = with_head(base)
+    with pytest.warns(UserWarning, match="'encoder', frozen by the `fit` of another") as caught:
+        latest = fit(model)
+    assert "call `unfreeze()`" in str(caught[0].message)
+    latest.unfreeze()
+    fit(model)  # The same model as before: no warning.
+    earlier.unfreeze()
+    base.trainable = False
+    before = [w.numpy() for w in base.weights]
+    fit(compiled(with_head(base)))
+    assert trained(base, before) == 0

@@ -5,68 +5,131 @@ Flags are stored by layer and not by model, because layers may be reused in anot
 
 import contextlib
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from typing import NamedTuple
 
 import keras
 
 from tfbn.models import keras_models
 
-# Layer -> its `trainable` before the freeze.
-_flags: weakref.WeakKeyDictionary[keras.Layer, bool] = weakref.WeakKeyDictionary()
+
+class _Flags(NamedTuple):
+    """The `trainable` flags of a layer and of its weights apart from inner layers.
+
+    Setting the flag of a layer sets the flags of its weights, also where they differed (LoRA).
+    """
+
+    layer: bool
+    weights: list[tuple[keras.Variable, bool]]
 
 
-def freeze(model: keras.Model, by_batch: Collection[str] = ()) -> None:
+class _Frozen(NamedTuple):
+    """A layer's flags before a freeze, and the model whose `fit` froze it."""
+
+    flags: _Flags
+    fitted: weakref.ref[keras.Model]
+
+
+_frozen: weakref.WeakKeyDictionary[keras.Layer, _Frozen] = weakref.WeakKeyDictionary()
+
+
+def freeze(
+    model: keras.Model, by_batch: Collection[str] = (), fitted: keras.Model | None = None
+) -> None:
     """Store the flags of all layers, and set `trainable=False`.
 
     Args:
         model: The model.
         by_batch: The paths of the layers that normalize by the batch in inference. They stay
             unfrozen, because a frozen layer would not.
+        fitted: The model that `fit` has trained, if `model` is a part of it.
     """
     layers = keras_models.layers(model)
-    for layer in layers.values():
-        _flags[layer] = layer.trainable
+    flags = _flags_of(layers.values())
+    for layer, before in flags.items():
+        _frozen[layer] = _Frozen(before, weakref.ref(fitted or model))
     model.trainable = False
-    for path in by_batch:
-        layers[path].trainable = _flags[layers[path]]
+    _set_flags({layers[path]: flags[layers[path]] for path in by_batch})
 
 
-def unfreeze(model: keras.Model) -> int:
+def unfreeze(model: keras.Model, fitted: keras.Model | None = None) -> int:
     """Restore the flags of the layers that have not changed since `freeze`.
 
     A flag that was set to `True` since stays, and so do the flags of inner layers, which Keras sets
     with it. (Setting `False` in a frozen layer has no effect in Keras.)
 
+    Args:
+        model: The model.
+        fitted: If given, only layers that the `fit` of this model froze.
+
     Returns:
         The number of layers whose flag has changed.
     """
     layers = list(keras_models.layers(model).values())
-    flags = {layer: _flags.pop(layer) for layer in layers if layer in _flags}
+    stored = {
+        layer: _frozen.pop(layer).flags
+        for layer in layers
+        if layer in _frozen and (fitted is None or _frozen[layer].fitted() is fitted)
+    }
     for layer in layers:
-        if layer in flags and layer.trainable:
+        if layer in stored and layer.trainable:
             for inner in keras_models.layers(layer).values():
-                flags.pop(inner, None)
-    # Outer layers come first.
-    wanted = [(layer, flags.get(layer, layer.trainable)) for layer in layers]
-    changed = sum(layer.trainable != flag for layer, flag in wanted)
-    for layer, flag in wanted if changed else ():
-        layer.trainable = flag
+                stored.pop(inner, None)
+    changed = sum(layer.trainable != flags.layer for layer, flags in stored.items())
+    if changed:
+        _set_flags(_flags_of(layers) | stored)
     return changed
 
 
+def reused(model: keras.Model, fitted: keras.Model) -> list[str]:
+    """Return the names of the outermost layers that `unfreeze` will train in another model.
+
+    Args:
+        model: The model to unfreeze.
+        fitted: The model that `fit` will train.
+    """
+    names, inside = [], set()
+    for layer in keras_models.layers(model).values():
+        frozen = _frozen.get(layer)
+        if frozen is None or layer.trainable or frozen.fitted() in (model, fitted):
+            continue
+        if frozen.flags.layer and layer not in inside:
+            names.append(layer.name)
+            inside.update(keras_models.layers(layer).values())
+    return names
+
+
 @contextlib.contextmanager
-def unchanged_on_error(model: keras.Model) -> Iterator[None]:
+def unchanged_on_error(*models: keras.Model) -> Iterator[None]:
     """Restore current and stored flags if the context ends with an error."""
-    layers = keras_models.layers(model).values()
-    saved = [(layer, layer.trainable, _flags.get(layer)) for layer in layers]
+    layers = [layer for model in models for layer in keras_models.layers(model).values()]
+    flags, stored = _flags_of(layers), {layer: _frozen.get(layer) for layer in layers}
     try:
         yield
     except BaseException:
-        for layer, trainable, flag in saved:
-            layer.trainable = trainable
-            if flag is not None:
-                _flags[layer] = flag
+        _set_flags(flags)
+        _frozen.update({layer: frozen for layer, frozen in stored.items() if frozen is not None})
         raise
+
+
+def _flags_of(layers: Iterable[keras.Layer]) -> dict[keras.Layer, _Flags]:
+    """Return the flags of layers, outer layers first."""
+    layers = list(dict.fromkeys(layers))
+    flags, inside = {}, set()
+    for layer in reversed(layers):
+        own = [weight for weight in layer.weights if id(weight) not in inside]
+        flags[layer] = _Flags(layer.trainable, [(weight, weight.trainable) for weight in own])
+        inside.update(map(id, own))
+    return {layer: flags[layer] for layer in layers}
+
+
+def _set_flags(flags: dict[keras.Layer, _Flags]) -> None:
+    """Set the flags of layers, outer layers first, then of weights."""
+    for layer, before in flags.items():
+        layer.trainable = before.layer
+    for before in flags.values():
+        for weight, trainable in before.weights:
+            weight.trainable = trainable
 
 
 def require_optimizer_for_all(model: keras.Model) -> None:

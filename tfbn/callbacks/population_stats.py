@@ -95,8 +95,8 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         freeze: Whether to freeze the model (`trainable=False`) after the sweep at the end of
             training, as in Algorithm 2, so that training mode and `fit` do not overwrite the
             statistics. `unfreeze()` undoes it, and so does another `fit` with such a callback, also
-            for a model that reuses a layer. Flags that were set since the freeze stay, for example
-            `base.trainable = True` for the next stage of fine-tuning.
+            for a model that reuses a layer (with a warning). Flags that were set to `True` since
+            the freeze stay, for example `base.trainable = True` for the next stage of fine-tuning.
         verbose: 0 for silence, 1 for a progress bar, 2 for one line with the time. `"auto"`
             follows `fit`. Unless 0, a report on the moving averages is printed at the end.
         model: The network to sweep, if it is only a part of the trained model, like the generator
@@ -204,8 +204,10 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         if self._validation_data is not None:
             check_targets(self.model, self._validation_data)
         self._layers = SweptLayers(self.model, network, self._inner is not None, self._trace)
-        with freezing.unchanged_on_error(network):
-            unfrozen = freezing.unfreeze(network)
+        reused = freezing.reused(network, self.model)
+        with freezing.unchanged_on_error(network, self.model):
+            # A part of the model may be swept now, where the whole model was frozen.
+            unfrozen = freezing.unfreeze(network) + freezing.unfreeze(self.model, self.model)
             if unfrozen:
                 freezing.require_optimizer_for_all(self.model)
             self._layers.check()
@@ -213,6 +215,13 @@ class PopulationStatsCallback(keras.callbacks.Callback):
             freezing.retrace(self.model)
             self._print(
                 f"{report.counted(unfrozen, 'layer')} left frozen by an earlier fit will train."
+            )
+        if reused:
+            warnings.warn(
+                f"{', '.join(map(repr, reused))}, frozen by the `fit` of another model, will train "
+                "again. To keep it frozen, call `unfreeze()` of the callback that froze it, then "
+                "set trainable=False.",
+                stacklevel=2,
             )
         for position in positions:
             for sentence in list_order.warnings(position, self._every_epoch):
@@ -275,7 +284,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
         stats = self._sweep(verbose=self._verbosity, last=True)
         if stats is None:
             if frozen:
-                freezing.freeze(network, self._layers.by_batch)
+                freezing.freeze(network, self._layers.by_batch, self.model)
             return
         if self._validation_data is not None:
             data, steps = self._validation_data, self._validation_steps
@@ -284,7 +293,7 @@ class PopulationStatsCallback(keras.callbacks.Callback):
                 before = evaluate(self.model, data, steps=steps)
             self.validation = {name: (before[name], after[name]) for name in before}
         if self._freeze or frozen:
-            freezing.freeze(network, self._layers.by_batch)
+            freezing.freeze(network, self._layers.by_batch, self.model)
             freezing.retrace(self.model)
         if not self._guarded:
             swapping.keep(network)
