@@ -372,3 +372,37 @@ def test_diverged_training_keeps_history_and_moving_averages():
     with pytest.warns(UserWarning, match="training has diverged"):
         history = model.fit(x, x[:, :1], epochs=3, verbose=0, callbacks=callbacks).history
     assert history["loss"] and after.seen and callback.stats is None and model.trainable
+
+
+class Averaged(keras.Model):
+    """A model that trains one network and predicts with an average of its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher = (
+            keras.Sequential([keras.Input((6,)), layers.Dense(6), bn(name)]) for name in "st"
+        )
+
+    def call(self, x, training=None):
+        """Predict."""
+        return self.teacher(x, training=False)
+
+    def train_step(self, data):
+        """Train the student, and copy its weights."""
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(self.student(data[0], training=True) ** 2)
+        weights = self.student.trainable_variables
+        self.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+        for to, weight in zip(self.teacher.trainable_variables, weights, strict=True):
+            to.assign(0.9 * to + 0.1 * weight)
+        return {"loss": loss}
+
+
+def test_advice_names_the_network_that_predicts():
+    model = Averaged()
+    model(X[:2])
+    with pytest.warns(UserWarning, match=r"model=gan.teacher"):
+        steps_of(model, tfbn.PopulationStatsCallback(X))
+    steps_of(model, tfbn.PopulationStatsCallback(X, model=model.teacher))
+    kernel, bias = (np.asarray(w, "d") for w in model.teacher.layers[0].weights)
+    assert_swept(model.teacher.layers[1], X.astype("d") @ kernel + bias)

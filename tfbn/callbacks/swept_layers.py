@@ -1,7 +1,7 @@
 """Choose the layers to sweep inside `fit`: layers that `fit` trains and inference uses."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import keras
 import tensorflow as tf
@@ -101,7 +101,7 @@ class SweptLayers:
         warnings.warn(
             "The first step of `fit` has changed no statistics that inference of model "
             f"{self._network.name!r} uses. They stay as they are, unless a later step trains them. "
-            f"{_advice(self._network)}.",
+            f"{_advice(self._network, self._changes.changed())}.",
             stacklevel=3,
         )
 
@@ -166,13 +166,17 @@ def _require_call(network: keras.Model) -> None:
         raise ValueError(f"Model {network.name!r} has no `call`. {_advice(network)}.")
 
 
-def _advice(network: keras.Model) -> str:
-    inner = (
-        name
+def _advice(network: keras.Model, unused: Collection[str] = ()) -> str:
+    """Return how to name a network inside a model, preferably one without layers in `unused`."""
+    layers = keras_models.batch_norm_layers(network)
+    unwanted = {layers[path] for path in unused}
+    inner = {
+        name: not unwanted.isdisjoint(parts)
         for name, value in vars(network).items()
-        if isinstance(value, keras.Model) and keras_models.batch_norm_layers(value)
-    )
-    name = next(inner, "generator")
+        if isinstance(value, keras.Model)
+        and (parts := keras_models.batch_norm_layers(value).values())
+    }
+    name = min(inner, key=lambda name: inner[name], default="generator")
     return f"Name the network to sweep: PopulationStatsCallback(x, model=gan.{name})"
 
 
