@@ -4,6 +4,7 @@ import contextlib
 import copy
 import pickle
 import sys
+import warnings
 
 import keras
 import networks
@@ -318,6 +319,24 @@ def test_weights_are_hashed_once_for_a_sweep_and_for_a_reuse(monkeypatch, option
     fit(build(), [sweep(**options)])
     assert len(swept) == sweeps
     assert len(hashed) == sweeps + reuses
+
+
+class Average(keras.callbacks.Callback):
+    """Replaces the weights at the end of training, as averages of weights do."""
+
+    def on_train_end(self, logs=None):
+        """Halve a weight."""
+        weight = self.model.weights[0]
+        weight.assign(weight / 2)
+
+
+def test_weights_replaced_after_the_sweep_are_reported_and_the_advice_works():
+    with pytest.warns(UserWarning, match="List it before PopulationStatsCallback"):
+        fit(build(), [sweep(), Average()])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(build(), [Average(), sweep()])
+    assert not [w for w in caught if "replaced the weights" in str(w.message)]
 
 
 def resumed(path, callbacks=()):

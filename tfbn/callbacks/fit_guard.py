@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import keras
 
 from tfbn.callbacks import freezing, swapping
 from tfbn.callbacks.callback_lists import members
+from tfbn.models import fingerprints
 
 # Hooks of a `keras.callbacks.CallbackList` that may run with population statistics in the model.
 _HOOKS = ("on_epoch_end", "on_test_begin", "on_test_end", "on_train_end")
@@ -102,7 +104,10 @@ class FitGuard:
                 self._validation.close()
                 with _kept_backups(self._callbacks):
                     hook(*args, **kwargs)
+                    custom = any(map(_is_custom, members(self._callbacks)))
                     for network in self._networks:
+                        if custom:
+                            _warn_of_replaced_weights(network)
                         swapping.keep(network)
                 self.remove()
                 return
@@ -133,6 +138,23 @@ class FitGuard:
         except BaseException:
             self.on_error(ended=False)
             raise
+
+
+def _is_custom(callback: keras.callbacks.Callback) -> bool:
+    """Whether a callback may run any code; the order of the others is checked before training."""
+    package = type(callback).__module__.partition(".")[0]
+    return package not in ("keras", "tfbn") or type(callback) is keras.callbacks.LambdaCallback
+
+
+def _warn_of_replaced_weights(network: keras.Model) -> None:
+    """Warn if a callback has changed the weights after the last sweep."""
+    stats = swapping.swapped_stats(network)
+    if stats is not None and stats.fingerprint != fingerprints.fingerprint(network):
+        warnings.warn(
+            "A callback after PopulationStatsCallback has replaced the weights that were swept, so "
+            "the statistics are not theirs. List it before PopulationStatsCallback.",
+            stacklevel=3,
+        )
 
 
 @contextlib.contextmanager

@@ -92,6 +92,11 @@ def swap_out(model: keras.Model) -> PopulationStats | None:
     return swapped.stats if intact else None
 
 
+def swapped_stats(model: keras.Model) -> PopulationStats | None:
+    """Return the statistics of `swap_in`, or `None`."""
+    return _swapped[model].stats if model in _swapped else None
+
+
 def keep(model: keras.Model) -> None:
     """Make the statistics of `swap_in` final."""
     _swapped.pop(model, None)
