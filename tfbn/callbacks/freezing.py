@@ -88,7 +88,8 @@ def reused(model: keras.Model, fitted: keras.Model) -> list[str]:
         model: The model to unfreeze.
         fitted: The model that `fit` will train.
     """
-    names, inside = [], set()
+    names: list[str] = []
+    inside: set[keras.Layer] = set()
     for layer in keras_models.layers(model).values():
         frozen = _frozen.get(layer)
         if frozen is None or layer.trainable or frozen.fitted() in (model, fitted):
@@ -115,7 +116,8 @@ def unchanged_on_error(*models: keras.Model) -> Iterator[None]:
 def _flags_of(layers: Iterable[keras.Layer]) -> dict[keras.Layer, _Flags]:
     """Return the flags of layers, outer layers first."""
     layers = list(dict.fromkeys(layers))
-    flags, inside = {}, set()
+    flags: dict[keras.Layer, _Flags] = {}
+    inside: set[int] = set()
     for layer in reversed(layers):
         own = [weight for weight in layer.weights if id(weight) not in inside]
         flags[layer] = _Flags(layer.trainable, [(weight, weight.trainable) for weight in own])
