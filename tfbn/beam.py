@@ -21,7 +21,7 @@ except ImportError as error:
 from tfbn.models import keras_models
 from tfbn.models.keras_models import Structure
 from tfbn.population import PopulationStats
-from tfbn.stats.moments import METHODS
+from tfbn.stats.methods import METHODS
 from tfbn.sweep import data
 from tfbn.sweep.batches import Batch
 from tfbn.sweep.network import Network

@@ -14,7 +14,7 @@ from tfbn.files import atomic
 from tfbn.models import assignment, fingerprints, keras_models, staleness
 from tfbn.stats import blending, drift, layer_stats, stats_file, summary
 from tfbn.stats.layer_stats import LayerStats
-from tfbn.stats.moments import METHODS
+from tfbn.stats.methods import METHODS
 
 _METHODS = (*METHODS, "assigned")
 

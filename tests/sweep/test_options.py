@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from tfbn.stats.moments import METHODS
+from tfbn.stats.methods import METHODS
 from tfbn.sweep.options import SweepOptions
 
 

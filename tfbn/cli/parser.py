@@ -5,7 +5,7 @@ import math
 from typing import TYPE_CHECKING
 
 from tfbn._version import __version__
-from tfbn.stats.moments import METHODS
+from tfbn.stats.methods import METHODS
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]

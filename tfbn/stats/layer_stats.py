@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tfbn.stats import blending, moments
-from tfbn.stats.moments import METHODS
+from tfbn.stats.methods import METHODS
 
 RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
 ERRORS = ("mean_error", "variance_error")

@@ -1,4 +1,4 @@
-"""The methods of a sweep, and the moments of batches: count, mean, M2, standard errors.
+"""The moments of batches: count, mean, M2, standard errors.
 
 M2 is the sum of squared distances from the mean, so the population variance is M2 / count.
 All arrays are NumPy in float64, because a population may have many values.
@@ -13,34 +13,10 @@ independent batches, not independent values within a batch.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-
-class Method(NamedTuple):
-    """Properties of a method.
-
-    Attributes:
-        by_level: Whether a layer is observed while the layers before it normalize with their
-            population statistics, level by level. Otherwise they normalize with the moments of
-            the batch, as in training, and one pass observes all layers.
-        batches_matter: Whether the statistics depend on the split of the data into batches.
-        averages_variances: Whether the variance is the average of the unbiased variances of the
-            batches (Ioffe & Szegedy 2015, Algorithm 2, step 10). Otherwise it is the variance of
-            all values.
-    """
-
-    by_level: bool
-    batches_matter: bool
-    averages_variances: bool
-
-
-METHODS = {
-    "exact": Method(by_level=True, batches_matter=False, averages_variances=False),
-    "pooled": Method(by_level=False, batches_matter=True, averages_variances=False),
-    "algorithm2": Method(by_level=False, batches_matter=True, averages_variances=True),
-}
+from tfbn.stats.methods import METHODS
 
 
 class Moments:

@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from tfbn.models.keras_models import Structure
-from tfbn.stats.moments import METHODS
+from tfbn.stats.methods import METHODS
 from tfbn.sweep import data, results
 from tfbn.sweep.adapters import specs_of
 from tfbn.sweep.batches import Batch, empty, flatten

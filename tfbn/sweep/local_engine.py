@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from tfbn.population import PopulationStats
-from tfbn.stats.moments import METHODS
+from tfbn.stats.methods import METHODS
 from tfbn.sweep.batches import Batch, Batches, nbytes, sequence_digest
 from tfbn.sweep.checkpoint import Checkpoint
 from tfbn.sweep.frontiers import Frontier, Frontiers

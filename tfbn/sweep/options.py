@@ -4,7 +4,7 @@ import dataclasses
 import os
 
 from tfbn import arguments
-from tfbn.stats.moments import METHODS
+from tfbn.stats.methods import METHODS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

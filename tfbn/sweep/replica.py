@@ -17,7 +17,8 @@ import tensorflow as tf
 from tfbn.models import assignment, keras_models
 from tfbn.population import PopulationStats
 from tfbn.stats import moments
-from tfbn.stats.moments import METHODS, Moments
+from tfbn.stats.methods import METHODS
+from tfbn.stats.moments import Moments
 from tfbn.sweep import results
 from tfbn.sweep.batches import Batch, BatchReader, flatten
 from tfbn.sweep.cut_passes import CutPasses

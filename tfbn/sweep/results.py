@@ -11,7 +11,8 @@ import numpy as np
 from tfbn.models import assignment
 from tfbn.population import PopulationStats
 from tfbn.stats import drift, layer_stats
-from tfbn.stats.moments import METHODS, Moments
+from tfbn.stats.methods import METHODS
+from tfbn.stats.moments import Moments
 from tfbn.sweep.state import SweepState
 
 # Smallest batch without a warning: one-pass statistics of smaller batches depend visibly on the

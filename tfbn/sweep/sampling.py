@@ -39,7 +39,8 @@ import numpy as np
 
 from tfbn.population import LayerStats, PopulationStats
 from tfbn.stats import moments
-from tfbn.stats.moments import METHODS, Moments
+from tfbn.stats.methods import METHODS
+from tfbn.stats.moments import Moments
 from tfbn.sweep import results
 from tfbn.sweep.state import Site, SweepState
 

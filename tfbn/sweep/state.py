@@ -9,7 +9,8 @@ import numpy as np
 
 from tfbn.stats import layer_stats, moments
 from tfbn.stats.layer_stats import LayerStats
-from tfbn.stats.moments import METHODS, Moments
+from tfbn.stats.methods import METHODS
+from tfbn.stats.moments import Moments
 from tfbn.sweep.batches import Batch, empty
 from tfbn.sweep.fixed_point import FixedPoint
 

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 
 from tfbn.files import sealed
-from tfbn.stats.moments import METHODS, Moments
+from tfbn.stats.methods import METHODS
+from tfbn.stats.moments import Moments
 from tfbn.sweep.fixed_point import FixedPoint
 from tfbn.sweep.state import Site, SweepState
 
