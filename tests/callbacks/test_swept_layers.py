@@ -406,3 +406,34 @@ def test_advice_names_the_network_that_predicts():
     steps_of(model, tfbn.PopulationStatsCallback(X, model=model.teacher))
     kernel, bias = (np.asarray(w, "d") for w in model.teacher.layers[0].weights)
     assert_swept(model.teacher.layers[1], X.astype("d") @ kernel + bias)
+
+
+class Converting(keras.Model):
+    """A model that encodes numbers in its `train_step`."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = keras.Sequential([keras.Input((4,)), layers.Dense(5), bn("c")])
+
+    def call(self, x, training=None):
+        """Apply the network."""
+        return self.network(x, training=training)
+
+    def train_step(self, data):
+        """Train on one-hot vectors."""
+        return super().train_step((tf.one_hot(data[0], 4), data[1]))
+
+
+def test_data_that_the_step_converts_is_refused_early_with_advice_that_works():
+    model = Converting()
+    model(np.zeros((2, 4), "float32"))
+    model.compile("sgd", "mse")
+    numbers, zeros = np.arange(32) % 4, np.zeros((32, 5))
+    callback = tfbn.PopulationStatsCallback(numbers)
+    with pytest.raises(ValueError, match=r"`train_step` converts the data.*x=dataset.map"):
+        model.fit(numbers, zeros, verbose=0, callbacks=[callback])
+    data = tf.data.Dataset.from_tensor_slices(numbers).batch(32)
+    callback = tfbn.PopulationStatsCallback(data.map(lambda x: tf.one_hot(x, 4)))
+    model.fit(numbers, zeros, verbose=0, callbacks=[callback])
+    kernel, bias = (np.asarray(w, "d") for w in model.network.layers[0].weights)
+    assert_swept(model.network.layers[1], np.eye(4)[numbers] @ kernel + bias)

@@ -66,7 +66,9 @@ class SweptLayers:
             if self._by_call or self._named:
                 raise
             raise ValueError(
-                f"{error} If `fit` does not call the model: {_advice(network)}."
+                f"{error} If `train_step` converts the data, pass it converted: "
+                "x=dataset.map(preprocess). If `fit` does not call the model: "
+                f"{_advice(network)}."
             ) from error
         self._first = self._latest = first
         self.checked, self.warned = True, self._first is not None
