@@ -26,7 +26,7 @@ from tfbn.sweep import data
 from tfbn.sweep.batches import Batch
 from tfbn.sweep.network import Network
 from tfbn.sweep.options import SweepOptions
-from tfbn.sweep.processes import Recipe, check_source, replica_here
+from tfbn.sweep.processes import ReplicaSpec, check_source, replica_here
 from tfbn.sweep.replica import Replica
 from tfbn.sweep.state import SweepState
 
@@ -111,13 +111,13 @@ class Collect(beam.PTransform):
     def expand(self, examples: beam.PCollection) -> beam.PCollection:
         _refuse(examples.pipeline.runner)
         method, batch_size = self._options.method, self._options.batch_size
-        recipe = Recipe(self._source, self._options.include_frozen)
-        here = replica_here(recipe)
+        spec = ReplicaSpec(self._source, self._options.include_frozen)
+        here = replica_here(spec)
         stages = _stages(here, method)
         begin = here.initial_state(method)
         if stages.uncut:
             begin = begin.uncut()
-        recipe = dataclasses.replace(recipe, paths=begin.paths)
+        spec = dataclasses.replace(spec, paths=begin.paths)
         batches = (
             examples
             | "Join windows" >> beam.WindowInto(GlobalWindows())
@@ -132,7 +132,7 @@ class Collect(beam.PTransform):
         if stages.draws:
             numbered = (
                 batches
-                | "Key by content" >> beam.ParDo(_Key(recipe))
+                | "Key by content" >> beam.ParDo(_Key(spec))
                 | "Group equal batches" >> beam.GroupByKey()
                 | "Number equal batches" >> beam.FlatMap(lambda group: enumerate(group[1]))
             )
@@ -143,11 +143,11 @@ class Collect(beam.PTransform):
             before = beam.pvalue.AsSingleton(state)
             state = (
                 numbered
-                | f"Level {level}" >> beam.ParDo(_Level(recipe), before)
+                | f"Level {level}" >> beam.ParDo(_Level(spec), before)
                 | f"Merge {level}" >> beam.CombineGlobally(_Merge())
                 | f"Join {level}" >> beam.Map(_joined, before)
             )
-        return state | "Finish" >> beam.Map(_finish, recipe, stages.number)
+        return state | "Finish" >> beam.Map(_finish, spec, stages.number)
 
 
 class _Stages(NamedTuple):
@@ -204,11 +204,11 @@ def _may_draw(here: Replica) -> bool:
 class _Key(beam.DoFn):
     """Convert batches to pairs (key, batch); equal batches share a key."""
 
-    def __init__(self, recipe: Recipe):
-        self._recipe = recipe
+    def __init__(self, spec: ReplicaSpec):
+        self._spec = spec
 
     def setup(self) -> None:
-        self._replica = replica_here(self._recipe)
+        self._replica = replica_here(self._spec)
 
     def process(self, batch: Structure) -> Iterator[tuple[str, Structure]]:
         yield str(_Element(batch, self._replica.model).first().key), batch
@@ -217,11 +217,11 @@ class _Key(beam.DoFn):
 class _Level(beam.DoFn):
     """Compute the state of each numbered batch after one level."""
 
-    def __init__(self, recipe: Recipe):
-        self._recipe = recipe
+    def __init__(self, spec: ReplicaSpec):
+        self._spec = spec
 
     def setup(self) -> None:
-        self._replica = replica_here(self._recipe)
+        self._replica = replica_here(self._spec)
 
     def process(self, numbered: tuple[int, Structure], state: SweepState) -> Iterator[SweepState]:
         if state.complete:
@@ -297,8 +297,8 @@ def _joined(swept: SweepState | None, before: SweepState) -> SweepState:
     return before.advance(swept)
 
 
-def _finish(state: SweepState, recipe: Recipe, stages: int) -> PopulationStats:
-    here = replica_here(recipe)
+def _finish(state: SweepState, spec: ReplicaSpec, stages: int) -> PopulationStats:
+    here = replica_here(spec)
     if not state.complete:
         raise ValueError(
             f"Expected at most {stages} levels, as for the recorded input shape of model "

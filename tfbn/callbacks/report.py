@@ -16,11 +16,11 @@ def lines(
     drifts = drift.of_layers(stats, stats.previous or {})
     if drifts:
         shift, factor = _overall(drifts.values())
-        worst, off = next(iter(drifts.items()))
+        worst, drift = next(iter(drifts.items()))
         yield (
             f"Population statistics of {counted(len(drifts), 'layer')}: the moving averages "
             f"were off by {shift:.3f} std in the mean and a factor of {factor:.3f} in the std, "
-            f"most in {worst!r} ({off['mean_shift']:.3f} std, {off['std_ratio']:.3f})."
+            f"most in {worst!r} ({drift['mean_shift']:.3f} std, {drift['std_ratio']:.3f})."
         )
     if validation is not None:
         yield validation_in_words(validation)
@@ -48,5 +48,7 @@ def counted(number: int, noun: str) -> str:
 
 def _overall(drifts: Iterable[Mapping[str, float]]) -> tuple[float, float]:
     """Return over layers rms(shift) and exp(rms(log(ratio))), rms = root mean square."""
-    shifts, ratios = zip(*((off["mean_shift"], off["std_ratio"]) for off in drifts), strict=True)
+    shifts, ratios = zip(
+        *((drift["mean_shift"], drift["std_ratio"]) for drift in drifts), strict=True
+    )
     return np.sqrt(np.mean(np.square(shifts))), np.exp(np.sqrt(np.mean(np.log(ratios) ** 2)))

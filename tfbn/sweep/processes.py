@@ -19,11 +19,11 @@ Source = str | Callable[[], keras.Model]
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class ReplicaSpec:
     """The model and settings of a sweep, sent with every task.
 
     Attributes:
-        source: The path of the model, or a function that returns it, see `OnlyHere`.
+        source: The path of the model, or a function that returns it, see `LocalModel`.
         include_frozen: Whether to sweep layers too that `fit` does not train.
         paths: The layers to sweep, by their names in the process that began the sweep: unnamed
             layers of a subclassed model have other numbers in every process.
@@ -36,7 +36,7 @@ class Recipe:
     sweep: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
 
 
-class OnlyHere:
+class LocalModel:
     """A model for tasks that stay in this process."""
 
     def __init__(self, model: keras.Model):
@@ -61,7 +61,7 @@ def source_of(model: keras.Model | str | os.PathLike | Callable[[], keras.Model]
     Raises:
         ValueError: See `check_source`.
     """
-    return OnlyHere(model) if isinstance(model, keras.Model) else check_source(model)
+    return LocalModel(model) if isinstance(model, keras.Model) else check_source(model)
 
 
 def check_source(model: str | os.PathLike | Callable[[], keras.Model]) -> Source:
@@ -103,26 +103,26 @@ def load(source: Source) -> keras.Model:
         ) from error
 
 
-def make_replica(recipe: Recipe) -> Replica:
+def make_replica(spec: ReplicaSpec) -> Replica:
     """Load the model of a sweep and create its `Replica`."""
-    model = load(recipe.source)
-    layers = layers_to_sweep(model, recipe.include_frozen)
+    model = load(spec.source)
+    layers = layers_to_sweep(model, spec.include_frozen)
     # Other layers have another fingerprint, which `sweep_shard` refuses.
-    if recipe.paths is not None and len(recipe.paths) == len(layers):
-        layers = dict(zip(recipe.paths, layers.values(), strict=True))
-    return Replica(model, layers, include_frozen=recipe.include_frozen)
+    if spec.paths is not None and len(spec.paths) == len(layers):
+        layers = dict(zip(spec.paths, layers.values(), strict=True))
+    return Replica(model, layers, include_frozen=spec.include_frozen)
 
 
 # Global, because tasks are new objects in every transfer. Sweep -> its replica, as long as it is
-# referenced; `_last` references the replica of the last sweep.
+# referenced; `_latest` references the replica of the last sweep.
 _replicas: weakref.WeakValueDictionary[str, Replica] = weakref.WeakValueDictionary()
-_last: list[Replica] = []
-_making = threading.Lock()
+_latest: list[Replica] = []
+_lock = threading.Lock()
 # Ids of this process, once TensorFlow runs in it, and of the processes it was forked from.
 _processes: set[int] = set()
 
 
-def replica_here(recipe: Recipe) -> Replica:
+def replica_here(spec: ReplicaSpec) -> Replica:
     """Return the `Replica` of a sweep in this process, created in the first call.
 
     Raises:
@@ -134,17 +134,17 @@ def replica_here(recipe: Recipe) -> Replica:
             "TensorFlow may hang in a process forked from its own. Use "
             "multiprocessing.get_context('spawn')."
         )
-    with _making:
-        made = _replicas.get(recipe.sweep)
-        if made is None:
-            _last.clear()
-            made = _replicas[recipe.sweep] = make_replica(recipe)
-        _last[:] = [made]
-        return made
+    with _lock:
+        replica = _replicas.get(spec.sweep)
+        if replica is None:
+            _latest.clear()
+            replica = _replicas[spec.sweep] = make_replica(spec)
+        _latest[:] = [replica]
+        return replica
 
 
-def forget(recipe: Recipe) -> None:
+def forget(spec: ReplicaSpec) -> None:
     """Release the model in this process."""
-    with _making:
-        if _replicas.get(recipe.sweep) in _last:
-            _last.clear()
+    with _lock:
+        if _replicas.get(spec.sweep) in _latest:
+            _latest.clear()

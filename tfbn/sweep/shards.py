@@ -16,7 +16,7 @@ from tfbn.sweep import data, state_bytes
 from tfbn.sweep.batches import Batches
 from tfbn.sweep.driver import run_levels, run_sample
 from tfbn.sweep.options import SweepOptions
-from tfbn.sweep.processes import Recipe, forget, replica_here, source_of
+from tfbn.sweep.processes import ReplicaSpec, forget, replica_here, source_of
 from tfbn.sweep.random_order import Deal
 from tfbn.sweep.replica import Replica
 from tfbn.sweep.report import Report
@@ -84,17 +84,17 @@ def collect_shards(
         include_frozen=include_frozen,
         tolerance=tolerance,
     )
-    recipe = Recipe(source_of(model), include_frozen)
-    tasks = _Tasks(recipe, list(shards), map, _Reader(load, options))
+    spec = ReplicaSpec(source_of(model), include_frozen)
+    tasks = _Tasks(spec, list(shards), map, _Reader(load, options))
     report = Report(method, verbose, len(tasks.shards), unit="shard")
     report.begin()
     try:
-        here = replica_here(recipe)
+        here = replica_here(spec)
         if options.tolerance is None:
             return run_levels(_MapEngine(here, tasks, report))
         return run_sample(_MapSampler(here, tasks), options.tolerance, report)
     finally:
-        forget(recipe)
+        forget(spec)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +129,11 @@ class _Task(abc.ABC):
     """The work on one shard, to be sent to another process.
 
     Attributes:
-        recipe: The `Recipe` of the sweep.
+        spec: The `ReplicaSpec` of the sweep.
         reader: The `_Reader`.
     """
 
-    recipe: Recipe
+    spec: ReplicaSpec
     reader: _Reader
 
     @abc.abstractmethod
@@ -144,7 +144,7 @@ class _Task(abc.ABC):
         """Return the number of a shard and the result of `run`."""
         number, shard = item
         try:
-            here = replica_here(self.recipe)
+            here = replica_here(self.spec)
             return number, self.run(here, number, self.reader.batches(number, shard, here.model))
         except Exception as error:
             # A string, because the error may not be picklable.
@@ -212,13 +212,13 @@ class _Tasks:
     """The shards, and the map that runs tasks on them.
 
     Attributes:
-        recipe: The `Recipe` of the sweep.
+        spec: The `ReplicaSpec` of the sweep.
         shards: All shards.
         map: See `collect_shards`.
         reader: The `_Reader`.
     """
 
-    recipe: Recipe
+    spec: ReplicaSpec
     shards: Sequence[Any]
     map: Callable[..., Iterable]
     reader: _Reader
@@ -226,16 +226,16 @@ class _Tasks:
     def sizes(self) -> list[_Size]:
         """Compute the `_Size` of every shard."""
         numbers = range(len(self.shards))
-        results = dict(self._results(_Measure(self.recipe, self.reader), numbers))
+        results = dict(self._results(_Measure(self.spec, self.reader), numbers))
         return [_Size(*results[number]) for number in numbers]
 
     def run_level(self, works: Sequence[_Work]) -> Iterator[tuple[int, dict[int, SweepState]]]:
         """Yield (number, number of the work -> state) for each shard with work."""
         sent = [dataclasses.replace(work, state=_of_populations(work.state)) for work in works]
-        recipe = dataclasses.replace(self.recipe, paths=works[0].state.paths)
+        spec = dataclasses.replace(self.spec, paths=works[0].state.paths)
         everywhere = range(len(self.shards))
         numbers = {*itertools.chain(*(work.spans or everywhere for work in works))}
-        task = _RunLevel(recipe, self.reader, sent)
+        task = _RunLevel(spec, self.reader, sent)
         for number, results in self._results(task, sorted(numbers)):
             yield number, {at: state_bytes.unpack(state) for at, state in results.items()}
 
