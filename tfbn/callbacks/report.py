@@ -16,11 +16,11 @@ def lines(
     drifts = drift.of_layers(stats, stats.previous or {})
     if drifts:
         shift, factor = _overall(drifts.values())
-        worst, drift = next(iter(drifts.items()))
+        worst, change = next(iter(drifts.items()))
         yield (
             f"Population statistics of {counted(len(drifts), 'layer')}: the moving averages "
             f"were off by {shift:.3f} std in the mean and a factor of {factor:.3f} in the std, "
-            f"most in {worst!r} ({drift['mean_shift']:.3f} std, {drift['std_ratio']:.3f})."
+            f"most in {worst!r} ({change['mean_shift']:.3f} std, {change['std_ratio']:.3f})."
         )
     if validation is not None:
         yield validation_in_words(validation)

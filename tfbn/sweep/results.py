@@ -124,7 +124,7 @@ def _warn_of_differing_calls(state: SweepState) -> None:
         together = layer_stats.of_calls([state.layers[path]], state.method)
         single = [layer_stats.of_calls([one], state.method) for one in of_layer]
         drifts = [drift.of_layer(together, one) for one in single]
-        furthest = max(drifts, key=lambda drift: drift["mean_shift"] + drift["std_ratio_max"])
+        furthest = max(drifts, key=lambda change: change["mean_shift"] + change["std_ratio_max"])
         if furthest["mean_shift"] > _SPREAD or abs(np.log(furthest["std_ratio"])) > _SPREAD:
             warn(
                 f"Layer {path!r} is called {len(single)} times on inputs whose statistics differ: "
