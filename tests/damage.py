@@ -13,7 +13,7 @@ def damaged(content, random):
     content = bytearray(content)
     at, n = random.randrange(len(content)), random.randrange(1, 40)
     mark = random.choice([b"PK", b"NUMPY", b"data_offsets", b"sha256", None])
-    starts = [found.start() for found in re.finditer(mark or b"^$", content)]
+    starts = [actual.start() for actual in re.finditer(mark or b"^$", content)]
     if starts:
         at = min(random.choice(starts) + random.randrange(80), len(content) - 1)
     kind = random.choice(["bit"] * 6 + ["byte", "cut", "drop", "zero", "copy", "append"])

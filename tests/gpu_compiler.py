@@ -251,7 +251,7 @@ def _computations(text):
 
 
 def _kernels(computations, computation):
-    sizes, found = {}, []
+    sizes, actual = {}, []
     for name, made, opcode, operands, attributes in computations[computation]:
         sizes[name] = _size(made)
         called = re.findall(r"(?:calls|to_apply|body)=%([\w.-]+)", attributes)
@@ -260,15 +260,15 @@ def _kernels(computations, computation):
                 _size_read(computations[called[0]], index, sizes[operand])
                 for index, operand in enumerate(_names(operands))
             ]
-            found.append(Kernel(name, sum(reads), sizes[name]))
+            actual.append(Kernel(name, sum(reads), sizes[name]))
         elif opcode == "call":
             # A graph of launches.
-            found += _kernels(computations, called[0])
+            actual += _kernels(computations, called[0])
         elif opcode in ("while", "conditional"):
             raise ValueError(f"A step has a {opcode}, whose passes depend on the data.")
         elif opcode not in _FREE:
-            found.append(Kernel(name, sum(sizes[o] for o in _names(operands)), sizes[name]))
-    return found
+            actual.append(Kernel(name, sum(sizes[o] for o in _names(operands)), sizes[name]))
+    return actual
 
 
 def _size_read(body, index, size):

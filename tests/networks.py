@@ -192,14 +192,14 @@ def in_training(build, model, x, slices):
     with dtype_policy("float64"):
         twin = build(lambda **options: layers.BatchNormalization(momentum=0.0, **options))
     twin.set_weights(model.get_weights())
-    found = []
+    actual = []
     for batch in slices:
         part = keras.tree.map_structure(operator.itemgetter(batch), x)
         twin(keras.tree.map_structure(lambda a: a.astype("float64"), part), training=True)
-        found.append(
+        actual.append(
             [(bn.moving_mean.numpy(), bn.moving_variance.numpy()) for bn in batch_norms(twin)]
         )
-    return found
+    return actual
 
 
 class Looped(keras.Model):
@@ -275,18 +275,18 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-def assert_layer(found, mean, variance, rtol=1e-5):
+def assert_layer(actual, mean, variance, rtol=1e-5):
     """Compare the statistics of a layer, the mean in units of the standard deviation.
 
     Args:
-        found: A Keras layer, or `LayerStats`.
+        actual: A Keras layer, or `LayerStats`.
         mean, variance: The right values.
         rtol: The tolerance of the variance, and of the mean.
     """
-    if isinstance(found, keras.Layer):
-        found_mean, found_variance = found.moving_mean, found.moving_variance
+    if isinstance(actual, keras.Layer):
+        found_mean, found_variance = actual.moving_mean, actual.moving_variance
     else:
-        found_mean, found_variance = found.mean, found.variance
+        found_mean, found_variance = actual.mean, actual.variance
     std = np.sqrt(np.asarray(variance)) + 1e-30
     np.testing.assert_allclose(found_mean / std, mean / std, rtol=0, atol=rtol)
     np.testing.assert_allclose(found_variance, variance, rtol=rtol)
@@ -307,12 +307,12 @@ def assert_statistics(stats, expected, rtol=1e-4, model=None):
         layers_found = [stats[path_of[id(layer)]] for layer in batch_norms(model)]
     known = list(expected.values()) if isinstance(expected, Mapping) else expected
     assert len(stats) == len(known)
-    for found, one in zip(layers_found, known, strict=True):
+    for actual, one in zip(layers_found, known, strict=True):
         if isinstance(one, tuple):
-            assert_layer(found, *one, rtol)
+            assert_layer(actual, *one, rtol)
             continue
-        np.testing.assert_array_equal(found.count, one.count)
-        assert_layer(found, one.mean, one.variance, rtol)
+        np.testing.assert_array_equal(actual.count, one.count)
+        assert_layer(actual, one.mean, one.variance, rtol)
 
 
 def assert_exact(stats, build, model, x, rtol=1e-4):

@@ -33,8 +33,8 @@ def batch(size, number=0):
 
 def swept(state, *batches, levels=LEVELS):
     """A state after batches of (site, values)."""
-    for number, found in enumerate(batches):
-        size = len(found[0][1])
-        sites = [(site, of(entered)) for site, entered in found]
+    for number, actual in enumerate(batches):
+        size = len(actual[0][1])
+        sites = [(site, of(entered)) for site, entered in actual]
         state = state.note(NetworkFacts(levels)).add(batch(size, number), sites)
     return state

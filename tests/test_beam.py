@@ -133,12 +133,12 @@ def test_one_pass_to_its_definition(build, method, run, saved):
     expected = []
     paths = {id(layer): name for name, layer in batch_norm_layers(model).items()}
     in_batches = networks.in_training(build, model, x, slices)
-    for bn, found in zip(networks.batch_norms(model), zip(*in_batches, strict=True), strict=True):
+    for bn, actual in zip(networks.batch_norms(model), zip(*in_batches, strict=True), strict=True):
         if method == "pooled":
-            expected.append(networks.pooled(sizes, found))
+            expected.append(networks.pooled(sizes, actual))
             continue
         m = sizes[:, None] * (stats[paths[id(bn)]].count // SAMPLES)
-        means, variances = (np.stack(v) for v in zip(*found, strict=True))
+        means, variances = (np.stack(v) for v in zip(*actual, strict=True))
         weights = sizes / SAMPLES
         expected.append((weights @ means, weights @ (variances * m / (m - 1))))
     networks.assert_statistics(stats, expected, rtol=1e-5, model=model)

@@ -129,10 +129,10 @@ def test_the_recipe_of_keras_hub(names, monkeypatch):
     names |= {"keras_hub": hub, "images": images, "labels": np.arange(8) % 2}
     [[code]] = [code for name, code in RECIPES.items() if "KerasHub" in name]
     exec(code, names)
-    found = tfbn.PopulationStats.read(names["classifier"])
+    actual = tfbn.PopulationStats.read(names["classifier"])
     swept = tfbn.collect(names["classifier"], images, include_frozen=True, verbose=0)
     for path, stats in swept.items():
-        np.testing.assert_allclose(found[path].mean, stats.mean, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(actual[path].mean, stats.mean, rtol=1e-3, atol=1e-4)
 
 
 def test_what_to_look_at(names):

@@ -86,13 +86,13 @@ def test_averaged_weights(tmp_path):
     sys.argv = ["averaged_weights.py", "--epochs", "2", "--ema-momentum", "0.9"]
     args = parse_arguments()
     for seed in range(2):
-        found = results["use_ema"][seed]
+        actual = results["use_ema"][seed]
         saved = out / f"use_ema_seed_{seed}.keras"
         # Trained again without any callback, Keras leaves the averaged weights with the
         # moving averages; without averaging, the last weights with them.
         model, train, test = fresh(seed, args)
         model.fit(*train, epochs=2, verbose=0)
-        again = found["averaged weights"]["moving averages"]
+        again = actual["averaged weights"]["moving averages"]
         assert again == pytest.approx(metrics(model, *test), rel=1e-4)
         kept = keras.models.load_model(saved)
         for ours, theirs in zip(model.trainable_weights, kept.trainable_weights, strict=True):
@@ -100,16 +100,16 @@ def test_averaged_weights(tmp_path):
         model, train, test = fresh(seed, args)
         model.optimizer.use_ema = False
         model.fit(*train, epochs=2, verbose=0)
-        again = found["last weights"]["moving averages"]
+        again = actual["last weights"]["moving averages"]
         assert again == pytest.approx(metrics(model, *test), rel=1e-4)
         # The sweep was in batches of 256: close to, not the same as, one batch of all.
         oracle = metrics(with_population(saved, train[0]), *test)
-        swept = found["averaged weights"]["population statistics"]
+        swept = actual["averaged weights"]["population statistics"]
         assert swept["loss"] == pytest.approx(oracle["loss"], rel=0.02)
         # SwapEMAWeights ends with the same weights and moving averages.
         swapped = results["SwapEMAWeights"][seed]
         assert len(swapped["moving averages"]) == 2
-        again = found["averaged weights"]["moving averages"]["loss"]
+        again = actual["averaged weights"]["moving averages"]["loss"]
         assert swapped["moving averages"][-1] == pytest.approx(again, rel=1e-3)
         again = swept["loss"]
         assert swapped["population statistics"][-1] == pytest.approx(again, rel=1e-3)
@@ -152,10 +152,10 @@ def test_beam_sweep(tmp_path):
     for path in ("demo/stats.safetensors", "own.npz"):
         stats = tfbn.PopulationStats.load(tmp_path / path)
         assert stats.samples == len(x) and stats.method == "exact"
-        for name, found in stats.items():
+        for name, actual in stats.items():
             layer = oracle.get_layer(name)
-            np.testing.assert_allclose(found.mean, layer.moving_mean, rtol=1e-3, atol=1e-4)
-            np.testing.assert_allclose(found.variance, layer.moving_variance, rtol=1e-3)
+            np.testing.assert_allclose(actual.mean, layer.moving_mean, rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(actual.variance, layer.moving_variance, rtol=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -214,20 +214,20 @@ def test_experiment_three_ways(experiment):
     model = example.convolutional_network(x.shape[1:], 0.99)
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
     model.fit(x, y, batch_size=32, epochs=1, verbose=0)
-    found = {
+    actual = {
         way: {name: run["history"][f"val_{name}_{way}"][-1] for name in ("loss", "accuracy")}
         for way in ("moving_average", "population", "mini_batch")
     }
-    assert found["moving_average"] == pytest.approx(metrics(model, *test), rel=1e-3, abs=0.002)
+    assert actual["moving_average"] == pytest.approx(metrics(model, *test), rel=1e-3, abs=0.002)
     for layer in model.layers:
         if isinstance(layer, layers.BatchNormalization):
             layer.momentum = 0.0
     model(x, training=True)
-    assert found["population"] == pytest.approx(metrics(model, *test), rel=1e-3, abs=0.002)
+    assert actual["population"] == pytest.approx(metrics(model, *test), rel=1e-3, abs=0.002)
     batches = [model(test[0][i : i + 32], training=True) for i in range(0, len(test[0]), 32)]
     probabilities = np.concatenate(batches)
     loss = -np.log(probabilities[np.arange(len(test[1])), test[1]]).mean()
-    assert found["mini_batch"]["loss"] == pytest.approx(loss, rel=1e-3)
+    assert actual["mini_batch"]["loss"] == pytest.approx(loss, rel=1e-3)
 
 
 @pytest.mark.xdist_group("experiment")
@@ -238,7 +238,7 @@ def test_experiment_sweeps(experiment):
     results, out = experiment
     (x, _), test = example.data("digits", 0)
     last = results["sweeps"]["checkpoints"][-1]
-    [found] = [
+    [actual] = [
         row["found"]
         for row in results["sweeps"]["rows"]
         if (row["seed"], row["epochs"]) == (0, last)
@@ -251,10 +251,10 @@ def test_experiment_sweeps(experiment):
         ("one pass, one batch of all", oracle),
         ("exact, batches of 2", oracle),
     ):
-        assert found[name]["loss"] == pytest.approx(right["loss"], rel=1e-4)
-        assert found[name]["error"] == pytest.approx(100 * (1 - right["accuracy"]), abs=1e-3)
+        assert actual[name]["loss"] == pytest.approx(right["loss"], rel=1e-4)
+        assert actual[name]["error"] == pytest.approx(100 * (1 - right["accuracy"]), abs=1e-3)
     # A biased sweep is another thing.
-    assert found["one pass, batches of 2"]["loss"] != pytest.approx(oracle["loss"], rel=0.01)
+    assert actual["one pass, batches of 2"]["loss"] != pytest.approx(oracle["loss"], rel=0.01)
 
 
 @pytest.mark.xdist_group("experiment")
@@ -329,15 +329,15 @@ def test_augmentation():
     (x, y), test = example.load("digits", 0)
     train, evaluated = (x[:256], y[:256]), (test[0][:100], test[1][:100])
     light = example.AUGMENTATIONS["and light"]
-    found = example.trained(train, evaluated, light, [1, 2], seed=0)
-    losses = [found[2][way]["loss"] for way in example.WAYS]
-    assert len(set(losses)) == 3 and list(found) == [1, 2]
+    actual = example.trained(train, evaluated, light, [1, 2], seed=0)
+    losses = [actual[2][way]["loss"] for way in example.WAYS]
+    assert len(set(losses)) == 3 and list(actual) == [1, 2]
     runs = [
-        {"seed": seed, "augmentation": name, "found": {2: found[epochs]}}
+        {"seed": seed, "augmentation": name, "found": {2: actual[epochs]}}
         for seed, epochs in enumerate([1, 2])
         for name in example.AUGMENTATIONS
     ]
-    errors = [found[epochs][example.WAYS[1]]["error"] for epochs in (1, 2)]
+    errors = [actual[epochs][example.WAYS[1]]["error"] for epochs in (1, 2)]
     row = f"| and light | {example.WAYS[1]} | {np.mean(errors):.2f} ± {stats.sem(errors):.2f} |"
     assert row in example.report(runs)
 
@@ -398,16 +398,16 @@ def test_served_population_accuracy(served):
     [run] = [r for r in results["runs"] if (r["seed"], r["shift"]) == (seed, shift)]
     place = results["counts"].index(count)
     assert run["as_trained"] == pytest.approx(metrics(held, x, y)["accuracy"], abs=0.003)
-    found = metrics(swept, x, y)["accuracy"]
-    assert run["accuracy"]["0"][place] == pytest.approx(found, abs=0.003)
+    actual = metrics(swept, x, y)["accuracy"]
+    assert run["accuracy"]["0"][place] == pytest.approx(actual, abs=0.003)
     for ours, theirs in zip(swept.layers, held.layers, strict=True):
         if isinstance(ours, layers.BatchNormalization):
             for name in ("moving_mean", "moving_variance"):
                 own, source = (np.float64(getattr(layer, name)) for layer in (ours, theirs))
                 blended = (weight * source + count * own) / (weight + count)
                 getattr(ours, name).assign(blended)
-    found = metrics(swept, x, y)["accuracy"]
-    assert run["accuracy"][str(weight)][place] == pytest.approx(found, abs=0.003)
+    actual = metrics(swept, x, y)["accuracy"]
+    assert run["accuracy"][str(weight)][place] == pytest.approx(actual, abs=0.003)
 
 
 @pytest.mark.xdist_group("served")

@@ -28,10 +28,10 @@ def no_windows():
 def statistics(seed, samples=100, layers=("first", "block/second")):
     """Return random statistics of two layers."""
     rng = np.random.default_rng(seed)
-    found = {
+    actual = {
         path: LayerStats(samples, rng.normal(size=5), rng.uniform(0.5, 2, 5)) for path in layers
     }
-    return PopulationStats(found, method="pooled", samples=samples)
+    return PopulationStats(actual, method="pooled", samples=samples)
 
 
 def bars(axes):
@@ -41,8 +41,8 @@ def bars(axes):
 
 def dots(axes):
     """Return the positions of the dots of a panel, from the top."""
-    found = [line.get_xydata()[0] for line in axes.lines if line.get_marker() == "o"]
-    return np.array(found)[:, 0]
+    actual = [line.get_xydata()[0] for line in axes.lines if line.get_marker() == "o"]
+    return np.array(actual)[:, 0]
 
 
 def spans(axes):
@@ -117,7 +117,7 @@ def test_a_ratio_axis_has_numbers_on_both_sides_of_1(factor):
 def overlaps(figure):
     """Return pairs of texts of a figure that overlap, and texts outside of it."""
     figure.draw_without_rendering()
-    found = [
+    actual = [
         *figure.findobj(lambda t: isinstance(t, Text) and t.get_visible() and t.get_text().strip())
     ]
     for axes in figure.axes:  # Numbers beyond the ends of an axis are not drawn.
@@ -125,8 +125,8 @@ def overlaps(figure):
             low, high = sorted(axis.get_view_interval())
             labels = [*axis.get_majorticklabels(), *axis.get_minorticklabels()]
             past = [t for t in labels if not low <= t.get_position()[place] <= high]
-            found = [t for t in found if t not in past]
-    boxes = [(t.get_text(), t.get_window_extent()) for t in found]
+            actual = [t for t in actual if t not in past]
+    boxes = [(t.get_text(), t.get_window_extent()) for t in actual]
     boxes = [(text, box) for text, box in boxes if box.width > 0]
     canvas = figure.bbox
     out = [t for t, b in boxes if b.x0 < -1 or b.y0 < -1 or b.x1 > canvas.x1 or b.y1 > canvas.y1]

@@ -33,14 +33,14 @@ def made_up(model, seed):
     """Statistics of the right shapes."""
     rng = np.random.default_rng(seed)
     before = tfbn.PopulationStats.read(model)
-    found = {
+    actual = {
         path: tfbn.LayerStats(
             100, rng.normal(size=s.mean.shape), rng.uniform(0.1, 2, size=s.mean.shape)
         )
         for path, s in before.items()
     }
     return tfbn.PopulationStats(
-        found,
+        actual,
         method="pooled",
         samples=10,
         batches=2,
@@ -302,8 +302,8 @@ def test_counts_that_differ_between_channels_are_merged():
         lines = []
         total.summary(print_fn=lines.append)
         assert lines[2].split()[:2] == ["bn", "2"]
-        found = json.loads(json.dumps(total.to_dict()))["layers"]["bn"]
-        assert found["count"] == 2 and found["counts"] == [7, 6, 2]
+        actual = json.loads(json.dumps(total.to_dict()))["layers"]["bn"]
+        assert actual["count"] == 2 and actual["counts"] == [7, 6, 2]
 
 
 def test_merge_refuses_what_does_not_belong_together(model, stats):
@@ -447,11 +447,11 @@ def test_a_notebook_shows_the_table(stats):
 
 
 def test_to_dict_survives_json(stats):
-    found = json.loads(json.dumps(stats.to_dict()))
-    assert found["method"] == "pooled" and found["samples"] == 10
+    actual = json.loads(json.dumps(stats.to_dict()))
+    assert actual["method"] == "pooled" and actual["samples"] == 10
     for path, layer in stats.items():
-        np.testing.assert_array_equal(found["layers"][path]["mean"], layer.mean)
-        np.testing.assert_array_equal(found["layers"][path]["variance"], layer.variance)
+        np.testing.assert_array_equal(actual["layers"][path]["mean"], layer.mean)
+        np.testing.assert_array_equal(actual["layers"][path]["variance"], layer.variance)
 
 
 def test_layers_without_weights_are_named():

@@ -91,14 +91,14 @@ def stream(rng, x, batch_size, run):
 
 def covered(stats, truth):
     """Part of the network, name of the statistic -> whether the intervals hold the true values."""
-    found = {}
+    actual = {}
     for number, (path, layer) in enumerate(stats.items()):
         for name in ("mean", "variance"):
             error = getattr(layer, f"{name}_error")
             off = np.abs(getattr(layer, name) - getattr(truth[path], name))
             hits = [] if np.isnan(error).any() else off <= 1.96 * error
-            found.setdefault(("first" if number == 0 else "behind", name), []).extend(hits)
-    return found
+            actual.setdefault(("first" if number == 0 else "behind", name), []).extend(hits)
+    return actual
 
 
 def share(repetitions):
@@ -143,8 +143,8 @@ def main():
             for _ in range(args.repetitions):
                 batches = stream(rng, x, batch_size, ALIKE if kind == "alike" else 1)
                 stats = tfbn.collect(model, batches, tolerance=args.tolerance, verbose=0)
-                for place, found in covered(stats, truth).items():
-                    hits[place].append(found)
+                for place, actual in covered(stats, truth).items():
+                    hits[place].append(actual)
                 unknown += [np.isnan(layer.relative_error) for layer in stats.values()]
                 constant += [layer.constant.any() for layer in stats.values()]
                 samples.append(stats.samples)

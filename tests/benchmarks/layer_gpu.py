@@ -49,14 +49,14 @@ def compile_steps(shapes, dtypes, gpus):
             clusters = steps.cluster_steps(layer(steps, "tfbn", dtype), shape).values()
             operations = steps.operations_of(layer(steps, "keras", dtype), shape)
             for gpu in gpus:
-                found = {name: steps.kernels_of(hlo, gpu) for name, hlo in whole.items()}
-                found["keras, in a graph"] = operations
-                found["tfbn, in a graph"] = [
+                actual = {name: steps.kernels_of(hlo, gpu) for name, hlo in whole.items()}
+                actual["keras, in a graph"] = operations
+                actual["tfbn, in a graph"] = [
                     kernel for hlo in clusters for kernel in steps.kernels_of(hlo, gpu)
                 ]
                 cells = [
                     f"{name} {steps.passes(kernels, shape, dtype):.2f} / {len(kernels)}"
-                    for name, kernels in found.items()
+                    for name, kernels in actual.items()
                 ]
                 print(f"{gpu} {'x'.join(map(str, shape))} {dtype}: {', '.join(cells)}", flush=True)
 

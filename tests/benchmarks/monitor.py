@@ -159,8 +159,8 @@ def alarm(args):
                     runs[name].append((seed, accuracy, *first_alarm(path, sent)))
                 report(seed, name, [run[1:] for run in runs[name] if run[0] == seed])
     print("all networks")
-    for name, found in runs.items():
-        report("all", name, [run[1:] for run in found])
+    for name, actual in runs.items():
+        report("all", name, [run[1:] for run in actual])
 
 
 def one_by_one(served, images):
@@ -185,10 +185,10 @@ def first_alarm(path, answers):
     for number, answer in enumerate(answers, 1):
         served.add(answer)
         if number >= 16:
-            found = served.compare()
-            if found.drifted:
-                return number, found.distance
-    return None, found.distance
+            actual = served.compare()
+            if actual.drifted:
+                return number, actual.distance
+    return None, actual.distance
 
 
 def report(seed, name, runs):
@@ -288,11 +288,11 @@ def sounds(population, samples):
 def noise(args):
     """False alarms on populations that do not move."""
     for name, draw in UNSHIFTED.items():
-        found = []
+        actual = []
         for run in range(args.first_run, args.first_run + args.runs):
             rng = np.random.default_rng([run, *name.encode()])
-            found.append(sounds(swept(draw(rng, args.swept)), draw(rng, args.samples)))
-        after = [number for number in found if number is not None]
+            actual.append(sounds(swept(draw(rng, args.swept)), draw(rng, args.samples)))
+        after = [number for number in actual if number is not None]
         print(f"{name:28} false alarms in {len(after)} of {args.runs} runs {after[:9]}", flush=True)
 
 

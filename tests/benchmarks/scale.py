@@ -162,18 +162,18 @@ def messages(model, x, method):
         tfbn.collect(model, x, method=method, batch_size=len(x), memory_limit=2**30, verbose=0)
     sent = [message for message in sent if len(message) > 1]  # Not that nothing has failed.
     states = [state_bytes.unpack(message[1:]) for message in sent]
-    numbers = [sum(found.rows.size for found in state.moments.values()) for state in states]
+    numbers = [sum(actual.rows.size for actual in state.moments.values()) for state in states]
     return list(map(len, sent)), numbers
 
 
 def print_messages(name, model, shape):
     """Print what is sent in a sweep of every method, beside a training step's gradient."""
     x = np.random.default_rng(0).normal(size=(8, *shape)).astype("float32")
-    found = tfbn.PopulationStats.read(model)
-    channels = sum(len(layer.mean) for layer in found.values())
+    actual = tfbn.PopulationStats.read(model)
+    channels = sum(len(layer.mean) for layer in actual.values())
     gradient = 4 * sum(int(np.prod(weight.shape)) for weight in model.trainable_weights)
     print(
-        f"{name}: {len(found)} batch norm layers, {channels} channels; gradient of one step "
+        f"{name}: {len(actual)} batch norm layers, {channels} channels; gradient of one step "
         f"{gradient} bytes"
     )
     for method in METHODS:

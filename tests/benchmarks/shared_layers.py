@@ -81,8 +81,8 @@ class Calls:
 
 def batch_norms(model):
     """The model's batch norm layers in the order in which they were made, told by their names."""
-    found = [layer for layer in model.layers if isinstance(layer, layers.BatchNormalization)]
-    return sorted(found, key=lambda layer: (len(layer.name), layer.name))
+    actual = [layer for layer in model.layers if isinstance(layer, layers.BatchNormalization)]
+    return sorted(actual, key=lambda layer: (len(layer.name), layer.name))
 
 
 def moments_of(inputs):
@@ -164,12 +164,12 @@ def inference_mode(model, inputs, start, most, step=1.0, kept=()):
     statistics, passes = start, 0
     while True:
         assign(model, statistics)
-        found = {name: pooled(calls) for name, calls in one_pass(model, inputs).items()}
-        found |= {name: start[name] for name in kept}
-        moved = move(statistics, found)
+        actual = {name: pooled(calls) for name, calls in one_pass(model, inputs).items()}
+        actual |= {name: start[name] for name in kept}
+        moved = move(statistics, actual)
         if moved < STILL or passes == most:
             return statistics, passes, moved
-        statistics = {name: between(statistics[name], found[name], step) for name in found}
+        statistics = {name: between(statistics[name], actual[name], step) for name in actual}
         passes += 1
 
 

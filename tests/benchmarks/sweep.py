@@ -112,7 +112,7 @@ def torch_variants(x):
         for batch in batches:
             model(batch)
 
-    found = {
+    actual = {
         "torch: training mode": bare,
         "torch: update_bn": lambda: torch.optim.swa_utils.update_bn(batches, model),
     }
@@ -121,8 +121,8 @@ def torch_variants(x):
     except ImportError:
         pass
     else:
-        found["torch: fvcore"] = lambda: update_bn_stats(model.train(), batches, len(batches))
-    return found
+        actual["torch: fvcore"] = lambda: update_bn_stats(model.train(), batches, len(batches))
+    return actual
 
 
 def main():

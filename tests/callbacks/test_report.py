@@ -32,17 +32,19 @@ def printed(capsys, verbose, norms=2, **options):
 
 def test_a_sweep_is_one_line_with_its_time(capsys):
     """However many levels it has."""
-    found = printed(capsys, 2, norms=3)
-    assert re.fullmatch(r"Population statistics, exact: 3 passes, \d+\.\d s", found[0])
-    assert found[1].startswith("Population statistics of 3 layers: the moving averages were off by")
-    assert len(found) == 2
+    actual = printed(capsys, 2, norms=3)
+    assert re.fullmatch(r"Population statistics, exact: 3 passes, \d+\.\d s", actual[0])
+    assert actual[1].startswith(
+        "Population statistics of 3 layers: the moving averages were off by"
+    )
+    assert len(actual) == 2
     assert printed(capsys, 0) == []
 
 
 @pytest.mark.parametrize("verbose", [1, 2])
 def test_the_time_of_sweeps_in_epochs_is_told_once(capsys, verbose):
-    found = printed(capsys, verbose, every_epoch=True)
-    told = [line for line in found if "every_epoch=True" in line]
+    actual = printed(capsys, verbose, every_epoch=True)
+    told = [line for line in actual if "every_epoch=True" in line]
     assert len(told) == 1
     line = r".*The sweep with every_epoch=True took \d+\.\d s of the epoch\."
     assert re.fullmatch(line, told[0])

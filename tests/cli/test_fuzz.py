@@ -167,9 +167,9 @@ def fuzz(capsys, files, argument, seeds):
         for damage in DAMAGES:
             for seed in seeds:
                 pathlib.Path(given).write_bytes(damage(content, np.random.default_rng(seed)))
-                found = check(capsys, files, command, given)
-                if noticed and found is not None:
-                    assert found == right, (damage, seed)
+                actual = check(capsys, files, command, given)
+                if noticed and actual is not None:
+                    assert actual == right, (damage, seed)
 
 
 @contextlib.contextmanager

@@ -38,8 +38,8 @@ def test_only_what_lies_between_is_taken():
     _, graph = traced(run, SPEC)
     function, needed = subgraphs(graph).function([named(graph, "a")], [], [named(graph, "c")])
     assert needed == []
-    [found] = function(tf.constant(X))
-    np.testing.assert_array_equal(found, (X + 1) * 2)
+    [actual] = function(tf.constant(X))
+    np.testing.assert_array_equal(actual, (X + 1) * 2)
 
 
 def test_weights_are_read_when_it_runs():
@@ -103,8 +103,8 @@ def test_effects_that_ran_before_are_not_waited_for():
     assert counter == 1
     ran = ancestors([a])
     function, _ = subgraphs(graph).function([a], [], [y], already_run=ran.__contains__)
-    [found] = function(tf.constant(X))
-    np.testing.assert_array_equal(found, X**2)
+    [actual] = function(tf.constant(X))
+    np.testing.assert_array_equal(actual, X**2)
     assert counter == 1
 
 
@@ -123,5 +123,5 @@ def test_nan_comes_through_a_convolution_and_its_activation(activation, bias):
     function, _ = subgraphs(graph).function([x], [], [named(graph, "y")])
     values = np.ones([2, 8, 8, 1], "f")
     values[1, 3, 3] = np.nan
-    found, *_ = function(tf.constant(values))
-    assert np.isnan(found).sum() == 4 * 4
+    actual, *_ = function(tf.constant(values))
+    assert np.isnan(actual).sum() == 4 * 4

@@ -44,33 +44,33 @@ def test_nan_spreads_unless_the_graph_looks_for_it_or_reads_no_value(build, spre
 
 @pytest.mark.parametrize("feeds", [False, True])
 def test_a_loop_feeds_itself_if_a_call_depends_on_its_last_output(feeds):
-    found = []
+    actual = []
 
     def body(i, state):
         entered = tf.identity(state if feeds else tf.ones([3]))
         left = tf.tanh(entered)
-        found.append((entered, left))
+        actual.append((entered, left))
         return i + 1, left
 
     def loop():
         return tf.while_loop(lambda i, state: i < 3, body, [0, tf.ones([3])])
 
     tf.function(loop).get_concrete_function()
-    entered, left = found[-1]
+    entered, left = actual[-1]
     assert walks.feeds_itself([entered], left) is feeds
     outside = tf.compat.v1.wrap_function(tf.tanh, [tf.TensorSpec([3])])
     assert not walks.feeds_itself(outside.inputs, outside.outputs[0])
 
 
 def test_a_vectorized_function_is_noticed():
-    found = []
+    actual = []
 
     def note(row):
-        found.append(row)
+        actual.append(row)
         return row
 
     function = tf.function(lambda x: tf.vectorized_map(note, x))
     function.get_concrete_function(tf.TensorSpec([None, 3]))
-    assert walks.is_vectorized(found)
+    assert walks.is_vectorized(actual)
     _, x, y = graph_of(tf.tanh)
     assert not walks.is_vectorized([x, y])

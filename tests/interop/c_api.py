@@ -34,7 +34,7 @@ class Output(ctypes.Structure):
 def library():
     """The C library inside the installed TensorFlow, without importing that."""
     [package] = importlib.util.find_spec("tensorflow").submodule_search_locations
-    found = ctypes.CDLL(str(pathlib.Path(package) / "libtensorflow_cc.so.2"))
+    actual = ctypes.CDLL(str(pathlib.Path(package) / "libtensorflow_cc.so.2"))
     for name, result, *arguments in (
         ("TF_NewStatus", pointer),
         ("TF_GetCode", integer, pointer),
@@ -62,9 +62,9 @@ def library():
             *[pointer] * 2,
         ),
     ):
-        function = getattr(found, name)
+        function = getattr(actual, name)
         function.restype, function.argtypes = result, arguments
-    return found
+    return actual
 
 
 class Session:

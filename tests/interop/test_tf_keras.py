@@ -87,9 +87,9 @@ def test_recalibrate(tmp_path, name):
     x = (rng.normal(size=(40, *shape)) * 3 + 2).astype("float32")
     model(x[:2])
     model.save(tmp_path / "1", save_format="tf")
-    found = tfbn.recalibrate(tmp_path, x, batch_size=8, verbose=0)
+    actual = tfbn.recalibrate(tmp_path, x, batch_size=8, verbose=0)
     norms = [layer for layer in model._flatten_layers() if hasattr(layer, "moving_variance")]
-    assert len(found.stats) == len(norms)
+    assert len(actual.stats) == len(norms)
     inner = model.layers[1] if name == "nested" else None
     if inner is not None:
         norms.sort(key=lambda layer: layer not in inner.layers)
@@ -101,7 +101,7 @@ def test_recalibrate(tmp_path, name):
         axes = tuple(other for other in range(values.ndim) if other != axis)
         layer.moving_mean.assign(values.mean(axes))
         layer.moving_variance.assign(values.var(axes))
-    signature = tf.saved_model.load(os.fspath(found.path)).signatures["serving_default"]
+    signature = tf.saved_model.load(os.fspath(actual.path)).signatures["serving_default"]
     [argument] = signature.structured_input_signature[1]
     [answer] = signature(**{argument: x}).values()
     expected = model(x, training=False)

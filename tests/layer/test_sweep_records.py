@@ -279,10 +279,10 @@ def test_damage_is_an_error_or_harmless(count):
     random = Random(1)
     for _ in range(count):
         try:
-            found = sweeps.origin_from_bytes(damaged(content, random))
+            actual = sweeps.origin_from_bytes(damaged(content, random))
         except ValueError:
             continue
-        assert found.to_bytes() == content
+        assert actual.to_bytes() == content
 
 
 def test_loading_without_a_record_deletes_the_old_one():

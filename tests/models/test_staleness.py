@@ -23,10 +23,10 @@ def test_a_layer_depends_on_the_weights_before_it_alone():
     right = layers.BatchNormalization(name="bn_right")(layers.Dense(2, name="right")(inputs))
     both = layers.BatchNormalization(name="bn_both")(layers.Add()([left, right]))
     model = keras.Model(inputs, layers.Dense(1, name="head")(both))
-    found = names(model)
-    assert found["bn_left"] == {"left/kernel", "left/bias"}
-    assert found["bn_right"] == {"right/kernel", "right/bias"}
-    assert found["bn_both"] == {
+    actual = names(model)
+    assert actual["bn_left"] == {"left/kernel", "left/bias"}
+    assert actual["bn_right"] == {"right/kernel", "right/bias"}
+    assert actual["bn_both"] == {
         f"{layer}/{name}"
         for layer in ("left", "right", "bn_left", "bn_right")
         for name in ("kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance")
@@ -38,8 +38,8 @@ def test_inside_a_loop_every_weight_counts():
     norm = layers.BatchNormalization(name="bn")
     cell = layers.RNN(Cell(norm), name="rnn")
     model = keras.Sequential([keras.Input((4, 2)), cell, layers.Dense(1, name="head")])
-    [found] = names(model).values()
-    assert found == {variable.path for variable in model.variables}
+    [actual] = names(model).values()
+    assert actual == {variable.path for variable in model.variables}
 
 
 class Cell(layers.Layer):

@@ -18,10 +18,10 @@ BATCH_NORMS = [tfbn.BatchNormalization, keras.layers.BatchNormalization]
 def sweep(model):
     """Assign random statistics as if from a sweep, because mean 0 and variance 1 hide errors."""
     rng = np.random.default_rng(1)
-    found = {}
+    actual = {}
     for path, layer in batch_norm_layers(model).items():
         channels = layer.moving_mean.shape[0]
-        found[path] = LayerStats(
+        actual[path] = LayerStats(
             320, rng.normal(size=channels), rng.uniform(0.5, 2.0, size=channels)
         )
         if layer.scale:
@@ -29,7 +29,7 @@ def sweep(model):
         if layer.center:
             layer.beta.assign(rng.normal(size=channels))
     stats = PopulationStats(
-        found,
+        actual,
         method="pooled",
         samples=20,
         batches=2,

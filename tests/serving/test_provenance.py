@@ -177,9 +177,9 @@ def test_damage_is_seen_or_harmless(tmp_path, content):
     rng = np.random.default_rng(0)
     seen = 0
     for _ in range(count):
-        found = read_back(tmp_path, damage(content, rng))
-        assert found is None or found == whole
-        seen += found is None
+        actual = read_back(tmp_path, damage(content, rng))
+        assert actual is None or actual == whole
+        seen += actual is None
     assert seen > 0.8 * count  # Blanks between entries may be removed.
 
 

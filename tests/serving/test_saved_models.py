@@ -21,8 +21,8 @@ def test_of_two_meta_graphs_the_one_for_serving(tmp_path):
     content.meta_graphs.insert(0, other)
     file.write_bytes(content.SerializeToString())
     x = field(5, 5, 3)
-    found = tfbn.recalibrate(tmp_path, x, verbose=0)
-    np.testing.assert_allclose(found.stats["bn"].mean, np.float64(x).mean((0, 1, 2)), rtol=1e-5)
+    actual = tfbn.recalibrate(tmp_path, x, verbose=0)
+    np.testing.assert_allclose(actual.stats["bn"].mean, np.float64(x).mean((0, 1, 2)), rtol=1e-5)
 
 
 class Scaled(tf.Module):
@@ -54,8 +54,8 @@ def test_variables_of_a_signature_have_places(tmp_path):
     for name, function in signatures.items():
         read = {id(v) for v in function.get_concrete_function().variables}
         paths = {id(made.inner.scale): "inner/scale", id(made.offset): "offset"}
-        found = [node_paths[node] for node in saved_models.bound_inputs(objects, name)]
-        assert sorted(found) == sorted(paths[one] for one in read)
+        actual = [node_paths[node] for node in saved_models.bound_inputs(objects, name)]
+        assert sorted(actual) == sorted(paths[one] for one in read)
     assert saved_models.bound_inputs(objects, "none") is None
 
 

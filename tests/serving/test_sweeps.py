@@ -99,8 +99,8 @@ def test_a_head_that_is_trained_on_a_frozen_base_leaves_the_base_swept():
     before = headed.get_layer("head").kernel.numpy()
     headed.fit(*batch, verbose=0)
     assert not np.array_equal(before, headed.get_layer("head").kernel)
-    found = sweeps.sweep_of(headed)
-    assert found.stale is None and list(found.stats) == ["encoder/first", "encoder/second"]
+    actual = sweeps.sweep_of(headed)
+    assert actual.stale is None and list(actual.stats) == ["encoder/first", "encoder/second"]
     encoder.trainable = True
     headed.compile("sgd", "mse")
     headed.fit(*batch, verbose=0)
@@ -157,10 +157,10 @@ def test_the_order_of_calls_decides_and_not_that_of_attributes(where, stale):
     model(np.ones((2, 4), "float32"))
     sweep(model)
     getattr(model, where).kernel.assign_add(getattr(model, where).kernel)
-    found = sweeps.sweep_of(model).stale
-    assert bool(found) == stale
+    actual = sweeps.sweep_of(model).stale
+    assert bool(actual) == stale
     if stale:
-        assert "middle" in found or "dense" in found
+        assert "middle" in actual or "dense" in actual
 
 
 class Untraceable(keras.Model):
@@ -250,8 +250,8 @@ def test_a_network_of_two_that_were_swept_is_swept():
     a, b = dense_model(), siamese()[0]
     x = keras.Input((4,), name="x")
     both = keras.Model(x, layers.Add()([a(x), b(x)]))
-    found = sweeps.sweep_of(both)
-    assert found.stale is None and list(found.stats) == ["encoder/first", "encoder/second"]
+    actual = sweeps.sweep_of(both)
+    assert actual.stale is None and list(actual.stats) == ["encoder/first", "encoder/second"]
     b.layers[0].bias.assign_add([1.0, 0.0, 0.0])
     assert "encoder/first" in sweeps.sweep_of(both).stale
 
@@ -290,8 +290,8 @@ def test_nothing_keeps_a_swept_model_alive():
 
 def test_statistics_whose_weights_are_not_known_say_so():
     model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(name="bn")])
-    found = tfbn.LayerStats(4, np.zeros(3), np.ones(3))
-    tfbn.PopulationStats({"bn": found}, method="exact").assign(model)
+    actual = tfbn.LayerStats(4, np.zeros(3), np.ones(3))
+    tfbn.PopulationStats({"bn": actual}, method="exact").assign(model)
     assert sweeps.sweep_of(model).stale == "it is not known with which weights the sweep was"
 
 

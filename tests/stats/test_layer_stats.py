@@ -103,14 +103,14 @@ def merged(parts):
 def test_errors_of_merged_statistics_are_those_of_independent_strata():
     _, parts = parts_of(0, [20] * 60)
     a, b = (layer_stats.of_calls([merged(half)], "pooled") for half in (parts[:20], parts[20:]))
-    found = a.merge(b, "pooled")
+    actual = a.merge(b, "pooled")
     share = np.array([1, 2]) / 3
     np.testing.assert_allclose(
-        found.mean_error, np.hypot(share[0] * a.mean_error, share[1] * b.mean_error)
+        actual.mean_error, np.hypot(share[0] * a.mean_error, share[1] * b.mean_error)
     )
     whole = layer_stats.of_calls([merged(parts)], "pooled")
-    np.testing.assert_allclose(found.mean_error, whole.mean_error, rtol=0.2)
-    np.testing.assert_allclose(found.variance_error, whole.variance_error, rtol=0.4)
+    np.testing.assert_allclose(actual.mean_error, whole.mean_error, rtol=0.2)
+    np.testing.assert_allclose(actual.variance_error, whole.variance_error, rtol=0.4)
 
 
 def test_errors_of_calls_on_the_same_batches_add_up():

@@ -177,6 +177,6 @@ def test_nothing_seen_has_variance_0():
 
 def test_moments_are_equal_to_moments_only():
     values = np.array([2.0]), np.array([1.0]), np.array([3.0])
-    found = moments.of_batch(*values, method="pooled")
-    assert found == moments.of_batch(*values, method="pooled")
-    assert found != 3
+    actual = moments.of_batch(*values, method="pooled")
+    assert actual == moments.of_batch(*values, method="pooled")
+    assert actual != 3

@@ -274,10 +274,10 @@ def test_a_ragged_last_batch(method):
     dataset = tf.data.Dataset.from_tensor_slices(tf.ragged.constant(rows, dtype=tf.float32))
     model = OfRagged()
     model(tf.ragged.constant(rows, dtype=tf.float32))
-    [found] = tfbn.collect(model, dataset.batch(5), method=method, verbose=0).values()
+    [actual] = tfbn.collect(model, dataset.batch(5), method=method, verbose=0).values()
     values = np.concatenate(rows).astype("d")
-    assert found.count == len(values)
-    networks.assert_layer(found, values.mean(), values.var())
+    assert actual.count == len(values)
+    networks.assert_layer(actual, values.mean(), values.var())
 
 
 @pytest.mark.parametrize("memory_limit", [0, 100])
@@ -331,10 +331,10 @@ def test_a_sparse_last_batch(method):
     model = OfSparse()
     model(tf.sparse.from_dense(x))
     stats = tfbn.collect(model, dataset, method=method, verbose=0)
-    [found] = stats.values()
+    [actual] = stats.values()
     values = x.astype("d") @ model.kernel.numpy()
-    assert (found.count, stats.samples) == (23, 23)
-    networks.assert_layer(found, values.mean(0), values.var(0))
+    assert (actual.count, stats.samples) == (23, 23)
+    networks.assert_layer(actual, values.mean(0), values.var(0))
 
 
 class OfGraphs(keras.Model):
@@ -373,8 +373,8 @@ def test_graphs_with_other_numbers_of_nodes_and_edges_and_a_scalar(memory_limit)
 
     stats = tfbn.collect(model, Repeatable(), memory_limit=memory_limit, verbose=0)
     nodes = np.concatenate([part["nodes"] for part in parts]).astype("d")
-    found = stats[model.nodes.name]
-    networks.assert_layer(found, nodes.mean(0), nodes.var(0))
+    actual = stats[model.nodes.name]
+    networks.assert_layer(actual, nodes.mean(0), nodes.var(0))
     kernel, bias = (w.numpy().astype("d") for w in model.message.weights)
     sent = []
     for part in parts:
@@ -389,16 +389,16 @@ def test_pandas_frames():
     pandas = pytest.importorskip("pandas")
     model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
     x = networks.normal(23, 3, loc=4)
-    [found] = tfbn.collect(model, pandas.DataFrame(x), verbose=0).values()
-    networks.assert_layer(found, x.astype("d").mean(0), x.astype("d").var(0))
+    [actual] = tfbn.collect(model, pandas.DataFrame(x), verbose=0).values()
+    networks.assert_layer(actual, x.astype("d").mean(0), x.astype("d").var(0))
 
 
 def test_jax_arrays():
     jax = pytest.importorskip("jax")
     model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
     x = networks.normal(23, 3, loc=4)
-    [found] = tfbn.collect(model, jax.numpy.asarray(x), verbose=0).values()
-    networks.assert_layer(found, x.astype("d").mean(0), x.astype("d").var(0))
+    [actual] = tfbn.collect(model, jax.numpy.asarray(x), verbose=0).values()
+    networks.assert_layer(actual, x.astype("d").mean(0), x.astype("d").var(0))
 
 
 def test_torch_loaders():

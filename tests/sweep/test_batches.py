@@ -89,13 +89,13 @@ def test_ragged_samples_are_known_in_any_order(kind):
     rows = RAGGED[kind]
     ragged = tf.ragged.constant(rows)
     inputs = {"ragged": ragged, "dense": tf.constant(samples(4))}
-    found = batches.sample_digests(ragged)
-    assert len(set(found)) == len(batches.sample_digests(inputs)) == 4
+    actual = batches.sample_digests(ragged)
+    assert len(set(actual)) == len(batches.sample_digests(inputs)) == 4
     for order in ([2, 0, 3, 1], [3, 2, 1, 0]):
         moved = tf.ragged.constant([rows[i] for i in order])
-        np.testing.assert_array_equal(batches.sample_digests(moved), found[order])
+        np.testing.assert_array_equal(batches.sample_digests(moved), actual[order])
     apart = [batches.sample_digests(tf.gather(ragged, [i])) for i in range(4)]
-    np.testing.assert_array_equal(np.concatenate(apart), found)
+    np.testing.assert_array_equal(np.concatenate(apart), actual)
 
 
 def test_ragged_rows_of_vectors():
@@ -108,12 +108,12 @@ def test_ragged_rows_of_vectors():
 
 def test_sparse_samples_are_known_in_any_order():
     x = np.array([[0, 1, 0], [2, 0, 3], [0, 0, 0], [1, 0, 0]], "f")
-    found = batches.sample_digests(tf.sparse.from_dense(x))
-    assert len(set(found)) == 4  # The same value in other columns is another sample.
+    actual = batches.sample_digests(tf.sparse.from_dense(x))
+    assert len(set(actual)) == 4  # The same value in other columns is another sample.
     np.testing.assert_array_equal(
-        batches.sample_digests(tf.sparse.from_dense(x[::-1])), found[::-1]
+        batches.sample_digests(tf.sparse.from_dense(x[::-1])), actual[::-1]
     )
-    np.testing.assert_array_equal(batches.sample_digests(tf.sparse.from_dense(x[1:])), found[1:])
+    np.testing.assert_array_equal(batches.sample_digests(tf.sparse.from_dense(x[1:])), actual[1:])
 
 
 def test_what_has_no_samples_is_taken_as_one():
@@ -126,10 +126,10 @@ def test_what_has_no_samples_is_taken_as_one():
 
 
 def test_equal_batches_have_keys_of_their_own():
-    found = batches.sample_digests(tf.constant(samples(4)))
-    keys = {batches.batch_digest(found, occurrence) for occurrence in range(5)}
-    keys |= {batches.batch_digest(found[::-1].copy(), 0), batches.batch_digest(found[:-1], 0)}
-    keys |= {batches.batch_digest(found, 0, source) for source in [(0, 1), (1, 0), (1, 1)]}
+    actual = batches.sample_digests(tf.constant(samples(4)))
+    keys = {batches.batch_digest(actual, occurrence) for occurrence in range(5)}
+    keys |= {batches.batch_digest(actual[::-1].copy(), 0), batches.batch_digest(actual[:-1], 0)}
+    keys |= {batches.batch_digest(actual, 0, source) for source in [(0, 1), (1, 0), (1, 1)]}
     assert len(keys) == 10 and all(0 <= key < 2**64 for key in keys)
 
 
@@ -151,10 +151,10 @@ def test_digests_tell_batches_apart():
     ]
     tensors = [keras.tree.map_structure(tf.constant, value) for value in values]
     keys = [batches.batch_digest(batches.sample_digests(tensor), 0) for tensor in tensors]
-    found = [batches.sequence_digest(b"", key) for key in keys]
-    found += [batches.sequence_digest(found[0], key) for key in keys]
-    assert len(set(found)) == len(found)
-    assert batches.sequence_digest(b"", keys[0]) == found[0]
+    actual = [batches.sequence_digest(b"", key) for key in keys]
+    actual += [batches.sequence_digest(actual[0], key) for key in keys]
+    assert len(set(actual)) == len(actual)
+    assert batches.sequence_digest(b"", keys[0]) == actual[0]
 
 
 def test_samples_are_drawn_from_all_batches():

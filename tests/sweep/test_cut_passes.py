@@ -165,8 +165,8 @@ def test_a_layer_whose_level_differs_between_signatures(swaps, shards, short_fir
         value = part.astype("d")
         for layer in model.order(part.shape[1]):
             seen[layer.name].append(value.reshape(-1, 2))
-            found = stats[layer.name]
-            value = np.tanh((value - found.mean) / np.sqrt(found.variance + layer.epsilon))
+            actual = stats[layer.name]
+            value = np.tanh((value - actual.mean) / np.sqrt(actual.variance + layer.epsilon))
     for name, values in seen.items():
         values = np.concatenate(values)
         assert stats[name].count == len(values)

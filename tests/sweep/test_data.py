@@ -28,10 +28,10 @@ def test_float64_arrays_come_in_keras_float_type():
 
 def test_structures_are_sliced_together():
     x = {"a": np.arange(7), "b": [np.arange(7) * 10, np.arange(14).reshape(7, 2)]}
-    found = [batch.inputs for batch in batches_of(x, batch_size=3)]
-    np.testing.assert_array_equal(found[1]["a"], [3, 4, 5])
-    np.testing.assert_array_equal(found[1]["b"][0], [30, 40, 50])
-    np.testing.assert_array_equal(found[2]["b"][1], [[12, 13]])
+    actual = [batch.inputs for batch in batches_of(x, batch_size=3)]
+    np.testing.assert_array_equal(actual[1]["a"], [3, 4, 5])
+    np.testing.assert_array_equal(actual[1]["b"][0], [30, 40, 50])
+    np.testing.assert_array_equal(actual[2]["b"][1], [[12, 13]])
 
 
 def test_a_pydataset_is_not_told_that_an_epoch_ended():
@@ -227,11 +227,11 @@ def test_data_without_a_batch_axis_is_refused(method):
 def test_inputs_that_lack_the_last_axis_of_one_are_taken_as_fit_takes_them():
     model = keras.Sequential([keras.Input((1,)), layers.BatchNormalization()])
     x = networks.normal(20, loc=3)
-    [found] = tfbn.collect(
+    [actual] = tfbn.collect(
         model, tf.data.Dataset.from_tensor_slices(x).batch(6), verbose=0
     ).values()
-    assert found.count == 20
-    networks.assert_layer(found, x.astype("d").mean(), x.astype("d").var())
+    assert actual.count == 20
+    networks.assert_layer(actual, x.astype("d").mean(), x.astype("d").var())
 
 
 @pytest.mark.parametrize("kind", [list, tuple])
@@ -243,7 +243,7 @@ def test_a_list_of_batches_is_told_from_several_inputs(kind):
     bn = layers.BatchNormalization()
     two = keras.Model([a, b], bn(layers.Add()([a, b])))
     x = [networks.normal(6, 3), networks.normal(6, 3, seed=1)]
-    [found] = tfbn.collect(two, kind(x), verbose=0).values()
+    [actual] = tfbn.collect(two, kind(x), verbose=0).values()
     networks.assert_layer(
-        found, (x[0].astype("d") + x[1]).mean(0), (x[0].astype("d") + x[1]).var(0)
+        actual, (x[0].astype("d") + x[1]).mean(0), (x[0].astype("d") + x[1]).var(0)
     )

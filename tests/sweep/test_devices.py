@@ -36,14 +36,14 @@ def test_two_devices_give_what_one_gives(build, method, two_devices):
     x = networks.data(model, 37)
     for batch_size in (16, 37):  # A remainder of 5; a single batch, so one device has nothing.
         options = {"method": method, "batch_size": batch_size, "verbose": 0}
-        found = tfbn.collect(model, x, **options)
-        networks.assert_statistics(found, tfbn.collect(alone, x, **options), 1e-6)
-        assert found.samples == 37
+        actual = tfbn.collect(model, x, **options)
+        networks.assert_statistics(actual, tfbn.collect(alone, x, **options), 1e-6)
+        assert actual.samples == 37
     if method == "exact":
         [expected] = networks.in_training(build, alone, x, [slice(None)])
         path_of = {id(layer): path for path, layer in batch_norm_layers(model).items()}
         for layer, (mean, variance) in zip(networks.batch_norms(model), expected, strict=True):
-            ours = found[path_of[id(layer)]]
+            ours = actual[path_of[id(layer)]]
             assert np.all(np.abs(ours.mean - mean) <= 1e-4 * np.sqrt(variance))
             np.testing.assert_allclose(ours.variance, variance, rtol=1e-4)
 
@@ -60,12 +60,12 @@ def test_each_device_runs_its_own_replica(method, memory_limit, two_devices):
     first, second = two_devices.experimental_local_results(model.layers[0].kernel.value)
     second.assign(first.numpy() * 3)
     x = networks.data(model, 24)
-    found = tfbn.collect(
+    actual = tfbn.collect(
         model, x, method=method, batch_size=8, memory_limit=memory_limit, verbose=0
     )
     entered = x.astype("d") @ first.numpy().astype("d")
     entered[8:16] *= 3  # The second batch, on the second device.
-    stats = next(iter(found.values()))
+    stats = next(iter(actual.values()))
     assert np.all(np.abs(stats.mean - entered.mean(0)) <= 1e-5 * entered.std(0))
     if method == "algorithm2":
         expected = entered.reshape(3, 8, 3).var(1, ddof=1).mean(0)
@@ -82,12 +82,12 @@ def test_a_distributed_dataset_comes_in_the_batches_of_the_replicas(method, two_
     x = networks.data(model, 40 if method == "algorithm2" else 41)
     dataset = tf.data.Dataset.from_tensor_slices((x, np.zeros(len(x)))).batch(20)
     parts = [x[i : i + 10] for i in range(0, len(x), 10)]
-    found = tfbn.collect(
+    actual = tfbn.collect(
         model, two_devices.experimental_distribute_dataset(dataset), method=method, verbose=0
     )
     expected = tfbn.collect(alone, iter(parts), method=method, verbose=0)
-    networks.assert_statistics(found, expected, 1e-6)
-    assert found.batches == len(parts) and found.samples == sum(map(len, parts))
+    networks.assert_statistics(actual, expected, 1e-6)
+    assert actual.batches == len(parts) and actual.samples == sum(map(len, parts))
 
 
 def test_a_distributed_dataset_that_does_not_end(two_devices):
@@ -110,8 +110,8 @@ def test_two_devices_where_the_graph_cannot_be_cut(eager, two_devices):
     stats = tfbn.collect(model, x, method="exact", batch_size=3, verbose=0)
     entered = x.astype("d")
     normalized = (entered - entered.mean((0, 1))) / np.sqrt(entered.var((0, 1)) + 1e-3)
-    for found, values in zip(stats.values(), (entered, normalized), strict=True):
-        networks.assert_layer(found, values.mean((0, 1)), values.var((0, 1)))
+    for actual, values in zip(stats.values(), (entered, normalized), strict=True):
+        networks.assert_layer(actual, values.mean((0, 1)), values.var((0, 1)))
 
 
 @pytest.mark.slow

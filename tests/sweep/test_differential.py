@@ -474,12 +474,12 @@ def oracle(plan, model, batches):
     finally:
         tf.config.run_functions_eagerly(eager)
         keras.config.set_epsilon(epsilon)
-    found = {}
+    actual = {}
     for layer in noting:
         if layer.trains and layer.trainable and not hasattr(layer, "is_noise"):
             values = np.concatenate(layer.entered)
-            found[layer.name] = len(values), values.mean(0), values.var(0)
-    return found
+            actual[layer.name] = len(values), values.mean(0), values.var(0)
+    return actual
 
 
 def double(batch):
@@ -549,10 +549,10 @@ def swept_in_shards(plan, model, x, options):
 
     def map_(function, items):
         levels.append(1)
-        found = [function(item) for item in reversed(items)]
+        actual = [function(item) for item in reversed(items)]
         if len(levels) == plan.fault:
-            return found[1:]
-        return found + found[:2]
+            return actual[1:]
+        return actual + actual[:2]
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -604,26 +604,26 @@ def check(plan, strategy):
 def compare(plan, model, stats, expected):
     """Raise `AssertionError` unless statistics match the oracle."""
     tolerance = 2e-4 if plan.policy == "float32" else 2e-6
-    found = {path.split("/")[-1]: layer for path, layer in stats.items()}
+    actual = {path.split("/")[-1]: layer for path, layer in stats.items()}
     noisy = [layer.name for layer in model._flatten_layers() if hasattr(layer, "is_noise")]
     noisy.sort(key=lambda name: int(name.removeprefix("bn_")))
-    assert found.keys() == expected.keys() | set(noisy)
+    assert actual.keys() == expected.keys() | set(noisy)
     for name, (count, mean, variance) in expected.items():
-        assert found[name].count == count, name
+        assert actual[name].count == count, name
         scale = variance + 1e-3  # Inference divides by its root.
         np.testing.assert_array_less(
-            np.abs(found[name].mean - mean) / np.sqrt(scale), tolerance, name
+            np.abs(actual[name].mean - mean) / np.sqrt(scale), tolerance, name
         )
-        np.testing.assert_array_less(np.abs(found[name].variance - variance) / scale, tolerance)
+        np.testing.assert_array_less(np.abs(actual[name].variance - variance) / scale, tolerance)
     for first, second in zip(noisy[::2], noisy[1::2], strict=True):
-        rows = found[first].count * NOISE
-        assert abs(found[first].variance.mean() - 1) < 6 * np.sqrt(2 / rows) + 2 / rows, first
+        rows = actual[first].count * NOISE
+        assert abs(actual[first].variance.mean() - 1) < 6 * np.sqrt(2 / rows) + 2 / rows, first
         # Chi-squared with a degree of freedom for each channel, unless batches share their noise.
-        assert np.sum(found[first].mean ** 2) * found[first].count < 4 * NOISE, first
+        assert np.sum(actual[first].mean ** 2) * actual[first].count < 4 * NOISE, first
         if plan.method == "exact":  # The second layer has seen the draws of the first.
-            passed = found[first].variance / (found[first].variance + 1e-3)
-            np.testing.assert_allclose(found[second].mean, 0, atol=1e-4)
-            np.testing.assert_allclose(found[second].variance, passed, rtol=1e-4)
+            passed = actual[first].variance / (actual[first].variance + 1e-3)
+            np.testing.assert_allclose(actual[second].mean, 0, atol=1e-4)
+            np.testing.assert_allclose(actual[second].variance, passed, rtol=1e-4)
 
 
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]

@@ -42,8 +42,8 @@ def checked(model, x, trained=None, may_train_others=False, **options):
 
 @pytest.mark.parametrize("data", [X, tf.data.Dataset.from_tensor_slices(X).batch(4)])
 def test_layers_are_told_from_one_batch(data):
-    found = checked(partly(), data)
-    assert found == FirstTrace(frozenset("ab"), frozenset("b"), frozenset("b"))
+    actual = checked(partly(), data)
+    assert actual == FirstTrace(frozenset("ab"), frozenset("b"), frozenset("b"))
     named = checked(partly(), data, trained=["a", "c"])
     assert (named.trained, named.used) == (frozenset("ac"), frozenset("c"))
 
@@ -110,11 +110,11 @@ def test_bad_data_is_an_error(x, says):
 
 
 def test_warnings_are_of_unknown_layers_alone():
-    found = FirstTrace(frozenset("ab"), frozenset(), frozenset("b"), looping=frozenset("b"))
+    actual = FirstTrace(frozenset("ab"), frozenset(), frozenset("b"), looping=frozenset("b"))
     with pytest.warns(UserWarning) as caught:
-        found.warn()
+        actual.warn()
     assert sorted("'b'" in str(one.message) for one in caught) == [False, True]
     assert sum("'a'" in str(one.message) for one in caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found.warn(known="ab")
+        actual.warn(known="ab")

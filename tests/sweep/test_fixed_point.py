@@ -15,7 +15,7 @@ from tfbn.sweep.fixed_point import FixedPoint
 
 
 @pytest.mark.parametrize(
-    ("found", "settled"),
+    ("actual", "settled"),
     [
         (lambda x: x, True),
         (lambda x: x * (1 + 1e-7), True),
@@ -24,11 +24,11 @@ from tfbn.sweep.fixed_point import FixedPoint
         (lambda x: x * [0, 1], False),
     ],
 )
-def test_passes_go_on_until_nothing_moves(found, settled):
+def test_passes_go_on_until_nothing_moves(actual, settled):
     x = values(50, 1)
     state = swept(begun(fixed_point=FixedPoint()), [(FIRST, x), (SECOND, x)]).next_level()
     assert not state.complete
-    state = swept(state, [(FIRST, x), (SECOND, found(x))]).next_level()
+    state = swept(state, [(FIRST, x), (SECOND, actual(x))]).next_level()
     assert state.complete is settled
 
 
@@ -147,7 +147,7 @@ def test_batch_norm_in_a_recurrent_cell(unroll):
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # The calls differ.
-        [found] = tfbn.collect(model, x, batch_size=7, verbose=0).values()
+        [actual] = tfbn.collect(model, x, batch_size=7, verbose=0).values()
     cell = model.layers[0].cell
     kernel, bias = (w.numpy().astype("d") for w in cell.kernel.weights)
     h, seen = np.zeros((50, 3)), []
@@ -155,5 +155,5 @@ def test_batch_norm_in_a_recurrent_cell(unroll):
         seen.append(x[:, i].astype("d") @ kernel + bias + h)
         h = np.tanh((seen[-1] - seen[-1].mean(0)) / np.sqrt(seen[-1].var(0) + 1e-3))
     values = np.concatenate(seen)
-    assert found.count == 150
-    networks.assert_layer(found, values.mean(0), values.var(0), rtol=1e-4)
+    assert actual.count == 150
+    networks.assert_layer(actual, values.mean(0), values.var(0), rtol=1e-4)

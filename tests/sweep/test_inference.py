@@ -133,10 +133,10 @@ def test_other_threads_keep_the_originals():
     expected = [tf.random.normal([3]).numpy() for _ in range(3)]
     own = keras.random.SeedGenerator(5)
     tf.random.set_seed(3)
-    found, seeds = [], []
+    actual, seeds = [], []
 
     def work():
-        found.append(tf.random.normal([3]).numpy())
+        actual.append(tf.random.normal([3]).numpy())
         seeds.append(own.next().numpy())
 
     for _ in range(3):
@@ -145,7 +145,7 @@ def test_other_threads_keep_the_originals():
             thread = threading.Thread(target=work)
             thread.start()
             thread.join()
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(actual, expected)
     assert len(set(map(tuple, seeds))) == 3
 
 
@@ -285,11 +285,11 @@ def test_dropout_called_with_training_true():
     model(x[:1])
     seed = model.drop.seed_generator.state.numpy()
     options = {"batch_size": 100, "memory_limit": 0, "verbose": 0}
-    [found] = tfbn.collect(model, x, **options).values()
-    np.testing.assert_allclose(found.mean, 1, atol=0.1)  # 0 and 2, each half of the time.
-    np.testing.assert_allclose(found.variance, 1, atol=0.02)
+    [actual] = tfbn.collect(model, x, **options).values()
+    np.testing.assert_allclose(actual.mean, 1, atol=0.1)  # 0 and 2, each half of the time.
+    np.testing.assert_allclose(actual.variance, 1, atol=0.02)
     [again] = tfbn.collect(model, x, **options).values()
-    np.testing.assert_array_equal(found.mean, again.mean)
+    np.testing.assert_array_equal(actual.mean, again.mean)
     np.testing.assert_array_equal(model.drop.seed_generator.state, seed)
 
 
@@ -315,8 +315,14 @@ def test_another_thread_keeps_its_numbers_and_the_sweep_its_own():
     def work():
         try:
             while not done.is_set():
-                found = model.predict(x, verbose=0), model(x).numpy(), tf.function(model)(x).numpy()
-                wrong.extend(i for i in range(3) if not np.allclose(found[i], alone[i], 1e-4, 1e-5))
+                actual = (
+                    model.predict(x, verbose=0),
+                    model(x).numpy(),
+                    tf.function(model)(x).numpy(),
+                )
+                wrong.extend(
+                    i for i in range(3) if not np.allclose(actual[i], alone[i], 1e-4, 1e-5)
+                )
                 rounds.append(1)
         except Exception as error:
             wrong.append(error)

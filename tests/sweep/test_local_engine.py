@@ -96,11 +96,11 @@ def test_where_an_accelerator_is_full_its_batches_are_computed_again(
         memory, "accelerator_limit", lambda device: 0 if device.endswith("CPU:1") else None
     )
     monkeypatch.setattr(frontiers, "_MOVED_AND_BACK", np.inf)
-    found = tfbn.collect(model, x, batch_size=8, verbose=0)
-    levels = found.levels
+    actual = tfbn.collect(model, x, batch_size=8, verbose=0)
+    levels = actual.levels
     by_device = collections.Counter(
         left[0].device[-5:] for of_thread in runs.values() for _, left in of_thread
     )
     assert by_device == {"CPU:0": 3 * levels, "CPU:1": 3 * levels * (levels + 1) // 2}
     for path in expected:
-        np.testing.assert_array_equal(found[path].mean, expected[path].mean)
+        np.testing.assert_array_equal(actual[path].mean, expected[path].mean)

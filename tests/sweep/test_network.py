@@ -176,9 +176,9 @@ def test_stateful_layers_are_found_wherever_they_are(kind):
         [keras.Input((3, 4), batch_size=5), kind(2, stateful=True, name="keeps")]
     )
     model = keras.Model(inputs, layers.BatchNormalization()(inner(inputs)))
-    found = Network(model, batch_norm_layers(model))
+    actual = Network(model, batch_norm_layers(model))
     with pytest.raises(UnobservableError, match=r"layer '.*/keeps', which keeps a state"):
-        found.trace(tf.zeros([5, 3, 4]), settled=True)
+        actual.trace(tf.zeros([5, 3, 4]), settled=True)
 
 
 # NaN that the network leaves out.

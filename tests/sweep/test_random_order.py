@@ -14,9 +14,9 @@ from tfbn.sweep.random_order import RandomOrder
 def test_every_item_comes_once_in_any_windows(number, seed):
     order = RandomOrder(number, seed)
     cut = number // 3
-    found = np.concatenate([order[:cut], order[cut:]])
-    np.testing.assert_array_equal(np.sort(found), np.arange(number))
-    np.testing.assert_array_equal(order[: number + 7], found)
+    actual = np.concatenate([order[:cut], order[cut:]])
+    np.testing.assert_array_equal(np.sort(actual), np.arange(number))
+    np.testing.assert_array_equal(order[: number + 7], actual)
 
 
 @pytest.mark.parametrize("number", [7, 100, 1000])

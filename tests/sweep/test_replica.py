@@ -148,9 +148,9 @@ def test_a_network_that_takes_nan_may_have_it(how, method):
     model = keras.Model(inputs, layers.BatchNormalization()(imputed))
     x = networks.normal(40, 3)
     x[::4, 1] = np.nan
-    [found] = tfbn.collect(model, x, method=method, batch_size=16, verbose=0).values()
+    [actual] = tfbn.collect(model, x, method=method, batch_size=16, verbose=0).values()
     entered = np.asarray(keras.Model(inputs, imputed)(x), np.float64)
-    networks.assert_layer(found, entered.mean(0), entered.var(0))
+    networks.assert_layer(actual, entered.mean(0), entered.var(0))
 
 
 @pytest.mark.parametrize("method", ["exact", "pooled"])
@@ -159,8 +159,8 @@ def test_nan_in_an_input_that_no_batch_norm_layer_reads_is_fine(method):
     outputs = layers.BatchNormalization()(a), layers.Dense(2)(b)
     model = keras.Model({"a": a, "b": b}, outputs)
     x = {"a": networks.normal(20, 3), "b": np.full((20, 3), np.nan, "f")}
-    [found] = tfbn.collect(model, x, method=method, verbose=0).values()
-    networks.assert_layer(found, x["a"].astype("d").mean(0), x["a"].astype("d").var(0))
+    [actual] = tfbn.collect(model, x, method=method, verbose=0).values()
+    networks.assert_layer(actual, x["a"].astype("d").mean(0), x["a"].astype("d").var(0))
 
 
 @pytest.mark.parametrize("method", ["exact", "pooled", "algorithm2"])

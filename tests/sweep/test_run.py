@@ -68,11 +68,11 @@ def test_pooled_and_algorithm2_to_their_definitions(build):
     stats2 = tfbn.collect(model, x, method="algorithm2", batch_size=16, verbose=0)
     path_of = {id(layer): path for path, layer in batch_norm_layers(model).items()}
     expected = []
-    for layer, found in zip(networks.batch_norms(model), per_layer, strict=True):
+    for layer, actual in zip(networks.batch_norms(model), per_layer, strict=True):
         positions = stats2[path_of[id(layer)]].count // SAMPLES
         m = np.array(sizes)[:, None] * positions
         weights = np.array(sizes) / SAMPLES
-        means, variances = (np.stack(v) for v in zip(*found, strict=True))
+        means, variances = (np.stack(v) for v in zip(*actual, strict=True))
         expected.append((weights @ means, weights @ (variances * m / (m - 1))))
     networks.assert_statistics(stats2, expected, rtol=1e-5, model=model)
     assert (stats.batches, stats.batch_size, stats.samples) == (3, 16, SAMPLES)

@@ -29,10 +29,10 @@ def test_95_percent_intervals_cover_the_population_in_95_percent(model, digits):
     hits = {"mean": [], "variance": []}
     for seed in range(1, 61):
         stats = tfbn.collect(model, drawn(digits, 640, seed), **options)
-        for path, found in stats.items():
+        for path, actual in stats.items():
             for name, covered in hits.items():
-                distance = np.abs(getattr(found, name) - getattr(truth[path], name))
-                covered.append(distance <= 1.96 * getattr(found, f"{name}_error"))
+                distance = np.abs(getattr(actual, name) - getattr(truth[path], name))
+                covered.append(distance <= 1.96 * getattr(actual, f"{name}_error"))
     for covered in hits.values():
         assert 0.93 <= np.mean(np.concatenate(covered)) <= 0.97
 
@@ -45,10 +45,10 @@ def test_errors_with_a_tolerance_cover_the_population_of_exact_statistics(
     for seed in range(60):
         images = np.array_split(drawn(digits, 640, seed), 40)
         stats = tfbn.collect(model, iter(images), tolerance=1e-6, verbose=0)
-        for path, found in stats.items():
+        for path, actual in stats.items():
             for name, covered in hits.items():
-                distance = np.abs(getattr(found, name) - getattr(population[path], name))
-                covered.append(distance <= 1.96 * getattr(found, f"{name}_error"))
+                distance = np.abs(getattr(actual, name) - getattr(population[path], name))
+                covered.append(distance <= 1.96 * getattr(actual, f"{name}_error"))
     for covered in hits.values():
         assert 0.93 <= np.mean(np.concatenate(covered)) <= 0.97
 
@@ -179,10 +179,10 @@ def test_a_channel_that_never_varies_has_the_error_of_what_was_not_seen():
     x[:, 1] = 1
     with pytest.warns(UserWarning, match="never varied in .* samples: 1 of layer 'bn'"):
         stats = tfbn.collect(model, x, tolerance=0.05, verbose=0)
-    found = stats["bn"]
+    actual = stats["bn"]
     assert stats.samples < 4000 and stats.relative_error <= 0.05
-    assert found.mean[1] == 1 and found.variance[1] == 0
-    assert found.mean_error[1] == found.variance_error[1] == 3 / stats.samples
+    assert actual.mean[1] == 1 and actual.variance[1] == 0
+    assert actual.mean_error[1] == actual.variance_error[1] == 3 / stats.samples
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         everything = tfbn.collect(model, x[:40], batch_size=2, tolerance=1e-3, verbose=0)
@@ -351,16 +351,16 @@ def test_merged_samples_count_as_the_populations_behind_them(second):
     b = tfbn.collect(model, few.astype("float32"), **more, **options)
     everything = np.concatenate([few, many])
     for merged in (a.merge(b), b.merge(a)):
-        found = merged["bn"]
+        actual = merged["bn"]
         assert merged.population_size == 20500 and merged.samples == a.samples + b.samples
-        assert found.count == a["bn"].count + b["bn"].count
+        assert actual.count == a["bn"].count + b["bn"].count
         share = 20000 / 20500
         other = b["bn"].mean_error / 41 if second == "sample" else 0
         error = np.hypot(share * a["bn"].mean_error, other)
-        np.testing.assert_allclose(found.mean_error, error)
-        assert (np.abs(found.mean - everything.mean(0)) < 4 * found.mean_error).all()
-        off = np.abs(found.variance - everything.var(0))
-        assert (off < 4 * found.variance_error).all()
+        np.testing.assert_allclose(actual.mean_error, error)
+        assert (np.abs(actual.mean - everything.mean(0)) < 4 * actual.mean_error).all()
+        off = np.abs(actual.variance - everything.var(0))
+        assert (off < 4 * actual.variance_error).all()
 
 
 def test_a_sample_of_a_stream_is_not_merged():

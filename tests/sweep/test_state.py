@@ -33,11 +33,11 @@ def test_batches_add_up_and_calls_of_a_layer_are_joined():
     assert (one.samples, one.batches, len(one.moments)) == (3, 1, 1)  # Unchanged.
     assert (two.samples, two.batches, two.batch_size, two.random) == (8, 2, 5, True)
     assert (two.data, two.keys) == (7, 207)
-    found = two.next_level().layers["a"]
+    actual = two.next_level().layers["a"]
     both = np.concatenate([x, y, z])
-    assert np.all(found.count == 13)
-    np.testing.assert_allclose(found.mean, both.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(moments.variance(found), both.var(0), rtol=1e-12)
+    assert np.all(actual.count == 13)
+    np.testing.assert_allclose(actual.mean, both.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(moments.variance(actual), both.var(0), rtol=1e-12)
 
 
 @settings(max_examples=30)

@@ -82,8 +82,8 @@ def test_a_stateful_rnn_behind_batch_norm_is_fine():
     outputs = layers.GRU(5, stateful=True)(layers.BatchNormalization()(inputs))
     model = keras.Model(inputs, outputs)
     x = networks.normal(40, 3, 4)
-    [found] = tfbn.collect(model, x, batch_size=10, verbose=0).values()
-    networks.assert_layer(found, x.astype("d").mean((0, 1)), x.astype("d").var((0, 1)))
+    [actual] = tfbn.collect(model, x, batch_size=10, verbose=0).values()
+    networks.assert_layer(actual, x.astype("d").mean((0, 1)), x.astype("d").var((0, 1)))
 
 
 class Static(keras.Model):
@@ -177,8 +177,8 @@ def test_a_statistic_that_is_read_past_its_layer_is_an_error(build, statistic, m
         np.testing.assert_array_equal(a, b)
     reads.trainable = False  # It keeps its statistics, so that the others may be found.
     entering = np.asarray(reads(x), "d")
-    [found] = tfbn.collect(model, x, method=method, verbose=0).values()
-    networks.assert_layer(found, entering.mean(0), entering.var(0))
+    [actual] = tfbn.collect(model, x, method=method, verbose=0).values()
+    networks.assert_layer(actual, entering.mean(0), entering.var(0))
 
 
 def test_a_statistic_that_is_read_only_for_the_outputs_is_fine():

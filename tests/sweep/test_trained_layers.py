@@ -319,10 +319,10 @@ def test_frozen_layers_are_left_alone_unless_included():
     # What comes after it sees it infer.
     inference = keras.Model(model.inputs, model.layers[4].output)(x)
     values = np.asarray(inference, np.float64)
-    found = stats[networks.batch_norms(model)[1].name]
+    actual = stats[networks.batch_norms(model)[1].name]
     convolved = np.asarray(model.layers[3](model.layers[2](frozen(model.layers[0](x)))), np.float64)
     assert values.shape == convolved.shape
-    networks.assert_layer(found, convolved.mean((0, 1, 2)), convolved.var((0, 1, 2)), 1e-4)
+    networks.assert_layer(actual, convolved.mean((0, 1, 2)), convolved.var((0, 1, 2)), 1e-4)
     both = tfbn.collect(model, x, include_frozen=True, batch_size=16, verbose=0)
     assert frozen.name in both
 
@@ -370,11 +370,11 @@ def test_a_layer_that_fit_does_not_train_is_left_alone(method, shards, eager):
     model2 = Pretrained()
     model2(x)
     model2.set_weights(model.get_weights())
-    [found] = collect(
+    [actual] = collect(
         model2, [x] if shards else x, method=method, batch_size=40, verbose=0
     ).values()
     entered = np.asarray(model2.head.layers[0](model2.base(x, training=False)), np.float64)
-    networks.assert_layer(found, entered.mean(0), entered.var(0), rtol=1e-4)
+    networks.assert_layer(actual, entered.mean(0), entered.var(0), rtol=1e-4)
     # And the frozen layer, where it is asked for.
     both = collect(model, [x] if shards else x, method=method, include_frozen=True, verbose=0)
     assert len(both) == 2
@@ -420,6 +420,6 @@ def test_a_model_with_its_own_training_step():
     model(x)
     model.compile("sgd")
     model.fit(x, np.zeros(40), verbose=0)
-    [found] = tfbn.collect(model, x, verbose=0).values()
+    [actual] = tfbn.collect(model, x, verbose=0).values()
     entered = np.asarray(model.dense(x), "d")
-    networks.assert_layer(found, entered.mean(0), entered.var(0), rtol=1e-4)
+    networks.assert_layer(actual, entered.mean(0), entered.var(0), rtol=1e-4)

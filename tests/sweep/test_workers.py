@@ -317,8 +317,8 @@ def test_workers_without_data_in_any_place_and_workers_with_equal_batches(tmp_pa
     for path in tmp_path.glob("exact_*.npz"):
         stats = tfbn.PopulationStats.load(path)
         assert stats.samples == 50, path
-        for found, values in zip(stats.values(), (x, behind), strict=True):
-            networks.assert_layer(found, values.mean(0), values.var(0), 1e-4)
+        for actual, values in zip(stats.values(), (x, behind), strict=True):
+            networks.assert_layer(actual, values.mean(0), values.var(0), 1e-4)
     # 3,000 draws a channel: a standard error of 0.018.
     [noise] = tfbn.PopulationStats.load(tmp_path / "noise_0.npz").values()
     np.testing.assert_allclose(noise.mean, 0, atol=0.08)
@@ -348,7 +348,7 @@ def test_workers_draw_samples_from_unlike_places(tmp_path):
     assert statuses == [0, 0, 0], printed
     a, b, c = (tfbn.PopulationStats.load(tmp_path / f"stats_{i}.npz") for i in range(3))
     assert a == b == c and a.relative_error <= 0.1
-    [found] = a.values()
-    assert abs(found.mean[0] - 49.5) < 4 * found.mean_error[0]
+    [actual] = a.values()
+    assert abs(actual.mean[0] - 49.5) < 4 * actual.mean_error[0]
     first, second = ((tmp_path / f"read_{i}").read_text().split()[:10] for i in range(2))
     assert first != second and len(set(first)) == 10

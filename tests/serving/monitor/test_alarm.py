@@ -23,14 +23,14 @@ def swept(x):
 
 def p_values(population, x):
     """Return the p-value after every sample from the 16th on."""
-    blocks, found = alarm.Blocks(), []
+    blocks, actual = alarm.Blocks(), []
     for number, sample in enumerate(samples(x).each(), 1):
         blocks.add(sample)
         if number >= 16:
-            found.append(
+            actual.append(
                 alarm.network_distance([alarm.layer_distance(blocks, population, 1e-3)]).p_value
             )
-    return found
+    return actual
 
 
 RARE = {
@@ -67,13 +67,13 @@ def test_moved_data_is_seen_with_the_errors_of_the_sweep(seed):
 def test_the_noise_is_what_repeated_samples_show():
     """D^2 of new samples of the population has the expected size for every part."""
     rng = np.random.default_rng(0)
-    found = []
+    actual = []
     for _ in range(60):
         x = RARE["five normals and five flags of 0.3 %"](rng, 2000)
         blocks = alarm.Blocks()
         for sample in samples(RARE["five normals and five flags of 0.3 %"](rng, 64)).each():
             blocks.add(sample)
         moved = alarm.layer_distance(blocks, swept(x), 1e-3)
-        found.append((moved.squared, moved.expected))
-    squared, expected = np.mean(found, 0)
+        actual.append((moved.squared, moved.expected))
+    squared, expected = np.mean(actual, 0)
     assert 0.8 * squared < expected < 3 * squared

@@ -35,40 +35,40 @@ def test_requests_of_any_size_add_up(exported, ask, sizes):
 def test_standard_errors_are_those_of_merged_batches(exported, ask):
     """Up to 31 samples are separate batches of `tfbn.stats.moments`, for any requests."""
     x = images(np.random.default_rng(1), 29)
-    found = served_by(exported, map(ask, np.split(x, [1, 5, 6, 17, 18, 24]))).layers()["first"]
+    actual = served_by(exported, map(ask, np.split(x, [1, 5, 6, 17, 18, 24]))).layers()["first"]
     batches = [np.float64(b).reshape(-1, CHANNELS) for b in x]
     merged = [moments.of_batch(len(b), b.mean(0), b.var(0), method="pooled") for b in batches]
     merged = functools.reduce(functools.partial(moments.merge, method="pooled"), merged)
     mean_error, variance_error = moments.standard_errors(merged)
-    np.testing.assert_allclose(found.mean_error, mean_error, rtol=1e-4)
-    np.testing.assert_allclose(found.variance_error, variance_error, rtol=1e-4)
+    np.testing.assert_allclose(actual.mean_error, mean_error, rtol=1e-4)
+    np.testing.assert_allclose(actual.variance_error, variance_error, rtol=1e-4)
 
 
 def test_drift_is_by_the_one_formula(exported, ask):
     served = served_by(exported, map(ask, np.split(images(np.random.default_rng(2), 30), 30)))
-    found = served.compare().layers
-    assert list(found) == ["first", "second"]
+    actual = served.compare().layers
+    assert list(actual) == ["first", "second"]
     for path, ours in served.population.items():
         theirs = served.layers()[path]
         scale = np.sqrt(ours.variance + 1e-3)
         shift = (theirs.mean - ours.mean) / scale
         ratio = np.sqrt(theirs.variance + 1e-3) / scale
-        assert found[path]["mean_shift"] == pytest.approx(np.sqrt(np.mean(shift**2)))
-        assert found[path]["std_ratio"] == pytest.approx(np.exp(np.mean(np.log(ratio))))
+        assert actual[path]["mean_shift"] == pytest.approx(np.sqrt(np.mean(shift**2)))
+        assert actual[path]["std_ratio"] == pytest.approx(np.exp(np.mean(np.log(ratio))))
 
 
 def test_the_errors_are_those_of_repeated_samples(exported, ask):
     """They estimate the spread of the results over repetitions with other requests."""
     rng = np.random.default_rng(3)
-    found = []
+    actual = []
     for _ in range(40):
         served = served_by(exported, map(ask, np.split(images(rng, 24), 24)))
-        found.append(served.compare().layers["first"])
-    ratios = [layer["std_ratio"] for layer in found]
-    reported = np.sqrt(np.mean([layer["std_ratio_error"] ** 2 for layer in found]))
+        actual.append(served.compare().layers["first"])
+    ratios = [layer["std_ratio"] for layer in actual]
+    reported = np.sqrt(np.mean([layer["std_ratio_error"] ** 2 for layer in actual]))
     assert reported == pytest.approx(np.std(ratios), rel=0.35)
-    shifts = np.sqrt(np.mean([layer["mean_shift"] ** 2 for layer in found]))
-    reported = np.sqrt(np.mean([layer["mean_shift_error"] ** 2 for layer in found]))
+    shifts = np.sqrt(np.mean([layer["mean_shift"] ** 2 for layer in actual]))
+    reported = np.sqrt(np.mean([layer["mean_shift_error"] ** 2 for layer in actual]))
     assert reported == pytest.approx(shifts, rel=0.35)
 
 
@@ -94,8 +94,8 @@ SHIFTS = {
 @pytest.mark.parametrize("kind", SHIFTS)
 def test_drift_is_seen_in_a_few_samples(exported, ask, kind):
     x = SHIFTS[kind](images(np.random.default_rng(5), 24)).astype("float32")
-    found = served_by(exported, [ask(x)]).compare()
-    assert found.drifted and found.p_value < 1e-3 and found.distance > 0.1
+    actual = served_by(exported, [ask(x)]).compare()
+    assert actual.drifted and actual.p_value < 1e-3 and actual.distance > 0.1
 
 
 def test_few_samples_tell_nothing(exported, ask):
@@ -105,14 +105,14 @@ def test_few_samples_tell_nothing(exported, ask):
         served.compare()
     for number, sample in enumerate(x, 1):
         served.add(ask(sample[None]))
-        found = served.compare()
-        assert found.drifted == (number == 16)
-        assert np.isnan([found.p_value, found.layers["first"]["p_value"]]).all() == (number < 16)
+        actual = served.compare()
+        assert actual.drifted == (number == 16)
+        assert np.isnan([actual.p_value, actual.layers["first"]["p_value"]]).all() == (number < 16)
         if number in (1, 15):
-            assert repr(found) == f"<ServedDrift: {number} of 16 samples: too few to tell>"
-    assert repr(found).startswith("<ServedDrift: 16 samples have moved from the population: ")
-    far = dataclasses.replace(found, p_value=0.0)
-    assert repr(far).endswith(", p < 1e-300>") and ", p = " in repr(found)
+            assert repr(actual) == f"<ServedDrift: {number} of 16 samples: too few to tell>"
+    assert repr(actual).startswith("<ServedDrift: 16 samples have moved from the population: ")
+    far = dataclasses.replace(actual, p_value=0.0)
+    assert repr(far).endswith(", p < 1e-300>") and ", p = " in repr(actual)
     assert repr(served) == f"<ServedStats of {exported}: 16 samples>"
 
 
@@ -149,9 +149,9 @@ def test_channels_that_never_vary_and_rounding_are_no_drift(tmp_path):
         answer = {k: v.numpy() for k, v in loaded.signatures["monitor"](x=x[i : i + 1]).items()}
         answer["bn/mean"] = np.nextafter(answer["bn/mean"], np.float32(9))  # From another kernel.
         answers.append(answer)
-    found = served_by(path, answers).compare()
-    assert found.p_value > 0.01
-    assert found.layers["bn"]["mean_shift_max"] < 1
+    actual = served_by(path, answers).compare()
+    assert actual.p_value > 0.01
+    assert actual.layers["bn"]["mean_shift_max"] < 1
 
 
 # Invalid answers.
@@ -190,16 +190,16 @@ def test_the_drift_is_drawn(exported, ask):
     plots = pytest.importorskip("matplotlib.pyplot")
     plots.switch_backend("Agg")
     served = served_by(exported, [ask(2 * images(np.random.default_rng(9), 20))])
-    found = served.compare()
-    left, right = tfbn.plot_drift(found).axes
+    actual = served.compare()
+    left, right = tfbn.plot_drift(actual).axes
     dots = [line.get_xdata()[0] for line in left.lines if line.get_marker() == "o"]
-    assert dots == [layer["mean_shift"] for layer in found.layers.values()]
+    assert dots == [layer["mean_shift"] for layer in actual.layers.values()]
     ours, theirs = served.population["first"], served.layers()["first"]
     shift = np.abs(theirs.mean - ours.mean) / np.sqrt(ours.variance + 1e-3)
     [first, _] = [line.get_xdata() for line in left.lines if line.get_color() == "0.5"]
     np.testing.assert_allclose(first, [shift.min(), shift.max()])
     bars = [line.get_xdata()[1] for line in right.lines if line.get_linewidth() == 7]
-    assert bars == [1 + layer["std_ratio_error"] for layer in found.layers.values()]
+    assert bars == [1 + layer["std_ratio_error"] for layer in actual.layers.values()]
     plots.close("all")
 
 
@@ -226,8 +226,8 @@ def test_a_population_that_is_gone_or_of_another_version_is_refused(tmp_path):
 
 def test_the_summary_names_layers_and_the_verdict(exported, ask, capsys):
     x = images(np.random.default_rng(9), 17)
-    found = served_by(exported, map(ask, np.split(x, 17))).compare()
-    found.summary()
+    actual = served_by(exported, map(ask, np.split(x, 17))).compare()
+    actual.summary()
     first, head, *rows = capsys.readouterr().out.splitlines()
     assert first.startswith("17 samples cannot be told from the population")
     assert head.split()[0] == "layer" and {row.split()[0] for row in rows} == {"first", "second"}

@@ -25,12 +25,12 @@ def test_the_network_predicts_what_the_model_does(tmp_path, name):
     model, x = made(name)
     tfbn.export(model, tmp_path / "m")
     network = recalibration.open_version(tmp_path / "m").network
-    found = tf.function(network)(x)
+    actual = tf.function(network)(x)
     expected = model.predict(x, verbose=0)
-    expected = expected if isinstance(expected, dict) else {next(iter(found)): expected}
-    assert found.keys() == expected.keys()
+    expected = expected if isinstance(expected, dict) else {next(iter(actual)): expected}
+    assert actual.keys() == expected.keys()
     for key, value in expected.items():
-        np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(actual[key], value, rtol=1e-5, atol=1e-5)
 
 
 def test_inputs_go_by_name_or_in_order_and_are_cast(tmp_path):

@@ -99,8 +99,8 @@ def test_forms(tmp_path, name):
     module = Written(formula, trainable=list(FORMS).index(name) % 2 == 1)
     tf.saved_model.save(module, tmp_path / "1", signatures=module.serve)
     x = (rng.normal(size=(40, 3)) * 3 + 2).astype("float32")
-    found = tfbn.recalibrate(tmp_path, x, batch_size=8, verbose=0)
-    assert list(found.stats) == ["bn0", "bn1"]
+    actual = tfbn.recalibrate(tmp_path, x, batch_size=8, verbose=0)
+    assert list(actual.stats) == ["bn0", "bn1"]
     right = expected(x, (3,), gamma, beta)
     np.testing.assert_allclose(served(tmp_path, x), right, rtol=1e-4, atol=1e-5)
 

@@ -82,11 +82,11 @@ def test_what_keras_exports(tmp_path, name):
     model, x = exported_models.sweep(build()), data()
     model.export(tmp_path / "m" / "1", verbose=False)
     before = {p: p.read_bytes() for p in (tmp_path / "m" / "1").rglob("*") if p.is_file()}
-    found = tfbn.recalibrate(tmp_path / "m", x, batch_size=8, verbose=0)
+    actual = tfbn.recalibrate(tmp_path / "m", x, batch_size=8, verbose=0)
     own = tfbn.update_population_stats(model, x, batch_size=8, verbose=0)
-    networks.assert_statistics(found.stats, own, 1e-5)
+    networks.assert_statistics(actual.stats, own, 1e-5)
     expected = model.predict(x, verbose=0)
-    np.testing.assert_allclose(answers(found.path, x), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(answers(actual.path, x), expected, rtol=1e-4, atol=1e-4)
     assert before == {p: p.read_bytes() for p in (tmp_path / "m" / "1").rglob("*") if p.is_file()}
     # A second recalibration uses the record of the new version, with a blend.
     again = tfbn.recalibrate(tmp_path / "m", x + 1, blend_samples=46, verbose=0)
@@ -101,24 +101,24 @@ def test_a_fused_kernel_by_numpy(tmp_path):
     module = Fused()
     tf.saved_model.save(module, tmp_path / "m" / "7", signatures=module.infer)
     x = field(5, 5, 3)
-    found = tfbn.recalibrate(tmp_path / "m", x, batch_size=4, verbose=0)
+    actual = tfbn.recalibrate(tmp_path / "m", x, batch_size=4, verbose=0)
     mean, variance = np.float64(x).mean((0, 1, 2)), np.float64(x).var((0, 1, 2))
-    assert found.version == 8 and list(found.stats) == ["bn"]
-    networks.assert_layer(found.stats["bn"], mean, variance)
+    assert actual.version == 8 and list(actual.stats) == ["bn"]
+    networks.assert_layer(actual.stats["bn"], mean, variance)
     right = np.maximum(1.5 * (x - mean) / np.sqrt(variance + 0.01) - 1, 0)
-    np.testing.assert_allclose(answers(found.path, x), right, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(answers(actual.path, x), right, rtol=1e-4, atol=1e-4)
 
 
 def test_look_alikes_are_left_alone(tmp_path):
     made = LookAlikes()
     tf.saved_model.save(made, tmp_path / "m" / "1", signatures=made.infer)
     x = field(3)
-    found = tfbn.recalibrate(tmp_path / "m", x, verbose=0)
-    assert list(found.stats) == ["bn"]
-    networks.assert_layer(found.stats["bn"], x.mean(0), x.var(0))
+    actual = tfbn.recalibrate(tmp_path / "m", x, verbose=0)
+    assert list(actual.stats) == ["bn"]
+    networks.assert_layer(actual.stats["bn"], x.mean(0), x.var(0))
     made.mean.assign(x.mean(0))
     made.variance.assign(x.var(0))
-    np.testing.assert_allclose(answers(found.path, x), made.infer(x)["y"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(answers(actual.path, x), made.infer(x)["y"], rtol=1e-4, atol=1e-4)
 
 
 class Reader(tf.Module):
@@ -287,8 +287,8 @@ def test_a_function_that_is_no_attribute(tmp_path):
     outer = tf.function(lambda x: made.infer(x), input_signature=[tf.TensorSpec((None, 5, 5, 3))])
     tf.saved_model.save(made, tmp_path / "1", signatures=outer)
     x = field(5, 5, 3)
-    found = tfbn.recalibrate(tmp_path, x, verbose=0)
-    np.testing.assert_allclose(found.stats["bn"].mean, np.float64(x).mean((0, 1, 2)), rtol=1e-5)
+    actual = tfbn.recalibrate(tmp_path, x, verbose=0)
+    np.testing.assert_allclose(actual.stats["bn"].mean, np.float64(x).mean((0, 1, 2)), rtol=1e-5)
 
 
 class Fixed(tf.Module):
