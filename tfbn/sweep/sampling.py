@@ -57,9 +57,12 @@ _GROWTH = 1.25, 2.0
 # Largest difference of the means of a stream's halves without a warning, in standard errors, as the
 # root mean square over the channels of a layer.
 _APART = 3.0
-# Largest squared skewness / G, and largest r sqrt(samples) but for the noise of r, as the root mean
-# square over channels: above, intervals cover too little.
-_SKEWED, _UNCERTAIN = 0.08, 2.0
+# Largest squared skewness / G, and largest r sqrt(samples) of heavy tails, as means over channels.
+# Above them intervals cover too little.
+_SKEWED, _UNCERTAIN = 0.08, 1.0
+# Smallest samples x (relative error)^2 of heavy tails, as the median over channels: a kurtosis of
+# 25, or groups of 6 alike samples. Normal data has 1 for the mean and 1/2 for the variance.
+_HEAVY = 6.0
 # Errors below this share of the largest one are ignored there.
 _NEGLIGIBLE = 0.1
 # Largest sample of an endless stream, in units of 1 / tolerance^2, which is about what a normal
@@ -162,8 +165,14 @@ class Sample:
             ):
                 parts = [getattr(each[path], name) - getattr(stats, name) for each in moved]
                 squares = [getattr(each[path], f"{name}_error") ** 2 for each in moved]
-                error, doubt = _standard_errors(np.array(parts), np.array(squares), self.drawn)
-                found.append((error, error[varies] / scale[varies], doubt[varies]))
+                error, skewed, uncertain = _standard_errors(
+                    np.array(parts), np.array(squares), self.drawn
+                )
+                relative_error = error[varies] / scale[varies]
+                doubt = skewed[varies] / _SKEWED
+                if self.drawn.samples * np.median(relative_error**2) > _HEAVY:
+                    doubt = np.maximum(doubt, uncertain[varies] / _UNCERTAIN)
+                found.append((error, relative_error, doubt))
             each, relative[path], doubts[path] = map(list, zip(*found, strict=True))
             errors[path] = [factor * error if factor else 0 * stats.mean for error in each]
         largest = np.max([np.max(each, initial=0.0) for each in relative.values()], initial=0.0)
@@ -173,7 +182,7 @@ class Sample:
             number = np.maximum(matters.sum(axis=1), 1)
             doubt = np.where(matters, doubts[path], 0.0)
             level = self.state.levels.get(path, 1)
-            heavy = np.sum(np.square(doubt), axis=1) / number > 1
+            heavy = np.sum(doubt, axis=1) / number > 1
             if factor and heavy.any() and level < heavy_level:
                 heavy_level = level
                 stats = statistics[path]
@@ -335,8 +344,8 @@ def _added(group: Moments, whole: Moments, method: str) -> tuple[np.ndarray, np.
 
 def _standard_errors(
     parts: np.ndarray, squares: np.ndarray, drawn: Draw
-) -> tuple[np.ndarray, np.ndarray]:
-    """Compute standard errors, and the doubts about them: above 1, intervals cover too little.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Compute standard errors, their squared skewness / G, and r sqrt(samples) but for its noise.
 
     Args:
         parts: What each group adds to the error.
@@ -346,7 +355,7 @@ def _standard_errors(
     groups = len(parts)
     if groups < _FEWEST:
         unknown = np.full(parts.shape[1:], np.nan)
-        return unknown, np.zeros_like(unknown)
+        return unknown, np.zeros_like(unknown), np.zeros_like(unknown)
     square = np.mean(parts**2, axis=0)
     scale = np.sqrt(np.where(square > 0, square, 1.0))
     skewed = np.mean((parts / scale) ** 3, axis=0) ** 2 / groups
@@ -354,8 +363,8 @@ def _standard_errors(
     normal = 2 / drawn.batches  # Relative variance for batches of a normal distribution.
     excess = groups * np.var(shares, axis=0, ddof=1) - normal
     wider = _student(groups - 1) / _NORMAL_95 + 2 * skewed + 1.5 * np.maximum(excess, 0.0)
-    doubts = np.maximum(skewed / _SKEWED, (excess - normal) * math.sqrt(drawn.samples) / _UNCERTAIN)
-    return np.sqrt(groups * groups / (groups - 1) * square) * wider, doubts
+    uncertain = (excess - normal) * math.sqrt(drawn.samples)
+    return np.sqrt(groups * groups / (groups - 1) * square) * wider, skewed, uncertain
 
 
 def _student(freedom: int) -> float:
