@@ -1,4 +1,4 @@
-"""Replace functions in one thread only, and observe the calls of batch norm layers so."""
+"""Observe the calls of batch norm layers, by functions that are replaced in one thread only."""
 
 import collections
 import contextlib

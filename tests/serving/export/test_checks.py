@@ -216,7 +216,7 @@ def test_a_sample_verifies_where_random_numbers_cannot(tmp_path, kind):
     export(model, tmp_path, sample=sample)
     with pytest.raises(ValueError, match="in sample"):
         export(model, tmp_path, sample=np.ones((2, 5, 5)))
-    with pytest.raises(ValueError, match=r"sample.*empty"):
+    with pytest.raises(ValueError, match="No batches in sample"):
         export(model, tmp_path, sample=np.ones((0, 5)))
     assert os.listdir(tmp_path) == ["1"]
 
