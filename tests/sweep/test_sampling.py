@@ -172,6 +172,14 @@ def test_devices_and_callbacks_take_a_tolerance(model, digits):
         assert stats.tolerance == 0.05 and stats.samples < len(digits)
 
 
+def test_layer_whose_channels_never_vary_gives_one_warning():
+    model = keras.Sequential([keras.Input((2,)), layers.BatchNormalization(name="bn")])
+    with pytest.warns(UserWarning, match="never varied") as caught:
+        stats = tfbn.collect(model, np.ones((9000, 2), "f"), tolerance=0.1, verbose=0)["bn"]
+    assert len(caught) == 1
+    np.testing.assert_allclose(stats.variance_error, 3 / stats.counts)
+
+
 def test_a_channel_that_never_varies_has_the_error_of_what_was_not_seen():
     """A rate of up to 3 / n, and it does not hold up the sample."""
     model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization(name="bn")])

@@ -119,7 +119,16 @@ class Sample:
     @functools.cached_property
     def layers(self) -> dict[str, LayerStats]:
         """Path -> statistics of a layer with errors."""
-        return self._judged[0]
+        unseen = 0.0 if self._is_all else 3 / self.drawn.samples
+        layers = {}
+        for path, stats in self._statistics.items():
+            known = self.state.levels.get(path, 1) < self._unknown.level
+            mean, variance = (
+                np.where(stats.constant, unseen, error if known else np.nan)
+                for error in self._errors[path].absolute
+            )
+            layers[path] = stats.with_errors(mean, variance)
+        return layers
 
     @property
     def relative_error(self) -> float:
@@ -148,17 +157,23 @@ class Sample:
             )
         return stats
 
+    @property
+    def _is_all(self) -> bool:
+        return self.drawn.share >= 1
+
     @functools.cached_property
-    def _judged(self) -> tuple[dict[str, LayerStats], str]:
-        """The statistics with errors, and the reason why errors are unknown."""
-        statistics = self.state.statistics()
+    def _statistics(self) -> dict[str, LayerStats]:
+        return self.state.statistics()
+
+    @functools.cached_property
+    def _errors(self) -> dict[str, "_Errors"]:
+        """Path -> standard errors of a layer, and the doubts about them."""
         moved = [replicate.statistics() for replicate in self.replicates]
         factor = math.sqrt(max(1 - self.drawn.share, 0.0))
-        errors, relative, doubts, heavy_level = {}, {}, {}, math.inf
-        reason = f"only {self.drawn.batches} batches were drawn"
-        for path, stats in statistics.items():
-            varies = ~stats.constant & (stats.counts > 0)
-            found = []
+        errors = {}
+        for path, stats in self._statistics.items():
+            varies = _varies(stats)
+            absolute, relative, doubts = [], [], []
             for name, scale in (
                 ("mean", np.sqrt(stats.variance)),
                 ("variance", 2 * stats.variance),
@@ -168,38 +183,35 @@ class Sample:
                 error, skewed, uncertain = _standard_errors(
                     np.array(parts), np.array(squares), self.drawn
                 )
-                relative_error = error[varies] / scale[varies]
                 doubt = skewed[varies] / _SKEWED
-                if self.drawn.samples * np.median(relative_error**2) > _HEAVY:
+                relative.append(error[varies] / scale[varies])
+                if varies.any() and self.drawn.samples * np.median(relative[-1] ** 2) > _HEAVY:
                     doubt = np.maximum(doubt, uncertain[varies] / _UNCERTAIN)
-                found.append((error, relative_error, doubt))
-            each, relative[path], doubts[path] = map(list, zip(*found, strict=True))
-            errors[path] = [factor * error if factor else 0 * stats.mean for error in each]
-        largest = np.max([np.max(each, initial=0.0) for each in relative.values()], initial=0.0)
-        for path, each in relative.items():
+                doubts.append(doubt)
+                absolute.append(np.zeros_like(error) if self._is_all else factor * error)
+            errors[path] = _Errors(absolute, np.array(relative), np.array(doubts))
+        return errors
+
+    @functools.cached_property
+    def _unknown(self) -> "_Unknown":
+        """The level from which errors are unknown, and why."""
+        unknown = _Unknown(math.inf, f"only {self.drawn.batches} batches were drawn")
+        if self._is_all:
+            return unknown
+        largest = max(np.max(each.relative, initial=0.0) for each in self._errors.values())
+        for path, errors in self._errors.items():
             # Errors that cancel leave only rounding.
-            matters = np.array(each) > _NEGLIGIBLE * largest
-            number = np.maximum(matters.sum(axis=1), 1)
-            doubt = np.where(matters, doubts[path], 0.0)
+            matters = errors.relative > _NEGLIGIBLE * largest
+            doubts = np.where(matters, errors.doubts, 0.0)
+            means = np.sum(doubts, axis=1) / np.maximum(np.sum(matters, axis=1), 1)
             level = self.state.levels.get(path, 1)
-            heavy = np.sum(doubt, axis=1) / number > 1
-            if factor and heavy.any() and level < heavy_level:
-                heavy_level = level
-                stats = statistics[path]
-                varying = np.flatnonzero(~stats.constant & (stats.counts > 0))
-                channel = varying[np.argmax(np.max(doubt, axis=0))]
-                reason = f"few values dominate channel {channel} of layer {path!r}"
-        unseen = 3 / self.drawn.samples if factor else 0.0
-        layers = {}
-        for path, stats in statistics.items():
-            known = self.state.levels.get(path, 1) < heavy_level
-            layers[path] = stats.with_errors(
-                *(
-                    np.where(stats.constant, unseen, error if known else np.nan)
-                    for error in errors[path]
+            if np.any(means > 1) and level < unknown.level:
+                worst = np.argmax(np.max(doubts, axis=0))
+                channel = np.flatnonzero(_varies(self._statistics[path]))[worst]
+                unknown = _Unknown(
+                    level, f"few values dominate channel {channel} of layer {path!r}"
                 )
-            )
-        return layers, reason
+        return unknown
 
     def _warn_of_halves(self) -> None:
         """Warn if the two halves of a stream belong to different populations."""
@@ -221,14 +233,14 @@ class Sample:
                 return
 
     def _warn_of_constants(self) -> None:
-        found = {
+        constant = {
             path: np.flatnonzero(s.constant & (s.counts > 0)) for path, s in self.layers.items()
         }
-        found = {path: channels for path, channels in found.items() if len(channels)}
-        if found:
-            path, channels = next(iter(found.items()))
+        constant = {path: channels for path, channels in constant.items() if len(channels)}
+        if constant:
+            path, channels = next(iter(constant.items()))
             named = ", ".join(map(str, channels[:5])) + (", ..." if len(channels) > 5 else "")
-            others = f", and {len(found) - 1} more layers" if len(found) > 1 else ""
+            others = f", and {len(constant) - 1} more layers" if len(constant) > 1 else ""
             results.warn(
                 f"Channels that never varied in {self.drawn.samples} samples: {named} of layer "
                 f"{path!r}{others}. Values in up to {3 / self.drawn.samples:.2g} of the data may "
@@ -240,9 +252,28 @@ class Sample:
         if unknown:
             others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
             results.warn(
-                f"The errors of layer {unknown[0]!r}{others} are not known: {self._judged[1]}. "
-                "Sweep all of the data.",
+                f"The errors of layer {unknown[0]!r}{others} are not known: "
+                f"{self._unknown.reason}. Sweep all of the data.",
             )
+
+
+class _Errors(NamedTuple):
+    """Standard errors of a layer: rows for the mean and the variance.
+
+    Attributes:
+        absolute: The errors of all channels.
+        relative: For channels that vary, in units of the standard deviation.
+        doubts: For channels that vary: above 1, intervals cover too little.
+    """
+
+    absolute: Sequence[np.ndarray]
+    relative: np.ndarray
+    doubts: np.ndarray
+
+
+class _Unknown(NamedTuple):
+    level: float
+    reason: str
 
 
 def groups_of(batches: int) -> int:
@@ -332,6 +363,10 @@ def _joined(
         by_site[site].rows if site in by_site else np.zeros_like(like[site].rows) for site in sites
     ]
     return Moments(np.concatenate(rows, axis=1))
+
+
+def _varies(stats: LayerStats) -> np.ndarray:
+    return ~stats.constant & (stats.counts > 0)
 
 
 def _added(group: Moments, whole: Moments, method: str) -> tuple[np.ndarray, np.ndarray]:
