@@ -253,6 +253,16 @@ def test_one_value_per_channel(value, run):
     np.testing.assert_allclose(y[0], beta, rtol=1e-6)
 
 
+def differentiable_formula(x, gamma, axis, epsilon):
+    """Batch normalization that TensorFlow differentiates twice, for float64."""
+    # The second derivative of tf.nn.moments is wrong: it treats the mean as a constant.
+    axes = axes_but(axis, len(x.shape))
+    mean = tf.reduce_mean(x, axes, keepdims=True)
+    variance = tf.reduce_mean(tf.square(x - mean), axes, keepdims=True)
+    v = (x - mean) / tf.sqrt(variance + epsilon)
+    return v * tf.reshape(gamma, along(np.ones(x.shape[axis]), axis, len(x.shape)).shape)
+
+
 @pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("shape", "axis", "ratio"), [(*CASES[0], 0), (*CASES[1], 1e3), (*CASES[2], 1e3), (*CASES[3], 0)]
@@ -272,13 +282,7 @@ def test_second_order_gradient(shape, axis, ratio, run):
         return outer.gradient(penalty, [x, gamma])
 
     def plain(x, gamma):
-        # TensorFlow's derivatives of the formula, in float64.
-        axes = axes_but(axis, len(shape))
-        # The second derivative of tf.nn.moments is wrong: it treats the mean as a constant.
-        mean = tf.reduce_mean(x, axes, keepdims=True)
-        variance = tf.reduce_mean(tf.square(x - mean), axes, keepdims=True)
-        v = (x - mean) / tf.sqrt(variance + 0.1)
-        return v * tf.reshape(gamma, along(np.ones(shape[axis]), axis, len(shape)).shape)
+        return differentiable_formula(x, gamma, axis, 0.1)
 
     def ours(x, gamma):
         return kernels.train(x, gamma, None, axis=axis, epsilon=0.1)[0]
@@ -289,6 +293,38 @@ def test_second_order_gradient(shape, axis, ratio, run):
     for one, expected in zip(actual, right, strict=True):
         assert np.abs(expected).max() > 1e-3
         assert_near(one, expected, 2e-5)
+
+
+@pytest.mark.parametrize("ratio", [0, 1e3])
+def test_forward_mode_over_and_behind_gradients(ratio, run):
+    """Hessian-vector products; derivatives built earlier must not hinder later ones."""
+    shape, axis = (6, 7, 3), -1
+    x, dx = data(shape, ratio, axis), data(shape, 0.5, axis, seed=1)
+    gamma, dgamma = parameters(3)
+    epsilon = 0.1 + ratio / 1e6  # A trace of the kernel that no other test has used.
+
+    def product(forward):
+        def first(x, gamma):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                penalty = tf.reduce_sum(forward(x, gamma) ** 3)
+            return tape.gradient(penalty, x)
+
+        return lambda *args: forward_derivative(first, *args)
+
+    def ours(x, gamma):
+        return kernels.train(x, gamma, None, axis=axis, epsilon=epsilon)[0]
+
+    def plain(x, gamma):
+        return differentiable_formula(x, gamma, axis, epsilon)
+
+    args = x, gamma, dx, dgamma
+    wide = [tf.cast(v, tf.float64) for v in args]
+    right = product(plain)(*wide)
+    assert np.abs(right).max() > 0.1
+    assert_near(run(product(ours))(*args), right, 2e-5)
+    actual = run(lambda *args: forward_derivative(ours, *args))(*args)
+    assert_near(actual, forward_derivative(plain, *wide), 2e-5)
 
 
 @pytest.mark.parametrize(("spec", "shapes"), [

@@ -97,16 +97,12 @@ def _training_step(within: int, dtype: tf.DType, epsilon: float) -> Callable:
 
         y, shift, mean, variance = tf.cond(near, unshifted, shifted)
 
+        # The backward graph also reads these. A gradient that reached the `tf.cond` through them
+        # would make it return variants, on which forward mode fails.
+        constants = [tf.stop_gradient(v) for v in (shift, mean, variance)]
+
         def gradient(dy, *_):
-            def of(x, dy):
-                return _gradient(x, dy, gamma, mean, variance, within, epsilon)
-
-            def of_shifted():
-                centred = _shifted(x, tf.cast(shift, tf.float32), within)
-                dx, *others = of(centred, tf.cast(dy, tf.float32))
-                return tf.cast(dx, dtype), *others
-
-            return tf.cond(near, lambda: of(x, dy), of_shifted)
+            return _gradient(x, dy, gamma, *constants, near, within, epsilon)
 
         return (y, count, shift + mean, variance), gradient
 
@@ -122,19 +118,21 @@ def _gradient(
     x: tf.Tensor,
     dy: tf.Tensor,
     gamma: tf.Tensor,
+    shift: tf.Tensor,
     mean: tf.Tensor,
     variance: tf.Tensor,
+    near: tf.Tensor,
     within: int,
     epsilon: float,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Return the gradient of the training step with respect to x, gamma and beta.
 
-    The second gradient is custom: TensorFlow's for this operation is silently 0 inside `tf.cond`
-    and in forward-mode differentiation of a function.
+    The second gradient is custom: TensorFlow's for the fused operation is silently 0 inside
+    `tf.cond` and in forward-mode differentiation of a function, and forward mode fails on the
+    variants that a differentiated `tf.cond` returns.
     """
 
-    @tf.custom_gradient
-    def gradient(x, dy, gamma):
+    def of(x, dy, gamma, mean, variance):
         image, data_format = _as_image(x, 3 - within)
         dx, dgamma, dbeta, *_ = tf.raw_ops.FusedBatchNormGradV3(
             y_backprop=tf.reshape(dy, tf.shape(image)),
@@ -147,15 +145,27 @@ def _gradient(
             data_format=data_format,
             is_training=True,
         )
-        outputs = tf.reshape(dx, tf.shape(x)), dgamma, dbeta
+        return tf.reshape(dx, tf.shape(x)), dgamma, dbeta
+
+    @tf.custom_gradient
+    def gradient(x, dy, gamma, shift, mean, variance, near):
+        def shifted():
+            return _shifted(x, tf.cast(shift, tf.float32), within)
+
+        def of_shifted():
+            dx, *others = of(shifted(), tf.cast(dy, tf.float32), gamma, mean, variance)
+            return tf.cast(dx, x.dtype), *others
 
         def second(d_dx, d_dgamma, d_dbeta):
-            return _second_gradient(x, dy, gamma, d_dx, d_dgamma, d_dbeta, within, epsilon)
+            by_x, by_dy, by_gamma = _second_gradient(
+                shifted(), dy, gamma, d_dx, d_dgamma, d_dbeta, within, epsilon
+            )
+            return tf.cast(by_x, x.dtype), tf.cast(by_dy, dy.dtype), by_gamma, *[None] * 4
 
-        return outputs, second
+        return tf.cond(near, lambda: of(x, dy, gamma, mean, variance), of_shifted), second
 
-    # The gradient of a `tf.cond` branch may use tensors of the branch only.
-    return gradient(*(tf.identity(v) for v in (x, dy, gamma)))
+    # `second` may only use tensors of the backward graph, and these are from the forward graph.
+    return gradient(*(tf.identity(v) for v in (x, dy, gamma, shift, mean, variance, near)))
 
 
 def _second_gradient(
@@ -168,15 +178,15 @@ def _second_gradient(
     within: int,
     epsilon: float,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Return the gradient of `_gradient` with respect to x, dy and gamma.
+    """Return the gradient of `_gradient` with respect to x, dy and gamma; `x` is float32.
 
     With v = (x - mean(x)) * s, s = 1 / sqrt(variance + epsilon) and the linear map
     P(a) = a - mean(a) - v * mean(v * a), the gradient of the training step is
     dx = gamma * s * P(dy), dgamma = sum(dy * v), dbeta = sum(dy). The gradient of sum(a * v) with
     respect to x is s * P(a). The rest is the product rule.
     """
-    dtype, axes = x.dtype, [0, within]
-    x, dy, d_dx = (tf.cast(v, tf.float32) for v in (x, dy, d_dx))
+    axes = [0, within]
+    dy, d_dx = tf.cast(dy, tf.float32), tf.cast(d_dx, tf.float32)
 
     def mean(v):
         return tf.reduce_mean(v, axes, keepdims=True)
@@ -196,7 +206,7 @@ def _second_gradient(
     by_v = along(d_dgamma) * dy - scale * (d_dx * mean(dy * v) + dy * mean(d_dx * v))
     by_x = s * p(by_v) - scale * s * mean(d_dx * p(dy)) * v
     by_gamma = tf.reduce_sum(d_dx * s * p(dy), axes)
-    return tf.cast(by_x, dtype), tf.cast(by_dy, dtype), by_gamma
+    return by_x, by_dy, by_gamma
 
 
 def _shifted(x: tf.Tensor, shift: tf.Tensor, within: int) -> tf.Tensor:
