@@ -267,7 +267,7 @@ UNSHIFTED = {
 def swept(samples, batch_size=32):
     """What a sweep of samples finds."""
     batches = [
-        Samples(*(part[i : i + batch_size] for part in samples)).together()
+        Samples(*(part[i : i + batch_size] for part in samples)).merged()
         for i in range(0, len(samples.mean), batch_size)
     ]
     merged = functools.reduce(functools.partial(moments.merge, method="pooled"), batches)

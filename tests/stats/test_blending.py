@@ -159,10 +159,10 @@ def spoiled(name, value):
     [
         (lambda s: s.replace(fingerprint="2:other"), "same weights.*'2:other'"),
         (lambda s: s.replace(fingerprint=""), "same weights.*''"),
-        (renamed, "same layers.*without layer"),
+        (renamed, "layer '.*other_"),
         (cut, "same shapes"),
-        (spoiled("mean", np.nan), r"finite means.*mean nan in channel \d+\..*Layer: '"),
-        (spoiled("variance", -1.0), r"finite means.*variance -1\.0 in channel"),
+        (spoiled("mean", np.nan), r"finite statistics.*mean nan in channel \d+\..*Layer: '"),
+        (spoiled("variance", -1.0), r"finite statistics.*variance -1\.0 in channel"),
         (dict, "PopulationStats, like.*dict"),
     ],
 )
