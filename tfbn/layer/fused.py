@@ -99,7 +99,7 @@ def _training_step(within: int, dtype: tf.DType, epsilon: float) -> Callable:
 
         # The backward graph also reads these. A gradient that reached the `tf.cond` through them
         # would make it return variants, on which forward mode fails.
-        constants = [tf.stop_gradient(v) for v in (shift, mean, variance)]
+        constants = tf.stop_gradient(shift), tf.stop_gradient(mean), tf.stop_gradient(variance)
 
         def gradient(dy, *_):
             return _gradient(x, dy, gamma, *constants, near, within, epsilon)
