@@ -375,8 +375,8 @@ class PopulationStats(collections.abc.Mapping):
     @classmethod
     def _unpacked(cls, content):
         try:
-            found, previous = stats_file.unpack(content, _attributes())
-            stats = cls(previous=None if previous is None else cls(**previous), **found)
+            attributes, previous = stats_file.unpack(content, _attributes())
+            stats = cls(previous=None if previous is None else cls(**previous), **attributes)
             if stats.method != "assigned":
                 layer_stats.require_possible(stats)
         except ValueError as error:

@@ -240,7 +240,7 @@ def test_errors_that_cancel_do_not_make_others_unknown():
 
 def test_halves_without_errors_are_not_apart():
     zeros = np.zeros((10, 3))
-    assert sampling._apart(zeros, zeros, np.ones(3, bool)) == 0
+    assert sampling._standardized_difference(zeros, zeros, np.ones(3, bool)) == 0
 
 
 def test_shards_that_are_sorted_alike_are_drawn_from_unlike_places():

@@ -110,7 +110,7 @@ class FedData:
         self._recent: collections.deque[tuple[int, dict[str, MeanVariance]]] = collections.deque()
         self._trained = 0
         self._next = 0
-        self._last: dict[str, MeanVariance] | None = None
+        self._at_last_step: dict[str, MeanVariance] | None = None
         self._windows: collections.deque[Window] = collections.deque(maxlen=_KEPT_WINDOWS)
 
     def begin_step(self, step: int) -> None:
@@ -133,7 +133,7 @@ class FedData:
     def end_step(self, step: int, steps: int | None) -> None:
         """Record the moving averages after the last step, before callbacks may reset them."""
         if steps is not None and step + 1 >= steps:
-            self._last = self._read()
+            self._at_last_step = self._read()
 
     def end_epoch(self, steps: int | None) -> None:
         """Record the moving averages after the last step of an epoch.
@@ -152,8 +152,9 @@ class FedData:
         # No window spans two epochs: in between, callbacks may change the layers.
         recent, self._recent = self._recent, collections.deque()
         starts = [(step, moving) for step, moving in recent if end - step >= enough]
-        moving_now, last, self._last = self._read(), self._last, None
-        if starts and (last is None or _equal(last, moving_now)):
+        moving_now = self._read()
+        at_last_step, self._at_last_step = self._at_last_step, None
+        if starts and (at_last_step is None or _equal(at_last_step, moving_now)):
             step, moving = starts[-1]
             self._windows.append(Window(moving, moving_now, end - step, self._trained))
 

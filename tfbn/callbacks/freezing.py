@@ -119,9 +119,9 @@ def _flags_of(layers: Iterable[keras.Layer]) -> dict[keras.Layer, _Flags]:
     flags: dict[keras.Layer, _Flags] = {}
     inside: set[int] = set()
     for layer in reversed(layers):
-        own = [weight for weight in layer.weights if id(weight) not in inside]
-        flags[layer] = _Flags(layer.trainable, [(weight, weight.trainable) for weight in own])
-        inside.update(map(id, own))
+        direct = [weight for weight in layer.weights if id(weight) not in inside]
+        flags[layer] = _Flags(layer.trainable, [(weight, weight.trainable) for weight in direct])
+        inside.update(map(id, direct))
     return {layer: flags[layer] for layer in layers}
 
 

@@ -64,7 +64,7 @@ class Cut:
 def dependencies(sources: Sources, calls: Sequence[LayerCall]) -> dict[str, list[str]]:
     """Return path -> the layers that reach observed calls of a layer without another in between."""
     paths = list(dict.fromkeys(call.path for call in calls))
-    bit = {path: 1 << place for place, path in enumerate(paths)}
+    bit = {path: 1 << index for index, path in enumerate(paths)}
     call_at = {call.outputs.op: call for call in calls}
     before = dict.fromkeys(paths, 0)  # Path -> layers, a bit each.
     reaching: dict[tf.Operation, int] = {}

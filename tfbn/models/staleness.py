@@ -74,10 +74,10 @@ def reason(
     swept = {record.weights for record in records.values() if record.weights is not None}
     if any(record.weights is None for record in records.values()):
         return _CHANGED
-    held = fingerprints.digests(model)
+    current = fingerprints.digests(model)
     # Weights of a sweep -> variables with values that the swept model did not have.
     others: dict[frozenset[int] | None, set[int]] = {
-        weights: {id(variable) for variable, digest in held if digest not in weights}
+        weights: {id(variable) for variable, digest in current if digest not in weights}
         for weights in swept
     }
     for path in strangers:
@@ -86,11 +86,11 @@ def reason(
             return f"layer {path!r} was not part of the sweep, or has changed since"
     if not any(others.values()):
         return None  # The common case requires no trace.
-    every = {id(variable) for variable, _ in held}
+    every = {id(variable) for variable, _ in current}
     before = upstream_variables(model)
     for path, record in records.items():
         depends_on = every if before is None else before.get(path, set())
-        for variable, _ in held:
+        for variable, _ in current:
             if id(variable) in depends_on & others[record.weights]:
                 return (
                     f"{_CHANGED}: {variable.path!r}, on which the statistics of layer {path!r} "

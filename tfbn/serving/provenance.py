@@ -264,8 +264,10 @@ def lines(directory: pathlib.Path, provenance: Provenance) -> list[str]:
     statistics = provenance.statistics
     text.append(f"batch norm statistics: {_sweep_in_words(statistics, provenance.stale)}")
     for name, layer in (statistics["layers"] if statistics else {}).items():
-        off = f", mean off by {layer['mean_shift']:.3f} std before" if "mean_shift" in layer else ""
-        text.append(f"  {name}: {layer['channels']} channels, {layer['count']} values each{off}")
+        shift = (
+            f", mean off by {layer['mean_shift']:.3f} std before" if "mean_shift" in layer else ""
+        )
+        text.append(f"  {name}: {layer['channels']} channels, {layer['count']} values each{shift}")
     if provenance.history:
         text.append(f"recalibrated by {provenance.recalibrated_by}, after:")
         text += [

@@ -147,8 +147,8 @@ class LayerStats:
         """
         if share is None:
             share = self.counts / np.maximum(whole.counts, 1)
-        apart = 0.0 if METHODS[method].averages_variances else 2 * np.abs(self.mean - whole.mean)
-        errors = np.stack([self.mean_error, self.variance_error + apart * self.mean_error])
+        distance = 0.0 if METHODS[method].averages_variances else 2 * np.abs(self.mean - whole.mean)
+        errors = np.stack([self.mean_error, self.variance_error + distance * self.mean_error])
         return np.where(self.counts > 0, share * errors, 0.0)
 
     @property

@@ -48,8 +48,8 @@ class FixedPoint:
             settled: Site -> moments that the pass before measured.
             layers: Path -> moments of all calls of a layer together.
         """
-        own = {} if self.behind else self._of_recurrent(settled)
-        return {**layers, **own}
+        separate = {} if self.behind else self._of_recurrent(settled)
+        return {**layers, **separate}
 
     def after_pass(self, state: "SweepState") -> tuple[dict["Site", Moments], "FixedPoint | None"]:
         """Return the measured moments and the next pass, `None` after the last.

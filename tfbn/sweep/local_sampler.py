@@ -66,11 +66,11 @@ class LocalSampler:
         if self._deal is not None:
             counts = self._deal.counts(start, self._asked)
             mine = counts.get(self._workers.index, 0)
-        found = self._workers.gather_numbers(lambda: self._kept.read(mine))
-        self._taken = [batches for batches, _, _ in found]
-        batches, samples = sum(self._taken), sum(samples for _, samples, _ in found)
+        drawn = self._workers.gather_numbers(lambda: self._kept.read(mine))
+        self._taken = [batches for batches, _, _ in drawn]
+        batches, samples = sum(self._taken), sum(samples for _, samples, _ in drawn)
         if self._deal is None:
-            ended = all(ended for _, _, ended in found)
+            ended = all(ended for _, _, ended in drawn)
             return Draw(batches, samples, ended, 0, 0)
         total = len(self._deal)
         return Draw(batches, samples, batches >= total, total, self._population_size)
@@ -200,8 +200,8 @@ class _Kept:
         stop = min(stop, len(self._sizes))
         if self._inputs is None and stop > start:
             return _Part(self._batches.part(start, stop), stop - start)
-        held = (self._inputs or [])[start:stop]
-        return _Part(self._batches.holding(held, start), len(held))
+        inputs = (self._inputs or [])[start:stop]
+        return _Part(self._batches.holding(inputs, start), len(inputs))
 
     def _keep(self, inputs: Structure) -> None:
         if self._inputs is None:

@@ -73,8 +73,8 @@ def _container(root: pathlib.Path) -> Iterator[int]:
             else ("memory.max", "memory.current")
         )
         # A container often has its group as the root; the name on the host may not exist here.
-        place = base / path.strip("/")
-        for folder in {base, place, *(p for p in place.parents if base in p.parents)}:
+        nested = base / path.strip("/")
+        for folder in {base, nested, *(p for p in nested.parents if base in p.parents)}:
             try:
                 most = int((folder / limit).read_text())
                 # The kernel frees inactive cached files if memory is short.

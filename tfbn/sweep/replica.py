@@ -330,21 +330,23 @@ def _refuse(
         )
     channel = int(np.argmin(finite))
     raise ValueError(
-        f"Expected finite values to enter layer {site.path!r}. Received: in {_place(batch)}, "
+        f"Expected finite values to enter layer {site.path!r}. Received: in {_location(batch)}, "
         f"channel {channel}, mean {mean[channel]}, variance {variance[channel]}. "
         f"{_reason(batch)}"
     )
 
 
-def _refuse_nan(batch: Batch, places: Iterable[int]) -> None:
+def _refuse_nan(batch: Batch, indices: Iterable[int]) -> None:
     # NumPy, because this runs on the devices' threads: when an iterator ends in another thread,
     # TensorFlow may raise its error in any operation that copies between devices.
     flat = flatten(batch.inputs)
-    if any(np.isnan(flat[place].numpy()).any() for place in places):
-        raise ValueError(f"Expected finite data. Received: NaN in {_place(batch)}. Clean the data.")
+    if any(np.isnan(flat[index].numpy()).any() for index in indices):
+        raise ValueError(
+            f"Expected finite data. Received: NaN in {_location(batch)}. Clean the data."
+        )
 
 
-def _place(batch: Batch) -> str:
+def _location(batch: Batch) -> str:
     """Return the name of the batch, or of its first row with NaN or Inf if rows were drawn."""
     rows = batch.position.rows
     if rows is None or batch.inputs is None:

@@ -56,7 +56,7 @@ _FIRST_SAMPLES = 320
 _GROWTH = 1.25, 2.0
 # Largest difference of the means of a stream's halves without a warning, in standard errors, as the
 # root mean square over the channels of a layer.
-_APART = 3.0
+_DIFFERENT = 3.0
 # Largest squared skewness / G, and largest r sqrt(samples) of heavy tails, as means over channels.
 # Above them intervals cover too little.
 _SKEWED, _UNCERTAIN = 0.08, 1.0
@@ -222,13 +222,15 @@ class Sample:
         moved = [replicate.statistics() for replicate in self.replicates]
         for path, stats in base.items():
             parts = np.array([each[path].mean - stats.mean for each in moved])
-            apart = _apart(parts[:half] * len(parts), parts[-half:] * len(parts), ~stats.constant)
-            if apart > _APART:
+            difference = _standardized_difference(
+                parts[:half] * len(parts), parts[-half:] * len(parts), ~stats.constant
+            )
+            if difference > _DIFFERENT:
                 results.warn(
                     f"The first half of the sample gives layer {path!r} other means than the "
-                    f"second: they differ by {apart:.1f} standard errors (root mean square over "
-                    "channels). A tolerance needs data that comes in random order. Shuffle it, or "
-                    "sweep all of it.",
+                    f"second: they differ by {difference:.1f} standard errors (root mean square "
+                    "over channels). A tolerance requires data in random order. Shuffle it, "
+                    "or sweep all of it.",
                 )
                 return
 
@@ -413,7 +415,7 @@ def _student(freedom: int) -> float:
     )
 
 
-def _apart(first: np.ndarray, second: np.ndarray, varies: np.ndarray) -> float:
+def _standardized_difference(first: np.ndarray, second: np.ndarray, varies: np.ndarray) -> float:
     """Compute the difference of two means in standard errors, root mean square over channels."""
     error = np.sqrt(sum(half.var(axis=0, ddof=1) / len(half) for half in (first, second)))
     known = (error > 0) & varies

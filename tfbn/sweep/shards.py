@@ -191,7 +191,7 @@ class _RunLevel(_Task):
     def run(self, here: Replica, number: int, batches: Batches) -> dict[int, bytes]:
         """Return number of the work -> bytes of the state after it."""
         results, parts = {}, {}
-        for place, work in enumerate(self.works):
+        for index, work in enumerate(self.works):
             if not work.spans:
                 part = batches
             elif number in work.spans:
@@ -203,7 +203,7 @@ class _RunLevel(_Task):
                 part = parts[span]
             else:
                 continue
-            results[place] = state_bytes.pack(here.sweep_shard(work.state, part))
+            results[index] = state_bytes.pack(here.sweep_shard(work.state, part))
         return results
 
 

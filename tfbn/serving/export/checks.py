@@ -200,25 +200,28 @@ def calls_agree(candidate: Candidate) -> None:
     A global seed gives the first calls of the model and of the endpoint the same random numbers, so
     the other checks do not detect them.
     """
-    for name, (off, _) in candidate.differing(candidate.expected_again, candidate.expected):
+    for name, (difference, _) in candidate.differing(candidate.expected_again, candidate.expected):
         raise candidate.differs(
-            name, off, "equal outputs in two calls", "Look for layers that draw random numbers."
+            name,
+            difference,
+            "equal outputs in two calls",
+            "Look for layers that draw random numbers.",
         )
 
 
 def predicts_like_the_model(candidate: Candidate) -> None:
     """Require that the endpoint predicts like the model."""
     for name, difference in candidate.differing(candidate.answers, candidate.expected):
-        off, rounding = difference.absolute, candidate.rounding[name]
-        if not off <= _ROUNDINGS * rounding:
+        absolute, rounding = difference.absolute, candidate.rounding[name]
+        if not absolute <= _ROUNDINGS * rounding:
             allowed = difference.tolerance(candidate.low_precision)
             limit = f"{allowed:.3g} or {_ROUNDINGS} roundings of {rounding:.3g}"
             wanted = f"the model's predictions, within {limit}"
-            raise candidate.differs(name, off, wanted, "Give other inputs as sample.")
+            raise candidate.differs(name, absolute, wanted, "Give other inputs as sample.")
         warnings.warn(
-            f"Output {name!r} of the export of model {candidate.model.name!r} differs by {off:.3g} "
-            f"on {candidate.origin}. The network itself is as inexact there: its output moves by "
-            f"{rounding:.3g} when its weights and inputs change by one unit in the last place.",
+            f"Output {name!r} of the export of model {candidate.model.name!r} differs by "
+            f"{absolute:.3g} on {candidate.origin}. The network is as inexact there: its output "
+            f"moves by {rounding:.3g} when its weights and inputs change by one rounding.",
             stacklevel=3,
         )
 
@@ -237,9 +240,11 @@ def monitor_answers_like_serve(candidate: Candidate) -> None:
     """Require that the endpoint `monitor` has the outputs of `serve`, up to rounding."""
     if candidate.monitor is None:
         return
-    for name, (off, _) in candidate.differing(candidate.monitored, candidate.answers, _ROUNDINGS):
+    for name, (difference, _) in candidate.differing(
+        candidate.monitored, candidate.answers, _ROUNDINGS
+    ):
         raise candidate.differs(
-            name, off, "monitor to predict as serve does", "Export without monitor."
+            name, difference, "monitor to predict as serve does", "Export without monitor."
         )
 
 
@@ -250,9 +255,9 @@ def monitor_measures_samples(candidate: Candidate) -> None:
     alone = _first(candidate.monitored)
     among = _first(_among_others(candidate, candidate.monitor))
     moments = {name: y for name, y in alone.items() if name not in candidate.answers}
-    for name, (off, _) in candidate.differing(among, moments):
+    for name, (difference, _) in candidate.differing(among, moments):
         raise candidate.differs(
-            name, off, "moments of independent samples", "Pass other layers as monitor."
+            name, difference, "moments of independent samples", "Pass other layers as monitor."
         )
 
 

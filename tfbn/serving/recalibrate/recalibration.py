@@ -207,7 +207,7 @@ def next_version(
         weights.copy_with(before.path, partial, _values(before.record, stats))
         loaded = saved_models.load(partial).loaded
         _require_numbers(expected, before.path)
-        off = _require_same(_served(loaded, network, inputs), expected, before.path)
+        max_difference = _require_same(_served(loaded, network, inputs), expected, before.path)
         batch_norms.write(partial, before.record)
         same_batches = SweepOptions(
             batch_size=batch_size, steps=stats.batches, include_frozen=True, tolerance=tolerance
@@ -215,11 +215,11 @@ def next_version(
         read_again = functools.partial(check, network, second, same_batches)
         population = _write_monitored(partial, loaded, before, stats, inputs, read_again)
         record = provenance.of_recalibration(
-            before.provenance, int(before.path.name), stats, off, population
+            before.provenance, int(before.path.name), stats, max_difference, population
         )
         provenance.write(partial, record)
         version = versions.put_in_place(partial, directory, None)
-    return Recalibrated(directory / str(version), version, stats, off)
+    return Recalibrated(directory / str(version), version, stats, max_difference)
 
 
 def _write_monitored(
