@@ -221,7 +221,7 @@ def predicts_like_the_model(candidate: Candidate) -> None:
         warnings.warn(
             f"Output {name!r} of the export of model {candidate.model.name!r} differs by "
             f"{absolute:.3g} on {candidate.origin}. The network is as inexact there: its output "
-            f"moves by {rounding:.3g} when its weights and inputs change by one rounding.",
+            f"moves by {rounding:.3g} if weights and inputs change by one unit in the last place.",
             stacklevel=3,
         )
 
