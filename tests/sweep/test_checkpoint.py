@@ -194,6 +194,10 @@ def test_what_cannot_be_resumed_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f"(?s)same order every time.*{words}"):
             tfbn.collect(model, data, checkpoint=tmp_path / "c", verbose=0)
     assert os.listdir(tmp_path) == []
+    unshuffled = tf.data.Dataset.from_tensor_slices(x).batch(7)
+    for data in (x, unshuffled):  # The advice.
+        stats = tfbn.collect(model, data, checkpoint=tmp_path / "c", verbose=0)
+        networks.assert_exact(stats, networks.plain, model, x)
 
     path = interrupted(tmp_path, model, x)
     held = path.read_bytes()
@@ -214,6 +218,9 @@ def test_what_cannot_be_resumed_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has fingerprint"):
         tfbn.collect(model, Data(x), method="pooled", checkpoint=path, verbose=0)
     assert path.read_bytes() == held
+    path.unlink()  # The advice.
+    stats = tfbn.collect(model, Data(x), method="exact", checkpoint=path, verbose=0)
+    networks.assert_exact(stats, networks.plain, model, x)
 
 
 def test_a_full_disk_is_an_error_and_leaves_what_was_saved(tmp_path, monkeypatch):
@@ -236,8 +243,12 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_saved(tmp_path, monkeypatch
 
 def test_a_folder_that_is_not_there_is_an_error_at_the_start(tmp_path):
     model = networks.plain(layers.BatchNormalization)
-    with pytest.raises(ValueError, match="folder that exists"):
-        tfbn.collect(model, networks.data(model, 20), checkpoint=tmp_path / "no" / "c")
+    x, path = networks.data(model, 20), tmp_path / "no" / "c"
+    with pytest.raises(ValueError, match=r"folder that exists.*Create the folder"):
+        tfbn.collect(model, x, checkpoint=path)
+    path.parent.mkdir()
+    stats = tfbn.collect(model, x, checkpoint=path, verbose=0)
+    networks.assert_exact(stats, networks.plain, model, x)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04"])

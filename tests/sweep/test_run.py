@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+import warnings
 
 import keras
 import networks
@@ -324,6 +325,13 @@ def test_layers_behind_a_shared_one_are_measured_as_inference_has_them():
     normed = [(v - both.mean(0)) / np.sqrt(both.var(0) + 1e-3) for v in x]
     values = np.tanh(np.concatenate(normed, axis=1))
     networks.assert_layer(stats["end"], values.mean(0), values.var(0))
+    # The advice: one layer per call.
+    apart = keras.Model([a, b], [layers.BatchNormalization()(v) for v in (a, b)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stats = tfbn.collect(apart, x, batch_size=7, verbose=0)
+    for actual, v in zip(stats.values(), x, strict=True):
+        networks.assert_layer(actual, v.astype("d").mean(0), v.astype("d").var(0))
 
 
 @pytest.mark.slow
@@ -354,3 +362,60 @@ def test_a_second_sweep_finds_nothing_to_change():
         again = tfbn.collect(model, x, batch_size=9, verbose=0)
         for off in again.compare(stats).values():
             assert off["mean_shift_max"] < 1e-5 and off["std_ratio_max"] < 1 + 1e-5
+
+
+def advised_calls():
+    """Data and options that are refused, the advice, and what follows it."""
+    x = networks.varied(40)
+    parts = [x[:16], x[16:]]
+    used_up = iter(parts)
+    list(used_up)
+    nan = x.copy()
+    nan[3, 1] = np.nan
+    rows = tf.data.Dataset.from_tensor_slices(x)
+    small = {"memory_limit": 3}
+    return {
+        "used up": (used_up, {}, "Recreate a used-up generator", iter(parts), {}),
+        "once, arrays": (iter(parts), small, "Pass arrays or a dataset", x, small),
+        "once, dataset": (iter(parts), small, "Pass arrays or", rows.batch(8), small),
+        "once, memory": (iter(parts), small, "or raise `memory_limit`", iter(parts), {}),
+        "few batches": (rows.batch(8), {"steps": 6}, "Lower", rows.batch(8), {"steps": 5}),
+        "endless": (rows.batch(8).repeat(), {}, "Set", rows.batch(8).repeat(), {"steps": 5}),
+        "list, generator": (parts, {}, "use a generator or", (part for part in parts), {}),
+        "list, dataset": (parts, {}, "or tf.data.Dataset", rows.batch(8), {}),
+        "samples": (rows, {}, r"Use `dataset\.batch\(32\)`", rows.batch(32), {}),
+        "NaN": (nan, {}, "NaN or Inf. Clean it", np.where(np.isnan(nan), x, nan), {}),
+    }
+
+
+@pytest.mark.parametrize("case", advised_calls())
+def test_data_is_swept_as_the_error_advises(case):
+    refused, options, advice, data, advised = advised_calls()[case]
+    model = networks.three_levels()
+    with pytest.raises(ValueError, match=advice):
+        tfbn.collect(model, refused, verbose=0, **options)
+    stats = tfbn.collect(model, data, verbose=0, **advised)
+    networks.assert_exact(stats, networks.three_levels, model, networks.varied(40))
+
+
+def test_an_unbuilt_model_is_swept_once_it_was_called():
+    model, x = keras.Sequential([layers.BatchNormalization()]), networks.varied(40)
+    with pytest.raises(ValueError, match="Call it on a batch"):
+        tfbn.update_population_stats(model, x, verbose=0)
+    model(x[:2])
+    tfbn.update_population_stats(model, x, verbose=0)
+    networks.assert_layer(model.layers[0], x.astype("d").mean(0), x.astype("d").var(0))
+
+
+@pytest.mark.parametrize("how", ["include_frozen", "trainable"])
+def test_frozen_layers_are_swept_as_the_error_advises(how):
+    x = networks.varied(40)
+    model = keras.Sequential([keras.Input((4,)), layers.BatchNormalization()])
+    model.trainable = False
+    with pytest.raises(ValueError, match=r"set trainable=True and compile it.*include_frozen=True"):
+        tfbn.collect(model, x, verbose=0)
+    if how == "trainable":
+        model.trainable = True
+        model.compile("sgd", "mse")
+    [stats] = tfbn.collect(model, x, include_frozen=how == "include_frozen", verbose=0).values()
+    networks.assert_layer(stats, x.astype("d").mean(0), x.astype("d").var(0))
