@@ -1,5 +1,6 @@
 """Tests of `tolerance`, and of the standard errors that sweeps give."""
 
+import itertools
 import warnings
 
 import keras
@@ -153,9 +154,21 @@ def test_shards_that_end_first_are_swept_whole(model, digits):
         np.testing.assert_allclose(layer.mean, whole[path].mean, atol=1e-5)
 
 
-def test_shards_of_unknown_length_are_refused(model, digits):
-    with pytest.raises(RuntimeError, match=r"shard 0 .*number of batches that is known"):
-        tfbn.collect_shards(model, [0], load=lambda _: iter([digits]), tolerance=0.1, verbose=0)
+def test_shards_of_unknown_length_are_refused_with_advice_that_works():
+    model = keras.Sequential([keras.Input((4,)), layers.BatchNormalization()])
+    x = networks.normal(320, 4, loc=3)
+    parts = np.array_split(x, 10)
+    spec = tf.TensorSpec((None, 4), tf.float32)
+    unknown = tf.data.Dataset.from_generator(lambda: parts, output_signature=spec)
+    options = {"tolerance": 1e-6, "verbose": 0}
+    with pytest.raises(RuntimeError, match=r"shard 0 .*number of batches that is known.*Set `st"):
+        tfbn.collect_shards(model, [unknown], **options)
+    with pytest.raises(RuntimeError, match=r"shard 0 .*a generator\. Load arrays or a dataset"):
+        tfbn.collect_shards(model, [0], load=lambda _: iter(parts), steps=10, **options)
+    for shard, steps in [(unknown, 10), (x, None)]:
+        stats = tfbn.collect_shards(model, [shard], steps=steps, **options)
+        assert stats.samples == 320
+        networks.assert_layer(*stats.values(), x.astype("d").mean(0), x.astype("d").var(0))
 
 
 @pytest.mark.slow
@@ -195,6 +208,9 @@ def test_a_channel_that_never_varies_has_the_error_of_what_was_not_seen():
         warnings.simplefilter("error")
         everything = tfbn.collect(model, x[:40], batch_size=2, tolerance=1e-3, verbose=0)
     assert everything["bn"].mean_error[1] == 0
+    x[3999, 1] = 401  # Rare.
+    whole = tfbn.collect(model, x, verbose=0)["bn"]  # The advice.
+    networks.assert_layer(whole, x.astype("d").mean(0), x.astype("d").var(0))
 
 
 def test_few_values_that_dominate_a_channel_make_errors_unknown():
@@ -210,6 +226,8 @@ def test_few_values_that_dominate_a_channel_make_errors_unknown():
     with pytest.warns(UserWarning, match="'bn' and 1 more .* few values dominate channel 1 of lay"):
         stats = tfbn.collect(model, iter(x), tolerance=0.05, verbose=0)
     assert all(np.isnan(layer.mean_error).all() for layer in stats.values())
+    whole = tfbn.collect(model, iter(x), verbose=0)["bn"]  # The advice.
+    networks.assert_layer(whole, x.astype("d").mean((0, 1)), x.astype("d").var((0, 1)))
 
 
 def test_errors_of_one_heavy_channel_are_mostly_unknown():
@@ -260,6 +278,18 @@ def test_a_drifting_stream_is_a_warning_in_the_first_round(batches):
     with pytest.warns(UserWarning, match="first half of the sample") as caught:
         tfbn.collect(model, iter(drifting), tolerance=0.5, verbose=0)
     assert caught[0].filename == __file__
+    shuffled = np.random.default_rng(1).permutation(drifting.reshape(-1, 1))
+    mean, std = drifting.mean(dtype="d"), drifting.std(dtype="d")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stats = tfbn.collect(
+            model, iter(shuffled.reshape(drifting.shape)), tolerance=0.5, verbose=0
+        )
+        [whole] = tfbn.collect(model, iter(drifting), verbose=0).values()
+    assert stats.relative_error <= 0.5
+    [layer] = stats.values()
+    assert abs(layer.mean[0] - mean) < 4 * layer.mean_error[0]
+    networks.assert_layer(whole, mean, std**2)
 
 
 def test_an_endless_stream_that_never_reaches_the_tolerance_ends(capsys):
@@ -276,6 +306,15 @@ def test_an_endless_stream_that_never_reaches_the_tolerance_ends(capsys):
     stats.summary()
     out = capsys.readouterr().out
     assert out.count("samples in") >= 2 and "tolerance=0.2 (not reached)" in out
+    # The advice.
+    x = list(itertools.islice(heavy(), 40))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*the data goes on")
+        [layer] = tfbn.collect(
+            model, itertools.cycle(x), steps=40, tolerance=0.2, verbose=0
+        ).values()
+    values = np.concatenate(x).astype("d")
+    np.testing.assert_allclose(layer.mean, values.mean(0), rtol=1e-5)
 
 
 class Sequence(keras.utils.PyDataset):

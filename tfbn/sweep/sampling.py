@@ -152,8 +152,7 @@ class Sample:
         if self.relative_error > tolerance and not self.drawn.ended:
             results.warn(
                 f"{stats.samples} samples do not reach tolerance={tolerance:g}, and the data goes "
-                "on: the sample ends here. Say with `steps` how much data there is, or raise the "
-                "tolerance.",
+                "on: the sample ends here. Say with `steps` how much data there is.",
             )
         return stats
 

@@ -160,6 +160,11 @@ class _Measure(_Task):
 
     def run(self, here: Replica, number: int, batches: Batches) -> _Size:
         """Return the size."""
+        if not batches.repeatable:  # Every group of batches reads it anew.
+            raise ValueError(
+                "Expected shards that can be read again, for `tolerance`. Received: a generator. "
+                "Load arrays or a dataset."
+            )
         if batches.total is None:
             raise ValueError(
                 "Expected a number of batches that is known for `tolerance`. Set `steps`."
