@@ -102,6 +102,10 @@ def test_batches_that_reach_other_layers_in_a_later_pass():
     assert last == "fourth"
     with pytest.raises(ValueError, match="reaches layer 'second', which no batch of an earlier"):
         tfbn.collect(reached(Deeper), Changing(3), memory_limit=0, verbose=0)
+    # The same data in every pass.
+    stats = tfbn.collect(reached(Deeper), Changing(9), memory_limit=0, verbose=0)
+    x = np.arange(12.0).reshape(4, 3)
+    networks.assert_layer(stats["first"], x.mean(0), x.var(0))
 
 
 def test_an_overflow_behind_a_frontier_that_was_kept():
@@ -124,6 +128,15 @@ def test_draws_that_cannot_be_made_again_are_refused_only_where_they_would_have_
         tfbn.collect(deep, x, memory_limit=0, verbose=0)
     first, _ = tfbn.collect(deep, x, verbose=0).values()
     np.testing.assert_allclose(first.variance, 1, atol=0.3)
+    # The advice.
+    first, _ = tfbn.collect(deep, x, method="pooled", memory_limit=0, verbose=0).values()
+    np.testing.assert_allclose(first.variance, 1, atol=0.3)
+    drawing = networks.Drawing("generator")  # `keras.random` with a `SeedGenerator`.
+    bns = [layers.BatchNormalization(), layers.Dense(3), layers.BatchNormalization()]
+    deep = keras.Sequential([keras.Input((3,)), drawing, *bns])
+    first, second = tfbn.collect(deep, x, memory_limit=0, verbose=0).values()
+    np.testing.assert_allclose(first.variance, 1, atol=0.3)
+    np.testing.assert_allclose(second.mean, bns[1].bias, atol=1e-4)
 
 
 class Branching(keras.Model):

@@ -78,6 +78,10 @@ def test_a_layer_that_cannot_be_observed_is_an_error():
         tfbn.collect(model, networks.data(model, 4), verbose=0)
     with pytest.raises(RuntimeError, match=r"Ignoring.call to call super.*'mine'"):
         tfbn.collect_shards(model, [networks.data(model, 4)], verbose=0)
+    model.layers[0].trainable = False  # `Doubling` calls it.
+    x = networks.data(model, 40)
+    [stats] = tfbn.collect(model, x, verbose=0).values()
+    networks.assert_layer(stats, x.astype("d").mean(0), x.astype("d").var(0))
 
 
 def test_duplicate_names_in_nested_models_do_not_collide():

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import warnings
 
 import keras
 import networks
@@ -282,4 +283,16 @@ def test_random_draws_in_other_batches_of_the_same_data_are_an_error():
     shuffled = tf.data.Dataset.from_tensor_slices(x).shuffle(100).batch(10)
     with pytest.raises(ValueError, match="same batches in every pass"):
         tfbn.collect(deep, shuffled, memory_limit=0, verbose=0)
-    tfbn.collect(deep, shuffled, verbose=0)
+    # Each way out: the noise adds a variance of 1, and the second layer gets normalized values.
+    ordered = tf.data.Dataset.from_tensor_slices(x).batch(10)
+    for data, options in [
+        (shuffled, {}),
+        (ordered, {"memory_limit": 0}),
+        (shuffled, {"memory_limit": 0, "method": "pooled"}),
+    ]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # Small batches, one pass.
+            first, second = tfbn.collect(deep, data, verbose=0, **options).values()
+        np.testing.assert_allclose(first.mean, x.mean(0), atol=0.5)
+        np.testing.assert_allclose(first.variance, x.var(0) + 1, rtol=0.5)
+        assert second.count == 100 and np.isfinite(second.variance).all()

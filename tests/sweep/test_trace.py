@@ -44,6 +44,20 @@ def test_a_layer_in_a_vectorized_function_is_an_error():
         tfbn.collect(model, np.ones((20, 3, 4), "f"), verbose=0)
 
 
+class Mapped(Vectorized):
+    """The same with `tf.map_fn`."""
+
+    def call(self, inputs, training=None):
+        return tf.map_fn(lambda part: self.bn(part, training=training), inputs)
+
+
+def test_a_layer_in_map_fn_is_swept():
+    model, x = Mapped(), networks.normal(20, 3, 4, loc=1)
+    model(x[:2])
+    [stats] = tfbn.collect(model, x, verbose=0).values()
+    networks.assert_layer(stats, x.astype("d").mean((0, 1)), x.astype("d").var((0, 1)))
+
+
 @pytest.mark.parametrize("method", ["pooled", "exact"])
 def test_batches_of_different_shapes(method):
     model = keras.Sequential(
@@ -75,6 +89,15 @@ def test_batch_norm_behind_a_stateful_rnn_is_refused_by_name(method, eager):
         tfbn.collect(model, networks.normal(40, 3, 4), method=method, batch_size=10, verbose=0)
     for a, b in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
+    # The advice: a copy with stateful=False.
+    inputs = keras.Input((3, 4), batch_size=10)
+    gru = layers.GRU(5)
+    copy = keras.Model(inputs, layers.BatchNormalization()(gru(inputs)))
+    gru.set_weights(model.layers[1].get_weights())
+    x = networks.normal(40, 3, 4)
+    [stats] = tfbn.collect(copy, x, method=method, batch_size=10, verbose=0).values()
+    values = np.asarray(gru(x), "d")
+    networks.assert_layer(stats, values.mean(0), values.var(0))
 
 
 def test_a_stateful_rnn_behind_batch_norm_is_fine():
