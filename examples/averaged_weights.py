@@ -61,7 +61,7 @@ def with_use_ema(seed, args):
     model.save(args.out / f"use_ema_seed_{seed}.keras")
     population.stats.previous.assign(model)
     averaged[MOVING] = evaluate(model, test)
-    # The weights before `fit` replaced them, to tell the two effects apart.
+    # The weights before `fit` replaced them, to separate the two effects.
     model.set_weights(last.values)
     unaveraged = {MOVING: evaluate(model, test)}
     tfbn.update_population_stats(model, train[0], batch_size=256, verbose=0)

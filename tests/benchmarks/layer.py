@@ -132,7 +132,7 @@ def compare(shapes, repeats, runs):
 
 
 def ratios(results, clock, name, base, factor=1.0):
-    """The range over runs of the time of one contender over that of another."""
+    """The range over runs of the ratio of two contenders' times."""
     values = sorted(factor * result[name][clock] / result[base][clock] for result in results)
     return f"{values[0]:.2f}-{values[-1]:.2f}"
 
@@ -172,7 +172,7 @@ def compare_first_steps(runs):
 
 
 def shape_of(text):
-    """A shape as the command line has it."""
+    """A shape in command-line notation."""
     return tuple(map(int, text.split("x")))
 
 

@@ -144,7 +144,7 @@ def interleaved(steps, inputs, repeats):
 
 
 def shape_of(text):
-    """A shape as the command line has it."""
+    """A shape in command-line notation."""
     return tuple(map(int, text.split("x")))
 
 

@@ -120,7 +120,7 @@ def sweep(method, samples, limit):
 
 
 def fresh(method, samples, limit):
-    """`sweep`, in a process of its own."""
+    """Run `sweep` in a fresh process."""
     command = [sys.executable, __file__, "--one", json.dumps([method, samples, limit])]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -167,7 +167,7 @@ def messages(model, x, method):
 
 
 def print_messages(name, model, shape):
-    """Print what is sent in a sweep of every method, beside a training step's gradient."""
+    """Compare the bytes sent by a sweep of each method with a training step's gradient."""
     x = np.random.default_rng(0).normal(size=(8, *shape)).astype("float32")
     actual = tfbn.PopulationStats.read(model)
     channels = sum(len(layer.mean) for layer in actual.values())

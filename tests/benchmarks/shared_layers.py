@@ -80,7 +80,7 @@ class Calls:
 
 
 def batch_norms(model):
-    """The model's batch norm layers in the order in which they were made, told by their names."""
+    """The model's batch norm layers in order of creation, according to their names."""
     actual = [layer for layer in model.layers if isinstance(layer, layers.BatchNormalization)]
     return sorted(actual, key=lambda layer: (len(layer.name), layer.name))
 
@@ -94,7 +94,7 @@ def moments_of(inputs):
 
 
 def normalised(layer, inputs, mean, variance):
-    """`layer`'s output for `inputs`, by the statistics given in place of its own."""
+    """`layer`'s output for `inputs` with the given statistics instead of the layer's."""
     mean, variance = (ops.convert_to_tensor(value, "float32") for value in (mean, variance))
     return ops.batch_normalization(
         inputs, mean, variance, -1, layer.beta, layer.gamma, layer.epsilon
@@ -202,7 +202,7 @@ def chain(parts):
 
 
 def classes(features):
-    """Two layers of their own behind the shared ones, and ten classes."""
+    """Two unshared layers behind the shared ones, and ten classes."""
     features = dense_bn(32)(dense_bn(32)(features))
     return layers.Dense(10)(features)
 
@@ -302,7 +302,7 @@ def score(model, data, given=None):
 
 
 def away(a, b):
-    """Mean over channels of |variance of A - variance of B| over that of B, live channels only."""
+    """Mean over live channels of |variance of A - variance of B| / variance of B."""
     live = b[1] > 1e-6
     return np.abs(a[1] / np.where(live, b[1], 1) - 1)[live].mean()
 
@@ -337,7 +337,7 @@ def compared(model, train, validation, cell):
 
 
 def behind_shared(model, shared):
-    """Names of the layers that are called once and come after the first shared one."""
+    """Names of the layers that are called once, after the first shared one."""
     names = [layer.name for layer in batch_norms(model)]
     first = min(names.index(name) for name in shared)
     return [name for name in names[first:] if name not in shared]
