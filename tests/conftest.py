@@ -41,7 +41,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(autouse=True, scope="module")
 def device(request):
-    """The device on which the test runs, where there are several."""
+    """The device that runs the test, where there are several."""
     if hasattr(request, "param"):
         with tf.device(request.param):
             yield request.param

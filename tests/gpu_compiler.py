@@ -272,7 +272,7 @@ def _kernels(computations, computation):
 
 
 def _size_read(body, index, size):
-    """Bytes that a fusion reads of a parameter: where it is only sliced, those of the slices."""
+    """Bytes that a fusion reads of a parameter: only the slices, if it is only sliced."""
     (name, whole), *_ = ((n, m) for n, m, op, o, _ in body if op == "parameter" and o == str(index))
     names, elements = {name}, 0
     for name, made, opcode, operands, _ in body:

@@ -1,7 +1,7 @@
 """Networks for the tests, and what their statistics must be.
 
 The oracle is Keras alone, in float64: a copy of the network made of Keras's own layers with
-momentum 0, whose moving statistics after a step in training mode are those of that batch.
+momentum 0, whose moving statistics after a step in training mode equal the batch's.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ def dense_connections(bn):
 
 
 def branching(bn):
-    """Two inputs, branches of different depth, two outputs of which one skips a branch."""
+    """Two inputs, branches of different depth, two outputs; one output skips a branch."""
     a, b = keras.Input((5,), name="a"), keras.Input((3,), name="b")
     x = bn()(layers.Dense(4)(a))
     y = bn()(layers.Dense(4)(bn()(layers.Dense(4, "relu")(b))))
@@ -117,7 +117,7 @@ class Subclassed(keras.Model):
 
 
 class Normalized(layers.Layer):
-    """A dense layer and a batch norm in a layer that is no model."""
+    """A dense layer and a batch norm in a layer that is not a model."""
 
     def __init__(self, bn):
         super().__init__()
@@ -169,7 +169,7 @@ def data(model, samples, seed=0):
 
 
 def batch_norms(model):
-    """The batch norm layers, in the order in which Keras lists them."""
+    """The batch norm layers, in Keras's order."""
     return [
         layer
         for layer in model._flatten_layers()

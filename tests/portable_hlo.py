@@ -6,7 +6,7 @@ from jaxlib.mlir import ir
 
 
 def portable(hlo):
-    """A serialized HLO module as a module of StableHLO, in which copies have no portable form."""
+    """Convert a serialized HLO module to StableHLO, where copies have no portable form."""
     with mlir.make_ir_context():
         module = ir.Module.parse(xla_client._xla.mlir.hlo_to_stablehlo(hlo))
         main = module.body.operations[len(module.body.operations) - 1]

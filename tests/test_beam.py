@@ -103,7 +103,7 @@ def part(x, where):
     return keras.tree.map_structure(operator.itemgetter(where), x)
 
 
-# What comes out.
+# Results.
 
 
 @pytest.mark.parametrize("build", [networks.residual, networks.branching, networks.late_input])
@@ -330,7 +330,7 @@ def test_a_bundle_that_is_tried_again_counts_once(method, run, saved, tmp_path, 
     )
 
 
-# What goes wrong.
+# Failures.
 
 
 @pytest.mark.parametrize("method", ["pooled", "exact"])

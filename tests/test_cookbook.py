@@ -1,4 +1,4 @@
-"""The code of examples/README.md runs as it is printed."""
+"""The code of examples/README.md runs as printed."""
 
 import pathlib
 import re

@@ -1,4 +1,4 @@
-"""The Python of the README and of public docstrings runs as it is printed."""
+"""The Python of the README and of public docstrings runs as printed."""
 
 import concurrent.futures
 import inspect
@@ -58,7 +58,7 @@ def test_the_readme_from_top_to_bottom(names, capsys):
     code = blocks(README.read_text())
     assert len(code) == 4 and all("tfbn." in block for block in code)
     for block in code:
-        names["model"].trainable = True  # A loop of one's own has frozen nothing.
+        names["model"].trainable = True  # A custom training loop has frozen nothing.
         exec(block, names)
     assert len(README.read_text().splitlines()) <= 130
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", README.read_text()):

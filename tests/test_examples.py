@@ -1,7 +1,7 @@
 """The examples on tiny settings: the numbers they write down, computed another way.
 
 The other way is Keras alone: models that were saved or trained again, and batch norm layers with
-momentum 0, whose statistics after a step in training mode are those of that batch.
+momentum 0, whose statistics after a step in training mode equal the batch's.
 """
 
 import argparse
@@ -146,7 +146,7 @@ def test_beam_sweep(tmp_path):
         assert {"loss": loss, "accuracy": accuracy} == pytest.approx(
             metrics(model, *test), rel=1e-3, abs=1e-4
         )
-    # As for files of one's own, with options for Beam.
+    # As for user files, with options for Beam.
     files = ["--model", "demo/model.keras", "--features", "demo/features.json"]
     sweep(*files, "--records", "demo/*.tfrecord", "--out", "own.npz", "--direct_num_workers=1")
     for path in ("demo/stats.safetensors", "own.npz"):
@@ -201,7 +201,7 @@ def test_experiment_figure_1(experiment):
 
 @pytest.mark.xdist_group("experiment")
 def test_experiment_three_ways(experiment):
-    """The moving average's metrics are those of Keras's own validation."""
+    """The moving average's metrics equal the metrics of Keras's validation."""
     import moving_average_vs_population as example
 
     runs = experiment[0]["three_ways"]
@@ -279,7 +279,7 @@ def test_experiment_report(experiment):
 
 
 def test_one_training_has_the_moving_averages_of_all_momenta():
-    """Those of Keras's layer with each momentum, in the same training."""
+    """They equal the averages of Keras's layer with each momentum, in the same training."""
     import error_by_batch_size as example
 
     x, y = np.random.default_rng(0).random((24, 8, 8, 1)).astype("float32"), np.arange(24) % 10

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "callbacks": "arguments models population stats sweep",
     "beam": "arguments models population stats sweep",
     "serving": "_version graphs files layer models population stats sweep",
-    # The public API, which is `tfbn` itself, and the helpers for files and tables.
+    # The public API, `tfbn`, and the helpers for files and tables.
     "cli": "tfbn _version callbacks files models serving stats files sweep",
 }
 

@@ -95,7 +95,7 @@ def assert_statistics_of(model, stats):
 
 
 def assert_same(copy, model):
-    """The same layers called in the same way, with the same weights in variables of their own.
+    """The same layers called in the same way, with the same weights in separate variables.
 
     A Sequential part may have become a Functional one, of the same layers in their order.
     """
@@ -112,7 +112,7 @@ def calls(model):
 
 
 def innermost_layers(model):
-    """The class and the config of every layer that is not a model itself."""
+    """The class and the config of every layer that is not a model."""
     flat = [layer for layer in model._flatten_layers() if not isinstance(layer, keras.Model)]
     return [(type(layer), layer.get_config()) for layer in flat]
 

@@ -68,7 +68,7 @@ def test_assign_sets_the_layers_and_undoes_to_the_bit(model, stats):
 
 
 def assigned(model):
-    """The statistics that the layers of a model come from, each once."""
+    """The statistics assigned to the layers of a model, each once."""
     known = [sweep_records.get(bn) for bn in networks.batch_norms(model)]
     return list({id(origin.stats): origin.stats for origin in known if origin}.values())
 

@@ -20,7 +20,7 @@ sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Hidden
 
 
 def run(code, **environment):
-    """Run code in a process of its own; returns its exit code and last line of errors."""
+    """Run code in a fresh process; return its exit code and the last line of stderr."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={"PATH": "", "TF_CPP_MIN_LOG_LEVEL": "3", **environment},

@@ -22,7 +22,7 @@ MIB = 2**20
 
 def resident():
     """The memory that this process holds, in bytes."""
-    for _ in range(3):  # What has a finalizer goes in a later round.
+    for _ in range(3):  # Objects with finalizers are freed in a later round.
         gc.collect()
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
@@ -35,7 +35,7 @@ def gradients():
 
 @contextlib.contextmanager
 def others_at_work():
-    """A second thread that predicts with a model of its own all the time; its errors at the end."""
+    """A second thread that keeps predicting with another model; yields its errors."""
     model = networks.plain(layers.BatchNormalization)
     x = networks.data(model, 8)
     expected = model.predict(x, verbose=0)
@@ -141,7 +141,7 @@ def fit_50_epochs_with_both_callbacks():
     [sweep_one_model_200_times, make_sweep_and_drop_20_models, fit_50_epochs_with_both_callbacks],
 )
 def test_memory_stays_flat(use):
-    # In a process of its own: graphs and memory of other tests come and go.
+    # In a fresh process: other tests allocate and free graphs and memory.
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
         process.submit(use).result()

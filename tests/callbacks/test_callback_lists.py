@@ -13,7 +13,7 @@ X = np.zeros((8, 2), "float32")
 
 
 class Spy(keras.callbacks.Callback):
-    """Look at the lists around itself at the beginning of training."""
+    """Record the enclosing callback lists when training begins."""
 
     def on_train_begin(self, logs=None):
         """Store the positions, and an argument of `fit`."""

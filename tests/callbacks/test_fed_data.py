@@ -141,7 +141,7 @@ def test_model_built_by_the_first_step_is_compared(scale, epochs, at_once):
 
 def test_data_of_fit_is_not_reported():
     model = build()
-    for _ in range(2):  # The second goes on from the first.
+    for _ in range(2):  # The second continues from the first.
         assert messages(model, X) == []
 
 

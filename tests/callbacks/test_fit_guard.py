@@ -624,4 +624,4 @@ def test_control_c_at_any_line_restores_training_state(every):
         current = state(model)
         if not any(all(map(np.array_equal, current, moment)) for moment in moments):
             assert at > 0.9 * lines.count, at
-            assert_population(model)  # All callbacks have come to the end of training.
+            assert_population(model)  # All callbacks have reached the end of training.

@@ -204,7 +204,7 @@ def test_whole_model_trains_again_if_a_part_is_swept_next():
 
 
 def test_layers_outside_the_network_that_another_fit_froze_stay_frozen():
-    """A teacher, beside the student that is swept."""
+    """A teacher next to the swept student."""
     teacher, student = encoder(), encoder()
     student.name = "student"
     fit(compiled(keras.Sequential([teacher, layers.Dense(1)])))

@@ -1,4 +1,4 @@
-"""Tests of stale statistics: whether they come from a sweep over the model's weights."""
+"""Tests of stale statistics: whether a sweep over the model's weights produced them."""
 
 import gc
 import json
