@@ -121,7 +121,7 @@ def test_few_samples_tell_nothing(exported, ask):
 def test_samples_that_come_together_count_for_less(exported, ask, scenes, frames):
     """32 scenes of 16 frames are 32 samples, not 512, and 5 scenes of 4 frames are not 20.
 
-    Each of the 32 scenes is a block; in the 5 scenes, every frame is a block.
+    Blocks of the 32 scenes hold whole scenes; in the 5 scenes, every frame is a block.
     """
     rng = np.random.default_rng(6)
     alarms = 0
