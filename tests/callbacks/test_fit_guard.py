@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import pickle
 import sys
 import warnings
@@ -377,8 +378,14 @@ def test_training_a_loaded_frozen_model_is_an_error(tmp_path):
     with pytest.warns(UserWarning, match="not have any trainable"):
         fit(model)
     for callback in (sweep(), tfbn.StatsTracker(X, validation_data=(X, Y))):
-        with pytest.raises(ValueError, match="of a loaded model, set trainable=True and compile"):
+        with pytest.raises(ValueError, match="of a loaded model, set trainable=False, then True"):
             fit(model, [callback])
+    model.trainable = False
+    model.trainable = True
+    model.compile("sgd", "mse")
+    callback = sweep()
+    fit(model, [callback])
+    assert_population(model)
 
 
 @pytest.mark.quick(1)
@@ -412,8 +419,13 @@ def test_another_callback_unfreezes_with_a_message(capsys):
     fit(model, [another], verbose=2)
     assert "7 layers left frozen by an earlier fit will train" in capsys.readouterr().out
     fit(plain)
+    tracker = tfbn.StatsTracker(X, validation_data=(X, Y))
     with pytest.raises(ValueError, match="callback that froze them has `unfreeze"):
-        fit(model, [tfbn.StatsTracker(X, validation_data=(X, Y))])
+        fit(model, [tracker])
+    another.unfreeze()
+    fit(model, [tracker])
+    first = next(iter(tracker.stats.values()))
+    assert first.count == len(X)
 
 
 @pytest.mark.slow
@@ -536,6 +548,11 @@ def test_generators_cannot_be_swept_repeatedly():
     for options in ({"every_epoch": True}, {"every_epoch": True}):
         with pytest.raises(ValueError, match="Received: a generator"):
             fit(build(), [tfbn.PopulationStatsCallback(iter([X]), **options)])
+    rows = tf.data.Dataset.from_tensor_slices(X).batch(8)
+    for x, steps in [(X, None), (rows, None), (itertools.cycle([X]), 1)]:  # The advice.
+        model = build()
+        fit(model, [tfbn.PopulationStatsCallback(x, steps=steps, every_epoch=True)])
+        assert_population(model)
 
 
 def test_custom_loop_without_callback_list():

@@ -408,13 +408,18 @@ def test_an_unbuilt_model_is_swept_once_it_was_called():
 
 
 @pytest.mark.parametrize("how", ["include_frozen", "trainable"])
-def test_frozen_layers_are_swept_as_the_error_advises(how):
+def test_frozen_layers_are_swept_as_the_error_advises(how, tmp_path):
     x = networks.varied(40)
-    model = keras.Sequential([keras.Input((4,)), layers.BatchNormalization()])
+    inner = keras.Sequential([keras.Input((4,)), layers.BatchNormalization()])
+    model = keras.Sequential([keras.Input((4,)), inner])
     model.trainable = False
-    with pytest.raises(ValueError, match=r"set trainable=True and compile it.*include_frozen=True"):
+    model.save(tmp_path / "model.keras")
+    model = keras.models.load_model(tmp_path / "model.keras")
+    advice = r"set trainable=False, then True, and compile it.*include_frozen=True"
+    with pytest.raises(ValueError, match=advice):
         tfbn.collect(model, x, verbose=0)
     if how == "trainable":
+        model.trainable = False
         model.trainable = True
         model.compile("sgd", "mse")
     [stats] = tfbn.collect(model, x, include_frozen=how == "include_frozen", verbose=0).values()

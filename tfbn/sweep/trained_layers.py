@@ -106,11 +106,13 @@ def layers_to_sweep(
         return {path: layer for path, layer in layers.items() if path in trained}
     wanted = {path: layer for path, layer in layers.items() if include_frozen or layer.trainable}
     if not wanted:
+        # Set to False first: a loaded Sequential is True with frozen layers, and TensorFlow skips
+        # an assignment of the same value.
         raise ValueError(
             "Expected BatchNormalization layers that are not frozen. Received: model "
             f"{model.name!r} with trainable=False in all {len(layers)}. Unfreeze them (the "
-            "callback that froze them has `unfreeze()`; of a loaded model, set trainable=True and "
-            "compile it), or pass include_frozen=True to `collect`."
+            "callback that froze them has `unfreeze()`; of a loaded model, set trainable=False, "
+            "then True, and compile it), or pass include_frozen=True to `collect`."
         )
     return wanted
 
