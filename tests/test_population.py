@@ -461,3 +461,6 @@ def test_layers_without_weights_are_named():
     with pytest.raises(ValueError, match=r"built model.*'bn' has no weights yet"):
         stats.assign(unbuilt)
     assert stats.mismatch(unbuilt) == "the model has no batch norm layer 'bn'"
+    unbuilt(np.ones((2, 3)))  # The advice.
+    stats.assign(unbuilt)
+    np.testing.assert_array_equal(unbuilt.layers[0].moving_mean, stats["bn"].mean.astype("f"))

@@ -143,6 +143,15 @@ def test_generator_shorter_than_an_epoch_is_reported():
                 callbacks=[callback],
                 verbose=0,
             )
+    for whole, swept in [  # The advice.
+        (tfbn.PopulationStatsCallback(batches()), X),
+        (tfbn.PopulationStatsCallback(batches(length=24), steps=3), X[:24]),
+    ]:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*an epoch of training")
+            network().fit(X, X[:, :1], callbacks=[whole], verbose=0)
+        [stats] = whole.stats.values()
+        np.testing.assert_allclose(stats.mean, swept.mean(0), rtol=1e-5)
 
 
 def test_generator_with_another_batch_size_is_not_reported(recwarn):

@@ -340,6 +340,10 @@ def test_errors_are_raised_before_training():
         fit(model, [StatsTracker(endless, validation_data=(X_VAL, Y_VAL))])
     for value, actual in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(value, actual)
+    for x in (X, tf.data.Dataset.from_tensors(X)):  # The advice.
+        tracker = StatsTracker(x, validation_data=(X_VAL, Y_VAL))
+        fit(model, [tracker])
+        assert tracker.stats.samples == len(X)
 
 
 def test_failed_sweep_does_not_change_the_model():

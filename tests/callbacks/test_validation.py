@@ -128,6 +128,10 @@ def test_missing_targets_are_refused_before_the_first_epoch(data):
         with pytest.raises(ValueError, match=r"with targets.*Pass \(x, y\)"):
             model.fit(X, Y, callbacks=[make()], verbose=0)
         assert model.optimizer.iterations == 0
+    callback, _ = (make() for make in callbacks((X, Y)))  # The advice.
+    model.fit(X, Y, callbacks=[callback], verbose=0)
+    predicted = model.predict(X, verbose=0).astype("d")
+    assert callback.validation["loss"][1] == pytest.approx(np.mean((predicted - Y) ** 2), 1e-4)
 
 
 def test_added_losses_need_no_targets():

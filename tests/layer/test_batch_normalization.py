@@ -236,6 +236,11 @@ def test_one_value_per_channel_counts():
 def test_mask_of_wrong_rank_is_refused():
     with pytest.raises(ValueError, match=r"Received: mask\.shape=\(2, 3, 4\)"):
         OURS()(np.ones((2, 3, 4)), mask=np.ones((2, 3, 4)))
+    x = np.random.default_rng(0).normal(size=(2, 3, 4))
+    mask = np.array([[1, 1, 0], [1, 0, 0]], bool)  # Without an axis for channels.
+    layer = OURS(momentum=0.0)
+    layer(x, mask=mask, training=True)
+    np.testing.assert_allclose(layer.moving_mean, x[mask].mean(0), rtol=1e-5)
 
 
 def test_integers_are_normalized_too():

@@ -270,10 +270,18 @@ def test_layers_with_the_name_of_an_operation(cls):
     assert_converted(convert(model), model, np.ones((2, 3)))
 
 
-def test_other_objects_are_refused():
+def test_other_objects_are_refused(tmp_path):
     for wrong in (keras.layers.Dense(3), "model.keras", None):
         with pytest.raises(ValueError, match=r"Expected a keras.Model. Received: .*load_model"):
             convert(wrong)
+    model = randomize(sequential_of_input())
+    model.save(tmp_path / "model.keras")
+    converted = convert(keras.models.load_model(tmp_path / "model.keras"))  # The advice.
+    assert_converted(converted, model, np.ones((2, 3), "float32"))
+
+
+def sequential_of_input():
+    return keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), KERAS()])
 
 
 def test_copy_is_not_compiled():
@@ -296,6 +304,19 @@ def test_copy_with_other_predictions_is_refused():
     model.layers[0].shift = 0.1
     with pytest.raises(ValueError, match=r"predictions.*\['Shifted'\]"):
         convert(model)
+
+    class Saving(Shifted):
+        """The advice."""
+
+        def save_own_variables(self, store):
+            store["shift"] = np.float32(self.shift)
+
+        def load_own_variables(self, store):
+            self.shift = float(store["shift"][()])
+
+    model = randomize(keras.Sequential([keras.Input((3,)), Saving(), KERAS()]))
+    model.layers[0].shift = 0.1
+    assert_converted(convert(model), model, np.ones((2, 3), "float32"))
 
 
 def test_functional_model_with_custom_train_step():

@@ -301,8 +301,15 @@ def test_functional_model_with_custom_call_is_refused():
             return super().call(x, training=training) / 2
 
     x = keras.Input((4,))
+    halved = fill(Halved(x, L.BatchNormalization()(L.Dense(3)(x))))
     with pytest.raises(ValueError, match="Functional or Sequential"):
-        fold(Halved(x, L.BatchNormalization()(x)))
+        fold(halved)
+    x = keras.Input((4,))
+    model = keras.Model(x, halved.call(x))  # The advice.
+    values = inputs_of(model)[0]
+    folded = fold(model)
+    assert not batch_norm_layers(folded)
+    np.testing.assert_allclose(folded(values), halved(values), **EXACT)
 
 
 @pytest.mark.filterwarnings("ignore:When providing `inputs`")

@@ -271,9 +271,14 @@ def test_a_mask_that_is_not_one_value_per_position_is_named(kind, rank):
     model.compile("sgd", "mse")
     with pytest.raises(ValueError):  # Keras does not train it either.
         model.fit(x, np.zeros((6, 5, 4, 4, 3)), verbose=0)
-    # The advice.
-    cured = keras.Model([frames, mask], keras.layers.BatchNormalization()(video, mask=None))
-    tfbn.collect(cured, x, verbose=0)
+    # The advice: one value per position, here from a mask of the frames.
+    seen = keras.Input((5,), dtype="bool")
+    expanded = keras.layers.Lambda(lambda v: v[..., None, None])(seen)
+    cured = keras.Model([frames, seen], kind()(video, mask=expanded))
+    known = np.arange(30).reshape(6, 5) % 4 > 0
+    [stats] = tfbn.collect(cured, [x[0], known], verbose=0).values()
+    entered = keras.Model(frames, video).predict(x[0], verbose=0)[known].astype("d")
+    networks.assert_layer(stats, entered.mean((0, 1, 2)), entered.var((0, 1, 2)))
 
 
 def test_conv_lstm_behind_a_mask_of_positions():

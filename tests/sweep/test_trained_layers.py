@@ -179,6 +179,13 @@ class ByBatch(keras.Model):
         return self.second(ops.sigmoid(self.first(x, training=True)), training=training)
 
 
+class PassedOn(ByBatch):
+    """The first layer gets the argument, too."""
+
+    def call(self, x, training=None):
+        return self.second(ops.sigmoid(self.first(x, training=training)), training=training)
+
+
 def behind(x, size):
     """What enters the second layer, by batches, float64."""
     parts = [x[i : i + size].astype("d") for i in range(0, len(x), size)]
@@ -203,6 +210,34 @@ def test_a_layer_that_inference_normalizes_by_the_batch(method, eager):
     values = behind(A, 8)
     networks.assert_layer(stats["second"], values.mean(0), values.var(0), 1e-4)
     np.testing.assert_array_equal(model.first.moving_mean, held)
+    cured = PassedOn({})  # The advice.
+    cured(A[:2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stats = tfbn.collect(cured, A, verbose=0)
+    values = behind(A, len(A))
+    networks.assert_layer(stats["first"], A.astype("d").mean(0), A.astype("d").var(0))
+    networks.assert_layer(stats["second"], values.mean(0), values.var(0), 1e-4)
+
+
+def test_networks_that_use_no_statistics_are_refused_with_advice_that_works():
+    class Always(ByBatch):
+        def call(self, x, training=None):
+            return self.second(self.first(x, training=True), training=True)
+
+    class Never(ByBatch):
+        def call(self, x, training=None):
+            return self.second(self.first(x, training=True), training=True) if training else x
+
+    for refused in (Always, Never):
+        model = refused({})
+        model(A[:2], training=True)
+        with pytest.raises(ValueError, match="Sweep the network that predicts, or pass `training`"):
+            tfbn.collect(model, A, verbose=0)
+    model = PassedOn({})
+    model(A[:2])
+    stats = tfbn.collect(model, A, verbose=0)
+    networks.assert_layer(stats["first"], A.astype("d").mean(0), A.astype("d").var(0))
 
 
 def test_a_frozen_layer_is_not_normalized_by_the_batch():
