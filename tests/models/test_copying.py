@@ -572,6 +572,16 @@ def test_models_that_cannot_be_rebuilt_are_refused():
         match=r"NeedsArgument.*(NotImplementedError|TypeError).* Add get_config\(\)",
     ):
         copying.copy(model)
+
+    class Configured(NeedsArgument):
+        """The advice."""
+
+        def get_config(self):
+            return {**super(NeedsArgument, self).get_config(), "units": self.dense.units}
+
+    model = Configured(3)
+    model(np.ones((2, 4)))
+    assert_copied(model, np.ones((2, 4), "float32"))
     shared = L.Dense(4)
     a, b = keras.Input((4,)), keras.Input((3, 4))
     model = keras.Model([a, b], [shared(a), L.TimeDistributed(shared)(b)])

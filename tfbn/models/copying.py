@@ -313,10 +313,7 @@ def _require_possible_shapes(model: keras.Model, inputs: Structure) -> None:
 
 def _predict(model: keras.Model, inputs: Structure) -> list[np.ndarray]:
     """Return all outputs as arrays, without a change to variables or random generators."""
-    outputs, _ = model.stateless_call(
-        [variable.value for variable in model.trainable_variables],
-        [variable.value for variable in model.non_trainable_variables],
-        *inputs,
-        training=False,
-    )
+    # `stateless_call` would pass `training` to a `call` that does not take it.
+    with keras.StatelessScope():
+        outputs = model(*inputs, training=False)
     return [keras.ops.convert_to_numpy(output) for output in keras.tree.flatten(outputs)]
