@@ -1,4 +1,4 @@
-"""`PopulationStats`: the result of a sweep."""
+"""`PopulationStats`: the statistics of all layers, from a sweep or from a model."""
 
 import collections.abc
 import dataclasses

@@ -1,4 +1,4 @@
-"""Validate files and options before TensorFlow is imported, which takes seconds."""
+"""Validate a command's files and options before TensorFlow is imported, which takes seconds."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""Read the data of a sweep from files, folders or a function, with a reader for each kind."""
+"""Read data for the command line from files, folders or a function, with one reader each."""
 
 import collections
 import importlib

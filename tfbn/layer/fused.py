@@ -1,4 +1,4 @@
-"""The fused kernel: batch normalization with TensorFlow's fused operation, for CPUs."""
+"""The fused kernel: TensorFlow's fused operation, for training on CPUs and for inference."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Batch normalization as pure functions on tensors, with a fused and a composite kernel.
+"""Normalization, moments and training steps as pure functions that choose a kernel.
 
 The kernel of a training step is chosen while a function is traced:
 

@@ -1,4 +1,4 @@
-"""The methods of a sweep, one row each."""
+"""The methods of a sweep, one row of flags each."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Convert the data that `model.fit` takes to batches of model inputs."""
+"""Validate the data of a sweep against its options and model, and return its batches."""
 
 import functools
 import itertools

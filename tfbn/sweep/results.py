@@ -1,4 +1,4 @@
-"""Build the result of a complete sweep, and warn about doubtful statistics."""
+"""Fill `PopulationStats` from the state of a complete sweep, and warn if it is doubtful."""
 
 import os
 import sys

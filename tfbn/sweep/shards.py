@@ -1,4 +1,4 @@
-"""`collect_shards`: sweep data in many shards, on any engine with a map."""
+"""`collect_shards`: sweep data in many shards, as tasks of any `map`."""
 
 import abc
 import dataclasses

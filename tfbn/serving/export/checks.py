@@ -1,4 +1,4 @@
-"""Verify an exported version before it is put in place, with the functions in `CHECKS`."""
+"""Verify an exported version before it is put in place; `exporting` checks its arguments."""
 
 import dataclasses
 import functools
