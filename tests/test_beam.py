@@ -439,8 +439,51 @@ def test_a_model_that_has_more_levels_for_some_data(run):
 
     rng = np.random.default_rng(0)
     parts = [rng.normal(size=(2, width, 3)).astype("float32") for width in (4, 6)]
-    with pytest.raises(ValueError, match=r"at most 1 levels, .* a batch with 2\."):
+    with pytest.raises(ValueError, match=r"at most 1 levels, .* a batch with 2\..*one shape"):
         run(parts, tfbn.beam.Collect(load, method="exact"))
+    x = rng.normal(size=(6, 4, 3)).astype("float32")
+    [stats] = run([x[:2], x[2:]], tfbn.beam.Collect(load, method="exact")).values()  # The advice.
+    networks.assert_layer(stats, x.astype("d").mean((0, 1)), x.astype("d").var((0, 1)))
+
+
+def test_a_model_that_runs_eagerly_is_swept_as_advised(run):
+    model, x = networks.three_levels(), networks.varied(20)
+    model.run_eagerly = True
+    with pytest.raises(ValueError, match="Use a functional model, or method='pooled'"):
+        run([x], tfbn.beam.Collect(lambda: model, method="exact"))
+    # One batch, so that pooled and exact statistics are the same.
+    stats = run([x], tfbn.beam.Collect(lambda: model, method="pooled"))
+    networks.assert_exact(stats, networks.three_levels, model, x)
+    functional = keras.Model(model.inputs, model.outputs)
+    stats = run([x[:9], x[9:]], tfbn.beam.Collect(lambda: functional, method="exact"))
+    networks.assert_exact(stats, networks.three_levels, functional, x)
+
+
+@pytest.mark.parametrize("how", ["pad", "batches"])
+def test_examples_of_several_shapes_are_swept_as_advised(how, run):
+    norm = layers.BatchNormalization(name="norm")
+    model = keras.Sequential([keras.Input((None, 3)), layers.Masking(), norm])
+    x = [networks.normal(n, 3, seed=n, loc=2) for n in (4, 6, 5)]
+    with pytest.raises(ValueError, match="Pad them, or give batches"):
+        run(x, tfbn.beam.Collect(lambda: model, batch_size=3))
+    if how == "pad":
+        elements = [np.pad(one, ((0, 6 - len(one)), (0, 0))) for one in x]
+        stats = run(elements, tfbn.beam.Collect(lambda: model, batch_size=3))
+    else:
+        stats = run([one[None] for one in x], tfbn.beam.Collect(lambda: model))
+    values = np.concatenate(x).astype("d")
+    assert stats["norm"].count == len(values)
+    networks.assert_layer(stats["norm"], values.mean(0), values.var(0))
+
+
+def test_one_value_per_channel_is_swept_as_advised(run):
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization(name="bn")])
+    x = networks.normal(12, 3, loc=1)
+    pairs, variance = np.split(x, 6), x.astype("d").reshape(6, 2, 3).var(1, ddof=1).mean(0)
+    stats = run(pairs, tfbn.beam.Collect(lambda: model, method="algorithm2"))
+    np.testing.assert_allclose(stats["bn"].variance, variance, rtol=1e-5)
+    stats = run(list(x[:, None]), tfbn.beam.Collect(lambda: model, method="pooled"))
+    networks.assert_layer(stats["bn"], x.astype("d").mean(0), x.astype("d").var(0))
 
 
 def bad_arguments(tmp_path):
