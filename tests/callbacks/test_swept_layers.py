@@ -298,6 +298,28 @@ def steps_of(model, callback):
         steps_of.steps = len(steps)
 
 
+class PartlyBuilt(Unbuilt):
+    """A container with a layer that only `call` uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = bn("last")
+
+    def call(self, x, training=None):
+        return self.last(self.generator(x, training=training), training=training)
+
+
+def test_a_container_that_was_called_before_fit_is_swept_as_advised():
+    with pytest.raises(ValueError, match=r"has not built model.*or call it once before `fit`"):
+        steps_of(PartlyBuilt(), tfbn.PopulationStatsCallback(X))
+    model = PartlyBuilt()
+    model(X[:2])
+    callback = tfbn.PopulationStatsCallback(X)
+    steps_of(model, callback)
+    kernel, bias = (np.asarray(w, "d") for w in model.generator.layers[0].weights)
+    assert_swept(model.generator.layers[1], X.astype("d") @ kernel + bias)
+
+
 @pytest.mark.parametrize(("kind", "steps"), [(Gan, 0), (Lazy, 0), (Unbuilt, 1)])
 def test_containers_are_refused_early_with_advice_that_works(kind, steps):
     model = kind()
