@@ -177,6 +177,18 @@ def test_flags_before_the_freeze_are_restored():
     assert flags(model) == before
 
 
+def test_layers_of_a_model_whose_own_flag_is_false_are_frozen():
+    """Keras ignores `model.trainable = False` if it is False already."""
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(4), layers.BatchNormalization()])
+    model.trainable = False
+    model.layers[1].trainable = True
+    freezing.freeze(model)
+    assert not any(layer.trainable for layer in model.layers)
+    assert freezing.unfreeze(model) == 1
+    assert [layer.trainable for layer in model.layers] == [False, True]
+    assert not model.trainable
+
+
 def test_flags_of_weights_are_restored():
     """LoRA freezes the kernel of a layer that trains."""
     model = compiled(with_head(encoder()))
