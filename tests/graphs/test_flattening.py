@@ -20,7 +20,7 @@ class Nested(tf.Module):
         input_signature=[tf.TensorSpec([None, 2], name="b"), tf.TensorSpec([None, 2], name="a")]
     )
     def serve(self, b, a):
-        """Return two outputs, whose names are in no order."""
+        """Return two outputs; their names are not sorted."""
         twice = self.inner(self.inner(b))
         return {"z": tf.cond(tf.reduce_sum(a) > 0, lambda: twice, lambda: -twice), "y": a - b}
 
@@ -41,7 +41,7 @@ def test_a_flat_graph_computes_the_same_and_calls_no_function(tmp_path):
     assert len(list(bodies(flat.graph))) == 1
     b = np.random.default_rng(0).normal(size=(5, 2)).astype("float32")
     for a in (b + 1, b - 9):
-        answer = flat(tf.constant(a), tf.constant(b))  # By sorted names.
+        answer = flat(tf.constant(a), tf.constant(b))  # Arguments are sorted by name.
         scaled = b.astype("float64") * [4, 9] * np.sign(a.sum())
         np.testing.assert_allclose(answer["z"], scaled, rtol=1e-6)
         np.testing.assert_allclose(answer["y"], a - b, rtol=1e-6)

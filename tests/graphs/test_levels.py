@@ -1,4 +1,4 @@
-"""Tests of cutting a graph at its levels."""
+"""Tests of cutting a graph into levels."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from tfbn.graphs import levels, walks
 
 
 class Call(NamedTuple):
-    """A call of a layer, which is observed by the tensor that enters."""
+    """A call of a layer. Its input tensor is observed."""
 
     path: str
     inputs: list
@@ -18,7 +18,7 @@ class Call(NamedTuple):
 
 
 def traced(network):
-    """A graph from one input, and the calls of layers in it: `call(path, x)` makes one."""
+    """Return a graph, its input and its layer calls. `network` adds a call with `call(path, x)`."""
     calls = []
 
     def call(path, x):
@@ -33,32 +33,32 @@ def traced(network):
 
 
 def levels_of(network):
-    """Path -> level, or the layers that depend on their own output."""
+    """Return path -> level, or the layers that depend on their own output."""
     graph, _, calls = traced(network)
     before = levels.dependencies(walks.sources_of(graph), calls)
     return levels.recurrent(before, calls) or levels.levels(before)
 
 
 def residual(x, call):
-    """A layer on a skip connection, and two on the other way."""
+    """Build a skip connection with one layer, next to a branch with two."""
     skip = call("skip", x)
     y = call("second", tf.nn.relu(call("first", x)))
     call("last", skip + y)
 
 
 def shared(x, call):
-    """A layer that is called twice, first on the input and then behind another."""
+    """Call a layer twice: on the input, then after another layer."""
     y = call("shared", x)
     call("behind", call("shared", call("other", x) + 1.0) + y)
 
 
 def fed_back(x, call):
-    """A layer that is called on its own output."""
+    """Call a layer on its own output."""
     call("behind", call("cell", tf.tanh(call("cell", x))))
 
 
 def around(x, call):
-    """A layer that is called once, between two calls of another."""
+    """Call a layer between two calls of another."""
     call("cell", call("between", call("cell", x)))
 
 
@@ -77,7 +77,7 @@ def test_a_level_is_one_more_than_the_highest_before(network, expected):
 
 def test_a_frontier_has_what_later_levels_read_of_the_data():
     def network(x, call):
-        weights = tf.constant([[1.0], [2.0], [3.0]]) * 2.0  # Cheaper to compute again.
+        weights = tf.constant([[1.0], [2.0], [3.0]]) * 2.0  # Cheaper to recompute than to keep.
         skip = tf.identity(x, "keep")
         y = tf.nn.relu(call("first", tf.identity(x, "enter")), "between")
         call("second", tf.matmul(y, weights, name="entering"))
@@ -90,7 +90,7 @@ def test_a_frontier_has_what_later_levels_read_of_the_data():
     cut = levels.cut(sources, [x], calls, by_path)
     assert (cut.depth, cut.drawn, cut.frontiers[0]) == (3, None, [x])
     names = [sorted(tensor.op.name for tensor in frontier) for frontier in cut.frontiers]
-    # Level 1 needs neither the skip connection nor the weights. The input is kept for the former.
+    # Level 1 needs neither the skip connection nor the weights. The input is kept for the skip.
     assert names[1] == ["enter", "x"]
     assert names[2] == ["strided_slice", "x"]
     assert [t.op.name for t in cut.fetches[2]] == ["entering", "strided_slice"]

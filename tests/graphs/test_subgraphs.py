@@ -1,4 +1,4 @@
-"""Tests of taking functions out of a graph."""
+"""Tests of extracting functions from a graph."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from tfbn.graphs.walks import ancestors
 
 
 def traced(function, *specs):
-    """A wrapped function and its graph."""
+    """Return a wrapped function and its graph."""
     wrapped = tf.compat.v1.wrap_function(function, specs)
     return wrapped, wrapped.graph
 
@@ -19,12 +19,12 @@ X = np.arange(6, dtype="f").reshape(2, 3)
 
 
 def named(graph, name):
-    """The first output of an operation."""
+    """Return the first output of an operation."""
     return graph.get_tensor_by_name(f"{name}:0")
 
 
 def subgraphs(graph):
-    """The parts of a graph that captures variables."""
+    """Return the subgraphs of a graph that captures variables."""
     return Subgraphs(graph, {inner.name: outer for outer, inner in graph.captures})
 
 

@@ -7,7 +7,7 @@ from tfbn.graphs import walks
 
 
 def graph_of(build):
-    """A graph, its input, and what `build` returns."""
+    """Return a graph, its input, and the result of `build`."""
     graph = tf.Graph()
     with graph.as_default():
         x = tf.compat.v1.placeholder(tf.float32, [None, 3], "x")

@@ -1,4 +1,4 @@
-"""How kernels are run."""
+"""Fixture that runs kernels."""
 
 import pytest
 import tensorflow as tf

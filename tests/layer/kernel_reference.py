@@ -1,4 +1,4 @@
-"""The steps of batch norm by NumPy in float64, and data for the kernels."""
+"""Reference steps of batch norm in float64 NumPy, and data for the kernels."""
 
 import numpy as np
 import tensorflow as tf

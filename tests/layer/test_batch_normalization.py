@@ -12,7 +12,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-# Private. Optimizes a graph as a session does before it runs it.
+# Private API. Optimizes a graph as a session does before running it.
 from tensorflow.python.grappler.tf_optimizer import OptimizeGraph
 
 import tfbn
@@ -518,7 +518,7 @@ def test_synchronized_layer_trains_outside_of_replicas(two_devices):
 
 
 def one_by_one(layer, x, training):
-    """Return outputs and gradients of sum(y^3) by x and gamma, for every element of x alone."""
+    """Return outputs and gradients of sum(y^3) by x and gamma, for each element of x separately."""
     rows = []
     for element in x:
         with tf.GradientTape() as tape:
@@ -558,7 +558,7 @@ def test_vectorized_map(policy, shape, axis, mean, training):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_vectorized_map_over_models(training):
-    """Run an ensemble: each element has other weights and statistics."""
+    """Run an ensemble: each element has different weights and statistics."""
     layer = OURS()
     rng = np.random.default_rng(0)
     x = tf.constant(rng.normal(2, 3, (4, 8, 3)), tf.float32)

@@ -1,4 +1,4 @@
-"""Tests of the fused kernel for CPUs, and of where it is used."""
+"""Tests of the fused kernel for CPUs, and of when it is used."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ from tfbn.layer import kernels
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("axis", [-1, 1])
 def test_half_precision_with_one_channel_far_from_zero(dtype, axis, run):
-    """Another channel has values whose distance from the mean overflows the dtype."""
+    """In another channel the distance from the mean overflows the dtype."""
     rng = np.random.default_rng(0)
     x = rng.normal(30, 1, (400, 3))
     x[:, 1] = -6e4
@@ -51,7 +51,7 @@ def test_half_precision_with_one_channel_far_from_zero(dtype, axis, run):
 
 @pytest.mark.slow
 def test_second_order_gradient_of_a_step_in_a_branch():
-    """TensorFlow's derivative of the fused operation is silently 0 there."""
+    """TensorFlow's derivative of the fused operation is silently 0 in this case."""
     x, dy = data((6, 7, 3), 0, -1), data((6, 7, 3), 0.5, -1, seed=1)
     gamma, _ = parameters(3)
 
@@ -81,7 +81,7 @@ def test_second_order_gradient_of_a_step_in_a_branch():
 
 
 def test_tracing_a_network_traces_the_step_once():
-    """Its gradients are registered once too, because they stay until the process ends."""
+    """Gradients are registered once too, because a registration lasts until the process ends."""
     x, dy = data((6, 7, 3), 0, -1), data((6, 7, 3), 1, -1, seed=1)
 
     def network(x, dy, layers):
@@ -152,7 +152,7 @@ def argument(x):
 
 
 def inference(source, axis):
-    """Return the inference step after a function of its argument."""
+    """Return the inference step, applied to a function of its argument."""
     parts = {"axis": axis, "epsilon": 1e-3}
     return lambda x, *weights: kernels.normalize(source(x), *weights, **parts)
 

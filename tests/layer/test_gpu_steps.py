@@ -1,6 +1,6 @@
-"""Passes over memory and kernels of the steps that XLA compiles for GPUs, tfbn's beside Keras's.
+"""Memory passes and kernels of the steps that XLA compiles for GPUs, compared with Keras.
 
-They are compiled facts; nothing here runs on a GPU. See `gpu_compiler` for what is counted.
+The compiled programs are counted; nothing here runs on a GPU. `gpu_compiler` defines the counts.
 """
 
 import functools
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu_compile
 
 DTYPES = ["float32", "bfloat16", "float16"]
 SHAPES = [(32, 56, 56, 64), (32, 14, 14, 256), (4096, 256)]
-# The most passes and kernels of tfbn's training step; the floor is 8 passes.
+# Upper limits for tfbn's training step: passes and kernels. The minimum is 8 passes.
 MOST = {shape: (8.1 if shape == SHAPES[0] else 8.35, 11) for shape in SHAPES}
 
 
@@ -25,7 +25,7 @@ def layer(name, dtype):
     return gpu_compiler.LAYERS[name](dtype=dtype if dtype == "float32" else f"mixed_{dtype}")
 
 
-# A program does not depend on the GPU.
+# The program does not depend on the GPU.
 @functools.cache
 def whole(name, shape, dtype):
     return gpu_compiler.whole_step(layer(name, dtype), shape)
@@ -60,7 +60,7 @@ def test_compiled_clusters_exchange_only_small_tensors(gpu, shape, dtype):
     forward, backward = (
         counted(steps[name], gpu, shape, dtype) for name in ("forward", "backward")
     )
-    # A further result as large as x costs one more pass, in half precision two.
+    # One more result of the size of x costs one pass, or two in half precision.
     assert 3 <= forward[0] <= 3.2 and 5 <= backward[0] <= 5.2
     assert forward[0] + backward[0] <= MOST[shape][0]
     assert forward[1] + backward[1] <= MOST[shape][1]
@@ -115,9 +115,9 @@ def test_moments_and_normalization_of_a_batch_are_three_passes(shape, dtype):
         one_cluster = counted(gpu_compiler.hlo_of(step, x), "H200", shape, dtype)
     others = [op for op in gpu_compiler.operations_in(graph) if op.name != "PartitionedCall"]
     passes = moments[0] + gpu_compiler.passes(others, shape, dtype)
-    # x is read for the moments, then read and written; the kernels include some that are folded.
+    # x is read for the moments, then read and written. Some of the kernels are folded.
     assert 3 <= passes <= 3.2 and moments[1] + len(others) <= 10
-    # One compiled function for both would save no pass.
+    # Compiling both as one function would not save a pass.
     assert passes - one_cluster[0] < 0.05 and one_cluster[1] <= 7
 
 

@@ -120,7 +120,7 @@ def test_batch_variance_of_training_step(dtype, ratio, run):
     right = reference_moments(tf.cast(x, tf.float64), -1)[2]
     step = run(lambda x: kernels.train(x, None, None, axis=-1, epsilon=1e-3))
     _, _, _, variance = step(x)
-    # With few bits and a far mean, rounding may leave no variance.
+    # With few bits and a large mean, rounding may leave no variance.
     np.testing.assert_allclose(
         variance, right, rtol=1e-5 if dtype == "float32" else 1e-4, atol=1e-9
     )
@@ -153,7 +153,7 @@ def forward_derivative(step, x, gamma, dx, dgamma):
 @pytest.mark.parametrize("ratio", [0, 1e3])
 @pytest.mark.parametrize("mask", [None, True])
 def test_forward_mode(shape, axis, ratio, mask, where, run):
-    """Forward mode works inside a function, and on a function."""
+    """Forward mode works inside a function and around a function."""
     x, dx = data(shape, ratio, axis), data(shape, 0.5, axis, seed=1)
     gamma, dgamma = parameters(shape[axis])
     options = {"axis": axis, "epsilon": 0.1}

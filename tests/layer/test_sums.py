@@ -106,7 +106,7 @@ def test_stretches_preserve_the_order_of_the_data(shape, axis, expected):
 
 
 def test_tracing_stretches_is_cheap():
-    """A network of a hundred layers traces them a hundred times."""
+    """A network with a hundred layers traces them a hundred times."""
     for spec, most in [([None, 14, 14, 3], 3), ([None, 3, 14, 14], 3), ([None, 3], 17)]:
         axis = spec.index(3)
         with tf.Graph().as_default() as graph:

@@ -75,7 +75,7 @@ def test_files_store_records_of_our_layers():
     assert len(assets()) == 3
     assert sweep_of(loaded).stale is None and len(sweep_of(loaded).stats) == 3
     assert_same_sweep(model, loaded)
-    again = through_a_file(loaded, "again.keras")  # Bytes are passed on as they came.
+    again = through_a_file(loaded, "again.keras")  # The stored bytes are copied unchanged.
     assert sweep_of(again).stale is None
     assert_same_sweep(model, again)
 
@@ -89,7 +89,7 @@ def test_training_after_loading_is_detected(where):
     variable = layer.moving_mean if where == "bn" else layer.bias
     variable.assign_add(np.ones(variable.shape))
     stale = sweep_of(loaded).stale
-    assert (stale is None) == (where == "head")  # No statistics depend on it.
+    assert (stale is None) == (where == "head")  # No statistics depend on the head.
     assert stale is None or "changed since the sweep" in stale
     assert sweep_of(through_a_file(loaded)).stale == stale
 
@@ -137,7 +137,7 @@ def test_unswept_layers_have_no_asset():
     loaded = through_a_file(network())
     assert assets() == []
     with zipfile.ZipFile("model.keras") as archive:
-        assert len(archive.namelist()) == 3  # As Keras has it.
+        assert len(archive.namelist()) == 3  # The three files that Keras writes.
     assert sweep_of(loaded).stats is None
 
 
@@ -152,7 +152,7 @@ def test_loading_weights_creates_no_record_and_no_stale_one():
     model.save_weights("model.weights.h5")
     other.load_weights("model.weights.h5")
     model.save("model.keras")
-    other.load_weights("model.keras")  # Of such a file Keras takes the weights alone too.
+    other.load_weights("model.keras")  # Keras loads only the weights of a .keras file here.
     assert sweep_of(other).stats is None
     network().save_weights("new.weights.h5")
     model.load_weights("new.weights.h5")
@@ -203,7 +203,7 @@ def test_files_load_without_tfbn():
 
 @pytest.mark.parametrize("directory", [True, False])
 def test_files_without_assets_load(directory):
-    """A directory is saved with zipped=False, and has another file in it."""
+    """The directory is saved with zipped=False and contains another file."""
     model = network()
     if directory:
         model.save("model", zipped=False)
@@ -217,7 +217,7 @@ def test_files_without_assets_load(directory):
 
 
 def with_asset(content, source, target):
-    """Copy a file with other content in its assets, or folders for `None`."""
+    """Copy a file and replace the content of its assets; `None` makes them folders."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for name in old.namelist():
             ours = name.endswith(sweep_records.ASSET)
@@ -243,7 +243,7 @@ def test_damaged_record_is_an_error_only_on_use():
     with pytest.raises(ValueError, match="is damaged"):
         tfbn.export(loaded, "served", require_population=True)
     assert not os.path.exists("served")
-    tfbn.update_population_stats(loaded, X, verbose=0)  # A new sweep mends it.
+    tfbn.update_population_stats(loaded, X, verbose=0)  # A new sweep repairs the record.
     assert sweep_of(through_a_file(loaded)).stale is None
 
 

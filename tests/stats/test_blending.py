@@ -35,7 +35,7 @@ def model():
 
 @pytest.fixture
 def swept(model):
-    """Return its statistics over 6 samples."""
+    """Return the statistics of `model` over 6 samples."""
     x = np.random.default_rng(0).normal(2, 3, (6, *model.input_shape[1:]))
     return tfbn.collect(model, x.astype("float32"), batch_size=4, verbose=0)
 

@@ -36,7 +36,7 @@ def test_formula():
     st.floats(-100, 100),
 )
 def test_drift_is_unit_free(values, scale, offset):
-    # The same data in another unit, x -> scale x + offset, is as far apart.
+    # Changing the unit of the data, x -> scale x + offset, does not change the drift.
     (mean, variance), (other_mean, other_variance) = values
     variance, other_variance = abs(variance) + 1, abs(other_variance) + 1
     a = LayerStats(1, mean, variance), LayerStats(1, other_mean, other_variance)
@@ -111,7 +111,7 @@ class Rows(html.parser.HTMLParser):
         self.rows, self.open = [], []
 
     def handle_starttag(self, tag, attrs):
-        """Start a row, or a cell in it."""
+        """Start a row or a cell."""
         self.open.append(tag)
         if tag == "tr":
             self.rows.append([])

@@ -88,7 +88,7 @@ def test_what_no_data_has():
 
 
 def parts_of(seed, sizes=(8, 8, 8, 16, 32)):
-    """Batches of one source, and their moments."""
+    """Return batches from one source, and their moments."""
     rng = np.random.default_rng(seed)
     batches = [rng.gamma(2.0, size=(n, 3)) for n in sizes]
     return batches, [
@@ -114,7 +114,7 @@ def test_errors_of_merged_statistics_are_those_of_independent_strata():
 
 
 def test_errors_of_calls_on_the_same_batches_add_up():
-    """The same values in both calls are no more information than in one."""
+    """The same values in both calls carry no more information than in one."""
     _, parts = parts_of(1)
     one = layer_stats.of_calls([merged(parts)], "pooled")
     two = layer_stats.of_calls([merged(parts), merged(parts)], "pooled")

@@ -22,14 +22,14 @@ PARTS = st.lists(
 
 
 def of(values, method):
-    """The moments of one part."""
+    """Return the moments of one part."""
     n = len(values)
     mean, variance = (values.mean(0), values.var(0)) if n else (np.zeros(3), np.zeros(3))
     return moments.of_batch(n, mean, variance, method=method)
 
 
 def merged(parts, method):
-    """All parts, one after the other."""
+    """Merge the moments of all parts in order."""
     total = of(parts[0], method)
     for part in parts[1:]:
         total = moments.merge(total, of(part, method), method=method)
@@ -149,7 +149,7 @@ def test_merging_keeps_precision_far_from_zero():
 def test_a_part_of_no_values_changes_nothing_whatever_it_holds(method, held):
     values = np.random.default_rng(0).normal(size=(5, 3))
     part = of(values, "pooled" if method == "exact" else method)
-    # Channel 1 has no values in the one part, channel 2 none in the other.
+    # Channel 1 has no values in the first part, channel 2 none in the second.
     part.rows[0, 2], part.rows[1:3, 2], part.rows[3:, 2] = 0, np.nan, 0
     empty = moments.of_values(np.zeros(3), np.full(3, held), np.full(3, held))
     some = moments.of_values(

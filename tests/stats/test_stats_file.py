@@ -53,7 +53,7 @@ def made_up(channels=(3, 600), method="pooled", seed=0):
 
 
 def assert_equal(a, b):
-    """Compare everything that a file stores, to the bit."""
+    """Compare everything that a file stores, bit for bit."""
     assert list(a.items()) == list(b.items())
     assert (a.previous is None) == (b.previous is None)
     for x, y in ((a, b), (a.previous, b.previous)):
