@@ -1,9 +1,8 @@
-"""Networks and data that nobody chose, swept in every way, against Keras's own layers in float64.
+"""Random networks, data and sweeps, compared with Keras's layers in float64.
 
-Hypothesis draws a plan: how the network is built, what its data is, and how it is swept. The
-oracle is a copy of the network whose batch norm layers are Keras's own and note down what enters.
-It is run until every layer infers with the statistics of what enters it, and shares no code with
-the sweep.
+Hypothesis draws a plan: the network, its data, and the options of the sweep. The oracle is a copy
+of the network with Keras's batch norm layers, which record their inputs. It is run until every
+layer infers with the statistics of its inputs, and shares no code with the sweep.
 """
 
 import contextlib
@@ -31,18 +30,18 @@ class Plan:
     """A network, its data, and a sweep of it.
 
     Attributes:
-        root: What a sample is, and how it comes to the body of the network.
-        parts: The parts of the body, one after the other.
+        root: The kind of sample, and how it is fed to the body of the network.
+        parts: The parts of the body, in order.
         stock: Whether the batch norm layers are Keras's and not tfbn's.
         policy: The dtype policy.
         eager: Whether the model runs without a graph.
-        source: As what the data is given.
-        samples, batch_size: Its size, and that of its batches.
+        source: The kind of data that the sweep receives.
+        samples, batch_size: The sizes of the data and of a batch.
         method, memory_limit: See `tfbn.collect`.
-        engine: What runs the sweep: this process, two devices, or a map over shards.
-        fault: The number of a batch at which the data fails, where the sweep has a checkpoint;
-            or the level at which the map over shards loses one.
-        seed: Of weights and data.
+        engine: This process, two devices, or a map over shards.
+        fault: The batch that fails once in a sweep with a checkpoint, or the level that loses a
+            shard in a map over shards.
+        seed: The seed of weights and data.
     """
 
     root: str
@@ -92,7 +91,7 @@ SOURCES = (
 
 @st.composite
 def plans(draw):
-    """A `Plan` that makes sense."""
+    """Draw a valid `Plan`."""
     root = draw(st.sampled_from(ROOTS))
     uneven = root in ("ragged", "graph")
     engine = draw(st.sampled_from(["one", "one", "one", "shards", "devices"]))
@@ -104,15 +103,15 @@ def plans(draw):
     if engine == "shards":
         source = "shards"
     method = draw(st.sampled_from(["exact", "exact", "exact", "pooled"]))
-    if method == "pooled" and source == "shuffled samples":  # Its batches are not known.
+    if method == "pooled" and source == "shuffled samples":  # The batches are unknown.
         source = "dataset"
     fault = None
     if draw(st.booleans()) and source in ("shards", "arrays", "dataset", "pydataset"):
         fault = draw(st.integers(1, 3)) if engine == "shards" else draw(st.integers(0, 8))
     parts = draw(st.lists(st.sampled_from(PARTS), min_size=1, max_size=4))
-    if draw(st.integers(0, 3)):  # Such networks are only refused.
+    if draw(st.integers(0, 3)):  # Such networks are always refused, so draw few.
         parts = ["dense" if part == "carrying" else part for part in parts]
-    if uneven:  # The size of a batch behind such a root is not known, by `fit` either.
+    if uneven:  # The batch size after such a root is unknown, in `fit` too.
         parts = ["bare" if part == "static" else part for part in parts]
     return Plan(
         root=root,
@@ -150,7 +149,7 @@ class Holding(layers.Layer):
 
 
 class Compiled(Holding):
-    """The same in a separately compiled function."""
+    """A batch norm layer inside a layer, in a separately compiled function."""
 
     @tf.function
     def call(self, x, training=None):
@@ -165,21 +164,21 @@ class Inferring(Holding):
 
 
 class Static(layers.Layer):
-    """Needs to know the size of its batch when it is traced."""
+    """Requires a static batch size in its trace."""
 
     def compute_output_spec(self, x):
         return keras.KerasTensor(x.shape, x.dtype)
 
     def call(self, x):
-        """The inputs, by way of a shape without unknowns."""
+        """Reshape the inputs to their static shape."""
         return tf.reshape(x, [x.shape[0], *x.shape[1:]])
 
 
 class Carrying(layers.Layer):
-    """Adds what it has seen in the batches before."""
+    """Adds a state that it carries over from the previous batch."""
 
     def build(self, shape):
-        """The state, in a list, as Keras's recurrent layers have it."""
+        """Create the state in a list, like Keras's recurrent layers."""
         self.states = [keras.Variable(np.zeros(shape[-1]), dtype=self.variable_dtype)]
 
     def call(self, x):
@@ -190,7 +189,7 @@ class Carrying(layers.Layer):
 
 
 class Noise(layers.Layer):
-    """Noise of variance 1, a row for every sample."""
+    """Draws noise of variance 1, a row per sample."""
 
     def __init__(self, seed):
         super().__init__()
@@ -204,14 +203,14 @@ class Noise(layers.Layer):
 
 
 class Rooted(keras.Model):
-    """A body over what a root makes of a batch."""
+    """A body on top of a root that preprocesses a batch."""
 
     def __init__(self, root, body):
         super().__init__()
         self.root, self.body = root, body
 
     def call(self, inputs, training=None):
-        """The body over a ragged tensor, filled up with zeros, or over the messages of a graph."""
+        """Apply the body to a ragged tensor, padded with zeros, or to the messages of a graph."""
         if self.root == "ragged":
             size = inputs.nrows() if inputs.shape[0] is None else inputs.shape[0]
             x = tf.reshape(inputs.to_tensor(shape=[size, 5]), [-1, 1])
@@ -221,7 +220,7 @@ class Rooted(keras.Model):
 
 
 def build(plan, bn):
-    """The network of a plan, of some batch norm layer; weights and names follow from the plan."""
+    """Build the network of a plan with a batch norm class; the plan sets weights and names."""
     keras.utils.set_random_seed(plan.seed)
     numbers = iter(range(100))
 
@@ -233,7 +232,7 @@ def build(plan, bn):
     model = Rooted(plan.root, body) if plan.root in ("ragged", "graph") else body
     if model is not body:
         model(to_tensors(batches_of(plan, data_of(plan))[0]))
-    for weight in model.weights:  # No two networks alike, and no weight at its initial value.
+    for weight in model.weights:  # No weight keeps its initial value.
         if not keras.backend.is_int_dtype(weight.dtype):
             value = rng.normal(0, 0.7, weight.shape)
             positive = "variance" in weight.path or "gamma" in weight.path
@@ -242,7 +241,7 @@ def build(plan, bn):
 
 
 def body_of(plan, norm):
-    """The Functional part of a network."""
+    """Build the Functional part of a network."""
     if plan.root == "two":
         inputs = {name: keras.Input((4,), name=name) for name in "ab"}
         x = layers.Concatenate()(
@@ -269,7 +268,7 @@ def body_of(plan, norm):
 
 
 def add_part(part, x, norm, outputs, plan):
-    """The tensor after one part of the body."""
+    """Add one part of the body and return its output."""
     width = x.shape[-1]
     if part == "dense":
         return norm()(layers.Dense(5, "tanh")(x))
@@ -316,7 +315,7 @@ def add_part(part, x, norm, outputs, plan):
 
 
 def data_of(plan):
-    """All samples: arrays, or the list of batches where these cannot be made of samples."""
+    """Return all samples: arrays, or a list of rows (ragged) or of batches (graphs)."""
     rng = np.random.default_rng(plan.seed)
     n = plan.samples
 
@@ -341,7 +340,7 @@ def data_of(plan):
 
 
 def graph(rng, nodes):
-    """A graph with another number of nodes and of edges."""
+    """Draw a graph with random numbers of nodes and edges."""
     nodes = int(rng.integers(nodes, nodes + 4))
     return {
         "nodes": rng.normal(rng.uniform(-2, 2), 1, (nodes, 3)).astype("f"),
@@ -351,7 +350,7 @@ def graph(rng, nodes):
 
 
 def batches_of(plan, x):
-    """The data in batches."""
+    """Return the data in batches."""
     if plan.root == "graph":
         return x
     starts = range(0, plan.samples, plan.batch_size)
@@ -361,17 +360,17 @@ def batches_of(plan, x):
 
 
 def to_tensors(batch):
-    """A batch of tensors."""
+    """Convert a batch to tensors."""
     return keras.tree.map_structure(tf.convert_to_tensor, batch) if is_dense(batch) else batch
 
 
 def is_dense(batch):
-    """Whether a batch is made of arrays."""
+    """Return whether a batch is not ragged."""
     return not isinstance(batch, tf.RaggedTensor)
 
 
 class Batches(keras.utils.PyDataset):
-    """Batches as a PyDataset, which may fail once."""
+    """Batches as a PyDataset."""
 
     def __init__(self, batches):
         super().__init__()
@@ -385,7 +384,7 @@ class Batches(keras.utils.PyDataset):
 
 
 class Iterable:
-    """Batches as something that can be iterated over again."""
+    """Batches as an iterable that can be read repeatedly."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -395,7 +394,7 @@ class Iterable:
 
 
 def source_of(plan, x):
-    """The data as the sweep gets it, and options that go with it."""
+    """Return the data for the sweep, and the options it requires."""
     batches = batches_of(plan, x)
     if plan.source == "arrays":
         return x, {"batch_size": plan.batch_size}
@@ -424,11 +423,11 @@ def source_of(plan, x):
 
 
 class Noting(layers.BatchNormalization):
-    """Keras's layer, which notes what enters.
+    """Keras's layer, which records its inputs.
 
     Attributes:
-        entered: The values that entered since it was last cleared, of shape (values, channels).
-        trains: Whether the last call was one that trains.
+        entered: Arrays of shape (values, channels), one per call since the last clear.
+        trains: Whether any call was in training mode.
         as_batch: Whether to normalise with the batch's own statistics, as in training.
     """
 
@@ -448,14 +447,14 @@ class Noting(layers.BatchNormalization):
 
 
 def oracle(plan, model, batches):
-    """By name of a layer the count, mean and variance of all that enters it."""
+    """Return layer name -> count, mean and variance of all its inputs."""
     with networks.dtype_policy("float64"):
         twin = build(plan, Noting)
     twin.set_weights(model.get_weights())
     noting = [layer for layer in twin._flatten_layers() if isinstance(layer, Noting)]
     eager, epsilon = tf.config.functions_run_eagerly(), keras.config.epsilon()
     tf.config.run_functions_eagerly(True)
-    # Under a mask Keras divides by the count plus this number, which is 1e-7 by default.
+    # With a mask Keras divides by the count plus this epsilon, 1e-7 by default.
     keras.config.set_epsilon(1e-14)
     try:
         for layer in noting:
@@ -483,7 +482,7 @@ def oracle(plan, model, batches):
 
 
 def double(batch):
-    """A batch in float64, where it is floating."""
+    """Cast the floating tensors of a batch to float64."""
 
     def cast(leaf):
         leaf = leaf if tf.is_tensor(leaf) else tf.convert_to_tensor(leaf)
@@ -498,12 +497,12 @@ def double(batch):
 
 
 class Stop(Exception):
-    """The data fails."""
+    """Raised by a sweep that should fail."""
 
 
 @contextlib.contextmanager
 def failing(number):
-    """Within the context the sweep fails once, at its batch of that number over all levels."""
+    """Make sweeps fail at batch `number`, counted over all levels, within the context."""
     from tfbn.sweep.state import SweepState
 
     original, calls = SweepState.add, []
@@ -522,7 +521,7 @@ def failing(number):
 
 
 def swept(plan, model, x):
-    """What the sweep of a plan finds."""
+    """Return the statistics of the sweep of a plan."""
     source, options = (None, {}) if plan.engine == "shards" else source_of(plan, x)
     options |= {"method": plan.method, "verbose": 0}
     if plan.engine == "shards":
@@ -542,7 +541,7 @@ def swept(plan, model, x):
 
 
 def swept_in_shards(plan, model, x, options):
-    """What `collect_shards` finds, over shards that come back in another order and twice."""
+    """Run `collect_shards` with results that are reordered and partly duplicated."""
     batches = batches_of(plan, x)
     shards = [batches[:1], batches[1:3], [], batches[3:]]
     levels = []
@@ -581,7 +580,7 @@ def check(plan, strategy):
         try:
             stats = swept(plan, model, x)
         except (ValueError, RuntimeError) as error:
-            # These are refusals that say why; nothing is refused that is well defined.
+            # Only sweeps that are not well defined are refused, with a reason.
             if "carrying" in plan.parts:
                 assert "does not depend on the batch before" in str(error), error
                 return
@@ -602,7 +601,7 @@ def check(plan, strategy):
 
 
 def compare(plan, model, stats, expected):
-    """Raise `AssertionError` unless statistics match the oracle."""
+    """Require that statistics match the oracle."""
     tolerance = 2e-4 if plan.policy == "float32" else 2e-6
     actual = {path.split("/")[-1]: layer for path, layer in stats.items()}
     noisy = [layer.name for layer in model._flatten_layers() if hasattr(layer, "is_noise")]
@@ -610,7 +609,7 @@ def compare(plan, model, stats, expected):
     assert actual.keys() == expected.keys() | set(noisy)
     for name, (count, mean, variance) in expected.items():
         assert actual[name].count == count, name
-        scale = variance + 1e-3  # Inference divides by its root.
+        scale = variance + 1e-3  # Inference divides by the square root of this.
         np.testing.assert_array_less(
             np.abs(actual[name].mean - mean) / np.sqrt(scale), tolerance, name
         )
@@ -618,9 +617,9 @@ def compare(plan, model, stats, expected):
     for first, second in zip(noisy[::2], noisy[1::2], strict=True):
         rows = actual[first].count * NOISE
         assert abs(actual[first].variance.mean() - 1) < 6 * np.sqrt(2 / rows) + 2 / rows, first
-        # Chi-squared with a degree of freedom for each channel, unless batches share their noise.
+        # Chi-squared with one degree of freedom per channel, unless batches share their noise.
         assert np.sum(actual[first].mean ** 2) * actual[first].count < 4 * NOISE, first
-        if plan.method == "exact":  # The second layer has seen the draws of the first.
+        if plan.method == "exact":  # Both layers get the same draws.
             passed = actual[first].variance / (actual[first].variance + 1e-3)
             np.testing.assert_allclose(actual[second].mean, 0, atol=1e-4)
             np.testing.assert_allclose(actual[second].variance, passed, rtol=1e-4)
@@ -630,7 +629,7 @@ QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_to
 
 
 def pinned(root, *parts, **changes):
-    """A plan that once showed a fault."""
+    """Return a plan that once exposed a bug."""
     plain = {
         "stock": True,
         "policy": "float32",
@@ -665,7 +664,7 @@ PINNED = {
 
 
 def also(test):
-    """A property that the pinned plans are tried with first."""
+    """Add the pinned plans to a property as explicit examples."""
     for plan in PINNED.values():
         test = example(plan=plan)(test)
     return test
