@@ -1,4 +1,4 @@
-"""Processes for tests of several modules."""
+"""Fixtures shared by the tests of sweeps."""
 
 import concurrent.futures
 import multiprocessing
@@ -16,14 +16,14 @@ SPAWN = multiprocessing.get_context("spawn")
 
 @pytest.fixture(scope="module")
 def pool():
-    """Two processes. They import TensorFlow, so that all tests share them."""
+    """Return a pool of two processes, shared by all tests because importing TensorFlow is slow."""
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=SPAWN) as pool:
         yield pool
 
 
 @pytest.fixture(scope="module")
 def digits():
-    """Real images, sorted by class."""
+    """Return real images, sorted by class."""
     images, labels = load_digits(return_X_y=True)
     order = np.argsort(labels, kind="stable")
     return (images[order] / 16).astype("float32").reshape(-1, 8, 8, 1)
@@ -31,7 +31,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def model():
-    """A convolutional network with four batch norm layers, one of them over samples alone."""
+    """Build a convolutional network with four batch norm layers, one of them on vectors."""
     keras.utils.set_random_seed(0)
     x = inputs = keras.Input((8, 8, 1), name="image")
     for filters in (8, 16):
@@ -43,5 +43,5 @@ def model():
 
 @pytest.fixture(scope="module")
 def population(model, digits):
-    """The statistics of all images."""
+    """Return the statistics of all images."""
     return tfbn.collect(model, digits, verbose=0)

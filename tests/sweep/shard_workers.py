@@ -1,4 +1,4 @@
-"""Functions for the processes of the tests of `collect_shards`, which import them by name."""
+"""Functions that worker processes in the tests of `collect_shards` import by name."""
 
 import itertools
 import os
@@ -29,7 +29,7 @@ class Called(layers.Layer):
 
 
 def counting(log):
-    """A network whose traces are counted in a file."""
+    """Return a network that counts its traces in a file."""
     return keras.Sequential(
         [
             keras.Input((3,)),
@@ -42,13 +42,13 @@ def counting(log):
 
 
 class Source:
-    """Builds a subclassed model whose unnamed layers have other numbers in every process."""
+    """Builds a subclassed model; its unnamed layers are numbered differently in every process."""
 
     def __init__(self, seed):
         self.seed = seed
 
     def __call__(self):
-        """The model, after one more of its kind in other processes than the first."""
+        """Build one to three models of the same kind first, depending on the process."""
         for _ in range(1 + os.getpid() % 3):
             networks.subclassed(layers.BatchNormalization)
         keras.utils.set_random_seed(os.getpid() if self.seed is None else self.seed)
@@ -56,17 +56,17 @@ class Source:
 
 
 def slice_of(path_and_bounds):
-    """Some samples of an array in a file."""
+    """Load some samples of an array in a file."""
     path, start, end = path_and_bounds
     return np.load(path)[start:end]
 
 
 class Deadly:
-    """Yields the batches of a shard, and kills its process when it sweeps one for the second time.
+    """Yields the batches of a shard, and kills the process on the second sweep of `victim`.
 
     Args:
-        log: The name of a file to count in.
-        size: Of the batches, after the first of which it kills.
+        log: The name of the file that counts the sweeps of `victim`.
+        size: The batch size. The process is killed after the first batch.
         victim: The shard.
     """
 
@@ -89,7 +89,7 @@ class Deadly:
 
 
 def in_file(tmp_path, x, *ends):
-    """Such shards as names and bounds, for `work.slice_of`."""
+    """Save `x` and return its shards as names and bounds, for `slice_of`."""
     np.save(tmp_path / "x.npy", x)
     bounds = [0, *ends, len(x)]
     return [(str(tmp_path / "x.npy"), start, end) for start, end in itertools.pairwise(bounds)]

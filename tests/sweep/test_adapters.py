@@ -1,6 +1,6 @@
-"""Tests of `tfbn.sweep.adapters`: data as `fit` takes it.
+"""Tests of `tfbn.sweep.adapters`: every kind of data that `fit` accepts.
 
-`fit` is the oracle: a layer notes what enters the network, in a model that runs eagerly.
+`fit` is the oracle: in a model that runs eagerly, a layer records the inputs.
 """
 
 import itertools
@@ -25,7 +25,7 @@ Y = np.zeros((ROWS, 1), "float32")
 
 
 class Joined(keras.layers.Layer):
-    """All inputs side by side, dense and in float32; it notes what it is given."""
+    """Concatenates all inputs, dense and in float32, and records the result."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ class Net(keras.Model):
 
 
 class Sequence(keras.utils.PyDataset):
-    """Batches by number, with targets."""
+    """A PyDataset of batches with targets."""
 
     def __len__(self):
         return len(pieces())
@@ -70,7 +70,7 @@ class Sequence(keras.utils.PyDataset):
 
 
 class DataLoader:
-    """It looks as PyTorch's loader does to Keras, and yields lists of its tensors."""
+    """Looks like PyTorch's loader to Keras, and yields lists."""
 
     def __len__(self):
         return len(pieces())
@@ -93,7 +93,7 @@ def sparse():
 
 
 def sparse_in_no_order():
-    """Its values in no order."""
+    """Return the sparse tensor with its values in random order."""
     value = sparse()
     order = np.random.default_rng(1).permutation(len(value.values))
     return tf.SparseTensor(
@@ -102,7 +102,7 @@ def sparse_in_no_order():
 
 
 def kinds():
-    """Data by name, as functions of nothing: x alone, or x with targets in batches."""
+    """Return name -> function that creates data: x alone, or batches of x with targets."""
     frame = pytest.importorskip("pandas").DataFrame
     matrices = pytest.importorskip("scipy.sparse")
     mixed = {"a": X[:, 0].astype("d"), "b": X[:, 1] > 3, "c": X[:, 2].astype("int64")}
@@ -220,7 +220,7 @@ def test_the_callback_reads_what_fit_reads():
 
 
 def kinds_of_pairs(x):
-    """The same data in batches of six, as everything that `fit` takes."""
+    """Return the same data in batches of six, as every kind that `fit` accepts."""
     y, w = np.zeros(len(x)), np.ones(len(x))
     pieces = [x[i : i + 6] for i in range(0, len(x), 6)]
     dataset = tf.data.Dataset.from_tensor_slices
@@ -301,7 +301,7 @@ def test_ragged_and_sparse_data_may_shuffle_too(kind, memory_limit):
 
 
 class Deep(keras.Model):
-    """Batch norm over what another model gives."""
+    """Batch norm over the output of another model."""
 
     def __init__(self, model):
         super().__init__()
@@ -353,7 +353,7 @@ class OfGraphs(keras.Model):
 
 
 def graph_batches(count=6):
-    """Graphs of about ten nodes and 25 edges, and a scalar."""
+    """Yield graphs with 10 to 15 nodes and 20 to 25 edges, and a scalar."""
     rng = np.random.default_rng(0)
     for i in range(count):
         edges = rng.integers(0, 10 + i, (25 - i, 2)).astype("int32")
@@ -422,5 +422,5 @@ def test_grain_loaders(memory_limit):
 
 
 def test_arrays_stay_on_the_host():
-    with tf.device("CPU:1"):  # As if it were a GPU.
+    with tf.device("CPU:1"):  # A stand-in for a GPU.
         assert adapters.to_tensor(X).device.endswith("CPU:0")

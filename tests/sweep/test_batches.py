@@ -11,12 +11,12 @@ from tfbn.sweep import batches
 
 
 def total(inputs):
-    """The digest of some data."""
+    """Return the digest of some data."""
     return batches.sum_of_digests(batches.sample_digests(inputs))
 
 
 def samples(n, seed=0, dtype="float32"):
-    """Samples of two dimensions."""
+    """Draw two-dimensional samples."""
     return (np.random.default_rng(seed).normal(size=(n, 3, 2)) * 100).astype(dtype)
 
 
@@ -31,7 +31,7 @@ def test_order_and_batches_do_not_matter(order, cut):
 
 
 def moved(x):
-    """Two values of two samples change places."""
+    """Swap one value between two samples."""
     x[0, 0, 0], x[1, 0, 0] = x[1, 0, 0], x[0, 0, 0]
     return x
 
@@ -59,7 +59,7 @@ def test_other_data_has_another_digest(how):
 def test_which_input_a_value_belongs_to_matters():
     a, b = (tf.constant(samples(6, seed)) for seed in (0, 1))
     assert total([a, b]) != total([b, a])
-    # And which values come together.
+    # The pairing of values matters too.
     assert total([a, b]) != total([a, tf.reverse(b, [0])])
 
 
@@ -109,7 +109,7 @@ def test_ragged_rows_of_vectors():
 def test_sparse_samples_are_known_in_any_order():
     x = np.array([[0, 1, 0], [2, 0, 3], [0, 0, 0], [1, 0, 0]], "f")
     actual = batches.sample_digests(tf.sparse.from_dense(x))
-    assert len(set(actual)) == 4  # The same value in other columns is another sample.
+    assert len(set(actual)) == 4  # The same value in another column is a different sample.
     np.testing.assert_array_equal(
         batches.sample_digests(tf.sparse.from_dense(x[::-1])), actual[::-1]
     )
@@ -161,14 +161,14 @@ def test_samples_are_drawn_from_all_batches():
     x = np.arange(1200, dtype="float32").reshape(-1, 4)
     inputs = [{"x": tf.constant(part), "n": tf.constant(part[:, 0])} for part in np.split(x, 30)]
     thinned = list(batches.prepared(inputs).thinned(1 / 4, limit=20 * 20))
-    assert max(batch.samples for batch in thinned) == 20  # 20 bytes a sample.
+    assert max(batch.samples for batch in thinned) == 20  # 20 bytes per sample.
     taken = np.concatenate([batch.inputs["x"].numpy() for batch in thinned])
     numbers = np.concatenate([batch.inputs["n"].numpy() for batch in thinned])
     np.testing.assert_array_equal(taken[:, 0], numbers)
     rows = (numbers / 4).astype(int)
     np.testing.assert_array_equal(taken, x[rows])
     assert len({*rows}) == len(rows) and 50 < len(rows) < 100
-    assert len({*(rows // 10)}) > 20  # Batches, of 30.
+    assert len({*(rows // 10)}) > 20  # Number of batches with a sample, out of 30.
 
 
 @pytest.mark.parametrize("case", ["lengths", "ragged", "static", "graph"])

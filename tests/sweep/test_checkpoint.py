@@ -1,4 +1,4 @@
-"""Tests of sweeps that are interrupted and go on from a checkpoint."""
+"""Tests of sweeps that are interrupted and resumed from a checkpoint."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ BATCHES = 6
 
 
 class Data(keras.utils.PyDataset):
-    """Batches of a network's data, which may fail at one reading, and how often each was run."""
+    """Batches of a network's data. One read may fail; reads are counted."""
 
     def __init__(self, x, fails_at=None, error=RuntimeError):
         super().__init__()
@@ -41,7 +41,7 @@ class Data(keras.utils.PyDataset):
         return BATCHES
 
     def __getitem__(self, i):
-        # The first batch is read twice more at the start, to see whether the data shuffles.
+        # The first batch is read two more times at the start, to detect shuffled data.
         if self.read - 2 == self.fails_at:
             raise self.error("stop")
         self.read += 1
@@ -55,7 +55,7 @@ def save_at_every_batch(monkeypatch):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Counts the batches that are put through the network."""
+    """Record every batch that the network runs."""
     counted = []
     for passes in (CutPasses, UncutPasses):
 
@@ -90,11 +90,11 @@ def test_an_interrupted_sweep_goes_on_to_the_same_result(tmp_path, method, error
         runs.clear()
         with pytest.raises(error, match="stop"):
             tfbn.collect(model, Data(x, fails_at, error), checkpoint=path, **options)
-        # A batch that fails at once leaves nothing to go on from.
+        # A failure at the first batch leaves nothing to resume.
         assert path.exists() == (fails_at > 0)
         stats = tfbn.collect(model, Data(x), checkpoint=path, **options)
         same_to_the_bit(stats, whole)
-        assert len(runs) == passes * BATCHES  # None was run twice.
+        assert len(runs) == passes * BATCHES  # No batch was run twice.
         assert os.listdir(tmp_path) == []
     if method == "exact":
         networks.assert_statistics(whole, expected)
@@ -178,7 +178,7 @@ def test_a_killed_process_goes_on_in_another(tmp_path):
 
 
 def interrupted(tmp_path, model, x, method="pooled", **options):
-    """A checkpoint of a sweep that ended after four batches."""
+    """Return the checkpoint of a sweep that was interrupted after four batches."""
     with pytest.raises(RuntimeError, match="stop"):
         tfbn.collect(
             model, Data(x, 4), method=method, checkpoint=tmp_path / "c", verbose=0, **options
@@ -271,7 +271,7 @@ def test_saving_takes_its_share_of_the_time(tmp_path, monkeypatch, share, expect
 
     monkeypatch.setattr(module.Checkpoint, "save", save)
     model = networks.plain(layers.BatchNormalization)
-    # The first batch, those that are due, and the end.
+    # Saved at the first batch, at batches that are due, and at the end.
     interrupted(tmp_path, model, networks.data(model, 7 * BATCHES))
     assert saved == expected
 
@@ -294,7 +294,7 @@ def test_a_relative_name_is_meant_from_the_folder_of_the_start(tmp_path, monkeyp
 
 
 def crafted(content, random):
-    """A sealed checkpoint with a value that no sweep has, or one of another type."""
+    """Return a sealed checkpoint with an impossible value or a wrong type."""
     header, arrays = sealed.unpack(content)
     inner, moments = sealed.unpack(arrays["state"].tobytes())
     state = inner["state"]
@@ -340,13 +340,13 @@ def test_a_damaged_checkpoint_is_one_error_or_the_same_state(tmp_path, change, s
             refused += 1
             assert str(path) in str(error) and "Delete it" in str(error) and len(str(error)) < 2000
         else:
-            # A crafted file may say anything that a sweep could be.
+            # A crafted file may hold any state that a sweep could have.
             assert change is crafted or (state_bytes.pack(again), digest_again) == (
                 state_bytes.pack(state),
                 digest,
             )
             state_bytes.pack(again)
-            with contextlib.suppress(ValueError):  # It can be gone on from, or says why not.
+            with contextlib.suppress(ValueError):  # The state can be resumed or raises ValueError.
                 again.next_level().populations.keys()
     assert refused > seeds / 3
 

@@ -1,4 +1,4 @@
-"""Tests of passes over a network that is cut at its levels."""
+"""Tests of passes over a network that is cut into levels."""
 
 import keras
 import networks
@@ -11,7 +11,7 @@ import tfbn
 
 
 class CalledTwice(keras.Model):
-    """The first layer that is called depends on the second, by its second call."""
+    """The second call of the first layer depends on the second layer."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,7 @@ def test_a_shared_layer_whose_second_call_is_behind_another_layer():
 
 
 class Reached(keras.Model):
-    """One layer is reached only where the second input is a sequence."""
+    """One layer is called only if the second input is a sequence."""
 
     def __init__(self):
         super().__init__()
@@ -50,12 +50,12 @@ class Reached(keras.Model):
 
 
 def with_kind(x, sequence):
-    """Inputs of `Reached`."""
+    """Return inputs for `Reached`."""
     return {"x": x, "kind": np.zeros((len(x), 2, 3) if sequence else (len(x), 2), "float32")}
 
 
 def reached(build=Reached):
-    """The model, built."""
+    """Build the model."""
     model = build()
     model(with_kind(np.ones((2, 3), "float32"), True))
     return model
@@ -73,7 +73,7 @@ def test_batches_that_reach_fewer_levels():
 
 
 class Deeper(Reached):
-    """Two more levels behind."""
+    """Adds two levels."""
 
     def __init__(self):
         super().__init__()
@@ -86,10 +86,10 @@ class Deeper(Reached):
 
 
 class Changing:
-    """Batches that are of the other kind from some pass on."""
+    """Batches that switch to the other kind in pass `since`."""
 
     def __init__(self, since):
-        self.since = since + 1  # It is asked once whether it can be iterated over again.
+        self.since = since + 1  # One more iteration checks whether the data can be read again.
 
     def __iter__(self):
         self.since -= 1
@@ -140,7 +140,7 @@ def test_draws_that_cannot_be_made_again_are_refused_only_where_they_would_have_
 
 
 class Branching(keras.Model):
-    """Batch norm layers that long inputs pass in another order, or in greater number."""
+    """Long inputs pass the batch norm layers in another order, or pass more of them."""
 
     def __init__(self, swaps):
         super().__init__()
@@ -168,7 +168,7 @@ def test_a_layer_whose_level_differs_between_signatures(swaps, shards, short_fir
     model(x[0]), model(x[1])
     x = x if short_first else x[::-1]
     collect = tfbn.collect_shards if shards else tfbn.collect
-    if swaps:  # Each layer's statistics then depend on the other's.
+    if swaps:  # The statistics of each layer depend on the other.
         with pytest.raises(ValueError, match="exact statistics"):
             collect(model, x if shards else iter(x), verbose=0)
         return

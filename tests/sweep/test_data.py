@@ -20,7 +20,7 @@ def batches_of(x, **options):
 def test_float64_arrays_come_in_keras_float_type():
     [batch] = batches_of(np.ones((3, 2)))
     assert batch.inputs.dtype == keras.config.floatx()
-    [batch] = batches_of(tf.ones((3, 2), tf.float64))  # A tensor's dtype is meant.
+    [batch] = batches_of(tf.ones((3, 2), tf.float64))  # The dtype of a tensor is deliberate.
     assert batch.inputs.dtype == tf.float64
     [batch] = batches_of(np.ones((3, 2), np.uint8))
     assert batch.inputs.dtype == tf.uint8
@@ -90,7 +90,7 @@ def test_ctrl_c_passes_through():
 
 
 class _Batches(keras.utils.PyDataset):
-    """Batches by number."""
+    """A PyDataset of batches."""
 
     def __init__(self, batches):
         super().__init__()
@@ -146,7 +146,7 @@ def test_a_sample_of_sorted_data_is_drawn_at_random(kind, tmp_path):
     assert drawn.population_size == (1000 if size else 0)
     rows = [np.ravel(keras.tree.flatten(batch.inputs)[0]) for batch in drawn]
     np.testing.assert_array_equal(np.sort(np.concatenate(rows)), x[:, 0])
-    assert len(set(np.concatenate(rows[:30]))) >= 9  # Of ten classes; 3 in their order.
+    assert len(set(np.concatenate(rows[:30]))) >= 9  # Ten classes; without shuffling, 3.
     again = [np.ravel(keras.tree.flatten(batch.inputs)[0]) for batch in drawn.part(20, 25)]
     np.testing.assert_array_equal(np.concatenate(again), np.concatenate(rows[20:25]))
 

@@ -17,7 +17,7 @@ METHODS = ["pooled", "exact"]  # "algorithm2" runs as "pooled" does.
 
 
 def on_devices(strategy, build):
-    """A network with a replica on each device, and one of the same weights on one device."""
+    """Return a network with a replica per device, and a copy on one device."""
     with strategy.scope():
         model = build(tfbn.BatchNormalization)
     alone = build(tfbn.BatchNormalization)
@@ -34,7 +34,7 @@ def on_devices(strategy, build):
 def test_two_devices_give_what_one_gives(build, method, two_devices):
     model, alone = on_devices(two_devices, build)
     x = networks.data(model, 37)
-    for batch_size in (16, 37):  # A remainder of 5; a single batch, so one device has nothing.
+    for batch_size in (16, 37):  # A remainder of 5; a single batch, so one device is idle.
         options = {"method": method, "batch_size": batch_size, "verbose": 0}
         actual = tfbn.collect(model, x, **options)
         networks.assert_statistics(actual, tfbn.collect(alone, x, **options), 1e-6)
@@ -52,7 +52,7 @@ def test_two_devices_give_what_one_gives(build, method, two_devices):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("memory_limit", [0, None])
 def test_each_device_runs_its_own_replica(method, memory_limit, two_devices):
-    # Replicas with different weights, unlike after training, show which one has run a batch.
+    # Different weights, which training never produces, show which replica ran a batch.
     def build(bn):
         return keras.Sequential([keras.Input((3,)), layers.Dense(3), bn(), bn()])
 
@@ -78,7 +78,7 @@ def test_each_device_runs_its_own_replica(method, memory_limit, two_devices):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_distributed_dataset_comes_in_the_batches_of_the_replicas(method, two_devices):
     model, alone = on_devices(two_devices, networks.plain)
-    # Batches of 20 come as 10 and 10; the last sample, where there may be one, as 1 and none.
+    # Batches of 20 are split into 10 and 10; a last batch of one sample into 1 and 0.
     x = networks.data(model, 40 if method == "algorithm2" else 41)
     dataset = tf.data.Dataset.from_tensor_slices((x, np.zeros(len(x)))).batch(20)
     parts = [x[i : i + 10] for i in range(0, len(x), 10)]
@@ -116,8 +116,8 @@ def test_two_devices_where_the_graph_cannot_be_cut(eager, two_devices):
 
 @pytest.mark.slow
 def test_data_that_ends_in_another_thread_is_no_error_of_a_sweep(two_devices):
-    # While an iterator ends, TensorFlow gives its "End of sequence" to any operation, outside a
-    # function, that copies between devices at the time. The sweep reads ahead while devices work.
+    # While an iterator ends, TensorFlow raises its "End of sequence" in any operation outside a
+    # function that copies between devices at the time. The sweep prefetches while devices compute.
     with two_devices.scope():
         inputs = [keras.Input((4,)) for _ in range(20)]
         model = keras.Model(inputs, tfbn.BatchNormalization()(layers.Concatenate()(inputs)))

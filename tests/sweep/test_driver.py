@@ -1,4 +1,4 @@
-"""Tests of the loop over levels, and of how far apart the code of one sweep is."""
+"""Tests of the loop over levels, and of how many modules one sweep visits."""
 
 import pathlib
 import sys
@@ -13,12 +13,12 @@ import tfbn
 from tfbn.sweep.driver import run_levels
 from tfbn.sweep.fixed_point import FixedPoint
 
-# What one sweep visits. Raise neither: a reader follows the same way.
+# Limits for one sweep. Raise neither: a reader follows the same path.
 MODULES, CHANGES = 34, 300
 
 
 class Levels:
-    """An engine with made-up levels: the first shows whether the network can be cut."""
+    """An engine with made-up levels. The first level shows whether it can be cut."""
 
     def __init__(self, uncut=False, empty=False):
         self.uncut, self.empty, self.states = uncut, empty, []
@@ -59,7 +59,7 @@ def test_a_sweep_changes_from_one_module_to_another_a_bounded_number_of_times():
     bns = [layers.Dense(8), layers.BatchNormalization(), layers.Dense(8)]
     model = keras.Sequential([keras.Input((6,)), *bns, layers.BatchNormalization()])
     x = np.random.default_rng(0).normal(size=(96, 6)).astype("float32")
-    tfbn.collect(keras.models.clone_model(model), x, verbose=0)  # It imports the modules.
+    tfbn.collect(keras.models.clone_model(model), x, verbose=0)  # Imports the modules.
     visited = []
 
     def note(frame, event, arg):

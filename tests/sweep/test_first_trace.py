@@ -16,14 +16,14 @@ X = networks.normal(12, 3)
 
 
 class Partly(keras.Model):
-    """Training trains `a` and one of two calls of `b`; inference uses `b` and `c`."""
+    """Trains `a` and one of two calls of `b`; inference uses `b` and `c`."""
 
     def __init__(self):
         super().__init__()
         self.a, self.b, self.c = (layers.BatchNormalization(name=name) for name in "abc")
 
     def call(self, x, training=None):
-        """All in training mode, without `a` in inference."""
+        """Call all layers in training, and all but `a` in inference."""
         x = self.a(x, training=True) if training else x
         x = self.b(self.b(x, training=training), training=False)
         return self.c(x, training=False)

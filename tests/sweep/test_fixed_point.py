@@ -1,4 +1,4 @@
-"""Tests of the passes over networks that cannot be cut at levels."""
+"""Tests of passes over networks that cannot be cut into levels."""
 
 import warnings
 
@@ -77,14 +77,14 @@ def test_exact_where_the_graph_cannot_be_cut(eager):
 
 
 class Recurrent(keras.Model):
-    """Batch norm in a while loop, whose output goes into its next input."""
+    """Batch norm in a while loop that feeds the output back into the next input."""
 
     def __init__(self):
         super().__init__()
         self.bn = layers.BatchNormalization()
 
     def call(self, inputs, training=None):
-        """h = bn(relu(h) + part) over three parts."""
+        """Compute h = bn(relu(h) + part) over three parts."""
 
         def body(i, h):
             return i + 1, self.bn(tf.nn.relu(h) + inputs[:, i], training=training)
@@ -114,7 +114,7 @@ def test_a_loop_keeps_precision_far_from_zero(method, eager):
     x = (rng.normal(size=(200, 3, 4)) + 1e4).astype("f")
     model(x)
     model.run_eagerly = eager
-    model.first.trainable = False  # Passes on what enters, less 1/2000.
+    model.first.trainable = False  # Scales its input by 1 - 1/2000.
     [stats] = tfbn.collect(model, x, method=method, batch_size=50, verbose=0).values()
     entered = x.astype("d") / np.sqrt(1 + 1e-3)
     networks.assert_layer(stats, entered.mean((0, 1)), entered.var((0, 1)), 1e-3)

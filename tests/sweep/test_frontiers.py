@@ -8,12 +8,12 @@ from tfbn.sweep.frontiers import Frontier, Frontiers
 
 
 def batch(index, key):
-    """A batch with a key."""
+    """Return a batch with a key."""
     return Batch(index, tf.zeros([2]), 2, 0, key)
 
 
 def frontier(size, level=1, value=0.0, device="CPU:0"):
-    """A frontier of so many bytes."""
+    """Return a frontier of a given size in bytes."""
     with tf.device(device):
         return Frontier(None, level, [tf.fill([size // 4], value)])
 
@@ -48,7 +48,7 @@ def test_batches_that_a_pass_did_not_meet_are_dropped_and_their_room_is_free():
         kept.put(batch(0, key), frontier(500))
     kept.end_pass()
     kept.get(batch(0, 2))
-    kept.get(batch(0, 3))  # Not there.
+    kept.get(batch(0, 3))  # Not in the cache.
     kept.end_pass()
     assert len(kept) == 1 and kept.get(batch(0, 1)) is None
     kept.put(batch(0, 4), frontier(500))
@@ -74,7 +74,7 @@ def test_neither_the_batch_itself_nor_what_has_no_size_is_kept():
 
 
 def second_cpu(limit):
-    """The limits of a machine whose second CPU is an accelerator with some memory."""
+    """Return device -> limit, as if the second CPU were an accelerator with some memory."""
     return lambda device: limit if device.endswith("CPU:1") else None
 
 
@@ -82,7 +82,7 @@ def test_a_frontier_stays_on_its_device_and_takes_room_there_alone():
     kept = Frontiers(1000, second_cpu(500))
     kept.put(batch(0, 1), frontier(400, device="CPU:1"))
     kept.put(batch(1, 2), frontier(1000))
-    kept.put(batch(2, 3), frontier(400, device="CPU:1"))  # Neither there nor in main memory.
+    kept.put(batch(2, 3), frontier(400, device="CPU:1"))  # Fits neither there nor in main memory.
     devices = {key: kept.get(batch(0, key)).values[0].device[-5:] for key in (1, 2)}
     assert devices == {1: "CPU:1", 2: "CPU:0"}
     assert kept.get(batch(2, 3)) is None
@@ -92,7 +92,7 @@ def test_a_small_frontier_of_a_full_accelerator_moves_to_main_memory():
     kept = Frontiers(1000, second_cpu(0))
     kept.put(batch(0, 1), frontier(312, device="CPU:1"))
     assert kept.get(batch(0, 1)) is None
-    kept.put(batch(1, 2), frontier(4000, level=3, device="CPU:1"))  # Levels above do not count.
+    kept.put(batch(1, 2), frontier(4000, level=3, device="CPU:1"))  # Higher levels do not count.
     for size, moves in ((12, False), (8, True)):  # (312 + 12) / 12 < 40 == (312 + 8) / 8
         with tf.device("CPU:1"):
             kept.put(batch(0, 1), frontier(size, level=2, value=3.0, device="CPU:1"))

@@ -1,4 +1,4 @@
-"""Tests of running a model observed, in one thread and without effect."""
+"""Tests of running a model under observation, in one thread and without side effects."""
 
 import threading
 
@@ -17,12 +17,12 @@ from tfbn.sweep.inference import Draws, inference
 
 
 def draws(number=0):
-    """The draws of a batch."""
+    """Return the draws of a batch."""
     return Draws(tf.constant(number, tf.int64))
 
 
 def places():
-    """What a context replaces."""
+    """Return all attributes that the context replaces."""
     return (
         type(tf.function(lambda: None)).__dict__["__call__"],
         keras.random.SeedGenerator.__dict__["next"],
@@ -69,7 +69,7 @@ FUNCTIONS = {
 
 
 def drawn(function, number):
-    """What a function draws for a batch, twice."""
+    """Return two draws of a function for a batch."""
     arguments = [[5]] if function is FUNCTIONS["generator"] else []
     with inference({}, None, draws(number)):
         return [np.asarray(function(*arguments)) for _ in range(2)]
@@ -229,7 +229,7 @@ def test_every_batch_draws_anew_and_two_sweeps_agree(how, memory_limit):
     model = keras.Sequential(
         [keras.Input((8,)), drawing, layers.BatchNormalization(), layers.BatchNormalization()]
     )
-    x = np.zeros((4000, 8), "f")  # All batches are equal but for their noise.
+    x = np.zeros((4000, 8), "f")  # All batches are equal except for their noise.
     options = {"batch_size": 100, "memory_limit": memory_limit, "verbose": 0}
     seeds = drawing.seeds.state.numpy(), drawing.generator.state.numpy()
     one = tfbn.collect(model, x, **options)
@@ -239,7 +239,7 @@ def test_every_batch_draws_anew_and_two_sweeps_agree(how, memory_limit):
     first, second = one.values()
     np.testing.assert_allclose(first.mean, 0, atol=0.08)
     np.testing.assert_allclose(first.variance, 1, atol=0.12)
-    # The second layer sees the draws that the first one saw.
+    # Both layers get the same draws.
     networks.assert_layer(second, 0, first.variance / (first.variance + 1e-3))
     np.testing.assert_allclose(next(iter(pooled.values())).variance, first.variance, rtol=1e-5)
     np.testing.assert_array_equal(drawing.seeds.state, seeds[0])
@@ -259,7 +259,7 @@ def test_global_seeds_are_left_alone(eager):
             ]
         )
         model.run_eagerly = eager
-        keras.utils.clear_session()  # Before Keras 3.13 the seed alone leaves its generator be.
+        keras.utils.clear_session()  # Before Keras 3.13 a seed does not reset the generator.
         keras.utils.set_random_seed(5)
         if sweep:
             tfbn.collect(model, np.zeros((20, 3), "f"), verbose=0)
@@ -268,7 +268,7 @@ def test_global_seeds_are_left_alone(eager):
 
 
 class Dropping(keras.Model):
-    """Dropout that is active in inference too, Monte Carlo dropout."""
+    """Monte Carlo dropout: dropout is active in inference too."""
 
     def __init__(self):
         super().__init__()
@@ -286,7 +286,7 @@ def test_dropout_called_with_training_true():
     seed = model.drop.seed_generator.state.numpy()
     options = {"batch_size": 100, "memory_limit": 0, "verbose": 0}
     [actual] = tfbn.collect(model, x, **options).values()
-    np.testing.assert_allclose(actual.mean, 1, atol=0.1)  # 0 and 2, each half of the time.
+    np.testing.assert_allclose(actual.mean, 1, atol=0.1)  # 0 or 2, with equal probability.
     np.testing.assert_allclose(actual.variance, 1, atol=0.02)
     [again] = tfbn.collect(model, x, **options).values()
     np.testing.assert_array_equal(actual.mean, again.mean)
@@ -294,7 +294,7 @@ def test_dropout_called_with_training_true():
 
 
 def traced_paths(model):
-    """The paths of the layers of the traces that a model keeps."""
+    """Return the layer paths in the cached traces of a model."""
     _, traces = network._traces[model]
     return {call.site.path for kept in traces.values() for trace in kept for call in trace.calls}
 
@@ -331,7 +331,7 @@ def test_another_thread_keeps_its_numbers_and_the_sweep_its_own():
     thread.start()
     try:
         for number in range(4):
-            model.layers[-1].name = f"last_{number}"  # Another path: the sweep traces anew.
+            model.layers[-1].name = f"last_{number}"  # A new path requires a new trace.
             assert not any(f"last_{number}" in path for path in traced_paths(model))
             stats = tfbn.collect(model, x, verbose=0)
             for one, two in zip(stats.values(), expected.values(), strict=True):

@@ -57,7 +57,7 @@ def replicas(strategy):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Thread -> for each part of the network that ran: what entered, and what left it."""
+    """Return thread -> inputs and outputs of each part of the network that ran."""
     runs = collections.defaultdict(list)
     original = trace.Part.run
 

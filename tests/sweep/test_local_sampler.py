@@ -47,7 +47,7 @@ def test_a_stream_that_ends_first_is_swept_whole(model, digits, capsys):
 
 
 def shuffled(digits):
-    """Data that comes in another order, and other noise, every time."""
+    """Return data with a new order and new noise in every iteration."""
     dataset = tf.data.Dataset.from_tensor_slices(digits).shuffle(2000).batch(16)
     return dataset.map(lambda x: x + tf.random.normal(tf.shape(x), stddev=0.01))
 

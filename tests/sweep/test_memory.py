@@ -1,4 +1,4 @@
-"""Tests of the memory that a sweep takes by default, on file systems made up for the purpose."""
+"""Tests of the default memory limit of a sweep, on made-up file systems."""
 
 from types import SimpleNamespace
 
@@ -21,12 +21,12 @@ def system(root, files):
 
 
 def host(available):
-    """What `proc` says of a host's free memory."""
+    """Return the files in `proc` for the free memory of a host."""
     return {"proc/meminfo": f"MemTotal: 99999999 kB\nMemAvailable: {available // 1024} kB\n"}
 
 
 def version_2(folder, limit, used, inactive=0):
-    """A control group of version 2."""
+    """Return the files of a control group, version 2."""
     return {
         f"sys/fs/cgroup/{folder}memory.max": limit,
         f"sys/fs/cgroup/{folder}memory.current": used,
@@ -45,11 +45,11 @@ def test_one_gibibyte_where_nothing_is_known(tmp_path):
 @pytest.mark.parametrize(
     ("limit", "used", "inactive", "expected"),
     [
-        (400 * MIB, 100 * MIB, 0, 75 * MIB),  # The container's is the smaller one.
-        (400 * MIB, 100 * MIB, 60 * MIB, 90 * MIB),  # Cached files make room.
-        (4000 * MIB, 100 * MIB, 0, 200 * MIB),  # The host's is.
+        (400 * MIB, 100 * MIB, 0, 75 * MIB),  # The container has less.
+        (400 * MIB, 100 * MIB, 60 * MIB, 90 * MIB),  # Cached files can be evicted.
+        (4000 * MIB, 100 * MIB, 0, 200 * MIB),  # The host has less.
         ("max", 100 * MIB, 0, 200 * MIB),
-        (100 * MIB, 101 * MIB, 0, 0),  # Nothing left, and not less than nothing.
+        (100 * MIB, 101 * MIB, 0, 0),  # Never negative.
     ],
 )
 @pytest.mark.parametrize("folder", ["", "system.slice/job/"])
@@ -108,7 +108,7 @@ def test_a_group_that_does_not_tell_its_inactive_files(tmp_path):
 
 
 def test_tensorflow_lists_devices_with_their_memory():
-    """A private function. A CPU's limit replaces a GPU's, which may not exist."""
+    """Private API. The limit of a CPU replaces the limit of a GPU, which may not exist."""
     limits = {one.name: one.memory_limit for one in device_lib.list_local_devices()}
     assert limits["/device:CPU:0"] > 0
 
@@ -128,5 +128,5 @@ def test_a_cpu_has_main_memory_and_an_unknown_device_no_room(monkeypatch):
         assert accelerator_limit(tf.zeros([]).device) is None
     devices = [SimpleNamespace(name="/device:TPU:0", memory_limit=100)]
     monkeypatch.setattr(device_lib, "list_local_devices", lambda: devices)
-    for number in range(2):  # TensorFlow does not say how much of the first is in use.
+    for number in range(2):  # TensorFlow does not report how much of the first is in use.
         assert accelerator_limit(f"/job:localhost/replica:0/task:0/device:TPU:{number}") == 0

@@ -1,4 +1,4 @@
-"""Tests of traces: made once, dropped when the model changes, and gone with it."""
+"""Tests of traces: made once, dropped when the model changes, and freed with the model."""
 
 import gc
 import weakref
@@ -18,7 +18,7 @@ from tfbn.sweep.network import Network, UnobservableError
 
 @pytest.fixture
 def traced(monkeypatch):
-    """A list with an entry for every trace that is made."""
+    """Return a list that records every trace."""
     made = []
     original = network.trace_model
 
@@ -32,14 +32,14 @@ def traced(monkeypatch):
 
 
 def small(bn=layers.BatchNormalization):
-    """Two levels."""
+    """Build a network with two levels."""
     return keras.Sequential(
         [keras.Input((4,)), layers.Dense(4, name="d"), bn(), layers.GaussianDropout(0.0), bn()]
     )
 
 
 def sweep(model, x, **options):
-    """A sweep in silence."""
+    """Sweep without output."""
     return tfbn.collect(model, x, verbose=0, **options)
 
 
@@ -134,13 +134,13 @@ def test_nothing_stays_of_a_model_that_is_gone():
     gone += [weakref.ref(trace.graph) for several in traces.values() for trace in several]
     assert len(gone) == 4
     del model, traces, x
-    for _ in range(3):  # What has a finalizer goes in a later round.
+    for _ in range(3):  # Objects with finalizers are freed in a later round.
         gc.collect()
     assert [reference() for reference in gone] == [None] * 4
 
 
 class Accumulating(layers.Layer):
-    """Adds up what it sees, from one batch to the next."""
+    """Accumulates its inputs over batches."""
 
     def __init__(self, plain):
         super().__init__()
@@ -152,7 +152,7 @@ class Accumulating(layers.Layer):
             self.total = self.add_weight(shape=(3,), initializer="zeros", trainable=False)
 
     def call(self, x):
-        """The inputs and the sum so far."""
+        """Return the inputs plus the running sum."""
         if not self.enabled:
             return x
         self.total.assign(self.total + tf.reduce_sum(x, 0))
@@ -188,7 +188,7 @@ def test_stateful_layers_are_found_wherever_they_are(kind):
         actual.trace(tf.zeros([5, 3, 4]), settled=True)
 
 
-# NaN that the network leaves out.
+# NaN that the network drops.
 
 LEAVING_OUT = {
     "where": lambda x, known: keras.ops.where(known, x, 0.0),
@@ -207,7 +207,7 @@ LEAVING_OUT = {
 
 
 class LeavingOut(keras.layers.Layer):
-    """It takes some of the values."""
+    """Selects some of the values."""
 
     def __init__(self, how):
         super().__init__()

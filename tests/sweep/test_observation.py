@@ -49,7 +49,7 @@ def test_masked_positions_do_not_count(method):
 
 
 class Doubling(layers.BatchNormalization):
-    """A subclass that adds to what `super().call` gives."""
+    """A subclass that doubles the result of `super().call`."""
 
     def call(self, inputs, training=None, mask=None):
         return 2 * super().call(inputs, training=training, mask=mask)
@@ -64,7 +64,7 @@ def test_what_a_subclass_adds_is_kept():
 
 
 class Ignoring(layers.BatchNormalization):
-    """A subclass that normalises in its own way."""
+    """A subclass that does not call `super().call`."""
 
     def call(self, inputs, training=None, mask=None):
         return inputs

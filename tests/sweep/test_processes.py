@@ -30,7 +30,7 @@ def test_in_other_processes_layers_go_by_the_names_they_have_here(pool, tmp_path
 
 
 def loads_and_traces(pool, tmp_path, shards, by_value):
-    """By process how often the model was loaded, and called in Python."""
+    """Return the process ids of all loads, and of all Python calls of the model."""
     log = tmp_path / f"calls-{len(shards)}-{by_value}"
     path = tmp_path / "counted.keras"
     work.counting(str(log)).save(path)
@@ -57,7 +57,7 @@ def loads_and_traces(pool, tmp_path, shards, by_value):
 
 
 def unpack(packed_and_item):
-    """Runs a function that was pickled by value."""
+    """Run a function that was pickled by value."""
     packed, item = packed_and_item
     return pickle.loads(packed)(item)
 
@@ -67,13 +67,13 @@ def test_a_process_loads_and_traces_the_model_once(by_value, pool, tmp_path):
     x = np.random.default_rng(0).normal(size=(24, 3)).astype("float32")
     few = work.in_file(tmp_path, x, 8, 16)
     many = work.in_file(tmp_path, x, *range(2, 24, 2))
-    counts = []  # For each sweep, how many calls there were in a process.
+    counts = []  # Calls per process, for each sweep.
     for shards in (few, many):
         loads, calls = loads_and_traces(pool, tmp_path, shards, by_value)
         if by_value:
             assert len(set(loads)) == len(loads)
         counts.append({calls.count(process) for process in calls})
-    # Keras calls the model when it loads it, and a trace adds to that; tasks add nothing.
+    # Loading calls the model, and so does a trace; tasks do not.
     assert counts[0] == counts[1] and max(counts[1]) <= 8
 
 

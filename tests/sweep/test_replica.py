@@ -190,7 +190,7 @@ def test_moments_come_back_once_a_batch(method, two_devices, monkeypatch):
 
     def noting(original):
         def noted(value, *args, **kwargs):
-            if threading.current_thread() is not threading.main_thread():  # The devices' threads.
+            if threading.current_thread() is not threading.main_thread():  # A thread of a device.
                 read.append(tuple(value.shape))
             return original(value, *args, **kwargs)
 
@@ -200,7 +200,7 @@ def test_moments_come_back_once_a_batch(method, two_devices, monkeypatch):
     for name in ("numpy", "__array__", "__bool__", "__int__", "__float__", "__index__"):
         monkeypatch.setattr(eager, name, noting(getattr(eager, name)))
     stats = tfbn.collect(model, x, method=method, batch_size=16, verbose=0)
-    # The shortcut's layer has a level with another one, so there are fewer levels than layers.
+    # The layer on the shortcut shares a level, so there are fewer levels than layers.
     levels = stats.levels if method == "exact" else 1
     assert 1 <= levels < len(stats)
     moments = [shape for shape in read if shape[:1] == (3,)]

@@ -1,4 +1,4 @@
-"""Tests of statistics in half precision, and of the warnings about a sweep that is done."""
+"""Tests of statistics in half precision, and of warnings after a sweep."""
 
 import warnings
 
@@ -17,13 +17,13 @@ EPSILON = 1e-3
 
 
 def two_layers(dtype):
-    """Batch norm on the input, and another behind it."""
+    """Build two batch norm layers in sequence."""
     bn = [layers.BatchNormalization(dtype=dtype, epsilon=EPSILON, name=n) for n in ("one", "two")]
     return keras.Sequential([keras.Input((2,), dtype="float32"), *bn])
 
 
 def data(dtype):
-    """Whole numbers that the dtype can hold, with a mean between two that it can hold."""
+    """Draw integers that the dtype can represent, with a mean that it cannot."""
     high = {"bfloat16": 256, "float16": 2048}[dtype]
     step = high // 128 if dtype == "bfloat16" else high // 1024
     rng = np.random.default_rng(0)
@@ -31,12 +31,12 @@ def data(dtype):
 
 
 def to(dtype, value):
-    """Rounded, in float64."""
+    """Round to a dtype and return float64."""
     return keras.ops.convert_to_numpy(keras.ops.cast(value, dtype)).astype("float64")
 
 
 def sweep(model, x, engine):
-    """The statistics from one of the engines."""
+    """Return the statistics from one of the engines."""
     if engine == "shards":
         return tfbn.collect_shards(model, [x[:100], x[100:]], verbose=0)
     options = {"memory_limit": 0} if engine == "again" else {}
@@ -58,7 +58,7 @@ def test_later_layers_are_measured_with_the_statistics_that_variables_hold(dtype
     normalized = (wide - held_mean) / np.sqrt(held_variance + EPSILON)
     # The outputs of the first layer are in half precision: up to 2^-9 of 2 for bfloat16.
     networks.assert_layer(two, normalized.mean(0), normalized.var(0), 0.02)
-    # What inference sends into the second layer has these statistics, before and after another.
+    # In inference the input of the second layer has these statistics, also after another sweep.
     for _ in range(2):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

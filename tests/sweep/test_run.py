@@ -104,7 +104,7 @@ class Counter(layers.Layer):
 
 
 def stateful(bn):
-    """A network with all kinds_of_pairs of state, built and compiled."""
+    """Build and compile a network with all kinds of state."""
     inputs = keras.Input((3,))
     normalization = layers.Normalization(mean=[1.0, 2, 3], variance=[1.0, 2, 3])
     x = Counter()(normalization(inputs))
@@ -119,7 +119,7 @@ def stateful(bn):
 
 
 def state(model):
-    """All there is in a model and its optimizer, and the random state of everything."""
+    """Return the whole state of a model and its optimizer, and all random states."""
     variables = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
     values = [np.array(v.numpy()) for v in variables]
     flags = [layer.trainable for layer in model._flatten_layers()]
@@ -151,7 +151,7 @@ def test_a_sweep_changes_nothing(bn, eager, method):
     assert functions == (model.train_function, model.test_function, model.predict_function)
     counter = next(layer for layer in model.layers if isinstance(layer, Counter))
     counter.calls.assign(before[[v.path for v in model.variables].index(counter.calls.path)] - 2)
-    model.predict(x, verbose=0)  # Two batches: the counter is back where it was.
+    model.predict(x, verbose=0)  # Two batches: the counter has its old value again.
     assert predicted.shape == (64, 2)
 
 
@@ -208,9 +208,9 @@ def test_an_error_at_any_batch_leaves_the_model_as_it_was(fails_at, method):
 
 @pytest.fixture
 def listening():
-    """Ctrl-C raises, even where the tests run as a shell's background job, which ignores it.
+    """Make Ctrl-C raise, even if the tests run as a background job of a shell, which ignores it.
 
-    Python drops it where it comes while garbage is collected, of which earlier tests leave much.
+    Python drops an exception raised during garbage collection, which is frequent after other tests.
     """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.collect()
@@ -236,7 +236,7 @@ def test_ctrl_c_leaves_the_model_as_it_was(listening):
     with pytest.raises(KeyboardInterrupt):
         tfbn.update_population_stats(model, batches(), verbose=0)
     networks.assert_same(before, state(model))
-    tfbn.collect(model, x, batch_size=32, verbose=0)  # And another sweep works.
+    tfbn.collect(model, x, batch_size=32, verbose=0)  # Another sweep works.
 
 
 def bad_calls():

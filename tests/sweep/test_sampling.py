@@ -1,4 +1,4 @@
-"""Tests of `tolerance`, and of the standard errors that sweeps give."""
+"""Tests of `tolerance`, and of the standard errors that sweeps return."""
 
 import itertools
 import warnings
@@ -18,7 +18,7 @@ METHODS = ["exact", "pooled", "algorithm2"]
 
 
 def drawn(digits, samples, seed):
-    """Images drawn at random, with replacement."""
+    """Draw images at random, with replacement."""
     return digits[np.random.default_rng(seed).integers(0, len(digits), samples)]
 
 
@@ -111,14 +111,14 @@ def test_nothing_is_changed(model, digits):
 
 @pytest.mark.parametrize("method", ["exact", "pooled"])
 def test_shards_give_a_random_sample_of_all(model, digits, population, method):
-    # A shard a class, and one that is empty.
+    # One shard per class, and an empty one.
     shards = [*np.array_split(digits, 10), digits[:0]]
     stats = tfbn.collect_shards(
         model, shards, method=method, batch_size=8, tolerance=0.03, verbose=0
     )
     assert stats.population_size == len(digits) and stats.tolerance == 0.03
     assert stats.samples < len(digits) and stats.relative_error <= 0.03
-    if method == "pooled":  # Batches of one class normalise deeper layers in another way.
+    if method == "pooled":  # Batches of one class change the normalization of deeper layers.
         population = dict([next(iter(population.items()))])
     assert networks.off(stats, population) < 4 * 0.03
 
@@ -194,7 +194,7 @@ def test_layer_whose_channels_never_vary_gives_one_warning():
 
 
 def test_a_channel_that_never_varies_has_the_error_of_what_was_not_seen():
-    """A rate of up to 3 / n, and it does not hold up the sample."""
+    """The error is 3 / n, the bound on the rate of unseen values; the sample still ends."""
     model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization(name="bn")])
     x = np.random.default_rng(0).normal(size=(4000, 3)).astype("float32")
     x[:, 1] = 1
@@ -231,7 +231,7 @@ def test_few_values_that_dominate_a_channel_make_errors_unknown():
 
 
 def test_errors_of_one_heavy_channel_are_mostly_unknown():
-    """A sample without its largest values looks harmless, and would have too small an error."""
+    """A sample that misses the largest values looks harmless; its error would be too small."""
     model = keras.Sequential([keras.Input((1,)), layers.BatchNormalization(name="bn")])
     options = {"tolerance": 0.1, "verbose": 0}
     unknown = {"normal": 0, "heavy": 0}
@@ -246,7 +246,7 @@ def test_errors_of_one_heavy_channel_are_mostly_unknown():
 
 
 def test_errors_that_cancel_do_not_make_others_unknown():
-    """Behind a linear map of a normalized channel, mean and variance have no error to speak of."""
+    """After a linear map of a normalized channel, mean and variance have almost no error."""
     keras.utils.set_random_seed(0)
     parts = [layers.BatchNormalization(name="a"), layers.Dense(2), layers.BatchNormalization()]
     model = keras.Sequential([keras.Input((1,)), *parts])
@@ -262,7 +262,7 @@ def test_halves_without_errors_are_not_apart():
 
 
 def test_shards_that_are_sorted_alike_are_drawn_from_unlike_places():
-    """By time of day, say: each shard has a different order."""
+    """Shards sorted by time of day, for example: each is sampled in a different order."""
     model = keras.Sequential([keras.Input((1,)), layers.BatchNormalization(name="bn")])
     hours = (np.arange(960) * 10 // 960).astype("float32")[:, None]
     noise = np.random.default_rng(0).normal(0, 0.1, (50, 960, 1)).astype("float32")
@@ -318,7 +318,7 @@ def test_an_endless_stream_that_never_reaches_the_tolerance_ends(capsys):
 
 
 class Sequence(keras.utils.PyDataset):
-    """Batches that can be read by number."""
+    """Batches as a PyDataset; `None` is a damaged batch."""
 
     def __init__(self, batches):
         super().__init__()
@@ -336,7 +336,7 @@ class Sequence(keras.utils.PyDataset):
 
 @pytest.mark.parametrize("kind", ["arrays", "PyDataset", "stream", "numbered"])
 def test_errors_name_the_position_in_the_data(kind):
-    """Not in the sample, whose groups are drawn at random."""
+    """Errors do not give the position in the sample, because it is drawn at random."""
     model = keras.Sequential([keras.Input((2,)), layers.BatchNormalization(name="bn")])
     x = np.random.default_rng(0).normal(size=(1280, 2)).astype("float32")
     x[815, 1] = np.nan

@@ -24,7 +24,7 @@ SAMPLES = 24
 
 
 def cut(x, *ends):
-    """The shards of some data, which end at these samples."""
+    """Cut data into shards at the given samples."""
     bounds = [0, *ends, len(keras.tree.flatten(x)[0])]
     slices = itertools.starmap(slice, itertools.pairwise(bounds))
     return [keras.tree.map_structure(operator.itemgetter(part), x) for part in slices]
@@ -42,7 +42,7 @@ def test_exact_is_that_of_all_data_whatever_the_shards(build):
     networks.assert_statistics(stats, tfbn.collect(model, x, batch_size=8, verbose=0), 1e-6)
     assert (stats.samples, stats.batches, stats.batch_size) == (SAMPLES, 7, 4)
     networks.assert_exact(stats, build, model, x)
-    # A complete result of this model, with what it held.
+    # The result is complete and includes the previous statistics.
     before = tfbn.PopulationStats.read(model)
     assert all(stats.previous[name] == held for name, held in before.items())
     stats.assign(model)
@@ -104,7 +104,7 @@ def test_networks_that_need_whole_passes(kind, eager):
     model(x)
     model.compile(run_eagerly=eager)
     expected = tfbn.collect(model, x, verbose=0)
-    # The first shard is empty, and does not show that the network cannot be cut.
+    # The first shard is empty, so it does not reveal that the network cannot be cut.
     stats = tfbn.collect_shards(model, cut(x, 0, 10, 17), batch_size=5, verbose=0)
     networks.assert_statistics(stats, expected, 1e-5 if kind is networks.Cell else 1e-6)
     if kind is networks.Looped:
@@ -161,7 +161,7 @@ def test_steps_are_those_of_every_shard():
 
 
 def two_layers_behind_noise(how):
-    """Noise of standard deviation 1 in inference, then two layers: the second sees N(0, 1) too."""
+    """Build noise of standard deviation 1 in inference, then two batch norm layers."""
     bn = [layers.BatchNormalization(), layers.BatchNormalization()]
     return keras.Sequential([keras.Input((8,)), networks.Drawing(how), *bn])
 
@@ -172,11 +172,11 @@ def test_equal_batches_of_different_shards_draw_their_own_numbers(how):
     shards = [np.zeros((20, 8), "f") for _ in range(100)]
     stats = tfbn.collect_shards(model, shards, batch_size=10, verbose=0)
     first, second = stats.values()
-    # 2,000 draws a channel: a standard error of 0.022.
+    # 2,000 draws per channel: a standard error of 0.022.
     np.testing.assert_allclose(first.mean, 0, atol=0.1)
     np.testing.assert_allclose(first.variance, 1, atol=0.15)
     assert np.all(first.mean_error > 0.01)
-    # Every pass draws the same, and so does another sweep.
+    # All passes and sweeps use the same draws.
     networks.assert_layer(second, 0, first.variance / (first.variance + 1e-3))
     assert tfbn.collect_shards(model, shards, batch_size=10, verbose=0, map=shuffled) == stats
 
@@ -203,7 +203,7 @@ def test_empty_shards_in_any_place(order):
 
 
 def shuffled(function, items):
-    """A map that gives its results in another order every time."""
+    """A map that returns its results in random order."""
     results = list(builtins.map(function, items))
     random.shuffle(results)
     return results
@@ -249,7 +249,7 @@ def test_only_the_moments_of_one_level_come_back():
     x = np.random.default_rng(0).normal(size=(SAMPLES, 3)).astype("float32")
     tfbn.collect_shards(model, cut(x, 10), map=weighed, verbose=0)
     assert len(sizes) == 6  # Two shards at three levels.
-    assert max(sizes) < 10 * 8 * width + 3000  # Ten numbers a channel.
+    assert max(sizes) < 10 * 8 * width + 3000  # Ten numbers per channel.
 
 
 def test_one_progress_bar(capsys):
@@ -261,7 +261,7 @@ def test_one_progress_bar(capsys):
 
 @pytest.fixture(autouse=True)
 def untouched():
-    """The model does not change."""
+    """Require that the model does not change."""
     before = [weight.copy() for weight in _small.get_weights()]
     yield
     for held, now in zip(before, _small.get_weights(), strict=True):
@@ -353,14 +353,14 @@ def test_bad_arguments_get_one_clear_error(model, options, message):
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_while_it_sweeps(pool, tmp_path):  # The last, for it ends the pool.
+def test_a_worker_that_is_killed_while_it_sweeps(pool, tmp_path):  # Last: it ends the pool.
     _small.save(tmp_path / "model.keras")
     shards = work.in_file(tmp_path, _x, 8, 8, 16)
     deadly = work.Deadly(tmp_path / "log", 4, shards[-1])
     deaths = []
 
     def again(function, items):
-        """A pool does not outlive its workers, so the tasks that are left run in another."""
+        """Run the remaining tasks in another pool if a worker dies, which breaks the pool."""
         left = dict(items)
         for one in itertools.cycle(pools):
             try:
@@ -385,13 +385,13 @@ def test_a_worker_that_is_killed_while_it_sweeps(pool, tmp_path):  # The last, f
 
 
 def shards_of(x, count=4):
-    """Parts of different sizes, the last of them empty."""
+    """Cut data into parts of different sizes; the last is empty."""
     ends = np.linspace(0, 1, count) ** 2 * len(x)
     return [x[int(a) : int(b)] for a, b in itertools.pairwise(ends)] + [x[:0]]
 
 
 def losing_at(level):
-    """A `map` that loses the second shard's result at one level."""
+    """Return a `map` that loses the result of the second shard at one level."""
     calls = []
 
     def lossy(function, items):

@@ -132,7 +132,7 @@ def test_other_data_in_the_second_pass_is_an_error():
 
 
 def padded(**options):
-    """Sequences of 1 to 9 steps in shuffled batches, each padded to its longest."""
+    """Return sequences of 1 to 9 steps in shuffled batches, each padded to its longest."""
 
     def sequences():
         for i in range(40):
@@ -205,18 +205,18 @@ class Changing(keras.utils.PyDataset):
 
 
 def swap_columns(x, number):
-    """Two features of one sample change places."""
+    """Reverse the features in every other pass."""
     return x[:, ::-1] if number % 2 else x
 
 
 def repeat_a_sample(x, number):
-    """One sample comes twice, another never."""
+    """Replace one sample by a copy of another."""
     x[number] = x[0]
     return x
 
 
 def last_bit(x, number):
-    """The last bit of one value changes."""
+    """Change the last bits of one value."""
     for _ in range(number):
         x[3, 2] = np.nextafter(x[3, 2], np.float32(1000))
     return x

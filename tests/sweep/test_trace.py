@@ -110,7 +110,7 @@ def test_a_stateful_rnn_behind_batch_norm_is_fine():
 
 
 class Static(keras.Model):
-    """A network that reshapes by the size of its batch."""
+    """A network that reshapes with its static batch size."""
 
     def __init__(self, bn=layers.BatchNormalization):
         super().__init__()
@@ -123,7 +123,7 @@ class Static(keras.Model):
 
 
 def static(bn):
-    """The same, built."""
+    """Build a `Static` network."""
     model = Static(bn)
     model(np.zeros((2, 2, 2)))
     return model
@@ -170,7 +170,7 @@ class Rescaling(layers.Layer):
 
 
 class OwnReader(layers.BatchNormalization):
-    """A layer that reads its statistic outside of the inherited computation."""
+    """A layer that reads its moving mean outside of `super().call`."""
 
     def call(self, inputs, training=None, mask=None):
         return super().call(inputs, training=training, mask=mask) + self.moving_mean
@@ -198,7 +198,7 @@ def test_a_statistic_that_is_read_past_its_layer_is_an_error(build, statistic, m
         tfbn.collect(model, x, method=method, verbose=0)
     for a, b in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
-    reads.trainable = False  # It keeps its statistics, so that the others may be found.
+    reads.trainable = False  # A frozen layer keeps its statistics, so the others can be computed.
     entering = np.asarray(reads(x), "d")
     [actual] = tfbn.collect(model, x, method=method, verbose=0).values()
     networks.assert_layer(actual, entering.mean(0), entering.var(0))

@@ -22,47 +22,47 @@ class Views(keras.Model):
         self.d, self.n = layers.Dense(5), layers.BatchNormalization(name="n")
 
     def f(self, v, training):
-        """Dense, batch norm."""
+        """Apply dense and batch norm layers."""
         return self.n(self.d(v), training=training)
 
     def entering(self, *inputs):
-        """What enters the layer, float64."""
+        """Return the inputs of the batch norm layer in float64."""
         kernel, bias = (np.asarray(w, "d") for w in self.d.weights)
         return [x.astype("d") @ kernel + bias for x in inputs]
 
 
 class ExtraView(Views):
-    """An auxiliary loss on a view that infers, first."""
+    """Adds an auxiliary loss on a view in inference mode."""
 
     def call(self, z, training=None):
-        """Three calls in training, two in inference."""
+        """Make three calls in training, two in inference."""
         if training:
             self.add_loss(ops.mean(self.f(z[0] + z[1], False) ** 2))
         return self.f(z[0], training) + self.f(z[1], training)
 
 
 class ExtraTrained(Views):
-    """A second view that trains, in training alone."""
+    """Trains on one more view, in training only."""
 
     def call(self, z, training=None):
-        """It comes before the calls that inference makes too."""
+        """Make the additional call before the calls that inference also makes."""
         if training:
             self.add_loss(ops.mean(self.f(z[0] - z[1], True) ** 2))
         return self.f(z[0], training) + self.f(z[1], training)
 
 
 class Adversarial(Views):
-    """Infers on one input, in training twice."""
+    """Makes one more call in inference mode during training."""
 
     def call(self, z, training=None):
-        """The second input is seen in inference mode."""
+        """Call the layer on the second input in inference mode first."""
         if training:
             z = [z[0] + 0.01 * self.f(z[1], False)[:, :4], z[1]]
         return self.f(z[0], training) + self.f(z[1], training)
 
 
 class Other(Views):
-    """Other code for training, with no call at the same place."""
+    """Has different code for training and inference, without a common call site."""
 
     def call(self, z, training=None):
         if training:
@@ -78,17 +78,17 @@ class Fixed(Views):
 
 
 class FixedFirst(Views):
-    """The first call fixes it, and training makes one more."""
+    """One call fixes `training=False`; training makes one call more."""
 
     def call(self, z, training=None):
-        """The second of two calls trains, the third of three."""
+        """Follow `training` in the last call: the second in inference, the third in training."""
         if training:
             self.f(z[0] + 1, training)
         return self.f(z[1], False) + self.f(z[0], training)
 
 
 class Branches(Views):
-    """Literal flags for each mode."""
+    """Passes literal flags in each mode."""
 
     def call(self, z, training=None):
         if training:
@@ -97,7 +97,7 @@ class Branches(Views):
 
 
 class AsTensor(Views):
-    """Uses `training` as a number too."""
+    """Uses `training` as a number as well."""
 
     def call(self, z, training=None):
         scale = 1.0 - ops.cast(ops.convert_to_tensor(training or False), "float32")
@@ -162,7 +162,7 @@ def test_what_inference_never_calls_is_left_out_with_one_warning():
         model.fit(A, A[:, :1], epochs=2, verbose=0, callbacks=[callback])
     assert len([w for w in caught if "left out" in str(w.message)]) == 1
     assert set(callback.stats) == {"n"}
-    assert np.abs(model.head.moving_mean).max() > 0  # It trains.
+    assert np.abs(model.head.moving_mean).max() > 0  # The head trains.
     callback.unfreeze()
     assert model.head.trainable
 
@@ -187,7 +187,7 @@ class PassedOn(ByBatch):
 
 
 def behind(x, size):
-    """What enters the second layer, by batches, float64."""
+    """Return the inputs of the second layer in float64, with batches of `size`."""
     parts = [x[i : i + size].astype("d") for i in range(0, len(x), size)]
     normal = [(p - p.mean(0)) / np.sqrt(p.var(0) + 1e-3) for p in parts]
     return 1 / (1 + np.exp(-np.concatenate(normal)))
@@ -283,7 +283,7 @@ class Cell(layers.Layer):
         self.bn.build((None, 4))
 
     def call(self, x, states, training=None):
-        """A recurrence that does not settle quickly."""
+        """Compute a recurrence that converges slowly."""
         if self.on_state:
             h = ops.tanh(self.bn(x + states[0], training=training))
         else:
@@ -351,7 +351,7 @@ def test_frozen_layers_are_left_alone_unless_included():
     stats = tfbn.collect(model, x, method="exact", batch_size=16, verbose=0)
     assert frozen.name not in stats
     assert len(stats) == 2
-    # What comes after it sees it infer.
+    # Later layers are measured with the frozen layer in inference mode.
     inference = keras.Model(model.inputs, model.layers[4].output)(x)
     values = np.asarray(inference, np.float64)
     actual = stats[networks.batch_norms(model)[1].name]
@@ -375,7 +375,7 @@ class Pretrained(keras.Model):
 
 
 def bn_of(mean):
-    """A layer whose moving mean shows whether it is used."""
+    """Return a layer with an initial moving mean that shows whether it is used."""
     return layers.BatchNormalization(moving_mean_initializer=keras.initializers.Constant(mean))
 
 
@@ -398,7 +398,7 @@ def test_a_layer_that_fit_does_not_train_is_left_alone(method, shards, eager):
     stats = collect(model, [x] if shards else x, method=method, batch_size=40, verbose=0)
     base, head = model.base.layers[-1], model.head.layers[-1]
     assert [path.split("/")[-1] for path in stats] == [head.name]
-    # As fit: the base's moving averages do not move.
+    # Like `fit`, which does not update the moving averages of the base.
     model.compile("sgd", "mse")
     model.fit(x, networks.normal(40, 3), verbose=0)
     np.testing.assert_array_equal(base.moving_mean, 3.0)
@@ -410,7 +410,7 @@ def test_a_layer_that_fit_does_not_train_is_left_alone(method, shards, eager):
     ).values()
     entered = np.asarray(model2.head.layers[0](model2.base(x, training=False)), np.float64)
     networks.assert_layer(actual, entered.mean(0), entered.var(0), rtol=1e-4)
-    # And the frozen layer, where it is asked for.
+    # `include_frozen=True` adds the frozen layer.
     both = collect(model, [x] if shards else x, method=method, include_frozen=True, verbose=0)
     assert len(both) == 2
 
@@ -424,13 +424,13 @@ def test_a_functional_model_that_fixes_training_is_swept_as_fit_trains_it():
     stats = tfbn.collect(model, data, verbose=0)
     model.compile("sgd", "mse")
     model.fit(data, data, verbose=0)
-    # Keras 3 has `fit` train it all the same.
+    # In Keras 3, `fit` may train it nevertheless.
     trains = not np.array_equal(fixed.moving_mean, [3.0] * 4)
     assert (fixed.name in stats) == trains and len(stats) == 1 + trains
 
 
 class OwnStep(keras.Model):
-    """A model with its own training step."""
+    """A model with a custom training step."""
 
     def __init__(self, bn=layers.BatchNormalization):
         super().__init__()

@@ -25,7 +25,7 @@ def test_run_eagerly_gives_the_same(method):
 
 
 class Eager(keras.Model):
-    """Its Python looks at the values, so that no graph can be made of it."""
+    """Branches on tensor values in Python, so it cannot be traced."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Sweeps by several processes of a `tf.distribute` strategy, each a real one."""
+"""Tests of sweeps in several real processes of a `tf.distribute` strategy."""
 
 import json
 import os
@@ -108,7 +108,7 @@ def test_two_workers_agree_on_what_one_process_finds(tmp_path):
     assert statuses == [0, 0], printed
     model = keras.models.load_model(tmp_path / "model.keras")
     x = networks.data(model, 50)
-    # Training left each of them its own moving averages.
+    # Training left different moving averages on each worker.
     assert np.any(np.load(tmp_path / "before_0.npy") != np.load(tmp_path / "before_1.npy"))
     for name, end in [("uneven", 37), ("none", 0), ("all", 50)]:
         parts = [part[i : i + 16] for part in (x[:end], x[end:]) for i in range(0, len(part), 16)]
@@ -176,7 +176,7 @@ def test_an_error_of_one_worker_is_an_error_of_all(tmp_path):
         for i, lines in enumerate((first, second)):
             [line] = [line for line in lines if line.startswith(f"{i}/{method}/nothing/")]
             assert "Expected data with at least one batch" in line
-    assert first[-1] == "0/50" and second[-1] == "1/50"  # And they can go on.
+    assert first[-1] == "0/50" and second[-1] == "1/50"  # Both workers can continue.
 
 
 DIE = """
@@ -319,7 +319,7 @@ def test_workers_without_data_in_any_place_and_workers_with_equal_batches(tmp_pa
         assert stats.samples == 50, path
         for actual, values in zip(stats.values(), (x, behind), strict=True):
             networks.assert_layer(actual, values.mean(0), values.var(0), 1e-4)
-    # 3,000 draws a channel: a standard error of 0.018.
+    # 3,000 draws per channel: a standard error of 0.018.
     [noise] = tfbn.PopulationStats.load(tmp_path / "noise_0.npz").values()
     np.testing.assert_allclose(noise.mean, 0, atol=0.08)
     assert np.all(noise.mean_error > 0.01)
@@ -343,7 +343,7 @@ stats.save(out / f"stats_{me}.npz")
 
 @pytest.mark.slow
 def test_workers_draw_samples_from_unlike_places(tmp_path):
-    """Also if one of them has no data."""
+    """One worker may have no data."""
     statuses, printed = run_workers(tmp_path, SAMPLE, count=3)
     assert statuses == [0, 0, 0], printed
     a, b, c = (tfbn.PopulationStats.load(tmp_path / f"stats_{i}.npz") for i in range(3))
