@@ -187,7 +187,7 @@ def test_flags_before_the_freeze_are_restored():
 
 
 def test_layers_of_a_model_whose_own_flag_is_false_are_frozen():
-    """Keras ignores `model.trainable = False` if it is False already."""
+    """TensorFlow skips `model.trainable = False` if it is False already."""
     model = keras.Sequential([keras.Input((6,)), layers.Dense(4), layers.BatchNormalization()])
     model.trainable = False
     model.layers[1].trainable = True

@@ -48,7 +48,8 @@ def freeze(
     flags = _flags_of(layers.values())
     for layer, before in flags.items():
         _frozen[layer] = _Frozen(before, weakref.ref(fitted or model))
-    for layer in layers.values():  # Keras ignores `model.trainable = False` if it is False already.
+    # Each layer, because TensorFlow skips `model.trainable = False` if it is False already.
+    for layer in layers.values():
         layer.trainable = False
     _set_flags({layers[path]: flags[layers[path]] for path in by_batch})
 

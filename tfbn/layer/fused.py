@@ -132,28 +132,28 @@ def _gradient(
     variants that a differentiated `tf.cond` returns.
     """
 
-    def of(x, dy, gamma, mean, variance):
-        image, data_format = _as_image(x, 3 - within)
-        dx, dgamma, dbeta, *_ = tf.raw_ops.FusedBatchNormGradV3(
-            y_backprop=tf.reshape(dy, tf.shape(image)),
-            x=image,
-            scale=gamma,
-            reserve_space_1=tf.cast(mean, tf.float32),
-            reserve_space_2=tf.cast(variance, tf.float32),
-            reserve_space_3=tf.cast(mean, tf.float32),
-            epsilon=epsilon,
-            data_format=data_format,
-            is_training=True,
-        )
-        return tf.reshape(dx, tf.shape(x)), dgamma, dbeta
-
     @tf.custom_gradient
     def gradient(x, dy, gamma, shift, mean, variance, near):
+        def first(x, dy):
+            image, data_format = _as_image(x, 3 - within)
+            dx, dgamma, dbeta, *_ = tf.raw_ops.FusedBatchNormGradV3(
+                y_backprop=tf.reshape(dy, tf.shape(image)),
+                x=image,
+                scale=gamma,
+                reserve_space_1=tf.cast(mean, tf.float32),
+                reserve_space_2=tf.cast(variance, tf.float32),
+                reserve_space_3=tf.cast(mean, tf.float32),
+                epsilon=epsilon,
+                data_format=data_format,
+                is_training=True,
+            )
+            return tf.reshape(dx, tf.shape(x)), dgamma, dbeta
+
         def shifted():
             return _shifted(x, tf.cast(shift, tf.float32), within)
 
-        def of_shifted():
-            dx, *others = of(shifted(), tf.cast(dy, tf.float32), gamma, mean, variance)
+        def first_of_shifted():
+            dx, *others = first(shifted(), tf.cast(dy, tf.float32))
             return tf.cast(dx, x.dtype), *others
 
         def second(d_dx, d_dgamma, d_dbeta):
@@ -162,7 +162,7 @@ def _gradient(
             )
             return tf.cast(by_x, x.dtype), tf.cast(by_dy, dy.dtype), by_gamma, *[None] * 4
 
-        return tf.cond(near, lambda: of(x, dy, gamma, mean, variance), of_shifted), second
+        return tf.cond(near, lambda: first(x, dy), first_of_shifted), second
 
     # `second` may only use tensors of the backward graph, and these are from the forward graph.
     return gradient(*(tf.identity(v) for v in (x, dy, gamma, shift, mean, variance, near)))
